@@ -1,0 +1,49 @@
+"""Op contracts: each op declared once, with an eager reference that is the definition of right.
+
+`ops.<name>` is the eager reference; `torch.ops.et_moe.<name>` the op that graphs are made of.
+"""
+
+from et_moe.backends.ops.attention import attention
+from et_moe.backends.ops.gated_delta_net import causal_conv1d, gated_delta_net, gated_delta_rule
+from et_moe.backends.ops.linear import embedding_w8, linear, linear_w4a8, linear_w4a16, rms_norm
+from et_moe.backends.ops.moe import moe, moe_router, moe_w4a8, moe_w4a16
+from et_moe.backends.ops.quantization import (
+    ACTIVATION_TILE,
+    EXPERT_ACTIVATION_TILE,
+    GROUP_SIZES,
+    dequantize_w4,
+    pack_int4,
+    quantize_int8,
+    quantize_w4,
+    quantize_w8,
+    silu_quantize_int8,
+    unpack_int4,
+)
+from et_moe.backends.ops.sampling import sample
+
+__all__ = [
+    "ACTIVATION_TILE",
+    "EXPERT_ACTIVATION_TILE",
+    "GROUP_SIZES",
+    "attention",
+    "causal_conv1d",
+    "dequantize_w4",
+    "embedding_w8",
+    "gated_delta_net",
+    "gated_delta_rule",
+    "linear",
+    "linear_w4a8",
+    "linear_w4a16",
+    "moe",
+    "moe_router",
+    "moe_w4a8",
+    "moe_w4a16",
+    "pack_int4",
+    "quantize_int8",
+    "quantize_w4",
+    "quantize_w8",
+    "rms_norm",
+    "sample",
+    "silu_quantize_int8",
+    "unpack_int4",
+]

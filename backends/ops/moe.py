@@ -1,0 +1,188 @@
+"""The sparse mixture of experts: router and expert MLPs.
+
+An expert e computes w2[e] (silu(gate) * up) with [gate | up] = w13[e] x. The shared expert rides
+along as further experts (ids E, E+1, ...) of the same width, weighted by its sigmoid gate, so one
+grouped GEMM serves all.
+"""
+
+import torch
+
+from et_moe.backends.ops.library import declare
+from et_moe.backends.ops.linear import rms_norm
+from et_moe.backends.ops.quantization import (
+    ACTIVATION_TILE,
+    EXPERT_ACTIVATION_TILE,
+    dequantize_w4,
+    matmul_w4a8,
+    quantize_int8,
+)
+
+
+def _moe_router_fake(x, norm_weight, weight, top_k, num_shared, eps=1e-6, num_tokens=None):
+    slots = (x.shape[0], top_k + num_shared)
+    return (
+        torch.empty_like(x),
+        x.new_empty(slots, dtype=torch.float32),
+        x.new_empty(slots, dtype=torch.int32),
+    )
+
+
+@declare(_moe_router_fake)
+def moe_router(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    num_shared: int,
+    eps: float = 1e-6,
+    num_tokens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMSNorm, router logits, softmax, top-k, renormalisation, and the shared expert's gate.
+
+    Args:
+        x: float `[T, H]`, before the norm.
+        norm_weight: float `[H]`, zero-centred.
+        weight: float `[E + 1, H]`: the router's rows, and last the shared expert's gate.
+        top_k: routed experts per token.
+        num_shared: how many experts of the tables the shared expert occupies (ids from E on).
+        num_tokens: `int64 [1]` or None for T. Rows from num_tokens on are padding.
+
+    Returns:
+        x normed `[T, H]` (x's dtype); topk_weights `float32 [T, top_k + num_shared]`, routed first,
+        in order of falling probability (ties: lower id first), renormalised to sum 1, then
+        sigmoid(shared gate) num_shared times; topk_ids `int32` of the same shape. Padding rows have
+        id -1 and weight 0.
+    """
+    normed = rms_norm(x, norm_weight, eps)
+    logits = normed.float() @ weight.float().T
+    experts = weight.shape[0] - 1
+    probabilities = logits[:, :experts].softmax(-1)
+    values, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, :top_k], ids[:, :top_k]
+    shared_ids = torch.arange(experts, experts + num_shared, device=x.device)
+    weights = torch.cat(
+        (
+            values / values.sum(-1, keepdim=True),
+            logits[:, experts:].sigmoid().expand(-1, num_shared),
+        ),
+        dim=-1,
+    )
+    ids = torch.cat((ids, shared_ids.expand(x.shape[0], -1)), dim=-1)
+    if num_tokens is not None:
+        padding = (torch.arange(x.shape[0], device=x.device) >= num_tokens)[:, None]
+        weights, ids = weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1)
+    return normed, weights, ids.to(torch.int32)
+
+
+def _sum_experts(x, topk_weights, topk_ids, residual, expert) -> torch.Tensor:
+    """Sums weight * expert(rows, id) over each row's slots in fp32; ids below 0 are skipped."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in topk_ids.unique().tolist():
+        if e < 0:
+            continue
+        rows, slots = (topk_ids == e).nonzero(as_tuple=True)
+        out.index_add_(0, rows, expert(rows, e) * topk_weights[rows, slots, None].float())
+    return (out if residual is None else out + residual.float()).to(x.dtype)
+
+
+def _moe_fake(x, w13, w2, topk_weights, topk_ids, residual=None):
+    return torch.empty_like(x)
+
+
+@declare(_moe_fake)
+def moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Expert MLPs with float weights, for models exported without quantization.
+
+    Args:
+        x: float `[T, H]`, normed.
+        w13: float `[E, 2I, H]`, rows [gate | up]; w2: float `[E, H, I]`.
+        topk_weights: float `[T, S]`; topk_ids: int32 or int64 `[T, S]`, -1 for a slot to skip.
+        residual: `[T, H]` or None.
+
+    Returns:
+        `[T, H]` in x's dtype: the weighted sum over slots, plus the residual.
+    """
+
+    def expert(rows, e):
+        gate, up = (x[rows].float() @ w13[e].float().T).chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up) @ w2[e].float().T
+
+    return _sum_experts(x, topk_weights, topk_ids, residual, expert)
+
+
+def _moe_w4_fake(
+    x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, group_size, residual=None
+):
+    return torch.empty_like(x)
+
+
+@declare(_moe_w4_fake)
+def moe_w4a8(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    group_size: int,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Expert MLPs with INT4 weights and INT8 activations.
+
+    Tokens are quantized once in tiles of `ACTIVATION_TILE`; silu(gate) * up, in fp32, is quantized
+    in tiles of `EXPERT_ACTIVATION_TILE`. See `matmul_w4a8` for the arithmetic.
+
+    Args:
+        x: float `[T, H]`, normed.
+        w13: `uint8 [E, 2I, H/2]`, rows [gate | up]; w13_scale: `bfloat16 [E, 2I, H/group_size]`.
+        w2: `uint8 [E, H, I/2]`; w2_scale: `bfloat16 [E, H, I/group_size]`.
+        topk_weights, topk_ids, residual: as in `moe`.
+
+    Returns:
+        `[T, H]` in x's dtype.
+    """
+    q, scale = quantize_int8(x, ACTIVATION_TILE)
+
+    def expert(rows, e):
+        hidden = matmul_w4a8(
+            q[rows], scale[rows], ACTIVATION_TILE, w13[e], w13_scale[e], group_size
+        )
+        gate, up = hidden.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate) * up
+        inner, inner_scale = quantize_int8(activated, EXPERT_ACTIVATION_TILE)
+        return matmul_w4a8(
+            inner, inner_scale, EXPERT_ACTIVATION_TILE, w2[e], w2_scale[e], group_size
+        )
+
+    return _sum_experts(x, topk_weights, topk_ids, residual, expert)
+
+
+@declare(_moe_w4_fake)
+def moe_w4a16(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    group_size: int,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`moe_w4a8` with activations left in x's dtype (silu(gate) * up is rounded to it too)."""
+
+    def expert(rows, e):
+        hidden = x[rows].float() @ dequantize_w4(w13[e], w13_scale[e], group_size).T
+        gate, up = hidden.chunk(2, dim=-1)
+        activated = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
+        return activated @ dequantize_w4(w2[e], w2_scale[e], group_size).T
+
+    return _sum_experts(x, topk_weights, topk_ids, residual, expert)

@@ -1,0 +1,87 @@
+"""Sampling of the next token, reproducible on every backend."""
+
+import torch
+
+from et_moe.backends.ops.library import declare
+
+_MASK = 0xFFFFFFFF
+
+
+def philox(counter: torch.Tensor, position: int, seed: int) -> torch.Tensor:
+    """First 32-bit word of Philox 4x32-10 (Salmon et al., "Parallel Random Numbers", SC 2011).
+
+    Counter words (counter, position, 0, 0), key words (low, high) of the 64-bit seed.
+
+    Args:
+        counter: `int64 [N]` in 0..2^32-1. Returns `int64 [N]` in 0..2^32-1.
+    """
+    c0, c1 = counter & _MASK, torch.full_like(counter, position & _MASK)
+    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+
+    def multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # 32 x 32 -> 64 bits in int64: split b so that no partial product overflows the sign.
+        low = a * (b & 0xFFFF)
+        mid = a * (b >> 16) + (low >> 16)
+        return (mid >> 16) & _MASK, ((mid << 16) | (low & 0xFFFF)) & _MASK
+
+    for _ in range(10):
+        high0, low0 = multiply(c0, 0xD2511F53)
+        high1, low1 = multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0
+
+
+def gumbel(vocabulary: int, position: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Standard Gumbel noise `float32 [V]`: -log(-log(u)), u = (philox >> 8 + 0.5) / 2^24."""
+    words = philox(torch.arange(vocabulary, device=device), position, seed)
+    return -torch.log(-torch.log(((words >> 8).float() + 0.5) * 2.0**-24))
+
+
+def _sample_fake(logits, temperature, top_k, top_p, seed, position):
+    return logits.new_empty((1, 1), dtype=torch.int64)
+
+
+@declare(_sample_fake)
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """Draws the next token by Gumbel-max with counter-based noise.
+
+    l = logits / temperature. Top-k keeps token i if fewer than k tokens have a larger l (equal
+    ones stay together). Top-p then keeps i if the kept tokens with a larger l have a probability
+    of less than top_p in all. The result is argmax(l + gumbel), ties to the lowest id.
+
+    Args:
+        logits: `float32 [1, V]`.
+        temperature: `float32 [1]`, at least 0; 0 is greedy (argmax, ties to the lowest id).
+        top_k: `int64 [1]`, 0 keeps all. top_p: `float32 [1]` in (0, 1], 1 keeps all.
+        seed: `int64 [1]`. position: `int64 [1]`, of the token drawn: its noise is a function of
+            seed, position and token id alone.
+
+    Returns:
+        `int64 [1, 1]`.
+    """
+    row = logits[0].float()
+    if float(temperature) == 0.0:
+        return row.argmax().reshape(1, 1)
+    scaled = row / temperature.float()
+    order, index = scaled.sort(descending=True, stable=True)
+    # Of equal values all count as large as the first of them.
+    first = torch.searchsorted(-order, -order, right=False)
+    keep = torch.ones_like(order, dtype=torch.bool)
+    if int(top_k) > 0:
+        keep &= first < int(top_k)
+    if float(top_p) < 1.0:
+        probability = order.masked_fill(~keep, float("-inf")).softmax(-1)
+        larger = torch.cat((probability.new_zeros(1), probability.cumsum(-1)))[first]
+        keep &= larger < float(top_p)
+    kept = torch.zeros_like(keep).scatter_(0, index, keep)
+    noisy = scaled + gumbel(row.numel(), int(position), int(seed), row.device)
+    return noisy.masked_fill(~kept, float("-inf")).argmax().reshape(1, 1)

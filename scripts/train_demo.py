@@ -1,0 +1,263 @@
+"""Train the demo checkpoint: a Qwen3.5 MoE of 3 million parameters that writes Python documentation.
+
+    python scripts/train_demo.py --output DIR [--steps N] [--seed S]
+
+The text is the documentation in the running Python's standard library: the docstrings of its
+modules and the language reference behind `help()` (PSF licence). The same Python, seed and number
+of steps give the same checkpoint on one machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import random
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Annotated
+
+import torch
+import typer
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from et_moe.examples.qwen3_5_moe.hf_tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+VOCAB_SIZE = 2048
+CONTEXT = 256
+BATCH = 8
+PEAK_LR = 3e-3
+WARMUP_STEPS = 100
+HELD_OUT_BYTES = 30_000
+EXCLUDED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+TO_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "–": "-", "—": "-"})
+
+
+def clean(text: str) -> str:
+    """Plain quotes, and no space at the end of a line."""
+    return "\n".join(line.rstrip() for line in text.translate(TO_ASCII).strip().splitlines())
+
+
+def docstrings(node: ast.AST) -> Iterator[str]:
+    """The docstrings at and below `node`, in source order, indentation removed."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+        yield clean(text)
+    for child in ast.iter_child_nodes(node):
+        yield from docstrings(child)
+
+
+def collect_documents() -> dict[str, str]:
+    """Name -> text: a document per standard library module and per topic of `help()`.
+
+    No docstring appears twice; those shorter than 20 characters or not ASCII are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    seen: set[str] = set()
+    documents: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED_DIRECTORIES & set(relative.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # lib2to3 and others keep templates that are no Python 3
+            continue
+        kept = []
+        for text in docstrings(tree):
+            if len(text) >= 20 and text.isascii() and text not in seen:
+                seen.add(text)
+                kept.append(text)
+        if kept:
+            documents[relative.as_posix()] = "\n\n".join(kept)
+    for name, text in sorted(topics.items()):
+        documents[f"topic {name}"] = clean(text)
+    return documents
+
+
+def split_held_out(documents: dict[str, str], seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out documents, both shuffled; the latter are modules, not topics."""
+    names = sorted(documents)
+    random.Random(seed).shuffle(names)
+    held_out: list[str] = []
+    size = 0
+    for name in names:
+        length = len(documents[name])
+        if size < HELD_OUT_BYTES and not name.startswith("topic ") and 500 < length < 6000:
+            held_out.append(name)
+            size += length
+    training = [documents[name] for name in names if name not in held_out]
+    return training, [documents[name] for name in held_out]
+
+
+def model_config(tokenizer: Tokenizer) -> Qwen3_5MoeTextConfig:
+    """The demo's shape: every feature of Qwen3.5 MoE, widths that INT4 groups of 32 and 64 divide."""
+    return Qwen3_5MoeTextConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=256,
+        num_hidden_layers=4,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        linear_conv_kernel_dim=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        router_aux_loss_coef=0.01,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
+        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+        pad_token_id=tokenizer.token_to_id(END_OF_TEXT),
+    )
+
+
+def encode_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
+    """The documents' tokens, int64 [n], with END_OF_TEXT after each."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return torch.tensor(
+        [token for text in documents for token in [*tokenizer.encode(text).ids, end]]
+    )
+
+
+def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
+    """Endless int64 [BATCH, CONTEXT]: each epoch cuts the stream at a new offset, shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        offset = int(torch.randint(CONTEXT, (), generator=generator))
+        count = (len(tokens) - offset) // CONTEXT
+        blocks = tokens[offset : offset + count * CONTEXT].view(count, CONTEXT)
+        yield from blocks[torch.randperm(count, generator=generator)].split(BATCH)
+
+
+def train(model: Qwen3_5MoeForCausalLM, tokens: Tensor, steps: int, seed: int) -> None:
+    """AdamW with linear warm-up and cosine decay to 5% of the peak, on the language model loss
+    and the router's load balancing loss."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=PEAK_LR,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    warmup = min(WARMUP_STEPS, max(1, steps // 10))
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    model.train()
+    start = time.monotonic()
+    for step, batch in zip(range(steps), batches(tokens, seed)):
+        output = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            typer.echo(
+                f"step {step} loss {output.loss.item():.3f} balance {output.aux_loss.item():.3f} "
+                f"{time.monotonic() - start:.0f} s"
+            )
+
+
+@torch.no_grad()
+def evaluate(
+    model: Qwen3_5MoeForCausalLM, tokens: Tensor, window: int = 2 * CONTEXT
+) -> tuple[float, Tensor]:
+    """Perplexity of `tokens`, int64 [n], and the share of each expert in the routing.
+
+    Each token but the first is scored once, given those before it in its window. The shares are
+    float32 [layers, experts]; a row sums to 1.
+    """
+    model.eval()
+    config = model.config
+    total = 0.0
+    counts = torch.zeros(config.num_hidden_layers, config.num_experts)
+    for begin in range(0, len(tokens) - 1, window):
+        piece = tokens[begin : begin + window + 1]
+        output = model(input_ids=piece[None, :-1], output_router_logits=True, use_cache=False)
+        total += F.cross_entropy(output.logits[0].float(), piece[1:], reduction="sum").item()
+        for layer, logits in enumerate(output.router_logits):
+            chosen = logits.topk(config.num_experts_per_tok).indices.flatten()
+            counts[layer] += chosen.bincount(minlength=config.num_experts)
+    return math.exp(total / (len(tokens) - 1)), counts / counts.sum(-1, keepdim=True)
+
+
+def save_checkpoint(
+    model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, held_out: str, output: Path
+) -> None:
+    """Write the bfloat16 checkpoint, its tokenizer and the held-out text, each file by a rename."""
+    output.mkdir(parents=True, exist_ok=True)
+    end, im_end = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_END)
+    model.generation_config = GenerationConfig(eos_token_id=[im_end, end], pad_token_id=end)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".tmp") as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        save_tokenizer(tokenizer, Path(temporary), model.config.max_position_embeddings)
+        (Path(temporary) / "heldout.txt").write_text(held_out)
+        for path in sorted(Path(temporary).iterdir()):
+            os.replace(path, output / path.name)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="directory to write the checkpoint into")],
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 2000,
+    seed: Annotated[int, typer.Option(help="of the split, the weights and the batches")] = 0,
+) -> None:
+    """Train the demo checkpoint and write it in Hugging Face layout."""
+    torch.set_num_threads(2)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    training, held_out = split_held_out(collect_documents(), seed)
+    tokenizer = train_tokenizer(training, VOCAB_SIZE)
+    tokens = encode_stream(tokenizer, training)
+    held_out_text = "\n\n".join(held_out) + "\n"
+    model = Qwen3_5MoeForCausalLM(model_config(tokenizer))
+    typer.echo(
+        f"{sum(map(len, training))} bytes of text, {len(tokens)} tokens, "
+        f"{sum(p.numel() for p in model.parameters())} parameters"
+    )
+    train(model, tokens, steps, seed)
+    save_checkpoint(model, tokenizer, held_out_text, output)
+
+    saved = Qwen3_5MoeForCausalLM.from_pretrained(output, dtype=torch.float32)
+    held_out_tokens = torch.tensor(tokenizer.encode(held_out_text).ids)
+    perplexity, shares = evaluate(saved, held_out_tokens)
+    typer.echo(
+        f"held-out: perplexity {perplexity:.3f} per token, "
+        f"{math.log2(perplexity) * len(held_out_tokens) / len(held_out_text):.3f} bits per byte, "
+        f"expert shares {shares.min():.3f} to {shares.max():.3f}"
+    )
+    if shares.min() == 0:
+        raise typer.Exit("an expert is never chosen on the held-out text")
+
+
+if __name__ == "__main__":
+    typer.run(main)
