@@ -14,7 +14,7 @@ def declare(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable
     registered, which is the one that an ExecuTorch program names and a C++ kernel implements.
 
     Args:
-        fake: same signature as the reference; returns empty tensors of the results' shape and dtype.
+        fake: same signature as the reference; returns empty tensors of the results' shapes.
         mutates: names of the arguments that are updated in place.
 
     Returns:

@@ -15,7 +15,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
-    """Packs integers in -8..7 `[..., K]` to `uint8 [..., K/2]`: value + 8, even k in the low nibble."""
+    """Packs -8..7 `[..., K]` to `uint8 [..., K/2]`: value + 8, even k in the low nibble."""
     nibbles = (values + 8).to(torch.uint8)
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
@@ -166,7 +166,8 @@ def matmul_w4a8(
 
     Args:
         q, scale, tile: as from `quantize_int8`: `int8 [M, K]`, `float32 [M, ceil(K/tile)]`.
-        weight, weight_scale, group_size: as from `quantize_w4`: `uint8 [N, K/2]`, `[N, K/group_size]`.
+        weight, weight_scale, group_size: as from `quantize_w4`, `uint8 [N, K/2]` and
+            `[N, K/group_size]`.
     """
     step = min(tile, group_size)
     a = q.float().unflatten(-1, (-1, step))
