@@ -1,10 +1,17 @@
 """How an op of the `et_moe` namespace is declared: once, from its eager reference."""
 
+import re
 from collections.abc import Callable
 
 import torch
 
 LIBRARY = torch.library.Library("et_moe", "DEF")
+
+
+def _letters(schema: str) -> str:
+    """Names alias sets by a letter: ExecuTorch's schema parser takes `a!`, not torch's `a0!`."""
+    names = iter("abcdefgh")
+    return re.sub(r"\(a\d+!\)", lambda _: f"({next(names)}!)", schema)
 
 
 def declare(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -23,11 +30,11 @@ def declare(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable
 
     def register(reference: Callable) -> Callable:
         name = reference.__name__
-        schema = torch.library.infer_schema(reference, mutates_args=mutates)
+        schema = _letters(torch.library.infer_schema(reference, mutates_args=mutates))
         arguments, returns = schema[1:].rsplit(") -> ", 1)
         count = returns.count("Tensor")
         names = ["out"] if count == 1 else [f"out{i}" for i in range(count)]
-        outs = [f"Tensor(out{i}!)" for i in range(count)]
+        outs = [f"Tensor({'xyz'[i]}!)" for i in range(count)]
         LIBRARY.define(name + schema)
         LIBRARY.define(
             f"{name}.out({arguments}, *, {', '.join(map(' '.join, zip(outs, names, strict=True)))})"

@@ -128,7 +128,9 @@ def _layer_types(raw: Mapping[str, Any], layers: int, where: str) -> tuple[str, 
         raise ConfigError(f"{where}: layer_types must list num_hidden_layers = {layers} types")
     for i, kind in enumerate(types):
         if kind not in LAYER_TYPES:
-            raise ConfigError(f"{where}: layer_types[{i}] is {kind!r}, expected one of {LAYER_TYPES}")
+            raise ConfigError(
+                f"{where}: layer_types[{i}] is {kind!r}, expected one of {LAYER_TYPES}"
+            )
     return tuple(types)
 
 

@@ -49,9 +49,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
-def _w4_parameters(
-    q: Quantization, name: str, *shape: int
-) -> tuple[nn.Parameter, nn.Parameter]:
+def _w4_parameters(q: Quantization, name: str, *shape: int) -> tuple[nn.Parameter, nn.Parameter]:
     *rows, k = shape
     if k % q.group_size:
         raise ValueError(f"group size {q.group_size} does not divide the {k} inputs of {name}")
@@ -99,20 +97,12 @@ class Embedding(nn.Module):
         return nn.functional.embedding(ids, self.weight)
 
 
-class Norm(nn.Module):
-    """Holds an RMSNorm's weight; the op that follows applies it."""
+class Weight(nn.Module):
+    """Holds the weight of a norm, convolution or router; the op that uses it gets it passed."""
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = _parameter(width, dtype=dtype)
-
-
-class Conv1d(nn.Module):
-    """Holds the taps `[C, W]` of the depthwise causal convolution."""
-
-    def __init__(self, channels: int, taps: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = _parameter(channels, taps, dtype=dtype)
+        self.weight = _parameter(*shape, dtype=dtype)
 
 
 class GatedDeltaNet(nn.Module):
@@ -124,10 +114,10 @@ class GatedDeltaNet(nn.Module):
         heads, values = c.linear_num_value_heads, c.linear_value_width
         inputs = c.conv_channels + values + 2 * heads
         self.in_proj = Linear(f"{name}.in_proj", c.hidden_size, inputs, self.eps, q, dtype)
-        self.conv1d = Conv1d(c.conv_channels, c.linear_conv_kernel_dim, dtype)
+        self.conv1d = Weight(c.conv_channels, c.linear_conv_kernel_dim, dtype=dtype)
         self.A_log = _parameter(heads, dtype=torch.float32)
         self.dt_bias = _parameter(heads, dtype=torch.float32)
-        self.norm = Norm(c.linear_value_head_dim, dtype)
+        self.norm = Weight(c.linear_value_head_dim, dtype=dtype)
         self.out_proj = Linear(f"{name}.out_proj", values, c.hidden_size, self.eps, q, dtype)
 
     def forward(
@@ -156,7 +146,7 @@ class Attention(nn.Module):
         queries = c.num_attention_heads * c.head_dim
         outputs = 2 * queries + 2 * c.num_key_value_heads * c.head_dim
         self.qkv_proj = Linear(f"{name}.qkv_proj", c.hidden_size, outputs, self.eps, q, dtype)
-        self.q_norm, self.k_norm = Norm(c.head_dim, dtype), Norm(c.head_dim, dtype)
+        self.q_norm, self.k_norm = Weight(c.head_dim, dtype=dtype), Weight(c.head_dim, dtype=dtype)
         self.o_proj = Linear(f"{name}.o_proj", queries, c.hidden_size, self.eps, q, dtype)
         self.inv_freq = _parameter(c.rotary_dim // 2, dtype=torch.float32)
 
@@ -204,8 +194,7 @@ class SparseMoe(nn.Module):
         super().__init__()
         self.top_k, self.shared, self.eps = c.num_experts_per_tok, c.shared_experts, c.rms_norm_eps
         # Rows of the router, and last the shared expert's gate.
-        self.gate = Norm(c.hidden_size, dtype)
-        self.gate.weight = _parameter(c.num_experts + 1, c.hidden_size, dtype=dtype)
+        self.gate = Weight(c.num_experts + 1, c.hidden_size, dtype=dtype)
         self.experts = Experts(c, f"{name}.experts", q, dtype)
 
     def forward(self, x: Tensor, norm: Tensor, num_tokens: Tensor | None) -> Tensor:
@@ -219,12 +208,12 @@ class DecoderLayer(nn.Module):
     def __init__(self, c: ModelConfig, index: int, q: Quantization, dtype: torch.dtype) -> None:
         super().__init__()
         name = f"layers.{index}"
-        self.input_layernorm = Norm(c.hidden_size, dtype)
+        self.input_layernorm = Weight(c.hidden_size, dtype=dtype)
         if c.layer_types[index] == "linear_attention":
             self.linear_attn = GatedDeltaNet(c, f"{name}.linear_attn", q, dtype)
         else:
             self.self_attn = Attention(c, f"{name}.self_attn", q, dtype)
-        self.post_attention_layernorm = Norm(c.hidden_size, dtype)
+        self.post_attention_layernorm = Weight(c.hidden_size, dtype=dtype)
         self.mlp = SparseMoe(c, f"{name}.mlp", q, dtype)
 
     def forward(
@@ -251,7 +240,7 @@ class Qwen3_5Moe(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(c, i, q, dtype) for i in range(c.num_hidden_layers)
         )
-        self.norm = Norm(c.hidden_size, dtype)
+        self.norm = Weight(c.hidden_size, dtype=dtype)
         self.lm_head = Linear("lm_head", c.hidden_size, c.vocab_size, c.rms_norm_eps, q, dtype)
 
     def state_spec(self, max_seq_len: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
