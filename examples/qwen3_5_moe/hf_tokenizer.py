@@ -1,25 +1,16 @@
-"""Byte-level BPE tokenizers in the format of Qwen3.5's tokenizer.json, for checkpoints made here.
+"""The files of a byte-level BPE tokenizer in Qwen3.5's tokenizer.json format.
 
-NFC, split by Qwen3.5's pattern, bytes, BPE; ids: the vocabulary first, then the added tokens, as in
+NFC, split by Qwen3.5's pattern, bytes as printable characters, BPE. Ids: the 256 bytes, the merges,
+then the added tokens. Layout and pattern follow
 https://huggingface.co/Qwen/Qwen3.5-35B-A3B/blob/main/tokenizer.json.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
-from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -27,56 +18,82 @@ IM_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 PLAIN_ADDED_TOKENS = ("<think>", "</think>")
 
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` tokens, added ones included, with merges from `texts`.
 
-    Without texts it has no merges: a token per byte, then the added tokens.
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, sorted: themselves where printable in
+    Latin-1, and U+0100 onwards for the others."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(c) for c in [*printable, *range(0x100, 0x100 + 256 - len(printable))]]
 
-    Raises:
-        ValueError: `vocab_size` is too small for the 256 bytes and the added tokens.
+
+def tokenizer_json(merges: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """The contents of tokenizer.json with these BPE merges, best first.
+
+    The pieces of a merge are bytes of `byte_alphabet` or results of earlier merges.
     """
-    added = len(SPECIAL_TOKENS) + len(PLAIN_ADDED_TOKENS)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + added:
-        raise ValueError(
-            f"vocab_size {vocab_size}: expected at least {len(alphabet) + added}, "
-            f"{len(alphabet)} bytes and {added} added tokens"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - added, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(t, normalized=False, special=False) for t in PLAIN_ADDED_TOKENS]
-    )
-    return _with_published_fields(tokenizer)
+    vocab = {token: index for index, token in enumerate(byte_alphabet())}
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    added = [
+        {
+            "id": len(vocab) + index,
+            "content": content,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": content in SPECIAL_TOKENS,
+        }
+        for index, content in enumerate(SPECIAL_TOKENS + PLAIN_ADDED_TOKENS)
+    ]
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": SPLIT_PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [list(merge) for merge in merges],
+        },
+    }
 
 
-def _with_published_fields(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, with the fields that only JSON can set as the published file has them."""
-    fields = json.loads(tokenizer.to_str())
-    byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    fields["post_processor"] = {"type": "ByteLevel", **byte_level}
-    fields["decoder"] = {"type": "ByteLevel", **byte_level}
-    fields["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
-    return Tokenizer.from_str(json.dumps(fields))
+def added_token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Added token -> id, of a `tokenizer_json`."""
+    return {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
+def write_tokenizer(tokenizer: dict[str, Any], directory: Path, max_length: int) -> None:
     """Write tokenizer.json and tokenizer_config.json into `directory`."""
-    tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
@@ -86,4 +103,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> No
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        (directory / name).write_text(text + "\n", encoding="utf-8")
