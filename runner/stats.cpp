@@ -1,0 +1,90 @@
+#include "runner/stats.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+namespace et_moe::llm {
+namespace {
+
+constexpr int64_t kScalingFactorUnitsPerSecond = 1000;
+
+double rate(int64_t tokens, double start_ms, double end_ms) {
+  return tokens > 0 && end_ms > start_ms
+             ? static_cast<double>(tokens) * kScalingFactorUnitsPerSecond / (end_ms - start_ms)
+             : 0.0;
+}
+
+double peak_usage_mb(const GpuMemory& gpu) {
+  const int64_t free =
+      std::min({gpu.free_before_load, gpu.free_after_load, gpu.free_after_generate});
+  return static_cast<double>(gpu.total - free) / (1024.0 * 1024.0);
+}
+
+}  // namespace
+
+double now_ms() {
+  using Milliseconds = std::chrono::duration<double, std::milli>;
+  return Milliseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double Stats::prefill_token_per_sec() const {
+  return rate(num_prompt_tokens, inference_start_ms, prompt_eval_end_ms);
+}
+
+double Stats::decode_token_per_sec() const {
+  return rate(num_generated_tokens - 1, prompt_eval_end_ms, inference_end_ms);
+}
+
+std::string Stats::to_json() const {
+  nlohmann::ordered_json json;
+  const auto ms = [](double t) { return static_cast<int64_t>(std::llround(t)); };
+  json["prefill_token_per_sec"] = prefill_token_per_sec();
+  json["decode_token_per_sec"] = decode_token_per_sec();
+  json["prompt_tokens"] = num_prompt_tokens;
+  json["generated_tokens"] = num_generated_tokens;
+  json["model_load_start_ms"] = ms(model_load_start_ms);
+  json["model_load_end_ms"] = ms(model_load_end_ms);
+  json["inference_start_ms"] = ms(inference_start_ms);
+  json["inference_end_ms"] = ms(inference_end_ms);
+  json["model_execution_start_ms"] = ms(model_execution_start_ms);
+  json["model_execution_end_ms"] = ms(model_execution_end_ms);
+  json["prompt_eval_end_ms"] = ms(prompt_eval_end_ms);
+  json["first_token_ms"] = ms(first_token_ms);
+  json["aggregate_sampling_time_ms"] = ms(aggregate_sampling_time_ms);
+  json["aggregate_model_execution_time_ms"] = ms(aggregate_model_execution_time_ms);
+  if (gpu) {
+    json["gpu_total_bytes"] = gpu->total;
+    json["gpu_free_before_load_bytes"] = gpu->free_before_load;
+    json["gpu_free_after_load_bytes"] = gpu->free_after_load;
+    json["gpu_free_after_generate_bytes"] = gpu->free_after_generate;
+    json["gpu_peak_usage_mb"] = peak_usage_mb(*gpu);
+  }
+  json["SCALING_FACTOR_UNITS_PER_SECOND"] = kScalingFactorUnitsPerSecond;
+  return json.dump();
+}
+
+std::string Stats::to_table() const {
+  std::string table;
+  const auto row = [&table](const char* name, const char* format, double value, const char* unit) {
+    char text[128];
+    char number[48];
+    std::snprintf(number, sizeof number, format, value);
+    std::snprintf(text, sizeof text, "  %-22s %12s %s\n", name, number, unit);
+    table += text;
+  };
+  row("Prompt", "%.0f", static_cast<double>(num_prompt_tokens), "tokens");
+  row("Generated", "%.0f", static_cast<double>(num_generated_tokens), "tokens");
+  row("Model load", "%.1f", model_load_end_ms - model_load_start_ms, "ms");
+  row("Prefill", "%.1f", prompt_eval_end_ms - inference_start_ms, "ms");
+  row("", "%.1f", prefill_token_per_sec(), "tokens/s");
+  row("Time to first token", "%.1f", first_token_ms - inference_start_ms, "ms");
+  row("Decode", "%.1f", inference_end_ms - prompt_eval_end_ms, "ms");
+  row("", "%.1f", decode_token_per_sec(), "tokens/s");
+  row("Total", "%.1f", inference_end_ms - inference_start_ms, "ms");
+  if (gpu) row("Peak GPU memory", "%.1f", peak_usage_mb(*gpu), "MiB");
+  return table;
+}
+
+}  // namespace et_moe::llm

@@ -1,0 +1,50 @@
+// llm::Stats: what a run took, with the field names and JSON keys of ExecuTorch's runners
+// (extension/llm/runner/stats.h).
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace et_moe::llm {
+
+/// Milliseconds on a monotonic clock, with fractions.
+double now_ms();
+
+/// GPU memory in bytes, as cudaMemGetInfo reports it.
+struct GpuMemory {
+  int64_t total = 0;
+  int64_t free_before_load = 0;
+  int64_t free_after_load = 0;
+  int64_t free_after_generate = 0;
+};
+
+struct Stats {
+  // Points in time, from now_ms().
+  double model_load_start_ms = 0;
+  double model_load_end_ms = 0;
+  double inference_start_ms = 0;        // the prompt is tokenized after this
+  double model_execution_start_ms = 0;  // first call of the program
+  double prompt_eval_end_ms = 0;        // end of prefill
+  double first_token_ms = 0;
+  double model_execution_end_ms = 0;
+  double inference_end_ms = 0;
+  // Durations. Sampling is part of the program: it is not timed apart and stays 0.
+  double aggregate_sampling_time_ms = 0;
+  double aggregate_model_execution_time_ms = 0;
+  int64_t num_prompt_tokens = 0;
+  int64_t num_generated_tokens = 0;  // the one that prefill draws included
+  std::optional<GpuMemory> gpu;      // only where a GPU was used
+
+  /// Prompt tokens per second of prefill.
+  double prefill_token_per_sec() const;
+  /// Tokens after the first per second between prefill and the end.
+  double decode_token_per_sec() const;
+  /// One JSON object on one line. Times are rounded to whole milliseconds, rates are not.
+  std::string to_json() const;
+  /// A table for people.
+  std::string to_table() const;
+};
+
+}  // namespace et_moe::llm
