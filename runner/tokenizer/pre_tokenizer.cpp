@@ -1,0 +1,140 @@
+#include "runner/tokenizer/pre_tokenizer.h"
+
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <stdexcept>
+
+#include "runner/tokenizer/unicode_ranges.h"
+#include "runner/tokenizer/utf8.h"
+
+namespace et_moe {
+namespace {
+
+// The elements of a pattern that PCRE2 and Oniguruma agree on.
+constexpr char kSupportedPattern[] = R"re((?x) \A (?:
+    \Q(?i:'s|'t|'re|'ve|'m|'ll|'d)\E                              # English contractions
+  | \( (?: \?[:=!] | (?![?*]) ) | [)|]                            # groups, but no verbs: (*X)
+  | \[ \^? (?: \\[sSrnt] | \\p\{[LMN]\} | (?![][\\^&-])[ -~] )+ \]
+  | \\[sSrnt] | \\p\{[LMN]\}
+  | [?*+][?+]? (?![?*+{]) | \{ \d+ (?:,\d*)? \} (?![?*+{])        # repeats
+  | (?![][\\^$.|?*+(){}])[ -~]                                    # literals
+)*+ \z)re";
+
+constexpr uint32_t kHeapLimitKib = 256 * 1024;
+constexpr uint64_t kMatchLimit = 10'000'000;  // PCRE2's default, for text of no length
+
+struct MatchDeleter {
+  void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
+  void operator()(pcre2_match_context* context) const { pcre2_match_context_free(context); }
+};
+using MatchData = std::unique_ptr<pcre2_match_data, MatchDeleter>;
+using MatchContext = std::unique_ptr<pcre2_match_context, MatchDeleter>;
+
+PCRE2_SPTR bytes_of(std::string_view text) { return reinterpret_cast<PCRE2_SPTR>(text.data()); }
+
+std::string message_of(int error) {
+  PCRE2_UCHAR message[256];
+  pcre2_get_error_message(error, message, sizeof message);
+  return reinterpret_cast<const char*>(message);
+}
+
+pcre2_code* compile(std::string_view pattern) {
+  int error = 0;
+  size_t offset = 0;
+  pcre2_code* code = pcre2_compile(bytes_of(pattern), pattern.size(), PCRE2_UTF | PCRE2_UCP, &error,
+                                   &offset, nullptr);
+  if (code == nullptr) {
+    throw std::runtime_error("invalid regular expression: " + message_of(error) + " at offset " +
+                             std::to_string(offset));
+  }
+  return code;
+}
+
+/// A character that PCRE2 puts into the class that `code_point` has for Hugging Face, with a UTF-8
+/// form of the same length; empty where PCRE2 needs no help.
+std::string_view stand_in(char32_t code_point, size_t length) {
+  const auto* range = std::lower_bound(
+      std::begin(kClassesUnknownToPcre2), std::end(kClassesUnknownToPcre2), code_point,
+      [](const CharacterClassRange& r, char32_t c) { return r.last < c; });
+  if (range == std::end(kClassesUnknownToPcre2) || code_point < range->first) return {};
+  switch (range->general_category) {
+    case 'L':
+      return length == 3 ? "\xE4\xB8\x80" : "\xF0\xA0\x80\x80";  // U+4E00, U+20000
+    case 'M':
+      return length == 3 ? "\xE0\xA4\x80" : "\xF0\x9D\x85\xA5";  // U+0900, U+1D165
+    case 'N':
+      return "\xF0\x9D\x9F\x8E";  // U+1D7CE
+    default:
+      return "\xE2\x80\x8B";  // U+200B, a format character
+  }
+}
+
+/// `text` with stand-ins put in.
+std::string with_stand_ins(std::string_view text) {
+  std::string result(text);
+  for (size_t pos = 0; pos < text.size();) {
+    const Utf8Sequence sequence = read_utf8(text, pos);
+    const std::string_view other = stand_in(sequence.code_point, sequence.length);
+    if (!other.empty()) result.replace(pos, sequence.length, other);
+    pos += sequence.length;
+  }
+  return result;
+}
+
+}  // namespace
+
+void PreTokenizer::CodeDeleter::operator()(pcre2_real_code_8* code) const { pcre2_code_free(code); }
+
+PreTokenizer::PreTokenizer(const std::string& pattern) : code_(compile(pattern)) {
+  const std::unique_ptr<pcre2_code, CodeDeleter> supported(compile(kSupportedPattern));
+  const MatchData data(pcre2_match_data_create(1, nullptr));
+  if (pcre2_match(supported.get(), bytes_of(pattern), pattern.size(), 0, 0, data.get(), nullptr) <
+      0) {
+    throw std::runtime_error("regular expression uses unsupported syntax: " + pattern);
+  }
+  uint32_t matches_empty = 0;
+  pcre2_pattern_info(code_.get(), PCRE2_INFO_MATCHEMPTY, &matches_empty);
+  if (matches_empty != 0) {
+    throw std::runtime_error("regular expression can match an empty string: " + pattern);
+  }
+  pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // where it fails, pcre2_match interprets
+}
+
+std::vector<std::string_view> PreTokenizer::split(std::string_view text) const {
+  const std::string subject = with_stand_ins(text);
+  const MatchData data(pcre2_match_data_create(1, nullptr));
+  const MatchContext context(pcre2_match_context_create(nullptr));
+  if (data == nullptr || context == nullptr) throw std::runtime_error("PCRE2: out of memory");
+  const uint64_t limit = kMatchLimit + 8 * static_cast<uint64_t>(text.size());
+  pcre2_set_match_limit(context.get(),
+                        static_cast<uint32_t>(std::min<uint64_t>(limit, UINT32_MAX)));
+  pcre2_set_depth_limit(context.get(), UINT32_MAX);  // memory is bounded by the heap limit
+  pcre2_set_heap_limit(context.get(), kHeapLimitKib);
+  const auto match_from = [&](size_t pos, uint32_t options) {
+    return pcre2_match(code_.get(), bytes_of(subject), subject.size(), pos,
+                       PCRE2_NO_UTF_CHECK | options, data.get(), context.get());
+  };
+
+  std::vector<std::string_view> pieces;
+  size_t pos = 0;
+  while (pos < text.size()) {
+    int status = match_from(pos, 0);
+    if (status == PCRE2_ERROR_JIT_STACKLIMIT) status = match_from(pos, PCRE2_NO_JIT);
+    if (status == PCRE2_ERROR_NOMATCH) break;
+    if (status < 0) {
+      throw std::runtime_error("regular expression of the pre-tokenizer: " + message_of(status));
+    }
+    const size_t* match = pcre2_get_ovector_pointer(data.get());
+    if (match[0] > pos) pieces.push_back(text.substr(pos, match[0] - pos));
+    pieces.push_back(text.substr(match[0], match[1] - match[0]));
+    pos = match[1];
+  }
+  if (pos < text.size()) pieces.push_back(text.substr(pos));
+  return pieces;
+}
+
+}  // namespace et_moe

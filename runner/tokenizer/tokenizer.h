@@ -1,0 +1,84 @@
+// The tokenizer of Qwen's models, from the tokenizer.json that Hugging Face publishes with them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "runner/tokenizer/added_tokens.h"
+#include "runner/tokenizer/bpe.h"
+#include "runner/tokenizer/pre_tokenizer.h"
+#include "runner/tokenizer/tokenizer_json.h"
+
+namespace et_moe {
+
+/// Gives the ids and texts that Hugging Face's tokenizers library (0.23) gives, for files that have
+/// Qwen's features and no others:
+///   normalizer      NFC or null
+///   pre_tokenizer   Sequence of Split (a Regex that PreTokenizer takes, Isolated, not inverted)
+///   and
+///                   ByteLevel (no prefix space, no regex)
+///   model           BPE with all 256 bytes in its vocabulary, ids from 0 without gaps, merges as
+///                   pairs or strings, ignore_merges or not; no dropout, unknown token, prefix,
+///                   suffix or byte fallback
+///   decoder, post_processor   ByteLevel (the latter may be null)
+///   added_tokens    special or not, normalized or not; no lstrip, rstrip, single_word
+///   truncation, padding       null
+///
+/// Exact for every string with PCRE2 10.42 to 10.46 (Unicode 14 to 16) and any utf8proc from 2.8
+/// on. A newer PCRE2 may class characters of Unicode 17 and later as letters, marks or numbers
+/// where Hugging Face sees unassigned ones.
+///
+/// Immutable: may be used by several threads at once. Movable, not copyable.
+class Tokenizer {
+ public:
+  /// Throws std::runtime_error that names the file and the key at fault, whatever the file holds.
+  static Tokenizer load(const std::string& path);
+
+  /// The ids of `utf8_text`. Special tokens written in the text become their ids only with
+  /// `parse_special` (Hugging Face's default; without it is its `encode_special_tokens = True`);
+  /// other added tokens always do. Throws std::runtime_error if the text is not well-formed UTF-8.
+  std::vector<int64_t> encode(std::string_view utf8_text, bool parse_special) const;
+
+  /// The text of `ids`, special tokens included; ill-formed UTF-8 becomes U+FFFD. Throws
+  /// std::runtime_error for an id that is not in 0 to vocab_size() - 1.
+  std::string decode(const std::vector<int64_t>& ids) const;
+
+  /// The bytes of one token, for Utf8Stream: maybe only a part of a UTF-8 character. Valid as long
+  /// as the tokenizer lives. Throws like `decode`.
+  std::string_view id_to_bytes(int64_t id) const;
+
+  /// Whether the id is that of a special added token. Throws like `decode`.
+  bool is_special(int64_t id) const;
+
+  /// The greatest id plus one. A model's embedding may have more rows.
+  int64_t vocab_size() const { return static_cast<int64_t>(tokens_.size()); }
+
+  /// The id of a token, named as in the file: added tokens as they are, e.g. "<|im_end|>", others
+  /// in the byte-level alphabet, e.g. "Ġthe".
+  std::optional<int64_t> token_to_id(std::string_view token) const;
+
+ private:
+  struct Token {
+    std::string bytes;
+    bool special = false;
+  };
+
+  explicit Tokenizer(TokenizerSpec spec);
+  const Token& token_at(int64_t id) const;
+  template <typename EncodeText>
+  void split_added_tokens(std::string_view text, const AddedTokenFinder& finder, bool parse_special,
+                          std::vector<int64_t>& ids, const EncodeText& encode_text) const;
+
+  bool nfc_;
+  PreTokenizer pre_tokenizer_;
+  Bpe bpe_;
+  AddedTokenFinder raw_added_tokens_, normalized_added_tokens_;
+  std::unordered_map<std::string, int64_t> added_ids_;
+  std::vector<Token> tokens_;  // by id
+};
+
+}  // namespace et_moe

@@ -1,0 +1,104 @@
+// Makes the tokenizer available to tests that are not in C++. Reads lines from stdin and writes one
+// line of JSON for each:
+//   tokenizer_cli FILE --encode        JSON string -> list of ids
+//   tokenizer_cli FILE --encode-plain  the same, but special tokens stay text
+//   tokenizer_cli FILE --decode        list of ids -> JSON string
+//   tokenizer_cli PATTERN --split      JSON string -> list of the pieces it is cut into
+//   tokenizer_cli --normalize          JSON string -> its NFC
+//   tokenizer_cli --load-only          path of a tokenizer.json -> null, or the error's message
+#include <chrono>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "runner/tokenizer/normalizer.h"
+#include "runner/tokenizer/pre_tokenizer.h"
+#include "runner/tokenizer/tokenizer.h"
+
+namespace {
+
+using et_moe::Tokenizer;
+using nlohmann::json;
+
+std::string parse_string(const std::string& line) { return json::parse(line).get<std::string>(); }
+
+json load_error(const std::string& path) {
+  try {
+    Tokenizer::load(path);
+    return nullptr;
+  } catch (const std::runtime_error& error) {  // anything else is a bug and ends the program
+    return error.what();
+  }
+}
+
+template <typename Convert>
+void for_each_line(const Convert& convert) {
+  std::string line;
+  while (std::getline(std::cin, line)) {
+    const json result = convert(line);
+    // A message may quote bytes of a malformed file.
+    std::cout << result.dump(-1, ' ', true, json::error_handler_t::replace) << "\n";
+  }
+}
+
+int run(const std::string& mode) {
+  if (mode == "--normalize") {
+    for_each_line(
+        [](const std::string& line) { return et_moe::normalize_nfc(parse_string(line)); });
+  } else if (mode == "--load-only") {
+    for_each_line(load_error);
+  } else {
+    std::cerr << "unknown mode " << mode << "\n";
+    return 2;
+  }
+  return 0;
+}
+
+int run(const std::string& subject, const std::string& mode) {
+  if (mode == "--split") {
+    const et_moe::PreTokenizer pre_tokenizer(subject);
+    for_each_line([&](const std::string& line) -> json {
+      const std::string text = parse_string(line);
+      return pre_tokenizer.split(text);
+    });
+    return 0;
+  }
+  const auto load_start = std::chrono::steady_clock::now();
+  const Tokenizer tokenizer = Tokenizer::load(subject);
+  const auto convert_start = std::chrono::steady_clock::now();
+  if (mode == "--decode") {
+    for_each_line([&](const std::string& line) {
+      return tokenizer.decode(json::parse(line).get<std::vector<int64_t>>());
+    });
+  } else if (mode == "--encode" || mode == "--encode-plain") {
+    for_each_line([&](const std::string& line) {
+      return tokenizer.encode(parse_string(line), mode == "--encode");
+    });
+  } else {
+    std::cerr << "unknown mode " << mode << "\n";
+    return 2;
+  }
+  const auto end = std::chrono::steady_clock::now();
+  const auto seconds = [](auto duration) {
+    return std::chrono::duration<double>(duration).count();
+  };
+  std::cerr << "load " << seconds(convert_start - load_start) << " s, convert "
+            << seconds(end - convert_start) << " s\n";
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    if (argc == 2) return run(argv[1]);
+    if (argc == 3) return run(argv[1], argv[2]);
+    std::cerr << "usage: tokenizer_cli [FILE|PATTERN] MODE\n";
+    return 2;
+  } catch (const std::runtime_error& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+}
