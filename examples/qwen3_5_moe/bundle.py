@@ -6,8 +6,6 @@ of `model.Qwen3_5Moe` by name.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from et_moe.backends import ops
+from et_moe.backends.atomic_file import write_file
 from et_moe.examples.qwen3_5_moe.checkpoint import (
     Checkpoint,
     Parts,
@@ -165,12 +164,10 @@ class Bundle:
 
 
 def copy_files(source: Path, destination: Path, names: tuple[str, ...]) -> list[str]:
-    """Copies those of `names` that exist, each under a temporary name first; returns them."""
+    """Copies those of `names` that exist, each whole or not at all; returns them."""
     copied = [name for name in names if (source / name).is_file()]
     for name in copied:
-        temporary = destination / f"{name}.tmp"
-        shutil.copyfile(source / name, temporary)
-        os.replace(temporary, destination / name)
+        write_file(destination / name, (source / name).read_bytes())
     return copied
 
 
@@ -219,7 +216,5 @@ def write_bundle(
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON under a temporary name, then renames it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Writes an indented JSON file, whole or not at all."""
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The demo checkpoint: quantized, exported, and run; prints a continuation and the stats.
+# Usage: scripts/demo.sh [PROMPT]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+prompt=${1:-"Return a new list containing"}
+
+et-moe export --model-dir examples/qwen3_5_moe/demo_checkpoint --output-dir build/demo \
+  --qlinear 4w --qlinear-group-size 32 --qembedding 8w
+build/runner/qwen3_5_moe_runner \
+  --model_path build/demo/model.pte --data_path build/demo/model.ptd \
+  --tokenizer_path build/demo/tokenizer.json \
+  --prompt "$prompt" --max_new_tokens 100 --temperature 0.7 --top_p 0.95 --seed 1

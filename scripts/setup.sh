@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# From a fresh Linux machine to .venv and build/runner/qwen3_5_moe_runner. Run it again at any time:
+# what is up to date stays.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(g++ python3-venv libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcli11-dev libxxhash-dev
+  libgtest-dev)
+
+install_system_packages() {
+  local missing=()
+  for package in "${packages[@]}"; do
+    case $package in
+      g++) command -v g++ >/dev/null || missing+=("$package") ;;
+      python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=("$package") ;;
+      *) dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package") ;;
+    esac
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  local sudo=()
+  if [ "$(id -u)" -ne 0 ]; then
+    if ! sudo -n true 2>/dev/null; then
+      echo "setup: these system packages are missing, and installing them needs root:" >&2
+      echo "  sudo apt-get install ${missing[*]}" >&2
+      exit 1
+    fi
+    sudo=(sudo -n)
+  fi
+  echo "setup: installing ${missing[*]}"
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
+}
+
+install_python_packages() {
+  if ! python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; then
+    echo "setup: python3 is $(python3 --version 2>&1), expected 3.11, 3.12 or 3.13" >&2
+    exit 1
+  fi
+  [ -x .venv/bin/python ] || python3 -m venv .venv
+  local stamp
+  stamp=$(sha256sum pyproject.toml)
+  [ "$(cat .venv/et_moe_stamp 2>/dev/null)" = "$stamp" ] && return
+  echo "setup: installing Python packages into .venv"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[build,cuda,dev]"
+  echo "$stamp" >.venv/et_moe_stamp
+}
+
+build_runner() {
+  export PATH="$PWD/.venv/bin:$PATH"
+  cmake --preset release -DPython3_EXECUTABLE="$PWD/.venv/bin/python" --log-level=WARNING
+  cmake --build --preset release
+}
+
+install_system_packages
+install_python_packages
+build_runner

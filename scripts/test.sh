@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that can be tested without a GPU: linters, C++ tests, Python tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff check .
+ruff format --check .
+git ls-files '*.cpp' '*.h' | xargs clang-format --dry-run -Werror
+ctest --test-dir build --output-on-failure --no-tests=error
+python -m pytest -n 2 --dist worksteal --durations=15
