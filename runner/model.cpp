@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "runner/log.h"
 #include "runner/sealed_file.h"
 
 namespace et_moe {
@@ -87,6 +88,7 @@ void Session::reset() {
 
 Model::Model(const std::string& pte_path, const std::string& ptd_path) : pte_path_(pte_path) {
   executorch::runtime::runtime_init();
+  capture_log();
   MappedFile file(pte_path);
   if (check_seal(file, pte_path) != file.size() - kTrailerSize) {
     throw std::runtime_error(pte_path + ": damaged: its checksum does not cover all of it");
@@ -95,7 +97,9 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path) : pte_pat
   if (!loader.ok()) throw std::runtime_error(pte_path + ": cannot be mapped");
   loader_.emplace(std::move(*loader));
   auto program = Program::load(&*loader_);
-  if (!program.ok()) throw std::runtime_error(pte_path + ": not an ExecuTorch program");
+  if (!program.ok()) {
+    throw std::runtime_error(pte_path + ": not an ExecuTorch program" + take_log());
+  }
   program_.emplace(std::move(*program));
   read_info();
   weights_ = std::make_unique<Weights>(ptd_path, weight_specs_);
@@ -130,7 +134,7 @@ Model::LoadedMethod& Model::load_method(const std::string& name) {
   auto method = program_->load_method(name.c_str(), slot->memory.get());
   if (!method.ok()) {
     throw std::runtime_error(pte_path_ + ": method " + name + " cannot be loaded: " +
-                             executorch::runtime::to_string(method.error()));
+                             executorch::runtime::to_string(method.error()) + take_log());
   }
   slot->method.emplace(std::move(*method));
   return *slot;
@@ -204,7 +208,7 @@ void Model::bind(LoadedMethod& loaded, Session& session) {
   for (size_t i = first ? 0 : state_begin; i < (first ? tensors.size() : state_end); ++i) {
     if (loaded.method->set_input(EValue(*tensors[i]), i + 1) != Error::Ok) {
       throw std::runtime_error(pte_path_ + ": input " + std::to_string(i + 1) +
-                               " does not take the tensor its bindings name");
+                               " does not take the tensor its bindings name" + take_log());
     }
   }
   loaded.bound_session = session.id_;
@@ -242,7 +246,7 @@ Step Model::run(Session& session, const int64_t* tokens, size_t count, int64_t p
   if (error == Error::Ok) error = loaded.method->execute();
   if (error != Error::Ok) {
     throw std::runtime_error(pte_path_ + ": " + name +
-                             " failed: " + executorch::runtime::to_string(error));
+                             " failed: " + executorch::runtime::to_string(error) + take_log());
   }
   // The program returns the updated state first.
   const EValue& token = loaded.method->get_output(state_.size());
