@@ -1,0 +1,144 @@
+// Stats, files and seals: what needs no program to test.
+#include "runner/engine.h"
+
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+
+#include "runner/files.h"
+#include "runner/sealed_file.h"
+#include "runner/stats.h"
+
+namespace et_moe {
+namespace {
+
+std::string temporary_folder() {
+  std::string name = ::testing::TempDir() + "et_moe_XXXXXX";
+  return mkdtemp(name.data());
+}
+
+llm::Stats example() {
+  llm::Stats stats;
+  stats.model_load_start_ms = 1000;
+  stats.model_load_end_ms = 1250;
+  stats.inference_start_ms = 2000;
+  stats.model_execution_start_ms = 2001;
+  stats.prompt_eval_end_ms = stats.first_token_ms = 2100;
+  stats.inference_end_ms = stats.model_execution_end_ms = 3100;
+  stats.aggregate_model_execution_time_ms = 1090;
+  stats.num_prompt_tokens = 50;
+  stats.num_generated_tokens = 101;
+  return stats;
+}
+
+TEST(Stats, RatesCountPrefillAndTheTokensAfterTheFirst) {
+  EXPECT_DOUBLE_EQ(example().prefill_token_per_sec(), 500);
+  EXPECT_DOUBLE_EQ(example().decode_token_per_sec(), 100);
+}
+
+TEST(Stats, RatesOfNothingAreZero) {
+  EXPECT_EQ(llm::Stats{}.prefill_token_per_sec(), 0);
+  llm::Stats one = example();
+  one.num_generated_tokens = 1;
+  EXPECT_EQ(one.decode_token_per_sec(), 0);
+}
+
+TEST(Stats, JsonHasTheKeysOfExecuTorch) {
+  const auto json = nlohmann::json::parse(example().to_json());
+  const std::vector<std::string> keys = {"prefill_token_per_sec",
+                                         "decode_token_per_sec",
+                                         "prompt_tokens",
+                                         "generated_tokens",
+                                         "model_load_start_ms",
+                                         "model_load_end_ms",
+                                         "inference_start_ms",
+                                         "inference_end_ms",
+                                         "model_execution_start_ms",
+                                         "model_execution_end_ms",
+                                         "prompt_eval_end_ms",
+                                         "first_token_ms",
+                                         "aggregate_sampling_time_ms",
+                                         "aggregate_model_execution_time_ms",
+                                         "SCALING_FACTOR_UNITS_PER_SECOND"};
+  EXPECT_EQ(json.size(), keys.size());
+  for (const auto& key : keys) EXPECT_TRUE(json.contains(key)) << key;
+  EXPECT_EQ(json["inference_end_ms"], 3100);
+}
+
+TEST(Stats, GpuKeysAppearOnlyWithAGpu) {
+  llm::Stats stats = example();
+  stats.gpu = llm::GpuMemory{100 << 20, 90 << 20, 40 << 20, 30 << 20};
+  const auto json = nlohmann::json::parse(stats.to_json());
+  EXPECT_EQ(json.size(), 20u);
+  EXPECT_EQ(json["gpu_free_after_load_bytes"], 40 << 20);
+  EXPECT_DOUBLE_EQ(json["gpu_peak_usage_mb"], 70);
+}
+
+TEST(Engine, LogProbabilityIsLogSoftmax) {
+  const float logits[] = {1000.0f, 999.0f, 998.0f};
+  const double sum = 1 + std::exp(-1.0) + std::exp(-2.0);
+  EXPECT_NEAR(log_probability(logits, 3, 1), -1 - std::log(sum), 1e-12);
+}
+
+TEST(Files, WriteReplacesWholeFilesAndLeavesNothingBehind) {
+  const std::string folder = temporary_folder(), path = folder + "/a";
+  write_file(path, "first");
+  write_file(path, "second");
+  EXPECT_EQ(read_file(path), "second");
+  EXPECT_THROW(write_file(folder + "/missing/a", "x"), std::runtime_error);
+  EXPECT_THROW(write_file(folder, "x"), std::runtime_error);
+  EXPECT_NE(access((folder + "." + std::to_string(getpid()) + ".tmp").c_str(), F_OK), 0);
+}
+
+TEST(Files, IdsAreAListOfIntegers) {
+  const std::string path = temporary_folder() + "/ids.json";
+  write_file(path, "[1, 2,3]");
+  EXPECT_EQ(read_ids(path), (std::vector<int64_t>{1, 2, 3}));
+  for (const char* bad : {"", "{}", "[1, 2", "[1.5]", "[\"1\"]", "[[1]]", "[[[[[[1]]]]]]", "1"}) {
+    write_file(path, bad);
+    EXPECT_THROW(read_ids(path), std::runtime_error) << bad;
+  }
+}
+
+TEST(Files, NpyHasAnAlignedHeaderAndAppearsOnClose) {
+  const std::string path = temporary_folder() + "/a.npy";
+  const float row[] = {1, 2, 3};
+  {
+    NpyWriter dropped(path, 2, 3);
+    dropped.write_row(row);
+  }
+  EXPECT_NE(access(path.c_str(), F_OK), 0);
+  NpyWriter writer(path, 2, 3);
+  writer.write_row(row);
+  writer.write_row(row);
+  writer.close();
+  const std::string content = read_file(path);
+  EXPECT_EQ(content.size() % 64, 24u);
+  EXPECT_NE(content.find("'shape': (2, 3)"), std::string::npos);
+}
+
+TEST(SealedFile, AnyChangeOfACoveredByteIsNoticed) {
+  const std::string path = temporary_folder() + "/sealed";
+  // "hello" and its XXH3 64-bit hash, as xxhsum -H3 prints it.
+  std::string content("hello");
+  content += std::string("ETMOESUM\x05\0\0\0\0\0\0\0", 16);
+  const uint64_t hash = 0x9555e8555c62dcfdULL;
+  content.append(reinterpret_cast<const char*>(&hash), 8);
+  write_file(path, content);
+  EXPECT_EQ(check_seal(MappedFile(path), path), 5u);
+  for (size_t i = 0; i < content.size(); ++i) {
+    std::string changed = content;
+    changed[i] ^= 4;
+    write_file(path, changed);
+    EXPECT_THROW(check_seal(MappedFile(path), path), std::runtime_error) << i;
+    write_file(path, content.substr(0, i) + (i ? "" : " "));
+    EXPECT_THROW(check_seal(MappedFile(path), path), std::runtime_error) << i;
+  }
+}
+
+}  // namespace
+}  // namespace et_moe

@@ -1,0 +1,125 @@
+"""The runner against Hugging Face: float32, unquantized, token for token."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint
+from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
+from et_moe.examples.qwen3_5_moe.export import export
+from et_moe.examples.qwen3_5_moe.model import Quantization
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+PROMPT_LENGTHS = (1, 2, 7, 63, 64, 65, 300)
+NEW_TOKENS = 64
+LINEAR, FULL = "linear_attention", "full_attention"
+
+BASE = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "layer_types": [LINEAR, FULL],
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
+CONFIGS = {
+    "one_kv_head": {"num_key_value_heads": 1},
+    "three_value_heads_per_key_head": {"linear_num_value_heads": 6},
+    "top_1": {"num_experts_per_tok": 1, "layer_types": [LINEAR, LINEAR, FULL]},
+    "top_8_last_layer_linear": {
+        "num_experts": 16,
+        "num_experts_per_tok": 8,
+        "layer_types": [FULL, LINEAR],
+    },
+    "tied_embeddings": {"tie_word_embeddings": True, "layer_types": [LINEAR, FULL, LINEAR]},
+    "conv_2": {"linear_conv_kernel_dim": 2},
+    "wide_shared_expert": {
+        "shared_expert_intermediate_size": 80,
+        "layer_types": [LINEAR, LINEAR, LINEAR, FULL],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 1.0,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request, tmp_path_factory):
+    """A random Hugging Face model and its export without quantization."""
+    config = Qwen3_5MoeTextConfig(
+        **{**BASE, **CONFIGS[request.param]},
+        num_hidden_layers=len(CONFIGS[request.param].get("layer_types", BASE["layer_types"])),
+        pad_token_id=0,
+    )
+    torch.manual_seed(len(request.param))
+    model = Qwen3_5MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif parameter.dim() >= 2:
+                parameter.mul_(2.5)  # wider logits and decisive routing than at initialisation
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder / "checkpoint")
+    source = QuantizedCheckpoint(
+        Checkpoint(folder / "checkpoint"), Quantization("none", 128, "none")
+    )
+    export(source, folder / "program", torch.float32)
+    return model, folder / "program"
+
+
+def _prompt(model, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
+
+
+@pytest.mark.parametrize("length", PROMPT_LENGTHS)
+def test_greedy_tokens_equal_hugging_face(case, runner, length: int) -> None:
+    model, program = case
+    prompt = _prompt(model, length)
+    with torch.no_grad():
+        expected = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )[0, length:].tolist()
+    assert runner.generate(program, prompt[0].tolist(), NEW_TOKENS) == expected
+
+
+def test_log_probabilities_within_1e_3(case, runner) -> None:
+    model, program = case
+    ids = _prompt(model, 130)
+    with torch.no_grad():
+        expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    scored = torch.tensor(runner.score(program, ids[0].tolist()))
+    torch.testing.assert_close(scored, expected, rtol=0, atol=1e-3)
+
+
+def test_prefill_and_token_by_token_reach_the_same_state(case, runner, tmp_path: Path) -> None:
+    """The continuation depends on every state tensor: equal logits mean equal state."""
+    model, program = case
+    ids = _prompt(model, 90)[0].tolist()
+    continued = runner.generate(program, ids, 40)
+    # Scoring feeds token by token; its log-probabilities of the greedy tokens are the largest.
+    scored = runner.score(program, ids + continued)[len(ids) - 1 :]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + continued])).logits[0, len(ids) - 1 : -1]
+    best = logits.log_softmax(-1).amax(-1)
+    torch.testing.assert_close(torch.tensor(scored), best, rtol=0, atol=1e-3)
