@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
 from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint
 from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
 from et_moe.examples.qwen3_5_moe.export import export
 from et_moe.examples.qwen3_5_moe.model import Quantization
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 PROMPT_LENGTHS = (1, 2, 7, 63, 64, 65, 300)
 NEW_TOKENS = 64
