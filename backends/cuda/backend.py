@@ -1,0 +1,272 @@
+"""Lowers methods to a `.pte` whose code runs on CUDA, through ExecuTorch's delegate interface.
+
+A whole method is one opaque op in the program that ExecuTorch sees, so that ops which update state
+in place never pass the edge dialect, which would make copies of them. The op is delegated, and
+`preprocess` compiles the real graph.
+
+The delegate's processed bytes are JSON (see `describe`); the code of each architecture is a named
+blob of the `.pte`, `<method>.<architecture>`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import final
+
+import torch
+import triton
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+from torch.export import Dim, ExportedProgram
+
+from et_moe.backends.cuda.compile import CompiledMethod, compile_method
+from et_moe.backends.cuda.gpu import gpu_for
+from et_moe.backends.cuda.graphs import DTYPE_NAMES, bounds, input_nodes, output_values
+from et_moe.backends.cuda.prepack import PREPACK_VERSION, WeightPlan, plan_weights
+from et_moe.backends.method_graph import MethodGraph
+
+FORMAT = 1
+"""Version of the delegate's JSON."""
+
+ALIGNMENT = 256
+"""Bytes; of every tensor that the code is given (what `cudaMalloc` guarantees)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lowering:
+    """What `preprocess` works on; ExecuTorch only hands it the opaque op."""
+
+    methods: Mapping[str, MethodGraph]
+    plan: WeightPlan
+    archs: tuple[str, ...]
+    cache_dir: Path | None
+    compiled: dict[str, dict[str, CompiledMethod]]
+
+
+_LOWERING: contextvars.ContextVar[_Lowering] = contextvars.ContextVar("lowering")
+
+_LIBRARY = torch.library.Library("et_moe_cuda", "DEF")
+_LIBRARY.define("method(str name, Tensor[] inputs) -> Tensor[]")
+
+
+@torch.library.register_fake("et_moe_cuda::method", lib=_LIBRARY)
+def _method_fake(name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    results = output_values(_LOWERING.get().methods[name])
+    return [inputs[0].new_empty(tuple(r.shape), dtype=r.dtype) for r in results]
+
+
+class _Method(torch.nn.Module):
+    """A method as ExecuTorch sees it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def forward(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.ops.et_moe_cuda.method(self._name, inputs))
+
+
+@final
+class EtMoeCudaBackend(BackendDetails):
+    """Delegate that runs a method's compiled code; its name is the backend's id."""
+
+    @staticmethod
+    def preprocess(
+        edge_program: ExportedProgram, compile_specs: list[CompileSpec]
+    ) -> PreprocessResult:
+        lowering = _LOWERING.get()
+        method = {spec.key: spec.value.decode() for spec in compile_specs}["method"]
+        graph, store = lowering.methods[method], NamedDataStore()
+        compiled = lowering.compiled[method] = {}
+        for arch in lowering.archs:
+            code = compile_method(graph, lowering.plan, arch, lowering.cache_dir)
+            store.add_named_data(f"{method}.{arch}", code.code, alignment=16)
+            compiled[arch] = code
+        return PreprocessResult(
+            processed_bytes=json.dumps(describe(method, graph, lowering.plan, compiled)).encode(),
+            debug_handle_map={},
+            data_store_output=store.get_named_data_store_output(),
+        )
+
+
+class EtMoeCudaPartitioner(Partitioner):
+    """Delegates the whole of a program that is one call of `et_moe_cuda::method`."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._spec = DelegationSpec(
+            EtMoeCudaBackend.__name__, [CompileSpec("method", method.encode())]
+        )
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        for node in exported_program.graph.nodes:
+            if node.op == "call_function":
+                node.meta["delegation_tag"] = "method"
+        return PartitionResult(
+            tagged_exported_program=exported_program, partition_tags={"method": self._spec}
+        )
+
+
+def _tensor(graph: MethodGraph, name: str, value: torch.Tensor) -> dict[str, object]:
+    limits = [bounds(graph, size) for size in value.shape]
+    entry = {"name": name, "dtype": DTYPE_NAMES[value.dtype], "shape": [high for _, high in limits]}
+    if any(low != high for low, high in limits):
+        entry["min_shape"] = [low for low, _ in limits]
+    return entry
+
+
+def describe(
+    method: str, graph: MethodGraph, plan: WeightPlan, compiled: Mapping[str, CompiledMethod]
+) -> dict[str, object]:
+    """What a delegate has to know of a method, as JSON.
+
+    Tensors are objects with `name`, `dtype` and `shape`; where a dimension varies from call to call
+    `shape` has its upper bounds and `min_shape` its lower ones. The code takes `inputs`, `state`
+    and `weights` in this order and returns `outputs`.
+    """
+    nodes = input_nodes(graph)
+    return {
+        "format": FORMAT,
+        "method": method,
+        "inputs": [_tensor(graph, n, nodes[n].meta["val"]) for n in graph.inputs],
+        "state": [_tensor(graph, n, nodes[n].meta["val"]) for n in graph.state],
+        "weights": [
+            {"name": n, "dtype": DTYPE_NAMES[plan.spec[n][0]], "shape": list(plan.spec[n][1])}
+            for n in graph.weights
+        ],
+        "outputs": [
+            _tensor(graph, n, v)
+            for n, v in zip(("token", "logits"), output_values(graph), strict=True)
+        ],
+        "alignment": ALIGNMENT,
+        "prepack": PREPACK_VERSION,
+        "versions": {
+            "et_moe": version("et-moe"),
+            # Without the "+cpu" or "+cu130" of a build: it makes no difference.
+            "torch": torch.__version__.partition("+")[0],
+            "triton": triton.__version__,
+        },
+        "code": {arch: _describe_code(method, code) for arch, code in compiled.items()},
+    }
+
+
+def _describe_code(method: str, code: CompiledMethod) -> dict[str, object]:
+    return {
+        "data": f"{method}.{code.arch}",
+        "bytes": len(code.code),
+        "sha256": code.sha256,
+        "launches": code.launches,
+        "kernels": [
+            {
+                "name": kernel.name,
+                "launches": kernel.launches,
+                "num_warps": kernel.num_warps,
+                "shared_memory": kernel.shared_memory,
+            }
+            for kernel in code.kernels
+        ],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredProgram:
+    """A `.pte` and what belongs to it.
+
+    Attributes:
+        pte: its bytes.
+        plan: shapes of the weights that it wants in the `.ptd`, and how to make them.
+        compiled: method -> architecture -> its code and kernels.
+    """
+
+    pte: bytes
+    plan: WeightPlan
+    compiled: dict[str, dict[str, CompiledMethod]]
+
+    def sidecar(self) -> str:
+        """JSON for debuggers: every kernel's source, parameters and constants.
+
+        method -> architecture -> kernels, with the attributes of `inductor.Kernel`. With it a
+        program that stands in for the CUDA driver can execute each launch on a CPU.
+        """
+        return json.dumps(
+            {
+                method: {
+                    arch: [dataclasses.asdict(kernel) for kernel in code.kernels]
+                    for arch, code in codes.items()
+                }
+                for method, codes in self.compiled.items()
+            },
+            indent=1,
+        )
+
+
+@contextlib.contextmanager
+def _lowering(lowering: _Lowering) -> Iterator[None]:
+    token = _LOWERING.set(lowering)
+    try:
+        yield
+    finally:
+        _LOWERING.reset(token)
+
+
+def _opaque(name: str, graph: MethodGraph) -> ExportedProgram:
+    """The method as ExecuTorch is to see it: its runtime inputs, one op, its outputs."""
+    nodes = input_nodes(graph)
+    examples, dims = [], []
+    for value in (nodes[n].meta["val"] for n in graph.inputs):
+        limits = [bounds(graph, size) for size in value.shape]
+        examples.append(torch.zeros([high for _, high in limits], dtype=value.dtype))
+        dims.append(
+            {
+                i: Dim(f"{name}_{len(dims)}_{i}", min=low, max=high)
+                for i, (low, high) in enumerate(limits)
+                if low != high
+            }
+        )
+    return torch.export.export(_Method(name), (examples,), dynamic_shapes=(dims,))
+
+
+def lower(
+    methods: dict[str, MethodGraph],
+    archs: list[str],
+    constant_methods: dict[str, object],
+    cache_dir: Path | None,
+) -> LoweredProgram:
+    """Compiles methods for CUDA architectures and puts them into a `.pte`.
+
+    Args:
+        methods: by name, with the same state and weights.
+        archs: of `gpu.ARCHS`, at least one.
+        constant_methods: methods without inputs: ints and strings.
+        cache_dir: see `compile_method`.
+
+    Raises:
+        ValueError: an unknown architecture, none at all, or methods that differ in a weight.
+        RuntimeError, UnsupportedOpError: see `compile_method`.
+    """
+    if not archs:
+        raise ValueError("no CUDA architecture given")
+    for arch in archs:
+        gpu_for(arch)
+    lowering = _Lowering(
+        methods, plan_weights(methods), tuple(dict.fromkeys(archs)), cache_dir, compiled={}
+    )
+    with _lowering(lowering):
+        program = to_edge_transform_and_lower(
+            {name: _opaque(name, graph) for name, graph in methods.items()},
+            partitioner={name: [EtMoeCudaPartitioner(name)] for name in methods},
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            constant_methods=constant_methods,
+        ).to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True))
+    return LoweredProgram(program.buffer, lowering.plan, lowering.compiled)

@@ -1,0 +1,140 @@
+"""Builds a host program and its kernels into a shared object, reproducibly."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from et_moe.backends.cuda.gpu import cuda_include_dir
+from et_moe.backends.cuda.inductor import HostProgram, UnsupportedOpError
+
+MARCH = "x86-64-v3"
+
+RUNTIME_FUNCTIONS = frozenset(
+    f"aoti_torch_{name}"
+    for name in (
+        "clone",
+        "clone_preserve_strides",
+        "create_cuda_stream_guard",
+        "create_tensor_from_blob",
+        "create_tensor_from_blob_v2",
+        "delete_cuda_stream_guard",
+        "delete_tensor_object",
+        "device_type_cpu",
+        "device_type_cuda",
+        "dtype_bfloat16",
+        "dtype_bool",
+        "dtype_float16",
+        "dtype_float32",
+        "dtype_int32",
+        "dtype_int64",
+        "dtype_int8",
+        "dtype_uint8",
+        "empty_strided",
+        "get_data_ptr",
+        "get_device_type",
+        "get_dim",
+        "get_dtype",
+        "get_numel",
+        "get_sizes",
+        "get_storage_offset",
+        "get_storage_size",
+        "get_strides",
+        "grad_mode_is_enabled",
+        "grad_mode_set_enabled",
+        "new_tensor_handle",
+        "_reinterpret_tensor",
+        "warn",
+    )
+)
+"""All that a shared object may ask of the program that loads it, besides the CUDA driver and
+runtime: tensors, but no op."""
+
+_FLAGS = [
+    "-std=c++20",
+    "-O1",
+    f"-march={MARCH}",
+    "-w",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-ffunction-sections",
+    "-fdata-sections",
+    "-DNDEBUG",
+    "-DUSE_CUDA",
+    "-DC10_USING_CUSTOM_GENERATED_MACROS",
+    "-DSTANDALONE_TORCH_HEADER",
+    "-DTORCH_INDUCTOR_CPP_WRAPPER",
+    # Needs no newer C++ library than the machine that runs it has.
+    "-static-libstdc++",
+    "-static-libgcc",
+    "-s",
+    "-Wl,--build-id=none,--gc-sections,--exclude-libs,ALL,--version-script=exports.map",
+]
+
+_EXPORTS = "{ global: AOTInductor*; local: *; };\n"
+
+
+def _data(binaries: dict[str, bytes]) -> str:
+    """Assembly of the kernels' binaries and of the constants, of which there are none."""
+    lines = ['.section .note.GNU-stack,"",@progbits', ".section .rodata"]
+    for i, name in enumerate(binaries):
+        lines += [".balign 16", f".global __{name}_start", f"__{name}_start:"]
+        lines += [f'.incbin "{i}.cubin"', f".global __{name}_end", f"__{name}_end:"]
+    for symbol in ("_binary_constants_bin_start", "_binary_constants_bin_end"):
+        lines += [f".global {symbol}", f"{symbol}:"]
+    return "\n".join([*lines, ".byte 0", ""])
+
+
+def _run(command: list[str], folder: Path) -> str:
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f"{command[0]} not found: a C++ compiler is needed") from None
+    if result.returncode:
+        raise RuntimeError(f"{command[0]} failed on the host program:\n{result.stderr[-4000:]}")
+    return result.stdout
+
+
+def compiler_version() -> str:
+    """First line of `g++ --version`."""
+    return _run(["g++", "--version"], Path.cwd()).splitlines()[0]
+
+
+def build(program: HostProgram) -> bytes:
+    """Compiles and links a host program with its kernels.
+
+    The result exports AOTInductor's C interface, is for x86-64-v3, and asks its loader for nothing
+    but CUDA and `RUNTIME_FUNCTIONS`. The same input gives the same bytes in any folder.
+
+    Raises:
+        UnsupportedOpError: the program calls a library op.
+        RuntimeError: the C++ compiler is missing or fails.
+    """
+    torch_headers = Path(torch.__file__).parent / "include"
+    headers = {
+        torch_headers: "torch",
+        torch_headers / "torch/csrc/api/include": "torch_api",
+        cuda_include_dir(): "cuda",
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "host.cpp").write_text(program.source)
+        (folder / "data.S").write_text(_data(program.binaries))
+        (folder / "exports.map").write_text(_EXPORTS)
+        for i, binary in enumerate(program.binaries.values()):
+            (folder / f"{i}.cubin").write_bytes(binary)
+        includes = [f"-isystem{path}" for path in headers]
+        prefixes = [f"-ffile-prefix-map={path}={short}" for path, short in headers.items()]
+        _run(["g++", *_FLAGS, *includes, *prefixes, "host.cpp", "data.S", "-o", "host.so"], folder)
+        symbols = _run(["nm", "-D", "--undefined-only", "host.so"], folder)
+        _check_symbols(symbols)
+        return (folder / "host.so").read_bytes()
+
+
+def _check_symbols(undefined: str) -> None:
+    needed = set(re.findall(r"\b(aoti_torch\w+)", undefined))
+    if unknown := sorted(needed - RUNTIME_FUNCTIONS):
+        raise UnsupportedOpError(f"ops without a kernel are left in the graph: {unknown}")

@@ -1,0 +1,217 @@
+"""Compiles a method's graph to a CUDA shared object, on any Linux machine."""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import triton
+from torch.fx import GraphModule
+
+from et_moe.backends import ops
+from et_moe.backends.cuda import triton as kernels
+from et_moe.backends.cuda.build import build, compiler_version
+from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
+from et_moe.backends.cuda.graphs import input_nodes
+from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate, kernel_calls
+from et_moe.backends.cuda.prepack import WeightPlan
+from et_moe.backends.cuda.triton.tuning import tuning_target
+from et_moe.backends.method_graph import MethodGraph
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledMethod:
+    """A method's code for one architecture.
+
+    Attributes:
+        code: the shared object.
+        source: C++ text of its host program.
+        kernels: what it launches.
+    """
+
+    arch: str
+    code: bytes
+    source: str
+    kernels: list[Kernel]
+
+    @property
+    def launches(self) -> int:
+        """Kernel launches per call."""
+        return sum(kernel.launches for kernel in self.kernels)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.code).hexdigest()
+
+
+@functools.cache
+def triton_ops() -> dict[str, Callable]:
+    """Op name -> the function that launches its Triton kernels, same signature as the contract."""
+    functions = {}
+    for info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(info.name)
+        for name in ops.__all__:
+            function = vars(module).get(name)
+            if getattr(function, "__module__", "").startswith(kernels.__name__):
+                functions[name] = function
+    return functions
+
+
+def _index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    # Its decomposition indexes a CUDA tensor in Python, which a CPU build of torch cannot.
+    return aten.index.Tensor(x, [None] * dim + [index])
+
+
+def _retarget(
+    graph: MethodGraph, plan: WeightPlan, functions: Mapping[str, Callable]
+) -> tuple[GraphModule, list[torch.Tensor]]:
+    """The graph on `cuda:0`, ops replaced by the functions that launch their kernels."""
+    device = torch.device("cuda", 0)
+    module = GraphModule(torch.nn.Module(), copy.deepcopy(graph.program.graph))
+    names = iter(input_nodes(graph))
+    inputs = []
+    for node in list(module.graph.nodes):
+        if node.op == "placeholder":
+            if (value := node.meta["val"]) is None:
+                module.graph.erase_node(node)
+                continue
+            dtype, shape = plan.spec.get(next(names), (value.dtype, value.shape))
+            with value.fake_mode:
+                node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+            inputs.append(node.meta["val"])
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)  # would assert that the device is the CPU
+            continue
+        if node.target is aten.index_select.default:
+            node.target = _index_select
+        elif getattr(node.target, "namespace", None) == "et_moe":
+            if (op := node.target._opname) not in functions:
+                raise NotImplementedError(f"op et_moe::{op} has no Triton kernel")
+            node.target = functions[op]
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": device}
+    module.recompile()
+    return module, inputs
+
+
+def check_in_place(source: str, graph: MethodGraph) -> None:
+    """Raises RuntimeError unless every state tensor is passed to ops' kernels, and to them only.
+
+    A copy of a state tensor, before or after an op updates it, would be a kernel of Inductor's.
+    """
+    count = len(graph.inputs)
+    state = {f"arg{count + i}_1": name for i, name in enumerate(graph.state)}
+    untouched = dict(state)
+    for kernel, arguments in kernel_calls(source):
+        for argument, name in state.items():
+            if any(argument in a.replace("(", " ").replace(",", " ").split() for a in arguments):
+                if kernel.startswith("triton_"):
+                    raise RuntimeError(f"state {name} is copied by generated kernel {kernel}")
+                untouched.pop(argument, None)
+    if untouched:
+        raise RuntimeError(f"state {sorted(untouched.values())} is used by no kernel")
+
+
+def _sources_digest() -> str:
+    """Of everything in this folder that decides what code comes out: Python and tuning tables."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def cache_key(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> str:
+    """Changes with anything that changes the compiled code."""
+    values = [n.meta["val"] for n in graph.program.graph.nodes if n.op == "placeholder"]
+    parts = [
+        str(graph.program.graph),
+        [None if v is None else f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values],
+        sorted(map(str, graph.program.range_constraints.items())),
+        [graph.inputs, graph.state, graph.weights],
+        [[name, *map(str, entry)] for name, entry in plan.spec.items()],
+        dataclasses.astuple(gpu),
+        [torch.__version__, triton.__version__, compiler_version(), _sources_digest()],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _load(folder: Path, arch: str) -> CompiledMethod | None:
+    """An entry of the cache, or None if it is absent or damaged."""
+    try:
+        entry = json.loads((folder / "method.json").read_text())
+        code = (folder / "code.so").read_bytes()
+        source = (folder / "host.cpp").read_text()
+        kernels = [Kernel(**kernel) for kernel in entry["kernels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    method = CompiledMethod(arch, code, source, kernels)
+    return method if method.sha256 == entry.get("sha256") else None
+
+
+def _store(folder: Path, method: CompiledMethod) -> None:
+    """Writes an entry of the cache; it appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        (temporary / "code.so").write_bytes(method.code)
+        (temporary / "host.cpp").write_text(method.source)
+        kernels = [dataclasses.asdict(kernel) for kernel in method.kernels]
+        entry = {"sha256": method.sha256, "kernels": kernels}
+        (temporary / "method.json").write_text(json.dumps(entry))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _generate(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> HostProgram:
+    functions = triton_ops()
+    with (
+        tempfile.TemporaryDirectory() as work,
+        pretend_gpu(gpu),
+        tuning_target(gpu.name, gpu.arch),
+    ):
+        module, inputs = _retarget(graph, plan, functions)
+        return generate(module, inputs, Path(work))
+
+
+def compile_method(
+    graph: MethodGraph, plan: WeightPlan, arch: str, cache_dir: Path | None = None
+) -> CompiledMethod:
+    """Compiles one method for one architecture; no GPU, driver or CUDA toolkit is needed.
+
+    The code takes the method's inputs, state and weights (prepacked, see `plan`) as CUDA tensors in
+    that order, contiguous and aligned to 16 bytes, and updates state in place.
+
+    Args:
+        arch: one of `gpu.ARCHS`; kernels are tuned for the first GPU of that architecture there.
+        cache_dir: folder of earlier results, reused if nothing has changed; None for no cache.
+
+    Raises:
+        UnsupportedOpError: the graph has an op without a kernel, which would be a library call.
+        RuntimeError: unsupported versions, a missing compiler, or state that is copied.
+    """
+    gpu = gpu_for(arch)
+    folder = None if cache_dir is None else cache_dir / cache_key(graph, plan, gpu)
+    if folder is not None and (cached := _load(folder, arch)):
+        return cached
+    program = _generate(graph, plan, gpu)
+    check_in_place(program.source, graph)
+    method = CompiledMethod(arch, build(program), program.source, program.kernels)
+    if folder is not None:
+        _store(folder, method)
+    return method

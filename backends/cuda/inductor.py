@@ -1,0 +1,234 @@
+"""Runs TorchInductor up to its C++ host program and its compiled kernels, and takes both over."""
+
+import ast
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from torch.fx import GraphModule
+
+OPTIONS = {
+    "aot_inductor.embed_kernel_binary": True,
+    "aot_inductor.emit_multi_arch_kernel": False,
+    "aot_inductor.link_libtorch": False,
+    "aot_inductor.package": False,
+    # In this process: worker processes would not see the pretended GPU.
+    "compile_threads": 1,
+    # Kernels are compiled while the host program is generated, not by a first run of it.
+    "triton.autotune_at_compile_time": True,
+    "use_static_triton_launcher": False,
+    # Matmul patterns and constant folding: they would run ops on the GPU, and ours has no use for
+    # them.
+    "use_joint_graph_passes": False,
+    "use_pre_grad_passes": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled Triton kernel: an op's or one that Inductor generated.
+
+    Attributes:
+        name: unique in its method.
+        function: name of the entry point in the binary, not unique: specialisations share it.
+        module: Python module of an op's kernel; empty for Inductor's own.
+        source: Python text that defines `function` as a Triton kernel.
+        parameters: (name, type) of what a launch passes, in order; Triton's type names ("*bf16",
+            "i32"). A launch passes two more pointers behind them, to scratch memory.
+        constants: values of all other parameters; a Triton dtype is {"dtype": name}.
+        num_warps: of a block. shared_memory: bytes of a block.
+        sha256: of the binary (a cubin).
+        grid: expressions of the sizes of distinct launches, in the host program's terms.
+        launches: per call of the method.
+    """
+
+    name: str
+    function: str
+    module: str
+    source: str
+    parameters: list[list[str]]
+    constants: dict[str, object]
+    num_warps: int
+    shared_memory: int
+    sha256: str
+    grid: list[list[str]]
+    launches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HostProgram:
+    """C++ text of the host program, its kernels, and their binaries by kernel name."""
+
+    source: str
+    kernels: list[Kernel]
+    binaries: dict[str, bytes]
+
+
+class UnsupportedOpError(RuntimeError):
+    """The graph has an op that would be a library call at run time."""
+
+
+def run_body(source: str) -> str:
+    """The part of a host program that runs per call."""
+    start = source.index("void AOTInductorModel::run_impl(")
+    return source[start : source.index("} // AOTInductorModel::run_impl", start)]
+
+
+def kernel_calls(source: str) -> Iterator[tuple[str, list[str]]]:
+    """(kernel name, argument expressions) of every launch of a call, in order."""
+    for match in re.finditer(r"^    call_(\w+)\((.*)\);$", run_body(source), re.MULTILINE):
+        yield match[1], _split_arguments(match[2])
+
+
+def _split_arguments(text: str) -> list[str]:
+    arguments, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            arguments.append("")
+        else:
+            arguments[-1] += character
+    return [a.strip() for a in arguments]
+
+
+def _kernel_source(module_source: str, function: str) -> str:
+    """A generated kernel module without what ties it to Inductor's launcher."""
+    tree = ast.parse(module_source)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            node.decorator_list = [d for d in node.decorator_list if ast.unparse(d) == "triton.jit"]
+    tree.body = [n for n in tree.body if ast.unparse(n) != "triton_helpers.set_driver_to_gpu()"]
+    return ast.unparse(tree) + "\n"
+
+
+def _origin(function: str, source: str) -> str:
+    """The module that defines an op's kernel, or nothing for a kernel that Inductor made."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    for kernel in kernel_side_table.id_to_kernel.values():
+        if kernel.fn.__name__ == function and kernel.src == source:
+            return kernel.fn.__module__
+    return ""
+
+
+def _plain(value: object) -> object:
+    """A constexpr as JSON knows it."""
+    if isinstance(value, tl.dtype):
+        return {"dtype": value.name}
+    if isinstance(value, tl.constexpr):
+        return _plain(value.value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"constexpr {value!r} of type {type(value).__name__} cannot be written down")
+
+
+class _Collector:
+    """Takes the places of the autotuner and of the C++ compiler in Inductor's pipeline."""
+
+    def __init__(self) -> None:
+        self.autotuners: dict[str, object] = {}
+        self.program: HostProgram | None = None
+
+    def compile_kernels(self, wrapper) -> None:
+        """In place of timing every candidate on the GPU: keep the first."""
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        scope: dict[str, object] = {}
+        wait = "\nasync_compile.wait(globals())\n"
+        exec(wrapper.kernel_autotune_defs.getvalue() + wait, scope)
+        for value in scope.values():
+            if isinstance(value, CachingAutotuner):
+                value.save_gpu_kernel(0, value.launchers[0])
+                self.autotuners[value.inductor_meta["kernel_name"]] = value
+
+    def take_program(self, graph, wrapper_code, kernel_code, extern_nodes, **_) -> str:
+        """In place of calling the C++ compiler."""
+        from torch._inductor.codecache import CudaKernelParamCache
+
+        if extern_nodes:
+            raise UnsupportedOpError(f"ops without a kernel are left in the graph: {extern_nodes}")
+        calls: dict[str, list[list[str]]] = {}
+        for name, arguments in kernel_calls(wrapper_code):
+            calls.setdefault(name, []).append(arguments)
+        binaries, kernels = {}, []
+        for name, launches in calls.items():
+            parameters = CudaKernelParamCache.cache[name]
+            binaries[name] = Path(parameters["cubin_path"]).read_bytes()
+            kernels.append(self._kernel(name, parameters, binaries[name], launches))
+        self.program = HostProgram(wrapper_code, kernels, binaries)
+        return ""
+
+    def _kernel(
+        self, name: str, parameters: dict, binary: bytes, launches: list[list[str]]
+    ) -> Kernel:
+        jit = self.autotuners[name].fn
+        signature = parameters["triton_meta"]["signature"]
+        constants = {**parameters["config"], **parameters["triton_meta"]["constants"]}
+        function = parameters["mangled_name"]
+        # An op's kernel gets its grid as arguments before the last four (device, stream, kernels,
+        # folder); one of Inductor's computes it from its sizes.
+        grids = [call[-7:-4] for call in launches] if "_grid_0" in parameters["def_args"] else []
+        return Kernel(
+            name=name,
+            function=function,
+            module=_origin(function, jit.src),
+            source=_kernel_source(Path(jit.fn.__code__.co_filename).read_text(), function),
+            parameters=[[p, signature[p]] for p in parameters["call_args"]],
+            constants={k: _plain(v) for k, v in constants.items() if k in jit.arg_names},
+            num_warps=parameters["num_warps"],
+            shared_memory=parameters["shared_mem"],
+            sha256=hashlib.sha256(binary).hexdigest(),
+            grid=[list(g) for g in dict.fromkeys(map(tuple, grids))],
+            launches=len(launches),
+        )
+
+
+def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> HostProgram:
+    """Compiles a graph of Triton functions and aten ops to a host program and kernels.
+
+    To be called inside `pretend_gpu`.
+
+    Args:
+        module: the graph; placeholders are `inputs`.
+        inputs: fake CUDA tensors.
+        work: an empty folder for intermediate files.
+
+    Raises:
+        UnsupportedOpError: the graph has an op that would be a library call.
+    """
+    from torch._inductor import codecache, compile_fx
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+    collector = _Collector()
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(work / "triton")}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, folders))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(triton.knobs.compilation.scope())
+        # Source positions would put the names of temporary files into the binaries.
+        triton.knobs.compilation.disable_line_info = True
+        for target, name, value in (
+            (
+                PythonWrapperCodegen,
+                "generate_and_run_autotune_block",
+                lambda wrapper: collector.compile_kernels(wrapper),
+            ),
+            (codecache.AotCodeCompiler, "compile", collector.take_program),
+            # The runtime guarantees alignment. Copying an input that lacks it would silently break
+            # the update of state in place.
+            (compile_fx, "get_input_idxs_to_check", lambda inputs, static_input_idxs: []),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        compile_fx.compile_fx_aot(module, inputs, config_patches=OPTIONS)
+    assert collector.program is not None
+    return collector.program

@@ -1,0 +1,80 @@
+"""What a CUDA `.pte` holds, without running it."""
+
+import hashlib
+import json
+import struct
+
+from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
+from executorch.exir.schema import DataLocation, Program
+
+from et_moe.backends.cuda.backend import FORMAT, EtMoeCudaBackend
+
+
+def inspect(pte: bytes) -> dict[str, object]:
+    """Describes a `.pte` of `lower`; all of it can be written as JSON.
+
+    Returns:
+        `backend`: its id; `bytes`: of the file; `constants`: constant method -> value; `methods`:
+        method -> what `backend.describe` says of it (inputs, state, weights, outputs, versions,
+        prepack, and per architecture bytes, digest, launches per call and kernels).
+
+    Raises:
+        ValueError: not a `.pte`, none of this backend's, of another format version, or damaged (the
+            digest of every blob is checked).
+    """
+    try:
+        file = deserialize_pte_binary(pte)
+    except (ValueError, AssertionError, IndexError, KeyError, struct.error) as e:
+        raise ValueError(f"not an ExecuTorch program, or damaged: {e}") from None
+    methods, constants = {}, {}
+    for plan in file.program.execution_plan:
+        if not plan.delegates:
+            constants[plan.name] = _constant(plan.values[plan.outputs[0]].val)
+            continue
+        backend = plan.delegates[0].id
+        if backend != EtMoeCudaBackend.__name__:
+            raise ValueError(f"method {plan.name} is for {backend}: not a program for CUDA")
+        methods[plan.name] = _describe(plan.name, _processed(file.program, plan.delegates[0]))
+        for arch, code in methods[plan.name]["code"].items():
+            _check_code(f"{plan.name}, {arch}", file, code)
+    if not methods:
+        raise ValueError("no method is delegated: not a program for CUDA")
+    return {
+        "backend": EtMoeCudaBackend.__name__,
+        "bytes": len(pte),
+        "constants": constants,
+        "methods": methods,
+    }
+
+
+def _constant(value: object) -> object:
+    for field in ("int_val", "double_val", "bool_val", "string_val"):
+        if hasattr(value, field):
+            return getattr(value, field)
+    return None
+
+
+def _processed(program: Program, delegate) -> bytes:
+    if delegate.processed.location != DataLocation.INLINE:
+        raise ValueError("the delegate's data is not in the program")
+    return bytes(program.backend_delegate_data[delegate.processed.index].data)
+
+
+def _describe(method: str, processed: bytes) -> dict[str, object]:
+    try:
+        description = json.loads(processed)
+        found = description["format"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"method {method}: the delegate's description is damaged") from None
+    if found != FORMAT:
+        raise ValueError(f"method {method} is of format {found}, expected {FORMAT}")
+    return description
+
+
+def _check_code(name: str, file: PTEFile, code: dict) -> None:
+    entries = file.named_data.pte_data if file.named_data else {}
+    if code["data"] not in entries:
+        raise ValueError(f"{name}: no blob {code['data']} in the file")
+    blob = bytes(file.named_data.buffers[entries[code["data"]].buffer_index])
+    if len(blob) != code["bytes"] or hashlib.sha256(blob).hexdigest() != code["sha256"]:
+        raise ValueError(f"{name}: the code is damaged: its digest does not match")

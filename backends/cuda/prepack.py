@@ -1,0 +1,133 @@
+"""Weights in the order that the kernels read them: which ones, their shapes, and their making."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch.fx import Node
+
+from et_moe.backends.cuda.graphs import input_nodes
+from et_moe.backends.cuda.triton import linear, moe
+from et_moe.backends.method_graph import MethodGraph
+
+Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packer:
+    """Which arguments of an op are prepacked together.
+
+    `pack(*arguments, group_size)` gives as many tensors, which take the arguments' places.
+    """
+
+    arguments: tuple[str, ...]
+    pack: Callable[..., tuple[torch.Tensor, ...]]
+
+
+_EXPERTS = _Packer(("w13", "w13_scale", "w2", "w2_scale"), moe.prepack_experts)
+_LINEAR = _Packer(("weight", "scale"), linear.prepack_linear)
+_PACKERS = {
+    "moe_w4a8": _EXPERTS,
+    "moe_w4a16": _EXPERTS,
+    "linear_w4a8": _LINEAR,
+    "linear_w4a16": _LINEAR,
+}
+
+PREPACK_VERSION = f"experts-{moe.PREPACK_VERSION}.linear-{linear.LAYOUT_VERSION}"
+"""Names the layouts; code and weights fit only if they agree on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    packer: _Packer
+    names: tuple[str, ...]
+    group_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightPlan:
+    """What becomes of each weight of a bundle.
+
+    Attributes:
+        spec: name -> (dtype, shape) of the tensors in the `.ptd`, in the order of the graphs'
+            weights. Names are the bundle's.
+    """
+
+    spec: Spec
+    _groups: dict[str, _Group]
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Prepacks tensors of a bundle, in the order of `spec`; one prepacked group in memory.
+
+        Args:
+            tensors: by name; with one tensor of an op's weight all of them (weight and scale).
+
+        Raises:
+            ValueError: a tensor of a group is missing, or has another shape than the graphs say.
+        """
+        ready: dict[str, torch.Tensor] = {}
+        for name in [name for name in self.spec if name in tensors]:
+            group = self._groups.get(name)
+            if group is None:
+                ready[name] = tensors[name].to(self.spec[name][0])
+            elif name not in ready:
+                if missing := [n for n in group.names if n not in tensors]:
+                    raise ValueError(f"{name} is prepacked together with {missing[0]}: not given")
+                packed = group.packer.pack(*(tensors[n] for n in group.names), group.group_size)
+                ready |= dict(zip(group.names, packed, strict=True))
+            tensor, (dtype, shape) = ready.pop(name), self.spec[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                found = f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise ValueError(f"{name}: prepacked to {found}, expected {dtype} {shape}")
+            yield name, tensor
+
+
+def _arguments(node: Node) -> dict[str, object]:
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _groups(graph: MethodGraph, weights: Mapping[Node, str]) -> Iterator[_Group]:
+    for node in graph.program.graph.nodes:
+        if getattr(node.target, "namespace", None) != "et_moe":
+            continue
+        packer = _PACKERS.get(node.target._opname)
+        if packer is None:
+            continue
+        arguments = _arguments(node)
+        sources = [arguments[name] for name in packer.arguments]
+        if unknown := [str(n) for n in sources if n not in weights]:
+            raise ValueError(f"{node.name}: {unknown[0]} is not a weight of the method")
+        yield _Group(packer, tuple(weights[n] for n in sources), arguments["group_size"])
+
+
+def plan_weights(graphs: Mapping[str, MethodGraph]) -> WeightPlan:
+    """Walks the graphs for weights that kernels want in another order.
+
+    Args:
+        graphs: methods by name; weights of the same name are the same tensor.
+
+    Raises:
+        ValueError: methods differ in a weight, or two ops want the same weight in different orders.
+    """
+    spec: Spec = {}
+    groups: dict[str, _Group] = {}
+    meta: dict[str, torch.Tensor] = {}
+    for method, graph in graphs.items():
+        inputs = input_nodes(graph)
+        nodes = {name: inputs[name] for name in graph.weights}
+        for name, node in nodes.items():
+            value = node.meta["val"]
+            entry = (value.dtype, tuple(value.shape))
+            if spec.setdefault(name, entry) != entry:
+                raise ValueError(f"{method}: weight {name} is {entry}, elsewhere {spec[name]}")
+            meta[name] = torch.empty(entry[1], dtype=entry[0], device="meta")
+        for group in _groups(graph, {node: name for name, node in nodes.items()}):
+            for name in group.names:
+                if groups.setdefault(name, group) != group:
+                    raise ValueError(f"{method}: two ops want weight {name} in different orders")
+    for group in dict.fromkeys(groups.values()):
+        packed = group.packer.pack(*(meta[n] for n in group.names), group.group_size)
+        for name, tensor in zip(group.names, packed, strict=True):
+            spec[name] = (tensor.dtype, tuple(tensor.shape))
+    return WeightPlan(spec, groups)
