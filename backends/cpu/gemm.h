@@ -1,0 +1,188 @@
+// Weights as matrices that know how to pack an activation row and to multiply it:
+//   Element                          what a packed activation row consists of
+//   row_elements()                   of one packed row
+//   pack(source, Element*)           packs a row; source has f32x8 load(column, count)
+//   multiply(first, rows, x, tokens, out, stride)
+//                                    out[t * stride + r] = row first + r . x[t], in fp32
+// A result depends on its row and its token only, not on what it is computed together with.
+#pragma once
+
+#include "backends/cpu/activations.h"
+
+namespace et_moe::cpu {
+
+// Tokens and rows of one multiply() call: a tile of results that stays in the first-level cache.
+inline constexpr int64_t kTileTokens = 64;
+inline constexpr int64_t kTileRows = 32;
+
+// One row of float weights, read 16 columns at a time.
+template <class T>
+struct DenseRow {
+  const T* data;
+  void load16(int64_t k, f32x8& low, f32x8& high) const {
+    low = load(data + k);
+    high = load(data + k + kLanes);
+  }
+  void load_tail(int64_t k, int64_t count, f32x8& low, f32x8& high) const {
+    low = load(data + k, std::min<int64_t>(count, kLanes));
+    high = count > kLanes ? load(data + k + kLanes, count - kLanes) : f32x8{};
+  }
+};
+
+// One row of INT4 weights; even columns first (see pack_floats). There is never a tail.
+struct Int4Row {
+  const uint8_t* packed;
+  const uint16_t* scale;
+  int group_shift;
+  void load16(int64_t k, f32x8& even, f32x8& odd) const {
+    const i32x8 bytes = __builtin_convertvector(load_vector<u8x8>(packed + k / 2), i32x8);
+    const f32x8 s = splat(bits_as<float>(uint32_t{scale[k >> group_shift]} << 16));
+    even = __builtin_convertvector((bytes & 0xF) - 8, f32x8) * s;
+    odd = __builtin_convertvector((bytes >> 4) - 8, f32x8) * s;
+  }
+  void load_tail(int64_t, int64_t, f32x8& even, f32x8& odd) const { even = odd = f32x8{}; }
+};
+
+template <int kRows, int kTokens, class Row>
+inline void float_block(const Row* weights, const float* const* x, int64_t columns, float* out,
+                        int64_t stride) {
+  f32x8 total[kRows][kTokens] = {};
+  const auto add = [&](int64_t k, int r, f32x8 low, f32x8 high) {
+    for (int t = 0; t < kTokens; ++t) {
+      total[r][t] = fma(low, load(x[t] + k), total[r][t]);
+      total[r][t] = fma(high, load(x[t] + k + kLanes), total[r][t]);
+    }
+  };
+  f32x8 low, high;
+  int64_t k = 0;
+  for (; k + 16 <= columns; k += 16) {
+    for (int r = 0; r < kRows; ++r) {
+      weights[r].load16(k, low, high);
+      add(k, r, low, high);
+    }
+  }
+  if (k < columns) {
+    for (int r = 0; r < kRows; ++r) {
+      weights[r].load_tail(k, columns - k, low, high);
+      add(k, r, low, high);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) out[t * stride + r] = sum(total[r][t]);
+  }
+}
+
+// As multiply(), for weights given by row_at(r).
+template <class RowAt>
+inline void float_multiply(const RowAt& row_at, int64_t rows, const float* const* x, int64_t tokens,
+                           int64_t columns, float* out, int64_t stride) {
+  using Row = decltype(row_at(0));
+  constexpr int kRows = 4, kTokens = 3;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    const Row group[kRows] = {row_at(r), row_at(r + 1), row_at(r + 2), row_at(r + 3)};
+    int64_t t = 0;
+    for (; t + kTokens <= tokens; t += kTokens) {
+      float_block<kRows, kTokens>(group, x + t, columns, out + t * stride + r, stride);
+    }
+    for (; t < tokens; ++t) {
+      float_block<kRows, 1>(group, x + t, columns, out + t * stride + r, stride);
+    }
+  }
+  for (; r < rows; ++r) {
+    const Row row = row_at(r);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float_block<1, 1>(&row, x + t, columns, out + t * stride + r, stride);
+    }
+  }
+}
+
+// Float weights [rows, columns].
+template <class T>
+class DenseWeights {
+ public:
+  using Element = float;
+  DenseWeights(const T* data, int64_t columns) : data_(data), columns_(columns) {}
+
+  int64_t row_elements() const { return padded_columns(columns_); }
+
+  template <class Source>
+  void pack(const Source& source, float* row) const {
+    pack_floats<false>(source, columns_, row);
+  }
+
+  void multiply(int64_t first, int64_t rows, const float* const* x, int64_t tokens, float* out,
+                int64_t stride) const {
+    const auto row_at = [&](int64_t r) { return DenseRow<T>{data_ + (first + r) * columns_}; };
+    float_multiply(row_at, rows, x, tokens, columns_, out, stride);
+  }
+
+ private:
+  const T* data_;
+  int64_t columns_;
+};
+
+// INT4 weights and float activations, which are rounded to bfloat16 first if the model's are.
+class Int4Weights {
+ public:
+  using Element = float;
+  explicit Int4Weights(Int4Rows rows)
+      : rows_(rows),
+        group_shift_(rows.group_size == 32   ? 5
+                     : rows.group_size == 64 ? 6
+                                             : 7) {}
+
+  int64_t row_elements() const { return padded_columns(rows_.columns); }
+
+  template <class Source>
+  void pack(const Source& source, float* row) const {
+    pack_floats<true>(source, rows_.columns, row);
+  }
+
+  void multiply(int64_t first, int64_t rows, const float* const* x, int64_t tokens, float* out,
+                int64_t stride) const {
+    const auto row_at = [&](int64_t r) {
+      return Int4Row{rows_.packed + (first + r) * (rows_.columns / 2),
+                     rows_.scale + (first + r) * (rows_.columns >> group_shift_), group_shift_};
+    };
+    float_multiply(row_at, rows, x, tokens, rows_.columns, out, stride);
+  }
+
+ private:
+  Int4Rows rows_;
+  int group_shift_;
+};
+
+// INT4 weights and INT8 activations, in tiles of kTile columns.
+template <int kTile>
+class Int4Int8Weights {
+ public:
+  using Element = Int8Chunk;
+  explicit Int4Int8Weights(Int4Rows rows) : rows_(rows) {}
+
+  int64_t row_elements() const { return int8_chunks(rows_.columns); }
+
+  template <class Source>
+  void pack(const Source& source, Int8Chunk* row) const {
+    pack_int8<kTile>(source, rows_.columns, row);
+  }
+
+  void multiply(int64_t first, int64_t rows, const Int8Chunk* const* x, int64_t tokens, float* out,
+                int64_t stride) const {
+    Int4Rows block = rows_;
+    block.packed += first * (rows_.columns / 2);
+    block.scale += first * (rows_.columns / rows_.group_size);
+    dot_w4a8()(block, rows, x, tokens, out, stride);
+  }
+
+ private:
+  Int4Rows rows_;
+};
+
+inline Int4Rows int4_rows(const Tensor& weight, const Tensor& scale, int64_t columns,
+                          int64_t group_size) {
+  return {weight.const_data_ptr<uint8_t>(),
+          reinterpret_cast<const uint16_t*>(scale.const_data_ptr()), columns, group_size};
+}
+
+}  // namespace et_moe::cpu

@@ -1,0 +1,154 @@
+#include "backends/cpu/gemm.h"
+#include "backends/cpu/ops.h"
+
+namespace et_moe::cpu {
+
+namespace {
+
+// p[i] = softmax(logits)[i].
+void softmax(const float* logits, int64_t n, float* p) {
+  float largest = logits[0];
+  for (int64_t i = 1; i < n; ++i) largest = std::max(largest, logits[i]);
+  f32x8 total = {};
+  for_lanes(n, [&](int64_t i, int64_t count) {
+    // exp(-inf) in the lanes past the end.
+    f32x8 v = load(logits + i, count) - largest;
+    for (int64_t lane = count; lane < kLanes; ++lane) v[lane] = -INFINITY;
+    const f32x8 e = exp(v);
+    store(p + i, e, count);
+    total += e;
+  });
+  const float inverse = sum(total);
+  for (int64_t i = 0; i < n; ++i) p[i] /= inverse;
+}
+
+// Whether probability a comes before b; NaN, which only a broken model has, before all others.
+bool precedes(float a, float b) { return a > b || (a != a && b == b); }
+
+// The routed experts of one token in order of falling probability; uses up `p`.
+void select(float* p, int64_t experts, int64_t top_k, float* weights, int32_t* ids) {
+  float total = 0.0f;
+  for (int64_t j = 0; j < top_k; ++j) {
+    int64_t best = 0;
+    for (int64_t e = 1; e < experts; ++e) {
+      if (precedes(p[e], p[best])) best = e;
+    }
+    weights[j] = p[best];
+    ids[j] = static_cast<int32_t>(best);
+    total += p[best];
+    p[best] = -1.0f;
+  }
+  for (int64_t j = 0; j < top_k; ++j) weights[j] /= total;
+}
+
+template <class T>
+class Router {
+ public:
+  Router(Op& op, const Tensor& weight, int64_t top_k, int64_t num_shared)
+      : op_(op),
+        weight_(weight.const_data_ptr<T>(), weight.size(1)),
+        hidden_(weight.size(1)),
+        experts_(weight.size(0) - 1),
+        top_k_(top_k),
+        num_shared_(num_shared) {}
+
+  void run(const Tensor& x, const Tensor& norm_weight, double eps, int64_t valid,
+           const Tensor& normed, float* weights, int32_t* ids) {
+    const int64_t tokens = x.size(0), rows = experts_ + 1, slots = top_k_ + num_shared_;
+    float* packed = op_.scratch<float>(tokens * weight_.row_elements());
+    float* logits = op_.scratch<float>(tokens * rows);
+    if (packed == nullptr || logits == nullptr) return;
+    normalize(x, norm_weight, eps, MutableFloats(normed), packed);
+    multiply(packed, valid, logits);
+    op_.parallel(valid, experts_ * (top_k_ + 16), [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        route(logits + t * rows, weights + t * slots, ids + t * slots);
+      }
+    });
+    std::fill(weights + valid * slots, weights + tokens * slots, 0.0f);
+    std::fill(ids + valid * slots, ids + tokens * slots, -1);
+  }
+
+ private:
+  void normalize(const Tensor& x, const Tensor& norm_weight, double eps, MutableFloats normed,
+                 float* packed) {
+    const Floats input(x), norm(norm_weight);
+    op_.parallel(x.size(0), hidden_ * 8, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        const NormedRow row(input + t * hidden_, norm, hidden_, eps);
+        weight_.pack(row, packed + t * weight_.row_elements());
+        for_lanes(hidden_, [&](int64_t i, int64_t count) {
+          normed.store(t * hidden_ + i, row.load(i, count), count);
+        });
+      }
+    });
+  }
+
+  void multiply(const float* packed, int64_t tokens, float* logits) {
+    const int64_t rows = experts_ + 1;
+    const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
+    op_.parallel(blocks, kTileRows * hidden_ * tokens, [&](int64_t first, int64_t last) {
+      const float* inputs[kTileTokens];
+      const int64_t row = first * kTileRows, count = std::min(rows, last * kTileRows) - row;
+      for (int64_t token = 0; token < tokens; token += kTileTokens) {
+        const int64_t tile = std::min(kTileTokens, tokens - token);
+        for (int64_t t = 0; t < tile; ++t) {
+          inputs[t] = packed + (token + t) * weight_.row_elements();
+        }
+        weight_.multiply(row, count, inputs, tile, logits + token * rows + row, rows);
+      }
+    });
+  }
+
+  void route(float* logits, float* weights, int32_t* ids) {
+    softmax(logits, experts_, logits);
+    select(logits, experts_, top_k_, weights, ids);
+    const float gate = 1.0f / (1.0f + std::exp(-logits[experts_]));
+    for (int64_t j = 0; j < num_shared_; ++j) {
+      weights[top_k_ + j] = gate;
+      ids[top_k_ + j] = static_cast<int32_t>(experts_ + j);
+    }
+  }
+
+  Op& op_;
+  DenseWeights<T> weight_;
+  int64_t hidden_, experts_, top_k_, num_shared_;
+};
+
+}  // namespace
+
+void moe_router(Op& op, const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
+                int64_t top_k, int64_t num_shared, double eps, const OptionalTensor& num_tokens,
+                Tensor& normed, Tensor& topk_weights, Tensor& topk_ids) {
+  int64_t valid = 0;
+  if (!op.check("x", x, kFloats, {kAny, kAny}) ||
+      !op.check("norm_weight", norm_weight, kFloats, {x.size(1)}) ||
+      !op.check("weight", weight, kFloats, {kAny, x.size(1)}) ||
+      !op.valid_tokens(num_tokens, x.size(0), &valid)) {
+    return;
+  }
+  const int64_t experts = weight.size(0) - 1;
+  if (top_k < 1 || top_k > experts) {
+    return void(op.fail("top_k: expected 1..%lld, got %lld", (long long)experts, (long long)top_k));
+  }
+  if (num_shared < 0 || num_shared > (1 << 20)) {
+    return void(op.fail("num_shared: expected 0 or more, got %lld", (long long)num_shared));
+  }
+  const Sizes slots = {x.size(0), top_k + num_shared};
+  if (!op.output("out0", normed, x.scalar_type(), {x.size(0), x.size(1)}) ||
+      !op.output("out1", topk_weights, ScalarType::Float, slots) ||
+      !op.output("out2", topk_ids, ScalarType::Int, slots)) {
+    return;
+  }
+  const auto run = [&](auto router) {
+    router.run(x, norm_weight, eps, valid, normed, topk_weights.mutable_data_ptr<float>(),
+               topk_ids.mutable_data_ptr<int32_t>());
+  };
+  if (weight.scalar_type() == ScalarType::BFloat16) {
+    run(Router<bf16>(op, weight, top_k, num_shared));
+  } else {
+    run(Router<float>(op, weight, top_k, num_shared));
+  }
+}
+
+}  // namespace et_moe::cpu

@@ -1,0 +1,176 @@
+"""Runs one op's kernel in the C++ runtime and compares it with the op's eager reference."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from et_moe.backends import ops
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir.passes import MemoryPlanningPass
+from torch.export import Dim, export
+
+DTYPES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float32: 6,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one call: the runtime's error code (0 is success), updated inputs and outputs, seconds."""
+
+    error: int
+    tensors: list[torch.Tensor]
+    seconds: float
+
+
+def reference(op: str, args: Sequence) -> list[torch.Tensor]:
+    """What a program's outputs must be: inputs that are updated in place, then results."""
+    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    results = getattr(ops, op)(*args)
+    schema = getattr(torch.ops.et_moe, op).default._schema
+    mutated = [
+        a
+        for a, declared in zip(args, schema.arguments, strict=False)
+        if declared.alias_info is not None and declared.alias_info.is_write
+    ]
+    return mutated + (list(results) if isinstance(results, tuple) else [results])
+
+
+class _Call(torch.nn.Module):
+    """The op with the tensors among its arguments as inputs, and the rest as constants."""
+
+    def __init__(self, op: str, args: Sequence):
+        super().__init__()
+        self.op = getattr(torch.ops.et_moe, op)
+        self.args = [None if isinstance(a, torch.Tensor) else a for a in args]
+        self.slots = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+
+    def forward(self, *tensors):
+        args = list(self.args)
+        for slot, tensor in zip(self.slots, tensors, strict=True):
+            args[slot] = tensor
+        return self.op(*args)
+
+
+def _tensors(args: Sequence) -> tuple[torch.Tensor, ...]:
+    return tuple(a for a in args if isinstance(a, torch.Tensor))
+
+
+def build_program(op: str, calls: Sequence[Sequence]) -> bytes:
+    """A `.pte` of one op. Sizes that differ between the calls become dynamic."""
+    shapes = [[tuple(t.shape) for t in _tensors(args)] for args in calls]
+    dims: dict[tuple[int, ...], Dim] = {}
+
+    def dynamic(index: int) -> dict[int, Dim]:
+        result = {}
+        for d in range(len(shapes[0][index])):
+            sizes = tuple(s[index][d] for s in shapes)
+            if len(set(sizes)) > 1:
+                dims.setdefault(sizes, Dim(f"d{len(dims)}", min=min(sizes), max=max(sizes)))
+                result[d] = dims[sizes]
+        return result
+
+    specs = tuple(dynamic(i) for i in range(len(shapes[0])))
+    largest = max(calls, key=lambda args: sum(t.numel() for t in _tensors(args)))
+    program = export(_Call(op, largest), _tensors(largest), dynamic_shapes=(specs,))
+    edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    planning = MemoryPlanningPass(alloc_graph_input=False)
+    return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
+
+
+class Harness:
+    """Builds programs in a folder and runs them with the `op_runner` tool."""
+
+    def __init__(self, tool: Path, folder: Path):
+        self.tool, self.folder = tool, folder
+        self.log = ""
+        self._programs = 0
+
+    def run(
+        self, op: str, calls: Sequence[Sequence], threads: Sequence[int] = (0,)
+    ) -> list[list[Result]]:
+        """All calls (lists of the op's arguments), once for each number of threads."""
+        self._programs += 1
+        stem = self.folder / f"{op}_{self._programs}"
+        stem.with_suffix(".pte").write_bytes(build_program(op, calls))
+        with stem.with_suffix(".in").open("wb") as file:
+            for args in calls:
+                for tensor in _tensors(args):
+                    file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        descriptions = [[[DTYPES[t.dtype], *t.shape] for t in _tensors(args)] for args in calls]
+        return [self._execute(stem, descriptions, count) for count in threads]
+
+    def _execute(self, stem: Path, descriptions: list, threads: int) -> list[Result]:
+        manifest = {
+            "program": str(stem.with_suffix(".pte")),
+            "data": str(stem.with_suffix(".in")),
+            "output": str(stem.with_suffix(".out")),
+            "threads": threads,
+            "calls": descriptions,
+        }
+        stem.with_suffix(".json").write_text(json.dumps(manifest))
+        done = subprocess.run(
+            [self.tool, stem.with_suffix(".json")], capture_output=True, text=True, timeout=600
+        )
+        self.log = done.stderr
+        assert done.returncode == 0, f"op_runner: exit status {done.returncode}\n{done.stderr}"
+        data, at = stem.with_suffix(".out").read_bytes(), 0
+        results = []
+        for report in json.loads(done.stdout):
+            tensors = []
+            for number, *shape in report["tensors"]:
+                dtype = next(d for d, n in DTYPES.items() if n == number)
+                size = torch.Size(shape).numel() * dtype.itemsize
+                raw = bytearray(data[at : at + size])
+                flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+                tensors.append(flat.reshape(shape))
+                at += size
+            results.append(Result(report["error"], tensors, report["seconds"]))
+        return results
+
+    def compare(self, op: str, calls: Sequence[Sequence], valid: Sequence[int] = ()) -> None:
+        """Every call agrees with the reference, and with itself for one thread and for two.
+
+        Args:
+            valid: of each call, how many rows of the last output are defined; all if empty.
+        """
+        one, two = self.run(op, calls, threads=(1, 2))
+        for i, args in enumerate(calls):
+            assert one[i].error == 0, self.log
+            expected = reference(op, args)
+            rows = valid[i] if valid else expected[-1].shape[0]
+            for n, (want, got, again) in enumerate(
+                zip(expected, one[i].tensors, two[i].tensors, strict=True)
+            ):
+                where = f"{op}, call {i}, output {n}"
+                assert torch.equal(got, again), f"{where}: differs between 1 and 2 threads"
+                if n == len(expected) - 1:
+                    want, got = want[:rows], got[:rows]
+                assert_close(got, want, where)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, where: str) -> None:
+    """Equal, or for floats within 1e-5 of the largest magnitude; bfloat16: one unit more."""
+    assert got.dtype == want.dtype and got.shape == want.shape, where
+    if not want.is_floating_point():
+        assert torch.equal(got, want), where
+        return
+    finite = want.float()[want.float().isfinite()]
+    bound = float(finite.abs().max()) if finite.numel() else 0.0
+    torch.testing.assert_close(
+        got.float(),
+        want.float(),
+        rtol=2**-7 if want.dtype == torch.bfloat16 else 1e-5,
+        atol=1e-5 * bound,
+        equal_nan=True,
+        msg=lambda text: f"{where}: {text}",
+    )
