@@ -31,7 +31,14 @@ _DEFAULTS: dict[str, Any] = {
     "num_experts_per_tok": 8,
     "num_experts": 256,
 }
-_ONLY = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
+}
+# A damaged count must not make the list of expected tensors fill the memory.
+_LIMITS = {"num_hidden_layers": 1024, "num_experts": 1024}
 
 
 class ConfigError(ValueError):
@@ -103,20 +110,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _typed(raw: Mapping[str, Any], key: str, default: Any, where: str) -> Any:
-    """raw[key] with the type of `default`; integers must be positive."""
+    """raw[key] with the type of `default`; numbers must be positive."""
     value = raw.get(key, default)
-    if isinstance(default, bool):
-        valid = isinstance(value, bool)
-    elif isinstance(default, int):
-        valid = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    kind, number = type(default), isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        valid, expected = isinstance(value, bool), "true or false"
+    elif kind is int:
+        limit = _LIMITS.get(key, 2**31 - 1)
+        valid = number and isinstance(value, int) and 0 < value <= limit
+        expected = f"a positive integer up to {limit}"
     else:
-        valid = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        value = float(value) if valid and value < 1e30 else value
-        valid = valid and isinstance(value, float)
+        valid, expected = number and 0 < value < 1e30, "a positive number below 1e30"
     if not valid:
-        kind = {bool: "true or false", int: "a positive integer", float: "a positive number"}
-        raise ConfigError(f"{where}: {key} is {value!r}, expected {kind[type(default)]}")
-    return value
+        raise ConfigError(f"{where}: {key} is {value!r}, expected {expected}")
+    return kind(value)
 
 
 def _layer_types(raw: Mapping[str, Any], layers: int, where: str) -> tuple[str, ...]:
@@ -150,7 +157,7 @@ def parse_config(
     Args:
         config: a text configuration, or a multimodal one that holds it under `text_config`.
         generation: its `eos_token_id` wins over the configuration's.
-        where: the file's name for messages.
+        where: the configuration's file, for messages.
 
     Raises:
         ConfigError: names the key, its value and what was expected.
@@ -167,21 +174,23 @@ def parse_config(
     values = {key: _typed(raw, key, default, where) for key, default in _DEFAULTS.items()}
     if "tie_word_embeddings" in config:
         values["tie_word_embeddings"] = _typed(config, "tie_word_embeddings", False, where)
-    rope = raw.get("rope_parameters") or {}
+    rope = raw.get("rope_parameters")
+    rope = {} if rope is None else rope
     if not isinstance(rope, dict):
         raise ConfigError(f"{where}: rope_parameters must be an object")
-    if rope.get("rope_type", "default") != "default":
-        kind = rope["rope_type"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
         raise ConfigError(f"{where}: rope_parameters.rope_type {kind!r} is not supported")
     fallback = {**{"rope_theta": 10000.0, "partial_rotary_factor": 0.25}, **raw}
     for key in ("rope_theta", "partial_rotary_factor"):
         values[key] = _typed({key: rope.get(key, fallback[key])}, key, 1.0, where)
-    eos = (generation or {}).get("eos_token_id", None)
-    eos = eos if eos is not None else raw.get("eos_token_id", config.get("eos_token_id"))
+    eos, eos_file = (generation or {}).get("eos_token_id"), "generation_config.json"
+    if eos is None:
+        eos, eos_file = raw.get("eos_token_id", config.get("eos_token_id")), Path(where).name
     model = ModelConfig(
         **values,
         layer_types=_layer_types(raw, values["num_hidden_layers"], where),
-        eos_token_ids=_token_ids(eos, values["vocab_size"], where),
+        eos_token_ids=_token_ids(eos, values["vocab_size"], str(Path(where).with_name(eos_file))),
     )
     _check(model, where)
     return model
