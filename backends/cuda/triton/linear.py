@@ -336,13 +336,13 @@ def linear_w4a16(
 def compile_cases() -> list[CompileCase]:
     """The linear layers of Qwen3.5-35B-A3B."""
 
-    def arguments(n, k, norm, residual):
+    def arguments(n, k, norm, residual, dtype=torch.bfloat16):
         def make(m, device):
             def bf16(*shape):
                 return torch.randn(shape, dtype=torch.bfloat16, device=device)
 
             return {
-                "x": bf16(m, k),
+                "x": bf16(m, k).to(dtype),
                 "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
                 "scale": bf16(k // 128, n) * 0.01,
                 "group_size": 128,
@@ -356,7 +356,7 @@ def compile_cases() -> list[CompileCase]:
         "in_proj": (12352, 2048, True, False),
         "qkv_proj": (9216, 2048, True, False),
         "out_proj": (2048, 4096, False, True),
-        "lm_head": (248320, 2048, True, False),
+        "lm_head": (248320, 2048, True, False, torch.float32),
     }
     return [
         CompileCase(

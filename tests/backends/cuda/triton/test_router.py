@@ -1,0 +1,86 @@
+"""The router against its eager reference."""
+
+import pytest
+import torch
+
+from et_moe.backends import ops
+from et_moe.backends.cuda.triton.compile_case import record_launches
+from et_moe.backends.cuda.triton.router import moe_router
+
+ROWS = [1, 2, 3, 15, 16, 17, 31, 64, 65, 129]
+
+
+def check(got, expected):
+    assert torch.equal(got[2], expected[2])
+    assert got[0].dtype == expected[0].dtype
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-6)
+
+
+def inputs(m, device, experts=32, hidden=96):
+    return (
+        torch.randn(m, hidden, device=device),
+        torch.randn(hidden, device=device) * 0.1,
+        torch.randn(experts + 1, hidden, device=device) * 0.1,
+    )
+
+
+def exact_inputs(m, device, dtype, experts=32, hidden=96):
+    """Rows of +-1 and weights in sixteenths: no order of additions rounds, and ties abound."""
+    x = torch.randint(0, 2, (m, hidden), device=device).to(dtype) * 2 - 1
+    weight = torch.randint(-8, 9, (experts + 1, hidden), device=device).to(dtype) / 16
+    return x, torch.zeros(hidden, dtype=dtype, device=device), weight
+
+
+@pytest.mark.parametrize("m", ROWS)
+def test_rows(m, device):
+    args = inputs(m, device)
+    with record_launches(run=True) as launches:
+        got = moe_router(*args, 4, 1)
+    assert len(launches) == 2
+    check(got, ops.moe_router(*args, 4, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 4, 45])
+def test_ties_take_the_lower_id(m, dtype, device):
+    args = exact_inputs(m, device, dtype)
+    check(moe_router(*args, 9, 1, eps=0.0), ops.moe_router(*args, 9, 1, eps=0.0))
+
+
+@pytest.mark.parametrize("m", [2, 18])
+def test_bf16_norm(m, device):
+    args = [t.bfloat16() for t in inputs(m, device)]
+    got, expected = moe_router(*args, 4, 1), ops.moe_router(*args, 4, 1)
+    # The interpreter truncates to bf16 where a GPU rounds.
+    torch.testing.assert_close(got[0], expected[0], rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("experts,top_k,num_shared", [(4, 2, 0), (8, 8, 2), (60, 4, 1), (1, 1, 1)])
+@pytest.mark.parametrize("m", [1, 19])
+def test_tables(m, experts, top_k, num_shared, device):
+    args = inputs(m, device, experts=experts)
+    check(moe_router(*args, top_k, num_shared), ops.moe_router(*args, top_k, num_shared))
+
+
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("valid", [0, 1, 2])
+def test_padding(m, valid, device):
+    args = inputs(m, device)
+    num_tokens = torch.tensor([valid], device=device)
+    got = moe_router(*args, 4, 1, num_tokens=num_tokens)
+    check(got, ops.moe_router(*args, 4, 1, num_tokens=num_tokens))
+    assert (got[2][valid:] == -1).all() and (got[1][valid:] == 0).all()
+
+
+@pytest.mark.parametrize("m", [1, 17])
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e4])
+def test_extreme_rows(m, scale, device):
+    x, norm, weight = inputs(m, device)
+    args = (x * scale, norm, weight * 100)  # one probability is 1, most others underflow
+    check(moe_router(*args, 4, 1), ops.moe_router(*args, 4, 1))
+
+
+def test_too_few_experts(device):
+    with pytest.raises(ValueError, match="top_k 40"):
+        moe_router(*inputs(1, device), 40, 1)
