@@ -1,0 +1,113 @@
+"""Small checkpoints in every form that the reader takes, made from one set of tensors."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
+
+Tensors = dict[str, Tensor]
+
+# A layer of each kind, dimensions that all differ and that a group size of 32 divides.
+SMALL = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 24,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def make_small(directory: Path, **overrides) -> tuple[dict, Tensors]:
+    """Writes a checkpoint of shape SMALL as one file; returns its config and tensors."""
+    make_checkpoint(directory, "tiny", seed=1, overrides=SMALL | overrides)
+    (directory / "model.safetensors.index.json").unlink()
+    tensors = load_file(directory / "model-00001-of-00001.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    (directory / "model-00001-of-00001.safetensors").rename(directory / "model.safetensors")
+    return json.loads((directory / "config.json").read_text()), tensors
+
+
+def write(directory: Path, config: Mapping, *shards: Tensors) -> Path:
+    """Writes config.json and one safetensors file, or several with an index."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    weight_map = {}
+    for i, tensors in enumerate(shards, start=1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else None
+        contiguous = {n: t.contiguous() for n, t in tensors.items()}
+        save_file(contiguous, directory / (name or "model.safetensors"))
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def per_expert(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The same model with a gate, an up and a down projection per expert."""
+    split: Tensors = {}
+    for name, tensor in tensors.items():
+        base, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for e, rows in enumerate(tensor):
+                gate, up = rows.chunk(2)
+                split[f"{base}.{e}.gate_proj.weight"] = gate.clone()
+                split[f"{base}.{e}.up_proj.weight"] = up.clone()
+        elif kind == "down_proj" and base.endswith("experts"):
+            for e, rows in enumerate(tensor):
+                split[f"{base}.{e}.down_proj.weight"] = rows.clone()
+        else:
+            split[name] = tensor
+    return split
+
+
+def renamed(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    """The same model with another prefix in place of `model.`."""
+    return {
+        prefix + n.removeprefix("model.") if n.startswith("model.") else n: t
+        for n, t in tensors.items()
+    }
+
+
+def parameters(groups) -> list[Tensors]:
+    """The groups of a checkpoint with each parameter in one piece."""
+    return [{name: torch.cat(parts) for name, parts in group.items()} for group in groups]
+
+
+def assert_equal(actual: list[Tensors], expected: list[Tensors]) -> None:
+    """Same groups, same names in the same order, same dtypes, same values."""
+    assert [list(group) for group in actual] == [list(group) for group in expected]
+    for group, other in zip(actual, expected, strict=True):
+        for name, tensor in group.items():
+            assert tensor.dtype == other[name].dtype, name
+            assert torch.equal(tensor, other[name]), name
+
+
+def assert_mutations_are_survived(kind: str, directory: Path, count: int, *files: str) -> None:
+    """`count` damaged copies of each file are read or refused by name; see the script."""
+    script = Path(__file__).with_name("mutate_checkpoint.py")
+    command = [sys.executable, script, kind, directory, str(count), *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"
+    outcomes = json.loads(done.stdout)
+    assert list(outcomes) == list(files)
+    for file, counts in outcomes.items():
+        assert counts["read"] + counts["refused"] == count, file
+        assert min(counts.values()) > count // 20, outcomes
