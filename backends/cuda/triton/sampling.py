@@ -244,7 +244,7 @@ def sample(
         blocks,
         PADDED_BLOCKS=triton.next_power_of_2(blocks),
         TILE=TILE,
-        num_warps=16,
+        num_warps=32,
     )
     return out
 
