@@ -145,8 +145,7 @@ void Bpe::merge_all(std::vector<Symbol>& symbols) const {
     Symbol& left = symbols[best.position];
     if (left.id < 0 || left.next == kNone) continue;
     Symbol& right = symbols[left.next];
-    // Other merges may have changed the pair since. Like Hugging Face's, this test lets a changed
-    // pair pass that makes the same token.
+    // Another merge may have taken one of the two since.
     const Merge* merge = find_merge(left.id, right.id);
     if (merge == nullptr || merge->id != best.id) continue;
 

@@ -28,9 +28,9 @@ namespace et_moe {
 ///   added_tokens    special or not, normalized or not; no lstrip, rstrip, single_word
 ///   truncation, padding       null
 ///
-/// Exact for every string with PCRE2 10.42 to 10.46 (Unicode 14 to 16) and any utf8proc from 2.8
-/// on. A newer PCRE2 may class characters of Unicode 17 and later as letters, marks or numbers
-/// where Hugging Face sees unassigned ones.
+/// Exact for every string, whatever characters it has, with a PCRE2 of Unicode 14 (10.42) to 16 and
+/// a utf8proc of Unicode 14 (2.8) to 17. A newer PCRE2 would class characters as letters, marks or
+/// numbers that are unassigned to Hugging Face's libraries (Unicode 16).
 ///
 /// Immutable: may be used by several threads at once. Movable, not copyable.
 class Tokenizer {

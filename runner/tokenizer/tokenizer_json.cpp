@@ -5,6 +5,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
+#include <string_view>
 #include <unordered_set>
 
 namespace et_moe {
@@ -84,6 +85,24 @@ void check(const json& object, const std::string& key, const char* schema_name) 
   }
 }
 
+/// The greatest depth of arrays and objects if `text` is JSON; parsing finds out whether it is.
+int depth_of(std::string_view text) {
+  int depth = 0, greatest = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (c == '"') in_string = !in_string;
+    if (in_string) {
+      if (c == '\\') ++i;  // what is escaped may be a quotation mark
+    } else if (c == '[' || c == '{') {
+      greatest = std::max(greatest, ++depth);
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+  return greatest;
+}
+
 json parse_file(const std::string& path) {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error)) fail("file", "not found or no regular file");
@@ -92,12 +111,9 @@ json parse_file(const std::string& path) {
   std::string text(size, '\0');
   std::ifstream file(path, std::ios::binary);
   if (!file.read(text.data(), static_cast<std::streamsize>(size))) fail("file", "cannot be read");
-  const auto limit_depth = [](int depth, json::parse_event_t, json&) {
-    if (depth > kMaxDepth) fail("file", "JSON nested too deeply");
-    return true;
-  };
+  if (depth_of(text) > kMaxDepth) fail("file", "JSON nested too deeply");
   try {
-    return json::parse(text, limit_depth);
+    return json::parse(text);
   } catch (const json::exception& exception) {
     fail("file", std::string(exception.what()).substr(0, kMaxMessageBytes));
   }

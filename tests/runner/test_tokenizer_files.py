@@ -84,7 +84,7 @@ def test_refused(build_dir: Path, tmp_path: Path) -> None:
         paths.append(save(spec, tmp_path / f"{i}.json"))
     paths += [tmp_path / "missing.json", tmp_path]
     keys = [*REFUSED, "file: not found", "file: not found"]
-    errors = run_cli(build_dir, "--load-only", lines=map(str, paths))
+    errors = run_cli(build_dir, "--check", lines=map(str, paths))
     for path, key, error in zip(paths, keys, errors, strict=True):
         assert error is not None, f"{key}: accepted"
         assert error.startswith(f"{path}: ") and key in error, f"{key}: {error}"
@@ -112,7 +112,7 @@ def mutate_json(rng: random.Random, spec: Any) -> Any:
 
 
 def test_mutated_files(build_dir: Path, tmp_path: Path) -> None:
-    """A damaged file loads, or gives an error message; the process never dies."""
+    """A damaged file can be used, or gives an error message; the process never dies."""
     rng = random.Random(6)
     spec = make_spec("qwen3_5")
     spec["model"]["merges"] = spec["model"]["merges"][:20]
@@ -138,7 +138,7 @@ def test_mutated_files(build_dir: Path, tmp_path: Path) -> None:
         paths[-1].write_bytes(data)
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 5_000_000)
-    errors = run_cli(build_dir, "--load-only", lines=map(str, [*paths, deep]))
+    errors = run_cli(build_dir, "--check", lines=map(str, [*paths, deep]))
     assert len(errors) == len(paths) + 1 and errors[0] is None
     messages = [(path, error) for path, error in zip([*paths, deep], errors, strict=True) if error]
     assert len(messages) > 1500

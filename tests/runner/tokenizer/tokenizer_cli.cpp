@@ -5,7 +5,8 @@
 //   tokenizer_cli FILE --decode        list of ids -> JSON string
 //   tokenizer_cli PATTERN --split      JSON string -> list of the pieces it is cut into
 //   tokenizer_cli --normalize          JSON string -> its NFC
-//   tokenizer_cli --load-only          path of a tokenizer.json -> null, or the error's message
+//   tokenizer_cli --check              path of a tokenizer.json -> null if it loads and works, else
+//                                      the error's message
 #include <chrono>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -24,9 +25,10 @@ using nlohmann::json;
 
 std::string parse_string(const std::string& line) { return json::parse(line).get<std::string>(); }
 
-json load_error(const std::string& path) {
+json error_of_file(const std::string& path) {
   try {
-    Tokenizer::load(path);
+    const Tokenizer tokenizer = Tokenizer::load(path);
+    tokenizer.decode(tokenizer.encode("<|im_start|>It's  10 cafe\u0301s\n", true));
     return nullptr;
   } catch (const std::runtime_error& error) {  // anything else is a bug and ends the program
     return error.what();
@@ -47,8 +49,8 @@ int run(const std::string& mode) {
   if (mode == "--normalize") {
     for_each_line(
         [](const std::string& line) { return et_moe::normalize_nfc(parse_string(line)); });
-  } else if (mode == "--load-only") {
-    for_each_line(load_error);
+  } else if (mode == "--check") {
+    for_each_line(error_of_file);
   } else {
     std::cerr << "unknown mode " << mode << "\n";
     return 2;
