@@ -255,7 +255,7 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
     blocks = padded_k // 256
     if isinstance(m, int) and m == 1 and padded_k == 256 * blocks == 256 * _power_of_two(blocks):
         return _gemv(x, weight, scale, group_size, norm_weight, eps, residual, planes)
-    config = tuned("linear_gemm", m)
+    config = tuned(f"linear_w4a{8 * planes}", m)
     block_m = config["BLOCK_M"]
     config["BLOCK_N"] = min(config["BLOCK_N"], _power_of_two(n))
     half = _half(padded_k)
@@ -363,7 +363,7 @@ def compile_cases() -> list[CompileCase]:
             f"{op.__name__}/{name}",
             op,
             arguments(*shape),
-            tables=("linear_gemm", "linear_gemv"),
+            tables=(op.__name__, "linear_gemv"),
             tokens=(1,) if name == "lm_head" else (1, 16, PREFILL_TOKENS),
             gemms=frozenset({"_w4_gemm_kernel", "_w4_gemv_kernel"}),
             streams={"_w4_gemm_kernel": ("weight",), "_w4_gemv_kernel": ("weight",)},
