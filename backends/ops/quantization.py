@@ -26,9 +26,23 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return nibbles.to(torch.int8) - 8
 
 
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale, and 0 for a scale so small (or 0) that its inverse would be infinite."""
+    return torch.where(scale.abs() < torch.finfo(torch.float32).tiny, 0.0, 1.0 / scale)
+
+
+def _check_finite(weight: torch.Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight has entries that are not finite")
+
+
 def _round_to_scale(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
-    return (groups * inverse).round_().clamp_(-8, 7)
+    return (groups * _inverse(scale)).round_().clamp_(-8, 7)
+
+
+def _squared_error(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    residual = _round_to_scale(groups, scale).mul_(scale).sub_(groups)
+    return residual.square_().sum(-1, keepdim=True)
 
 
 def _minmax_scale(groups: torch.Tensor) -> torch.Tensor:
@@ -38,26 +52,23 @@ def _minmax_scale(groups: torch.Tensor) -> torch.Tensor:
 def _mse_scale(groups: torch.Tensor) -> torch.Tensor:
     """The candidate with the least squared error per group.
 
-    Candidates put the entry of largest magnitude on -8 (the longer side of the INT4 range; the
-    scale may be negative for that), on 7, or clip it. Each is refined once: for fixed integers q
-    the best scale is sum(w q) / sum(q q).
+    Candidates are the min-max scale, and scales that put the entry of largest magnitude on -8 (the
+    longer side of the INT4 range; the scale may be negative for that), on 7, or clip it. These are
+    refined once: for fixed integers q the best scale is sum(w q) / sum(q q).
     """
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     extreme = torch.where(high > -low, high, low)
-    best_scale, best_error = None, None
+    best_scale = _minmax_scale(groups)
+    best_error = _squared_error(groups, best_scale)
     for divisor in (-8.0, -8.8, -9.8, 7.0):
         q = _round_to_scale(groups, extreme / divisor)
         norm = (q * q).sum(-1, keepdim=True)
         scale = torch.where(norm > 0, (groups * q).sum(-1, keepdim=True) / norm, 0.0)
         scale = scale.bfloat16().float()
-        residual = _round_to_scale(groups, scale).mul_(scale).sub_(groups)
-        error = residual.square_().sum(-1, keepdim=True)
-        if best_scale is None:
-            best_scale, best_error = scale, error
-        else:
-            better = error < best_error
-            best_scale = torch.where(better, scale, best_scale)
-            best_error = torch.minimum(error, best_error)
+        error = _squared_error(groups, scale)
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
     return best_scale
 
 
@@ -89,8 +100,7 @@ def quantize_w4(
     if method not in SCALE_METHODS:
         raise ValueError(f"scale method {method!r}: expected one of {sorted(SCALE_METHODS)}")
     groups = weight.float().unflatten(-1, (-1, group_size))
-    if not torch.isfinite(groups).all():
-        raise ValueError("the weight has entries that are not finite")
+    _check_finite(groups)
     scale = SCALE_METHODS[method](groups)
     packed = pack_int4(_round_to_scale(groups, scale).to(torch.int8).flatten(-2))
     return packed, scale.squeeze(-1).bfloat16()
@@ -103,10 +113,15 @@ def dequantize_w4(packed: torch.Tensor, scale: torch.Tensor, group_size: int) ->
 
 
 def quantize_w8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes `[V, H]` to INT8 with one scale per row: `int8 [V, H]`, `bfloat16 [V, 1]`."""
+    """Quantizes `[V, H]` to INT8 with one scale per row: `int8 [V, H]`, `bfloat16 [V, 1]`.
+
+    Raises:
+        ValueError: non-finite weights.
+    """
+    _check_finite(weight)
     scale = (weight.float().abs().amax(-1, keepdim=True) / 127).bfloat16()
-    inverse = torch.where(scale == 0, 0.0, 1.0 / scale.float())
-    return (weight.float() * inverse).round_().clamp_(-127, 127).to(torch.int8), scale
+    values = (weight.float() * _inverse(scale.float())).round_().clamp_(-127, 127)
+    return values.to(torch.int8), scale
 
 
 def _quantize_int8_fake(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
