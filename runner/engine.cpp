@@ -53,7 +53,7 @@ std::vector<int64_t> Engine::generate(const std::vector<int64_t>& prompt,
                              ": expected at least 1");
   }
   check_sampling(config.sampling);
-  session_->reset();
+  model_->reset(*session_);
   stats.num_prompt_tokens = length;
   stats.model_execution_start_ms = llm::now_ms();
   Step step = prefill(prompt, config.sampling, stats);
@@ -75,6 +75,7 @@ std::vector<int64_t> Engine::generate(const std::vector<int64_t>& prompt,
   }
   stats.num_generated_tokens = static_cast<int64_t>(generated.size());
   stats.inference_end_ms = stats.model_execution_end_ms = llm::now_ms();
+  stats.gpu = model_->gpu_memory();
   return generated;
 }
 
@@ -89,7 +90,8 @@ void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_log
     throw std::runtime_error("token id " + std::to_string(ids.back()) +
                              " is outside the vocabulary of " + std::to_string(info.vocab_size));
   }
-  session_->reset();
+  model_->want_logits();
+  model_->reset(*session_);
   for (size_t i = 0; i + 1 < ids.size(); ++i) {
     on_logits(i + 1, model_->run(*session_, &ids[i], 1, static_cast<int64_t>(i), {}).logits);
   }

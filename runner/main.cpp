@@ -152,7 +152,9 @@ void run(const Flags& f) {
   if (!f.tokenizer_path.empty()) tokenizer.emplace(et_moe::Tokenizer::load(f.tokenizer_path));
   Stats stats;
   stats.model_load_start_ms = et_moe::llm::now_ms();
-  Engine engine(std::make_shared<et_moe::Model>(f.model_path, f.data_path));
+  et_moe::ModelOptions options;
+  options.cuda_graph = f.cuda_graph;
+  Engine engine(std::make_shared<et_moe::Model>(f.model_path, f.data_path, options));
   stats.model_load_end_ms = et_moe::llm::now_ms();
   if (!f.score_ids_path.empty()) return score(engine, f);
   generate(engine, f, tokenizer ? &*tokenizer : nullptr, stats);

@@ -67,7 +67,8 @@ struct Model::LoadedMethod {
   // Runtime inputs; the method reads them where they stand.
   int64_t position = 0, num_tokens = 0, top_k = 0, seed = 0;
   float temperature = 0, top_p = 1;
-  uint64_t bound_session = 0;  // none
+  bool bound = false;
+  uint64_t bound_session = 0;
 };
 
 Session::Session(const std::vector<TensorSpec>& state) {
@@ -79,14 +80,12 @@ Session::Session(const std::vector<TensorSpec>& state) {
     if (!buffers_.back()) throw std::runtime_error("out of memory for the state " + spec.name);
     sizes_.push_back(size);
   }
-  reset();
 }
 
-void Session::reset() {
-  for (size_t i = 0; i < buffers_.size(); ++i) std::memset(buffers_[i].get(), 0, sizes_[i]);
-}
+Session::Session(std::unique_ptr<cuda::Session> gpu) : id_(0), gpu_(std::move(gpu)) {}
 
-Model::Model(const std::string& pte_path, const std::string& ptd_path) : pte_path_(pte_path) {
+Model::Model(const std::string& pte_path, const std::string& ptd_path, const ModelOptions& options)
+    : pte_path_(pte_path) {
   executorch::runtime::runtime_init();
   capture_log();
   MappedFile file(pte_path);
@@ -103,19 +102,53 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path) : pte_pat
   program_.emplace(std::move(*program));
   read_info();
   weights_ = std::make_unique<Weights>(ptd_path, weight_specs_);
-  for (const char* name : {"prefill", "decode"}) {
-    LoadedMethod& method = load_method(name);
-    const size_t expected = method.method->inputs_size();
-    const size_t runtime_inputs = std::strcmp(name, "decode") == 0 ? 6 : 7;
-    if (expected != runtime_inputs + state_.size() + weight_specs_.size()) {
-      throw std::runtime_error(pte_path + ": method " + name + " has unexpected inputs");
-    }
+  if (cuda_) {
+    cuda_->use_graphs = options.cuda_graph;
+    const cuda::Context::Scope scope(*cuda_);
+    load_methods();
+    gpu_memory_.free_after_load = static_cast<int64_t>(cuda::memory_info().free);
+  } else {
+    load_methods();
   }
 }
 
 Model::~Model() = default;
 
-std::unique_ptr<Session> Model::new_session() const { return std::make_unique<Session>(state_); }
+void Model::load_methods() {
+  for (const char* name : {"prefill", "decode"}) {
+    const size_t inputs = load_method(name).method->inputs_size();
+    const size_t runtime_inputs = std::strcmp(name, "decode") == 0 ? 6 : 7;
+    // A CUDA program's delegate binds state and weights itself.
+    const size_t bound = cuda_ ? 0 : state_.size() + weight_specs_.size();
+    if (inputs != runtime_inputs + bound) {
+      throw std::runtime_error(pte_path_ + ": method " + name + " has unexpected inputs");
+    }
+  }
+}
+
+std::unique_ptr<Session> Model::new_session() const {
+  std::unique_ptr<Session> session(cuda_ ? new Session(cuda_->new_session()) : new Session(state_));
+  reset(*session);
+  return session;
+}
+
+void Model::reset(Session& session) const {
+  if (session.gpu_) return cuda_->reset(*session.gpu_);
+  for (size_t i = 0; i < session.buffers_.size(); ++i) {
+    std::memset(session.buffers_[i].get(), 0, session.sizes_[i]);
+  }
+}
+
+void Model::want_logits() {
+  if (cuda_) cuda_->copy_logits = true;
+}
+
+std::optional<llm::GpuMemory> Model::gpu_memory() const {
+  if (!cuda_) return std::nullopt;
+  llm::GpuMemory memory = gpu_memory_;
+  memory.free_after_generate = static_cast<int64_t>(cuda::memory_info().free);
+  return memory;
+}
 
 Model::LoadedMethod& Model::load_method(const std::string& name) {
   auto& slot = methods_[name];
@@ -131,7 +164,8 @@ Model::LoadedMethod& Model::load_method(const std::string& name) {
       Span<Span<uint8_t>>(slot->spans.data(), slot->spans.size()));
   slot->memory =
       std::make_unique<MemoryManager>(&slot->allocator, slot->hierarchical.get(), &slot->temporary);
-  auto method = program_->load_method(name.c_str(), slot->memory.get());
+  auto method = program_->load_method(name.c_str(), slot->memory.get(), nullptr,
+                                      cuda_ && weights_ ? &weights_->map() : nullptr);
   if (!method.ok()) {
     throw std::runtime_error(pte_path_ + ": method " + name + " cannot be loaded: " +
                              executorch::runtime::to_string(method.error()) + take_log());
@@ -173,17 +207,24 @@ void Model::read_info() {
            {}};
   try {
     info_.eos_ids = json("get_eos_ids").get<std::vector<int64_t>>();
+    if (json("get_backend") == "cuda") {
+      cuda_ = std::make_unique<cuda::Context>();
+      const cuda::MemoryInfo memory = cuda::memory_info();
+      gpu_memory_.total = static_cast<int64_t>(memory.total);
+      gpu_memory_.free_before_load = static_cast<int64_t>(memory.free);
+    }
     const auto bindings = json("get_bindings");
     state_ = parse_specs(bindings.at("state"));
     weight_specs_ = parse_specs(bindings.at("weights"));
   } catch (const std::exception& e) {
-    throw std::runtime_error(pte_path_ + ": get_bindings or get_eos_ids: " + e.what());
+    throw std::runtime_error(pte_path_ + ": " + e.what());
   }
 }
 
 void Model::bind(LoadedMethod& loaded, Session& session) {
-  if (loaded.bound_session == session.id_) return;
-  const bool first = loaded.bound_session == 0;
+  // A GPU session has no tensors to bind, and all of them the id 0.
+  const bool first = !loaded.bound;
+  if (!first && loaded.bound_session == session.id_) return;
   const bool prefill = &loaded == methods_["prefill"].get();
   std::vector<TensorPtr> tensors;
   const auto scalar = [&tensors](void* data, ScalarType type) {
@@ -196,11 +237,11 @@ void Model::bind(LoadedMethod& loaded, Session& session) {
   scalar(&loaded.top_k, ScalarType::Long);
   scalar(&loaded.top_p, ScalarType::Float);
   scalar(&loaded.seed, ScalarType::Long);
-  const size_t state_begin = tensors.size(), state_end = state_begin + state_.size();
-  for (size_t i = 0; i < state_.size(); ++i) {
+  const size_t state_begin = tensors.size(), state_end = state_begin + session.buffers_.size();
+  for (size_t i = 0; i < session.buffers_.size(); ++i) {
     tensors.push_back(view(state_[i], session.buffers_[i].get()));
   }
-  if (first) {
+  if (first && !cuda_) {
     for (size_t i = 0; i < weight_specs_.size(); ++i) {
       tensors.push_back(view(weight_specs_[i], weights_->data(i)));
     }
@@ -211,6 +252,7 @@ void Model::bind(LoadedMethod& loaded, Session& session) {
                                " does not take the tensor its bindings name" + take_log());
     }
   }
+  loaded.bound = true;
   loaded.bound_session = session.id_;
 }
 
@@ -243,14 +285,19 @@ Step Model::run(Session& session, const int64_t* tokens, size_t count, int64_t p
   const TensorPtr input =
       from_blob(const_cast<int64_t*>(tokens), {1, static_cast<int32_t>(count)}, ScalarType::Long);
   Error error = loaded.method->set_input(EValue(*input), 0);
-  if (error == Error::Ok) error = loaded.method->execute();
+  if (error == Error::Ok) {
+    std::optional<cuda::Context::Scope> scope;
+    if (cuda_) scope.emplace(*cuda_, session.gpu_.get());
+    error = loaded.method->execute();
+  }
   if (error != Error::Ok) {
     throw std::runtime_error(pte_path_ + ": " + name +
                              " failed: " + executorch::runtime::to_string(error) + take_log());
   }
-  // The program returns the updated state first.
-  const EValue& token = loaded.method->get_output(state_.size());
-  const EValue& logits = loaded.method->get_output(state_.size() + 1);
+  // A CPU program returns the updated state first.
+  const size_t outputs = loaded.method->outputs_size();
+  const EValue& token = loaded.method->get_output(outputs - 2);
+  const EValue& logits = loaded.method->get_output(outputs - 1);
   return {token.toTensor().const_data_ptr<int64_t>()[0], logits.toTensor().const_data_ptr<float>()};
 }
 

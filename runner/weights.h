@@ -33,6 +33,9 @@ class Weights {
   /// The bytes of `specs[i]`; valid as long as this object lives.
   const void* data(size_t i) const { return buffers_[i].data(); }
 
+  /// The file as ExecuTorch hands it to a delegate.
+  const executorch::runtime::NamedDataMap& map() const { return *map_; }
+
  private:
   void verify_checksums(const std::string& path, const std::vector<TensorSpec>& specs) const;
 

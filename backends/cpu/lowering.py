@@ -50,7 +50,11 @@ def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> bytes
         {name: graph.program for name, graph in graphs.items()},
         # Custom ops are not part of the core ATen set that the check knows.
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods={**constants, "get_bindings": json.dumps(bindings[0])},
+        constant_methods={
+            **constants,
+            "get_backend": json.dumps("cpu"),
+            "get_bindings": json.dumps(bindings[0]),
+        },
     )
     planning = MemoryPlanningPass(alloc_graph_input=False)
     return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer

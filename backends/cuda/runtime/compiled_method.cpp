@@ -1,0 +1,211 @@
+#include "backends/cuda/runtime/compiled_method.h"
+
+#define XXH_INLINE_ALL
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+namespace et_moe::cuda {
+namespace {
+
+using executorch::runtime::NamedDataMap;
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kToken = sizeof(int64_t);
+
+std::string hexadecimal_digest(const void* data, size_t size) {
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, size));
+  std::string text;
+  for (unsigned char byte : canonical.digest) {
+    char digits[3];
+    std::snprintf(digits, sizeof digits, "%02x", byte);
+    text += digits;
+  }
+  return text;
+}
+
+std::vector<size_t> staging_offsets(const std::vector<TensorInfo>& inputs) {
+  std::vector<size_t> offsets{0};
+  for (const TensorInfo& input : inputs) {
+    offsets.push_back(offsets.back() + (input.nbytes() + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  return offsets;
+}
+
+}  // namespace
+
+SharedObject::SharedObject(const void* data, size_t size, const std::string& name) : name_(name) {
+  const int fd = memfd_create("et_moe", MFD_CLOEXEC);
+  const auto* bytes = static_cast<const char*>(data);
+  size_t written = 0;
+  while (fd >= 0 && written < size) {
+    const ssize_t count = write(fd, bytes + written, size - written);
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) break;
+    written += static_cast<size_t>(count);
+  }
+  std::string error;
+  if (fd < 0 || written < size) {
+    error = std::strerror(errno);
+  } else {
+    const std::string path = "/proc/self/fd/" + std::to_string(fd);
+    handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!handle_) error = dlerror();
+  }
+  if (fd >= 0) close(fd);
+  if (!handle_) throw std::runtime_error("the code " + name + " cannot be loaded: " + error);
+}
+
+SharedObject::~SharedObject() { dlclose(handle_); }
+
+void* SharedObject::symbol(const char* name) const {
+  void* address = dlsym(handle_, name);
+  if (!address) throw std::runtime_error("the code " + name_ + " has no function " + name);
+  return address;
+}
+
+/// AOTInductor's C interface of one shared object (torch/csrc/inductor/aoti_runtime/interface.h).
+struct CompiledMethod::Container {
+  using Create = int32_t(void**, size_t, const char*, const char*);
+  using Delete = int32_t(void*);
+  using Run = int32_t(void*, Tensor**, size_t, Tensor**, size_t, void*, void*);
+  using LastError = const char*();
+
+  Container(const void* data, size_t size, const std::string& name)
+      : code(data, size, name),
+        run(code.function<Run>("AOTInductorModelContainerRunSingleThreaded")),
+        remove(code.function<Delete>("AOTInductorModelContainerDelete")),
+        last_error(code.function<LastError>("AOTInductorGetLastError")) {
+    auto* create = code.function<Create>("AOTInductorModelContainerCreateWithDevice");
+    if (create(&handle, 1, "cuda", nullptr) != 0) fail(name + " cannot be set up");
+  }
+  ~Container() { remove(handle); }
+  [[noreturn]] void fail(const std::string& what) const {
+    const char* text = last_error();
+    throw std::runtime_error(what + (text && *text ? std::string(": ") + text : ""));
+  }
+
+  SharedObject code;
+  Run* run;
+  Delete* remove;
+  LastError* last_error;
+  void* handle = nullptr;
+};
+
+CompiledMethod::CompiledMethod(Context& context, std::string_view description,
+                               const NamedDataMap& data)
+    : info_(MethodInfo::parse(description)),
+      offsets_(staging_offsets(info_.inputs)),
+      staging_(offsets_.back() + kToken),
+      inputs_(offsets_.back()) {
+  const CodeInfo& code = info_.code_for(architecture());
+  const auto blob = data.get_data(code.data);
+  if (!blob.ok() || blob->size() != code.bytes) {
+    throw std::runtime_error("the program lacks the code " + code.data);
+  }
+  if (hexadecimal_digest(blob->data(), blob->size()) != code.digest) {
+    throw std::runtime_error("the code " + code.data +
+                             " is not what was exported: digest mismatch; it will not be run");
+  }
+  container_ = std::make_unique<Container>(blob->data(), blob->size(), code.data);
+  context.adopt(data, info_);
+}
+
+CompiledMethod::~CompiledMethod() = default;
+
+int64_t CompiledMethod::bucket(int64_t tokens) const {
+  const int64_t most = info_.inputs[0].shape[1];
+  if (most == 1) return 1;
+  // An eighth of the power of two below, at least 16: padding stays under 1/8 of long prompts.
+  int64_t step = 16;
+  while (step * 16 <= tokens) step *= 2;
+  return std::min(most, (tokens + step - 1) / step * step);
+}
+
+void CompiledMethod::stage(const std::vector<const void*>& inputs, int64_t tokens, int64_t padded) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const size_t size = i == 0 ? static_cast<size_t>(tokens) * kToken : info_.inputs[i].nbytes();
+    std::memcpy(staging_.data() + offsets_[i], inputs[i], size);
+  }
+  std::memset(staging_.data() + offsets_[0] + static_cast<size_t>(tokens) * kToken, 0,
+              static_cast<size_t>(padded - tokens) * kToken);
+}
+
+const std::byte* CompiledMethod::enqueue(Context& context, Session& session, int64_t tokens) {
+  ET_MOE_CUDA(cudaMemcpyAsync(inputs_.data(), staging_.data(), offsets_.back(),
+                              cudaMemcpyHostToDevice, context.stream_.get()));
+  std::vector<Tensor*> handles;  // the code takes them over
+  for (size_t i = 0; i < info_.inputs.size(); ++i) {
+    auto shape = info_.inputs[i].shape;
+    if (i == 0) shape[1] = tokens;
+    handles.push_back(view(inputs_.data() + offsets_[i], shape, info_.inputs[i].dtype).release());
+  }
+  for (const TensorInfo& t : info_.state) {
+    handles.push_back(view(session.at(t.name), t.shape, t.dtype).release());
+  }
+  for (const TensorInfo& t : info_.weights) {
+    handles.push_back(view(context.weights_->at(t.name), t.shape, t.dtype).release());
+  }
+  Tensor* outputs[2] = {};
+  {
+    const ArenaScope scope(context.arena_);
+    if (container_->run(container_->handle, handles.data(), handles.size(), outputs, 2,
+                        context.stream_.get(), nullptr) != 0) {
+      container_->fail("the code of " + info_.method + " failed");
+    }
+  }
+  const std::unique_ptr<Tensor> token(outputs[0]), logits(outputs[1]);
+  ET_MOE_CUDA(cudaMemcpyAsync(staging_.data() + offsets_.back(),
+                              token->data + token->offset * token->itemsize(), kToken,
+                              cudaMemcpyDeviceToHost, context.stream_.get()));
+  // The scratch memory goes back here but keeps its content until the next call.
+  return logits->data + logits->offset * logits->itemsize();
+}
+
+const std::byte* CompiledMethod::launch(Context& context, Session& session, int64_t tokens) {
+  const Session::Key key{this, tokens};
+  if (!context.use_graphs || capture_failed_ || session.warm_.insert(key).second) {
+    return enqueue(context, session, tokens);
+  }
+  auto found = session.graphs_.find(key);
+  if (found == session.graphs_.end()) {
+    try {
+      context.arena_.set_frozen(true);
+      const std::byte* logits = nullptr;
+      Graph graph =
+          Graph::capture(context.stream_, [&] { logits = enqueue(context, session, tokens); });
+      context.arena_.set_frozen(false);
+      found = session.graphs_.emplace(key, Session::Captured{std::move(graph), logits}).first;
+    } catch (const std::exception& e) {
+      context.arena_.set_frozen(false);
+      capture_failed_ = true;
+      std::fprintf(stderr, "no CUDA graph for %s, running without: %s\n", info_.method.c_str(),
+                   e.what());
+      return enqueue(context, session, tokens);
+    }
+  }
+  found->second.graph.launch(context.stream_);
+  return found->second.logits;
+}
+
+void CompiledMethod::run(Context& context, const std::vector<const void*>& inputs, int64_t tokens,
+                         int64_t* token, float* logits) {
+  const int64_t padded = bucket(tokens);
+  stage(inputs, tokens, padded);
+  const std::byte* device_logits = launch(context, context.session(), padded);
+  if (context.copy_logits) {
+    ET_MOE_CUDA(cudaMemcpyAsync(logits, device_logits, info_.outputs[1].nbytes(),
+                                cudaMemcpyDeviceToHost, context.stream_.get()));
+  }
+  context.stream_.synchronize();
+  std::memcpy(token, staging_.data() + offsets_.back(), kToken);
+}
+
+}  // namespace et_moe::cuda

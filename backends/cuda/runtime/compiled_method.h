@@ -1,0 +1,69 @@
+// A method's compiled code: loaded, given its tensors, and run, eagerly or as a CUDA graph.
+#pragma once
+
+#include <executorch/runtime/core/named_data_map.h>
+
+#include <memory>
+#include <string_view>
+
+#include "backends/cuda/runtime/context.h"
+#include "backends/cuda/runtime/metadata.h"
+#include "backends/cuda/runtime/tensor.h"
+
+namespace et_moe::cuda {
+
+/// A shared object in memory, loaded by way of an anonymous file.
+class SharedObject {
+ public:
+  /// Throws std::runtime_error that names `name`, for messages, and what the loader says.
+  SharedObject(const void* data, size_t size, const std::string& name);
+  ~SharedObject();
+  SharedObject(const SharedObject&) = delete;
+  SharedObject& operator=(const SharedObject&) = delete;
+
+  /// A function of C linkage; throws std::runtime_error if there is none of this name.
+  template <typename Function>
+  Function* function(const char* name) const {
+    return reinterpret_cast<Function*>(symbol(name));
+  }
+
+ private:
+  void* symbol(const char* name) const;
+  void* handle_ = nullptr;
+  std::string name_;
+};
+
+class CompiledMethod {
+ public:
+  /// Loads the code for this GPU, after checking its digest, and the weights if the context has
+  /// none yet. `description` is JSON, see MethodInfo. Throws std::runtime_error.
+  CompiledMethod(Context& context, std::string_view description,
+                 const executorch::runtime::NamedDataMap& data);
+  ~CompiledMethod();
+
+  const MethodInfo& info() const { return info_; }
+
+  /// One call. `inputs` are host addresses of the method's runtime inputs in order, `tokens` the
+  /// length of the first, which is padded to a bucket where the method takes several lengths.
+  /// `token` receives the next token's id, `logits` the logits if the context copies them.
+  void run(Context& context, const std::vector<const void*>& inputs, int64_t tokens, int64_t* token,
+           float* logits);
+
+ private:
+  struct Container;
+  /// Copies the staged inputs to the GPU, runs the code, and copies the token back; returns where
+  /// on the GPU the logits are. Everything goes onto the context's stream.
+  const std::byte* enqueue(Context& context, Session& session, int64_t tokens);
+  const std::byte* launch(Context& context, Session& session, int64_t tokens);
+  int64_t bucket(int64_t tokens) const;
+  void stage(const std::vector<const void*>& inputs, int64_t tokens, int64_t padded);
+
+  MethodInfo info_;
+  std::unique_ptr<Container> container_;
+  std::vector<size_t> offsets_;  // of the runtime inputs in the staging memory
+  PinnedBuffer staging_;         // inputs, then the token that comes back
+  DeviceBuffer inputs_;
+  bool capture_failed_ = false;
+};
+
+}  // namespace et_moe::cuda

@@ -1,0 +1,67 @@
+#include "backends/cuda/runtime/context.h"
+
+namespace et_moe::cuda {
+namespace {
+
+constexpr size_t kAlignment = 256;
+thread_local Context* active = nullptr;
+
+/// Opens the driver before any member of a context makes a CUDA call.
+struct DriverOpened {
+  DriverOpened() { open_driver(); }
+};
+
+}  // namespace
+
+Session::Session(const Stream& stream, const std::vector<TensorInfo>& state) {
+  size_t total = 0;
+  for (const TensorInfo& tensor : state) {
+    offsets_[tensor.name] = total;
+    total += (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  memory_ = DeviceBuffer(total == 0 ? kAlignment : total);
+  reset(stream);
+}
+
+void Session::reset(const Stream& stream) {
+  ET_MOE_CUDA(cudaMemsetAsync(memory_.data(), 0, memory_.size(), stream.get()));
+}
+
+Context::Context() : stream_((DriverOpened(), Stream())) {}
+
+Context::~Context() = default;
+
+Context::Scope::Scope(Context& context, Session* session) : previous_(active) {
+  context.session_ = session;
+  active = &context;
+}
+
+Context::Scope::~Scope() {
+  active->session_ = nullptr;
+  active = previous_;
+}
+
+Context& Context::current() {
+  if (active) return *active;
+  static Context own;
+  return own;
+}
+
+std::unique_ptr<Session> Context::new_session() const {
+  return std::make_unique<Session>(stream_, state_);
+}
+
+void Context::adopt(const executorch::runtime::NamedDataMap& data, const MethodInfo& info) {
+  if (!weights_) {
+    weights_ = std::make_unique<DeviceWeights>(data, info.weights);
+    state_ = info.state;
+  }
+}
+
+Session& Context::session() {
+  if (session_) return *session_;
+  if (!own_session_) own_session_ = new_session();
+  return *own_session_;
+}
+
+}  // namespace et_moe::cuda

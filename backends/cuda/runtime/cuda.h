@@ -1,0 +1,109 @@
+// CUDA calls that throw, and memory and streams that free themselves.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace et_moe::cuda {
+
+/// A CUDA call that failed: its name, CUDA's name of the error and what it means.
+class CudaError : public std::runtime_error {
+ public:
+  CudaError(const char* call, cudaError_t error);
+};
+
+/// Throws CudaError unless `error` is cudaSuccess. Use as ET_MOE_CUDA(cudaMalloc(&p, n)).
+void check(cudaError_t error, const char* call);
+#define ET_MOE_CUDA(call) ::et_moe::cuda::check((call), #call)
+
+/// Makes the CUDA driver's functions visible to the code of a `.pte`, which does not name the
+/// library they are in. Throws std::runtime_error that says what is missing: the driver, one new
+/// enough for this program, or a GPU.
+void open_driver();
+
+/// Compute capability of the current GPU as the exporter writes it, such as "sm_90".
+std::string architecture();
+
+/// Memory of the current GPU in bytes.
+struct MemoryInfo {
+  size_t free = 0, total = 0;
+};
+MemoryInfo memory_info();
+
+/// Device memory, uninitialised.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  explicit DeviceBuffer(size_t size);
+  DeviceBuffer(DeviceBuffer&& other) noexcept;
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept;
+  ~DeviceBuffer();
+  std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+/// Page-locked host memory.
+class PinnedBuffer {
+ public:
+  explicit PinnedBuffer(size_t size);
+  PinnedBuffer(const PinnedBuffer&) = delete;
+  PinnedBuffer& operator=(const PinnedBuffer&) = delete;
+  ~PinnedBuffer();
+  std::byte* data() const { return data_; }
+
+ private:
+  std::byte* data_ = nullptr;
+};
+
+/// A stream that does not wait for the default stream.
+class Stream {
+ public:
+  Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream();
+  cudaStream_t get() const { return stream_; }
+  void synchronize() const;
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+/// A captured and instantiated graph.
+class Graph {
+ public:
+  /// Captures what `launch` puts on the stream, without running it. If anything fails the capture
+  /// is ended and the error rethrown.
+  template <typename Launch>
+  static Graph capture(const Stream& stream, const Launch& launch) {
+    ET_MOE_CUDA(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal));
+    try {
+      launch();
+    } catch (...) {
+      abandon(stream);
+      throw;
+    }
+    return end(stream);
+  }
+  Graph(Graph&& other) noexcept;
+  Graph& operator=(Graph&&) = delete;
+  ~Graph();
+  void launch(const Stream& stream) const;
+
+ private:
+  Graph() = default;
+  static Graph end(const Stream& stream);
+  static void abandon(const Stream& stream);
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+}  // namespace et_moe::cuda

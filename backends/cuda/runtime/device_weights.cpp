@@ -1,0 +1,132 @@
+#include "backends/cuda/runtime/device_weights.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+namespace et_moe::cuda {
+namespace {
+
+using executorch::runtime::FreeableBuffer;
+using executorch::runtime::NamedDataMap;
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kPiece = size_t{16} << 20;  // bytes copied at a time
+constexpr size_t kThreads = 8;
+
+struct Piece {
+  const std::byte* from;
+  std::byte* to;
+  size_t size;
+};
+
+FreeableBuffer find(const NamedDataMap& data, const TensorInfo& tensor) {
+  const auto layout = data.get_tensor_layout(tensor.name);
+  if (!layout.ok()) {
+    throw std::runtime_error("the weights have no tensor " + tensor.name +
+                             "; is it the .ptd of another model or backend?");
+  }
+  const auto sizes = layout->sizes();
+  const bool same_shape =
+      std::equal(sizes.begin(), sizes.end(), tensor.shape.begin(), tensor.shape.end());
+  if (static_cast<int32_t>(layout->scalar_type()) != tensor.dtype || !same_shape) {
+    throw std::runtime_error("the weight " + tensor.name +
+                             " has another dtype or shape than the program takes; is it the .ptd "
+                             "of another model or prepack version?");
+  }
+  auto buffer = data.get_data(tensor.name);
+  if (!buffer.ok() || buffer->size() != tensor.nbytes()) {
+    throw std::runtime_error("the weights are truncated at tensor " + tensor.name);
+  }
+  return std::move(*buffer);
+}
+
+/// Copies pieces taken from a shared counter, reading the next while the last is on its way.
+void copy_pieces(const std::vector<Piece>& pieces, std::atomic<size_t>& next) {
+  const Stream stream;
+  const PinnedBuffer pinned(2 * kPiece);
+  cudaEvent_t done[2] = {};
+  for (auto& event : done) {
+    ET_MOE_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  }
+  const auto free_events = [&done] {
+    for (auto& event : done) cudaEventDestroy(event);
+  };
+  try {
+    size_t turn = 0;
+    for (size_t i = next++; i < pieces.size(); i = next++, turn ^= 1) {
+      std::byte* half = pinned.data() + turn * kPiece;
+      ET_MOE_CUDA(cudaEventSynchronize(done[turn]));  // returns at once before the first record
+      std::memcpy(half, pieces[i].from, pieces[i].size);
+      ET_MOE_CUDA(cudaMemcpyAsync(pieces[i].to, half, pieces[i].size, cudaMemcpyHostToDevice,
+                                  stream.get()));
+      ET_MOE_CUDA(cudaEventRecord(done[turn], stream.get()));
+    }
+    stream.synchronize();
+  } catch (...) {
+    cudaStreamSynchronize(stream.get());  // copies from the pinned memory must end before it goes
+    free_events();
+    throw;
+  }
+  free_events();
+}
+
+void copy_all(const std::vector<Piece>& pieces) {
+  std::atomic<size_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
+  int device = 0;
+  ET_MOE_CUDA(cudaGetDevice(&device));
+  const auto work = [&] {
+    try {
+      ET_MOE_CUDA(cudaSetDevice(device));
+      copy_pieces(pieces, next);
+    } catch (...) {
+      next = pieces.size();
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
+    }
+  };
+  const size_t count = std::min(
+      {kThreads, pieces.size(), static_cast<size_t>(std::thread::hardware_concurrency()) + 1});
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < count; ++i) threads.emplace_back(work);
+  work();
+  for (auto& thread : threads) thread.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace
+
+DeviceWeights::DeviceWeights(const NamedDataMap& data, const std::vector<TensorInfo>& tensors) {
+  std::vector<FreeableBuffer> sources;
+  size_t total = 0;
+  for (const TensorInfo& tensor : tensors) {
+    sources.push_back(find(data, tensor));
+    offsets_[tensor.name] = total;
+    total += (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  const MemoryInfo memory = memory_info();
+  if (total > memory.free) {
+    throw std::runtime_error("too little GPU memory: the weights need " +
+                             std::to_string(total >> 20) + " MiB, " +
+                             std::to_string(memory.free >> 20) + " of " +
+                             std::to_string(memory.total >> 20) + " MiB are free");
+  }
+  if (total == 0) return;
+  memory_ = DeviceBuffer(total);
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto* from = static_cast<const std::byte*>(sources[i].data());
+    for (size_t begin = 0; begin < sources[i].size(); begin += kPiece) {
+      pieces.push_back(
+          {from + begin, at(tensors[i].name) + begin, std::min(kPiece, sources[i].size() - begin)});
+    }
+  }
+  copy_all(pieces);
+}
+
+}  // namespace et_moe::cuda
