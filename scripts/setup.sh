@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(g++ python3-venv libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcli11-dev libxxhash-dev
-  libgtest-dev)
+  libsodium-dev libgtest-dev)
 
 install_system_packages() {
   local missing=()

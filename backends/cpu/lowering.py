@@ -1,6 +1,8 @@
 """Lowers method graphs to an ExecuTorch program that runs on the CPU kernels of this folder."""
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
@@ -17,22 +19,40 @@ DTYPE_NAMES = {
 }
 
 
-def _describe(graph: MethodGraph) -> dict[str, list]:
-    """Names, dtypes and shapes of the state and weight inputs, in the order of the method."""
+@dataclass(frozen=True)
+class WeightPlan:
+    """What the program wants in the `.ptd`: the graphs' weights as they are.
+
+    Attributes:
+        spec: name -> (dtype, shape), in the order of the graphs' weights.
+    """
+
+    spec: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors of a bundle in the order of `spec`, floats cast to the graphs' dtype."""
+        for name, (dtype, _) in self.spec.items():
+            if name in tensors:
+                yield name, tensors[name].to(dtype)
+
+
+@dataclass(frozen=True)
+class LoweredProgram:
+    """A `.pte` and the weights that belong to it."""
+
+    pte: bytes
+    plan: WeightPlan
+
+
+def _inputs(graph: MethodGraph) -> dict[str, tuple[torch.dtype, tuple]]:
+    """Dtype and shape of the state and weight inputs, by name."""
     names = [*graph.inputs, *graph.state, *graph.weights]
     nodes = [n for n in graph.program.graph.nodes if n.op == "placeholder"]
-    entries = {
-        name: [name, DTYPE_NAMES[node.meta["val"].dtype], list(node.meta["val"].shape)]
-        for name, node in zip(names, nodes, strict=True)
-        if name not in graph.inputs
-    }
-    return {
-        "state": [entries[name] for name in graph.state],
-        "weights": [entries[name] for name in graph.weights],
-    }
+    values = {name: node.meta["val"] for name, node in zip(names, nodes, strict=True)}
+    return {name: (values[name].dtype, tuple(values[name].shape)) for name in names}
 
 
-def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> bytes:
+def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> LoweredProgram:
     """Makes a `.pte` whose methods take runtime inputs, then state, then weights.
 
     State and weights are inputs that the runner binds once (state it allocates, weights it maps
@@ -43,9 +63,14 @@ def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> bytes
         graphs: methods by name; all with the same state and weights.
         constants: further constant methods: ints and strings.
     """
-    bindings = [_describe(graph) for graph in graphs.values()]
+    bindings = []
+    for graph in graphs.values():
+        inputs = _inputs(graph)
+        bindings.append([(n, *inputs[n]) for n in (*graph.state, *graph.weights)])
     if any(b != bindings[0] for b in bindings):
         raise ValueError(f"methods {list(graphs)} differ in state or weights")
+    listed = [[name, DTYPE_NAMES[dtype], list(shape)] for name, dtype, shape in bindings[0]]
+    count = len(next(iter(graphs.values())).state)
     edge = to_edge(
         {name: graph.program for name, graph in graphs.items()},
         # Custom ops are not part of the core ATen set that the check knows.
@@ -53,8 +78,10 @@ def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> bytes
         constant_methods={
             **constants,
             "get_backend": json.dumps("cpu"),
-            "get_bindings": json.dumps(bindings[0]),
+            "get_bindings": json.dumps({"state": listed[:count], "weights": listed[count:]}),
         },
     )
     planning = MemoryPlanningPass(alloc_graph_input=False)
-    return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
+    program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+    plan = WeightPlan({name: (dtype, shape) for name, dtype, shape in bindings[0][count:]})
+    return LoweredProgram(program.buffer, plan)

@@ -248,7 +248,7 @@ def lower(
     Args:
         methods: by name, with the same state and weights.
         archs: of `gpu.ARCHS`, at least one.
-        constant_methods: methods without inputs: ints and strings.
+        constant_methods: further methods without inputs: ints and strings.
         cache_dir: see `compile_method`.
 
     Raises:
@@ -259,14 +259,20 @@ def lower(
         raise ValueError("no CUDA architecture given")
     for arch in archs:
         gpu_for(arch)
-    lowering = _Lowering(
-        methods, plan_weights(methods), tuple(dict.fromkeys(archs)), cache_dir, compiled={}
-    )
+    plan = plan_weights(methods)
+    lowering = _Lowering(methods, plan, tuple(dict.fromkeys(archs)), cache_dir, compiled={})
+    # What a runner checks of the `.ptd` before the delegate binds state and weights.
+    weights = [[n, DTYPE_NAMES[dtype], list(shape)] for n, (dtype, shape) in plan.spec.items()]
+    constants = {
+        **constant_methods,
+        "get_backend": json.dumps("cuda"),
+        "get_bindings": json.dumps({"state": [], "weights": weights}),
+    }
     with _lowering(lowering):
         program = to_edge_transform_and_lower(
             {name: _opaque(name, graph) for name, graph in methods.items()},
             partitioner={name: [EtMoeCudaPartitioner(name)] for name in methods},
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            constant_methods=constant_methods,
+            constant_methods=constants,
         ).to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True))
     return LoweredProgram(program.buffer, lowering.plan, lowering.compiled)

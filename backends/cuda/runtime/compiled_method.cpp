@@ -1,10 +1,9 @@
 #include "backends/cuda/runtime/compiled_method.h"
 
-#define XXH_INLINE_ALL
 #include <dlfcn.h>
+#include <sodium/crypto_hash_sha256.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -19,11 +18,11 @@ using executorch::runtime::NamedDataMap;
 constexpr size_t kAlignment = 256;
 constexpr size_t kToken = sizeof(int64_t);
 
-std::string hexadecimal_digest(const void* data, size_t size) {
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, size));
+std::string sha256(const void* data, size_t size) {
+  unsigned char digest[crypto_hash_sha256_BYTES];
+  crypto_hash_sha256(digest, static_cast<const unsigned char*>(data), size);
   std::string text;
-  for (unsigned char byte : canonical.digest) {
+  for (unsigned char byte : digest) {
     char digits[3];
     std::snprintf(digits, sizeof digits, "%02x", byte);
     text += digits;
@@ -110,7 +109,7 @@ CompiledMethod::CompiledMethod(Context& context, std::string_view description,
   if (!blob.ok() || blob->size() != code.bytes) {
     throw std::runtime_error("the program lacks the code " + code.data);
   }
-  if (hexadecimal_digest(blob->data(), blob->size()) != code.digest) {
+  if (sha256(blob->data(), blob->size()) != code.sha256) {
     throw std::runtime_error("the code " + code.data +
                              " is not what was exported: digest mismatch; it will not be run");
   }

@@ -53,7 +53,7 @@ MethodInfo MethodInfo::parse(std::string_view text) {
                     {}};
     for (const auto& [arch, code] : json.at("code").items()) {
       info.code[arch] = {code.at("data").get<std::string>(), code.at("bytes").get<size_t>(),
-                         code.at("xxh3_128").get<std::string>()};
+                         code.at("sha256").get<std::string>()};
     }
     return info;
   } catch (const std::exception& e) {

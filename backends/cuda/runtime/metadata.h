@@ -20,7 +20,7 @@ struct TensorInfo {
 struct CodeInfo {
   std::string data;  // name of the blob in the `.pte`
   size_t bytes;
-  std::string digest;  // XXH3 128-bit, hexadecimal
+  std::string sha256;  // of the blob, hexadecimal
 };
 
 struct MethodInfo {
