@@ -3,8 +3,10 @@
 import logging
 import sys
 import warnings
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
@@ -95,34 +97,49 @@ def quantize(
     console.print(f"wrote the bundle {output_dir}")
 
 
-def _source(model_dir, prequantized, qlinear, group_size, qembedding, activations):
-    """The `WeightSource` that the options of `export` describe."""
-    from dataclasses import replace
-
-    from et_moe.examples.qwen3_5_moe.bundle import Bundle, QuantizedCheckpoint
+def _quantization(qlinear, group_size, qembedding):
     from et_moe.examples.qwen3_5_moe.model import Quantization
+
+    return Quantization(
+        (qlinear or QLinear.W4).value, group_size or 128, (qembedding or QEmbedding.W8).value
+    )
+
+
+def _source(model_dir, prequantized, qlinear, group_size, qembedding):
+    """The `WeightSource` that the options of `export` describe."""
+    from et_moe.examples.qwen3_5_moe.bundle import Bundle, QuantizedCheckpoint
 
     if (model_dir is None) == (prequantized is None):
         raise typer.BadParameter("give exactly one of --model-dir and --prequantized")
-    if prequantized is not None:
-        given = {
-            "--qlinear": qlinear,
-            "--qlinear-group-size": group_size,
-            "--qembedding": qembedding,
-        }
-        for flag, value in given.items():
-            if value is not None:
-                raise typer.BadParameter(f"{flag} is fixed by the bundle of --prequantized")
-        bundle = Bundle(prequantized)
-        bundle.quantization = replace(bundle.quantization, moe_activation_dtype=activations.value)
-        return bundle
-    quantization = Quantization(
-        (qlinear or QLinear.W4).value,
-        group_size or 128,
-        (qembedding or QEmbedding.W8).value,
-        activations.value,
-    )
-    return QuantizedCheckpoint(_open_checkpoint(model_dir), quantization)
+    if prequantized is None:
+        quantization = _quantization(qlinear, group_size, qembedding)
+        return QuantizedCheckpoint(_open_checkpoint(model_dir), quantization)
+    given = {"--qlinear": qlinear, "--qlinear-group-size": group_size, "--qembedding": qembedding}
+    for flag, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(f"{flag} is fixed by the bundle of --prequantized")
+    return Bundle(prequantized)
+
+
+def _preset_source(preset, qlinear, group_size, qembedding) -> SimpleNamespace:
+    """Configuration and quantization of a preset, as a source without weights."""
+    from et_moe.examples.qwen3_5_moe.config import parse_config
+    from et_moe.examples.qwen3_5_moe.make_checkpoint import text_config
+
+    config = parse_config(text_config(preset.value, None, {}), where=f"preset {preset.value}")
+    quantization = _quantization(qlinear, group_size, qembedding)
+    return SimpleNamespace(config=config, quantization=quantization)
+
+
+def _cuda_archs(backend: Backend, requested: str | None) -> tuple[str, ...]:
+    if backend is not Backend.CUDA:
+        if requested is not None:
+            raise typer.BadParameter("--cuda-arch needs --backend cuda")
+        return ()
+    from et_moe.backends.cuda.gpu import default_archs, gpu_for
+
+    archs = default_archs() if requested is None else requested.split(",")
+    return tuple(gpu_for(arch.strip()).arch for arch in archs)
 
 
 @app.command()
@@ -130,7 +147,17 @@ def export(
     output_dir: OutputDir,
     model_dir: Annotated[Path | None, typer.Option(help="Hugging Face checkpoint.")] = None,
     prequantized: Annotated[Path | None, typer.Option(help="Bundle of `quantize`.")] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="With --graph-only: a shape without weights.")
+    ] = None,
+    graph_only: Annotated[
+        bool, typer.Option("--graph-only", help="Write model.pte alone, from the configuration.")
+    ] = False,
     backend: Annotated[Backend, typer.Option(help="What the program runs on.")] = Backend.CPU,
+    cuda_arch: Annotated[
+        str | None,
+        typer.Option(help="Such as sm_90,sm_80. Default: this machine's GPU, else all known."),
+    ] = None,
     qlinear: Annotated[QLinear | None, typer.Option(help="Default 4w.")] = None,
     qlinear_group_size: Annotated[int | None, typer.Option(help="Default 128.")] = None,
     qembedding: Annotated[QEmbedding | None, typer.Option(help="Default 8w.")] = None,
@@ -138,29 +165,63 @@ def export(
         ActivationDtype, typer.Option(help="Of the inputs of INT4 layers.")
     ] = ActivationDtype.INT8,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of activations, caches and weights left unquantized.")
-    ] = Dtype.FLOAT32,
+        Dtype | None,
+        typer.Option(
+            help="Of activations, caches and unquantized weights. "
+            "Default: float32 on a CPU, bfloat16 on CUDA."
+        ),
+    ] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Context length. Default: the model's, at most 4096.")
     ] = None,
+    cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
+    cache_dir: Annotated[Path, typer.Option(help="Where to keep it.")] = Path(
+        "~/.cache/et-moe/cuda"
+    ),
+    debug_sidecar: Annotated[
+        bool, typer.Option("--debug-sidecar", help="Also write the CUDA kernels' source.")
+    ] = False,
 ) -> None:
     """Exports `model.pte`, `model.ptd` and the tokenizer."""
-    if backend is Backend.CUDA:
-        raise typer.BadParameter("--backend cuda is not there yet; use --backend cpu")
-    source = _source(
-        model_dir, prequantized, qlinear, qlinear_group_size, qembedding, moe_activation_dtype
+    if debug_sidecar and backend is not Backend.CUDA:
+        raise typer.BadParameter("--debug-sidecar needs --backend cuda")
+    archs = _cuda_archs(backend, cuda_arch)
+    if preset is not None:
+        if not graph_only or model_dir or prequantized:
+            raise typer.BadParameter("--preset takes --graph-only and no checkpoint")
+        source = _preset_source(preset, qlinear, qlinear_group_size, qembedding)
+    else:
+        source = _source(model_dir, prequantized, qlinear, qlinear_group_size, qembedding)
+    source.quantization = replace(
+        source.quantization, moe_activation_dtype=moe_activation_dtype.value
     )
-    from et_moe.examples.qwen3_5_moe.export import DTYPES
-    from et_moe.examples.qwen3_5_moe.export import export as run_export
 
+    from et_moe.examples.qwen3_5_moe import export as exporter
+
+    dtype = dtype or (Dtype.BFLOAT16 if backend is Backend.CUDA else Dtype.FLOAT32)
+    options = exporter.ExportOptions(
+        backend.value,
+        exporter.DTYPES[dtype.value],
+        max_seq_len,
+        archs,
+        cache_dir.expanduser() if cache else None,
+        debug_sidecar,
+    )
     with _progress() as progress:
-        task = progress.add_task("exporting", total=source.config.num_hidden_layers + 5)
-
-        def show(stage: str) -> None:
-            progress.update(task, advance=1, description=stage)
-
-        run_export(source, output_dir, DTYPES[dtype.value], max_seq_len, show)
-    console.print(f"wrote {output_dir}/model.pte and model.ptd")
+        if graph_only:
+            task = progress.add_task("graphs", total=1)
+            lowered = exporter.lower(source.config, source.quantization, options)
+            exporter.write_graphs(lowered, output_dir, options)
+            progress.advance(task)
+        else:
+            task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
+            exporter.export(
+                source,
+                output_dir,
+                options,
+                lambda stage: progress.update(task, advance=1, description=stage),
+            )
+    console.print(f"wrote {output_dir}/model.pte{'' if graph_only else ' and model.ptd'}")
 
 
 @app.command()

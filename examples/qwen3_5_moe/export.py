@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
-from et_moe.backends.cpu.lowering import lower
+from et_moe.backends.atomic_file import write_file
+from et_moe.backends.cpu import lowering as cpu_lowering
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
 from et_moe.examples.qwen3_5_moe.bundle import (
@@ -18,13 +20,12 @@ from et_moe.examples.qwen3_5_moe.bundle import (
     WeightSource,
     copy_files,
     parameter_groups,
-    parameter_spec,
 )
 from et_moe.examples.qwen3_5_moe.config import ConfigError, ModelConfig
 from et_moe.examples.qwen3_5_moe.model import Quantization, Qwen3_5Moe
 
 FORMAT_VERSION = 1
-MAX_PREFILL_TOKENS = 1024
+MAX_PREFILL_TOKENS = 2048
 """Longest prompt piece of one prefill call; a runner feeds longer prompts piece by piece."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,39 +124,82 @@ def resolve_max_seq_len(c: ModelConfig, requested: int | None) -> int:
     return requested
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export for.
+
+    Attributes:
+        backend: "cpu" or "cuda".
+        dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
+        max_seq_len: capacity of the KV cache, prompt and generated tokens together; None for the
+            model's own limit, at most 4096.
+        cuda_archs: architectures to compile for, such as "sm_90".
+        cache_dir: where compiled CUDA code is kept for the next export; None for nowhere.
+        debug_sidecar: also write `kernels.json`, the source of every CUDA kernel.
+    """
+
+    backend: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    max_seq_len: int | None = None
+    cuda_archs: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    debug_sidecar: bool = False
+
+
+def lower(c: ModelConfig, q: Quantization, options: ExportOptions):
+    """Lowers the model of a configuration; needs no weights.
+
+    Returns:
+        The backend's `LoweredProgram`: `pte` bytes, and `plan`, which says what goes into the
+        `.ptd` (`spec`) and makes it (`pack`).
+    """
+    length = resolve_max_seq_len(c, options.max_seq_len)
+    if options.backend == "cuda" and q.qlinear != "4w":
+        raise ConfigError(f"--qlinear {q.qlinear}: the CUDA backend has INT4 kernels only, use 4w")
+    graphs = build_graphs(c, q, options.dtype, length)
+    constants = constant_methods(c, q, length)
+    if options.backend == "cpu":
+        return cpu_lowering.lower(graphs, constants)
+    from et_moe.backends.cuda import backend as cuda  # imports Triton
+
+    return cuda.lower(graphs, list(options.cuda_archs), constants, options.cache_dir)
+
+
 def export(
     source: WeightSource,
     output: Path,
-    dtype: torch.dtype,
-    max_seq_len: int | None = None,
+    options: ExportOptions,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
-    """Writes `model.pte`, `model.ptd` and the tokenizer's files for the CPU backend.
+    """Writes `model.pte`, `model.ptd` and the tokenizer's files.
 
     Args:
         source: a bundle, or a checkpoint quantized on the way; read one group at a time.
         output: directory, created if need be; existing files of these names are replaced.
-        dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
-        max_seq_len: capacity of the KV cache, prompt and generated tokens together.
         progress: called with the name of each stage as it ends.
 
     Raises:
         ConfigError: an unsupported configuration or a damaged source.
         OSError: the output cannot be written; nothing is left under a final name.
     """
-    c, q = source.config, source.quantization
-    length = resolve_max_seq_len(c, max_seq_len)
     output.mkdir(parents=True, exist_ok=True)
-    graphs = build_graphs(c, q, dtype, length)
+    lowered = lower(source.config, source.quantization, options)
     progress("graphs")
-    pte = lower(graphs, constant_methods(c, q, length))
-    progress("lowering")
-    spec = parameter_spec(c, q, dtype)
+    spec = lowered.plan.spec
     with PtdWriter(output / "model.ptd", spec) as writer:
         for names, group in zip(parameter_groups(spec), source.groups(), strict=True):
-            for name in names:
-                writer.write(name, group.pop(name).to(spec[name][0]))
+            packed = lowered.plan.pack({name: group.pop(name) for name in names})
+            for name, tensor in packed:
+                writer.write(name, tensor)
             progress("weights")
-    write_sealed(output / "model.pte", pte)
+    write_graphs(lowered, output, options)
     copy_files(source.directory, output, TOKENIZER_FILES)
     progress("files")
+
+
+def write_graphs(lowered, output: Path, options: ExportOptions) -> None:
+    """Writes `model.pte`, and `kernels.json` if it was asked for."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_sealed(output / "model.pte", lowered.pte)
+    if options.debug_sidecar:
+        write_file(output / "kernels.json", lowered.sidecar().encode())

@@ -8,7 +8,7 @@ from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint
 from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
-from et_moe.examples.qwen3_5_moe.export import export
+from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
 from et_moe.examples.qwen3_5_moe.model import Quantization
 
 PROMPT_LENGTHS = (1, 2, 7, 63, 64, 65, 300)
@@ -81,7 +81,7 @@ def case(request, tmp_path_factory):
     source = QuantizedCheckpoint(
         Checkpoint(folder / "checkpoint"), Quantization("none", 128, "none")
     )
-    export(source, folder / "program", torch.float32)
+    export(source, folder / "program", ExportOptions(dtype=torch.float32))
     return model, folder / "program"
 
 
