@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from et_moe.backends.cuda.gpu import cuda_include_dir
-from et_moe.backends.cuda.inductor import HostProgram, UnsupportedOpError
+from et_moe.backends.cuda.inductor import HostProgram, UnsupportedOpError, run_body
 
 MARCH = "x86-64-v3"
 
@@ -114,6 +114,7 @@ def build(program: HostProgram) -> bytes:
         RuntimeError: the C++ compiler is missing or fails.
     """
     torch_headers = Path(torch.__file__).parent / "include"
+    _check_functions(run_body(program.source))
     headers = {
         torch_headers: "torch",
         torch_headers / "torch/csrc/api/include": "torch_api",
@@ -129,12 +130,11 @@ def build(program: HostProgram) -> bytes:
         includes = [f"-isystem{path}" for path in headers]
         prefixes = [f"-ffile-prefix-map={path}={short}" for path, short in headers.items()]
         _run(["g++", *_FLAGS, *includes, *prefixes, "host.cpp", "data.S", "-o", "host.so"], folder)
-        symbols = _run(["nm", "-D", "--undefined-only", "host.so"], folder)
-        _check_symbols(symbols)
+        _check_functions(_run(["nm", "-D", "--undefined-only", "host.so"], folder))
         return (folder / "host.so").read_bytes()
 
 
-def _check_symbols(undefined: str) -> None:
-    needed = set(re.findall(r"\b(aoti_torch\w+)", undefined))
+def _check_functions(text: str) -> None:
+    needed = set(re.findall(r"\b(aoti_torch\w+)", text))
     if unknown := sorted(needed - RUNTIME_FUNCTIONS):
         raise UnsupportedOpError(f"ops without a kernel are left in the graph: {unknown}")

@@ -1,12 +1,13 @@
 """Runs TorchInductor up to its C++ host program and its compiled kernels, and takes both over."""
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.fx import GraphModule
+from triton.runtime.jit import JITFunction
 
 OPTIONS = {
     "aot_inductor.embed_kernel_binary": True,
@@ -25,6 +27,8 @@ OPTIONS = {
     # Kernels are compiled while the host program is generated, not by a first run of it.
     "triton.autotune_at_compile_time": True,
     "use_static_triton_launcher": False,
+    # The program that loads the code checks what it passes, once.
+    "size_asserts": False,
     # Matmul patterns and constant folding: they would run ops on the GPU, and ours has no use for
     # them.
     "use_joint_graph_passes": False,
@@ -115,8 +119,28 @@ def _origin(function: str, source: str) -> str:
 
     for kernel in kernel_side_table.id_to_kernel.values():
         if kernel.fn.__name__ == function and kernel.src == source:
+            _check_names(kernel, {})
             return kernel.fn.__module__
     return ""
+
+
+def _check_names(function: JITFunction, seen: dict[str, object]) -> None:
+    """Raises RuntimeError where two files behind a kernel use one global name for two things.
+
+    Inductor copies a kernel and all that it calls into one module, where the first would win.
+    """
+    for name in function.fn.__code__.co_names:
+        symbol = function.fn.__globals__.get(name)
+        if not isinstance(symbol, (JITFunction, tl.constexpr, int, str)):
+            continue
+        value = symbol.value if isinstance(symbol, tl.constexpr) else symbol
+        if seen.setdefault(name, value) != value:
+            raise RuntimeError(
+                f"kernel {function.fn.__module__}.{function.fn.__name__}: the name {name} has "
+                "another meaning in a function it calls or is called by: rename one"
+            )
+        if isinstance(symbol, JITFunction):
+            _check_names(symbol, seen)
 
 
 def _plain(value: object) -> object:
@@ -130,6 +154,33 @@ def _plain(value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"constexpr {value!r} of type {type(value).__name__} cannot be written down")
+
+
+_NO_CHECKS = """
+static bool _check_aoti_runtime_check_inputs_env() { return false; }
+static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
+"""
+"""In place of functions that compare every input with its type: most of a host program's text."""
+
+
+class _Strict(logging.Handler):
+    """Turns a warning of torch's analysis of a kernel into an error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.module == "triton_kernel_wrap" and record.levelno >= logging.WARNING:
+            cause = record.exc_info[1] if record.exc_info else None
+            raise RuntimeError(f"{record.getMessage()}: {cause}") from cause
+
+
+@contextlib.contextmanager
+def _strict_kernel_analysis() -> Iterator[None]:
+    """Where it fails torch would assume that a kernel writes all of its arguments, weights too."""
+    log, handler = logging.getLogger("torch._dynamo"), _Strict()
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class _Collector:
@@ -207,13 +258,15 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
         UnsupportedOpError: the graph has an op that would be a library call.
     """
     from torch._inductor import codecache, compile_fx
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
     collector = _Collector()
     folders = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(work / "triton")}
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, folders))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_strict_kernel_analysis())
         stack.enter_context(triton.knobs.compilation.scope())
         # Source positions would put the names of temporary files into the binaries.
         triton.knobs.compilation.disable_line_info = True
@@ -224,6 +277,11 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
                 lambda wrapper: collector.compile_kernels(wrapper),
             ),
             (codecache.AotCodeCompiler, "compile", collector.take_program),
+            (
+                CppWrapperCpu,
+                "generate_input_output_runtime_checks",
+                lambda wrapper: wrapper.prefix.splice_aot(_NO_CHECKS),
+            ),
             # The runtime guarantees alignment. Copying an input that lacks it would silently break
             # the update of state in place.
             (compile_fx, "get_input_idxs_to_check", lambda inputs, static_input_idxs: []),

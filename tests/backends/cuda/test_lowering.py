@@ -1,0 +1,241 @@
+"""Methods compiled for CUDA on this machine, whatever it has: the code and the `.pte`."""
+
+import ast
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from lowering_methods import MAX_TOKENS, STATE, VOCABULARY, WEIGHTS, Small, method, methods
+
+from et_moe.backends.cuda.backend import lower
+from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
+from et_moe.backends.cuda.inductor import kernel_calls, run_body
+from et_moe.backends.cuda.inspect import inspect
+from et_moe.backends.cuda.prepack import PREPACK_VERSION, plan_weights
+
+PROGRAM = Path(__file__).with_name("lowering_methods.py")
+ARCHS = ("sm_90", "sm_80")
+CODES = [(name, arch) for name in ("prefill", "decode") for arch in ARCHS]
+
+
+def _run(command: str, tmp_path_factory, **environment: str) -> Path:
+    """Runs a command of `lowering_methods.py` once for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / f"lowering-{command}"
+    with FileLock(base / f"lowering-{command}.lock"):
+        if not (folder / "done").exists():
+            (folder / "tmp").mkdir(parents=True)
+            env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            env |= {"TMPDIR": str(folder / "tmp"), **environment}
+            subprocess.run([sys.executable, PROGRAM, command, folder], env=env, check=True)
+            left = list((folder / "tmp").iterdir())
+            assert not left, f"temporary files are left: {left}"
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lowered(tmp_path_factory) -> Path:
+    return _run("lower", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def description(lowered) -> dict:
+    return inspect((lowered / "model.pte").read_bytes())
+
+
+def _source(lowered: Path, name: str, arch: str) -> str:
+    return (lowered / f"{name}.{arch}.cpp").read_text()
+
+
+def _tool(*command: object) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("name", "arch"), CODES)
+def test_only_kernels_are_called(lowered, name, arch):
+    body = run_body(_source(lowered, name, arch))
+    assert not re.findall(r"aoti_torch_(cuda|cpu)_|proxy_executor_call|call_dispatcher", body)
+    assert set(re.findall(r"\baoti_torch\w+", body)) <= RUNTIME_FUNCTIONS
+    assert len(list(kernel_calls(_source(lowered, name, arch)))) >= 6
+
+
+@pytest.mark.parametrize(("name", "arch"), CODES)
+def test_state_is_passed_to_its_kernel_as_it_came(lowered, name, arch):
+    inputs = 3 if name == "prefill" else 2
+    users = [
+        kernel
+        for kernel, arguments in kernel_calls(_source(lowered, name, arch))
+        if f"arg{inputs}_1" in arguments
+    ]
+    assert len(users) == 1 and "causal_conv1d" in users[0]
+    # Inputs that are not aligned would be copied, and updates of state lost.
+    assert "aoti_torch_clone" not in run_body(_source(lowered, name, arch))
+
+
+@pytest.mark.parametrize(("name", "arch"), CODES)
+def test_shared_object(lowered, tmp_path, name, arch):
+    file = lowered / f"{name}.{arch}.so"
+    needed = set(_tool("nm", "-D", "--undefined-only", file).split())
+    assert {n for n in needed if n.startswith("aoti_torch")} <= RUNTIME_FUNCTIONS
+    assert {"cuLaunchKernel", "cuModuleLoadData", "aoti_torch_empty_strided"} <= needed
+    exported = _tool("nm", "-D", "--defined-only", file).split()[2::3]
+    assert exported and all(symbol.startswith("AOTInductor") for symbol in exported)
+    libraries = re.findall(r"NEEDED.*\[(.*)\]", _tool("readelf", "-d", file))
+    assert not [x for x in libraries if not re.match(r"(libc|libm|ld-linux-x86-64)\.so", x)]
+    assert "zmm" not in _tool("objdump", "-d", file)  # AVX-512 is not in x86-64-v3
+    content = file.read_bytes()
+    for folder in (str(lowered), str(Path(torch.__file__).parent), str(Path.home())):
+        assert folder.encode() not in content
+    sections = _tool("readelf", "-SW", file)
+    assert ".debug_info" not in sections and ".note.gnu.build-id" not in sections
+
+
+def test_pte_describes_the_methods(description):
+    assert description["backend"] == "EtMoeCudaBackend"
+    assert description["constants"] == {"get_max_seq_len": 128, "get_eos_ids": "[1, 2]"}
+    assert set(description["methods"]) == {"prefill", "decode"}
+    plan = plan_weights(methods())
+    for name, entry in description["methods"].items():
+        tokens = {"name": "tokens", "dtype": "int64", "shape": [1, 1]}
+        if name == "prefill":
+            tokens |= {"shape": [1, MAX_TOKENS], "min_shape": [1, 2]}
+        names = ["tokens", "position"] + (["num_tokens"] if name == "prefill" else [])
+        assert [i["name"] for i in entry["inputs"]] == names
+        assert entry["inputs"][0] == tokens
+        (state,) = entry["state"]
+        assert state == {"name": "conv.state", "dtype": "bfloat16", "shape": [3, 128]}
+        assert [w["name"] for w in entry["weights"]] == list(WEIGHTS)
+        assert [tuple(w["shape"]) for w in entry["weights"]] == [s for _, s in plan.spec.values()]
+        assert entry["outputs"] == [
+            {"name": "token", "dtype": "int64", "shape": [1, 1]},
+            {"name": "logits", "dtype": "float32", "shape": [1, VOCABULARY]},
+        ]
+        assert entry["prepack"] == PREPACK_VERSION
+        assert entry["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.parametrize(("name", "arch"), CODES)
+def test_pte_holds_the_code(lowered, description, name, arch):
+    code = (lowered / f"{name}.{arch}.so").read_bytes()
+    entry = description["methods"][name]["code"][arch]
+    assert entry["data"] == f"{name}.{arch}"
+    assert entry["bytes"] == len(code)
+    assert entry["sha256"] == hashlib.sha256(code).hexdigest()
+    assert code in (lowered / "model.pte").read_bytes()
+    calls = [kernel for kernel, _ in kernel_calls(_source(lowered, name, arch))]
+    assert entry["launches"] == len(calls) == sum(k["launches"] for k in entry["kernels"])
+    assert {k["name"]: k["launches"] for k in entry["kernels"]} == {
+        name: calls.count(name) for name in calls
+    }
+
+
+@pytest.mark.parametrize(("name", "arch"), CODES)
+def test_sidecar_says_how_to_execute_every_launch(lowered, name, arch):
+    kernels = json.loads((lowered / "sidecar.json").read_text())[name][arch]
+    source, content = _source(lowered, name, arch), (lowered / f"{name}.{arch}.so").read_bytes()
+    assert {k["name"] for k in kernels} == {kernel for kernel, _ in kernel_calls(source)}
+    for kernel in kernels:
+        (function,) = (
+            node
+            for node in ast.parse(kernel["source"]).body
+            if isinstance(node, ast.FunctionDef) and node.name == kernel["function"]
+        )
+        assert [ast.unparse(d) for d in function.decorator_list] == ["triton.jit"]
+        names = {p for p, _ in kernel["parameters"]} | set(kernel["constants"])
+        assert names == {a.arg for a in function.args.args}
+        # What the host program passes, in number: the parameters and two scratch pointers.
+        start = source.index(f" call_{kernel['name']}(")
+        passed = re.search(r"kernel_args_\[\] = \{(.*)\};", source[start:])[1].split(",")
+        assert len(passed) == len(kernel["parameters"]) + 2
+        # The binary is in the shared object: a driver can tell a kernel by its digest.
+        assert kernel["sha256"] in _digests_of_binaries(content)
+        if kernel["module"]:
+            assert hasattr(importlib.import_module(kernel["module"]), kernel["function"])
+        else:
+            assert kernel["name"].startswith("triton_")
+
+
+def _digests_of_binaries(content: bytes) -> set[str]:
+    """Digests of the ELF files inside; the section table ends a cubin, but for program headers."""
+    digests = set()
+    for match in re.finditer(re.escape(b"\x7fELF"), content[4:]):
+        elf = content[4 + match.start() :]
+
+        def number(offset: int, size: int, elf: bytes = elf) -> int:
+            return int.from_bytes(elf[offset : offset + size], "little")
+
+        sections = number(0x28, 8) + number(0x3A, 2) * number(0x3C, 2)
+        segments = number(0x20, 8) + number(0x36, 2) * number(0x38, 2)
+        digests.add(hashlib.sha256(elf[: max(sections, segments)]).hexdigest())
+    return digests
+
+
+def test_second_export_is_quick_and_the_same(lowered):
+    report = json.loads((lowered / "report.json").read_text())
+    assert report["same"] and report["same_after_damage"]
+    assert report["seconds"] < 10
+    assert report["cuda_before_and_after"] == [torch.cuda.is_available(), torch.version.cuda]
+
+
+def test_same_bytes_in_another_process(lowered, tmp_path_factory):
+    """Alone, without the cache, in another folder, with other hashes of strings."""
+    folder = _run("again", tmp_path_factory, PYTHONHASHSEED="123")
+    expected = hashlib.sha256((lowered / "decode.sm_80.so").read_bytes()).hexdigest()
+    assert (folder / "again.txt").read_text() == expected
+
+
+def test_refused_graphs(tmp_path_factory):
+    errors = json.loads((_run("errors", tmp_path_factory) / "errors.json").read_text())
+    kind, message = errors["LibraryCall"]
+    assert kind == "UnsupportedOpError" and "mm" in message
+    kind, message = errors["CopiedState"]
+    assert kind == "RuntimeError" and "state conv.state is copied by" in message
+
+
+def test_damaged_files_are_noticed(lowered):
+    pte = (lowered / "model.pte").read_bytes()
+    code = (lowered / "decode.sm_80.so").read_bytes()
+    at = pte.index(code) + len(code) // 2
+    flipped = bytearray(pte)
+    flipped[at] ^= 1
+    with pytest.raises(ValueError, match=r"decode, sm_80: the code is damaged"):
+        inspect(bytes(flipped))
+    for damaged in (b"", b"not a program", pte[:1000], pte[: len(pte) // 2]):
+        with pytest.raises(ValueError, match="not an ExecuTorch program, or damaged"):
+            inspect(damaged)
+
+
+def test_program_for_another_backend():
+    from executorch.exir import to_edge
+
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
+    with pytest.raises(ValueError, match="no method is delegated"):
+        inspect(to_edge(program).to_executorch().buffer)
+
+
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [([], "no CUDA architecture given"), (["sm_90", "sm_75"], "'sm_75' is not supported")],
+)
+def test_architectures_are_checked_first(archs, message):
+    with pytest.raises(ValueError, match=message):
+        lower({"decode": method(Small(), True)}, archs, {}, None)
+
+
+def test_state_names_must_fit():
+    graph = method(Small(), True)
+    graph.state.append("another")
+    with pytest.raises(ValueError, match="11 inputs, 12 are named"):
+        lower({"decode": graph}, ["sm_90"], {}, None)
+    assert len(STATE) == 1
