@@ -230,9 +230,15 @@ def make_checkpoint(
     preset: Annotated[Preset, typer.Option(help="Shape: tiny, or 35b as published.")] = Preset.TINY,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the preset has.")] = None,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="Write a bundle, as `quantize` would.")
+    ] = False,
 ) -> None:
-    """Writes a random checkpoint in Hugging Face layout."""
-    from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint as run
+    """Writes a random checkpoint in Hugging Face layout, or a random bundle."""
+    if quantized:
+        from et_moe.examples.qwen3_5_moe.make_bundle import make_bundle as run
+    else:
+        from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint as run
 
     run(output, preset.value, seed, layers)
     console.print(f"wrote {output}")
