@@ -1,0 +1,56 @@
+// Device and page-locked memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+
+namespace et_moe::fake_cuda {
+
+class Memory {
+ public:
+  /// Reserves addresses. Throws std::runtime_error if they are taken.
+  Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  /// A fresh address, its memory filled with 0xff; null for 0 bytes.
+  void* allocate(size_t size);
+  /// False for an address that is not the start of a live allocation.
+  bool free(void* address);
+  void* allocate_pinned(size_t size);
+  bool free_pinned(void* address);
+  size_t used() const { return used_; }
+
+  bool is_device(const void* address) const;
+  /// What is wrong with `size` bytes of device memory at `address`, or nothing.
+  std::string check_device(const void* address, size_t size) const;
+  /// What is wrong with a copy, or nothing. `kind` is not cudaMemcpyDefault.
+  std::string check_copy(const void* to, const void* from, size_t size, cudaMemcpyKind kind) const;
+  bool is_pinned(const void* address) const;
+  /// Where the fake itself reads and writes what the program knows as `address`.
+  std::byte* at(const void* address) const;
+
+  /// Live device allocations: address -> bytes; and page-locked ones.
+  const std::map<uintptr_t, size_t>& allocations() const { return device_; }
+  const std::map<uintptr_t, size_t>& pinned() const { return pinned_; }
+
+  /// For a process that executes kernels: map all of the file at this address.
+  static constexpr uintptr_t kBase = uintptr_t{1} << 45;  // far from what Linux hands out
+  static constexpr size_t kSize = size_t{1} << 40;
+  int file() const { return file_; }
+
+ private:
+  std::string check_host(const void* address, size_t size) const;
+
+  int file_ = -1;
+  std::byte* alias_ = nullptr;  // all of the file, readable and writable
+  size_t next_ = 0;
+  size_t used_ = 0;
+  std::map<uintptr_t, size_t> device_, pinned_;
+};
+
+}  // namespace et_moe::fake_cuda

@@ -1,0 +1,74 @@
+// Streams, events, captures and graphs: work that is put off.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace et_moe::fake_cuda {
+
+/// Work of a stream. It may run long after its call, and in a graph many times, so it checks again
+/// what it touches.
+using Work = std::function<cudaError_t()>;
+
+/// What a capture recorded, and what an instantiated graph runs.
+struct Graph {
+  std::vector<Work> nodes;
+};
+
+struct Capture {
+  std::shared_ptr<Graph> graph = std::make_shared<Graph>();
+  cudaStreamCaptureMode mode;
+  std::thread::id thread = std::this_thread::get_id();
+  bool valid = true;
+};
+
+class Stream {
+ public:
+  /// Records the work if a capture is on, else puts it behind what is pending.
+  void enqueue(Work work) {
+    if (capture) {
+      capture->graph->nodes.push_back(std::move(work));
+    } else {
+      pending_.push_back(std::move(work));
+    }
+  }
+  /// Position behind all work so far.
+  uint64_t end() const { return done_ + pending_.size(); }
+  bool reached(uint64_t position) const { return done_ >= position; }
+  /// Runs what is pending up to a position; returns the first error.
+  cudaError_t run_until(uint64_t position) {
+    cudaError_t result = cudaSuccess;
+    while (!reached(position)) {
+      const Work work = std::move(pending_.front());
+      pending_.pop_front();
+      const cudaError_t error = work();
+      ++done_;
+      if (result == cudaSuccess) result = error;
+    }
+    return result;
+  }
+  cudaError_t run() { return run_until(end()); }
+
+  std::unique_ptr<Capture> capture;
+
+ private:
+  std::deque<Work> pending_;
+  uint64_t done_ = 0;
+};
+
+/// The position of a stream at which it was last recorded; none at first.
+struct Event {
+  std::shared_ptr<Stream> stream;
+  uint64_t position = 0;
+
+  bool reached() const { return !stream || stream->reached(position); }
+  cudaError_t wait() const { return stream ? stream->run_until(position) : cudaSuccess; }
+};
+
+}  // namespace et_moe::fake_cuda
