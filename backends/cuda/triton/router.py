@@ -38,22 +38,23 @@ def _choose(
     """
     SLOTS: tl.constexpr = TOP_K + NUM_SHARED
     slot = tl.arange(0, triton.next_power_of_2(SLOTS))[None, :]
-    expert = tl.arange(0, logits.shape[1])[None, :]
+    BLOCK_E: tl.constexpr = logits.shape[1]
+    expert = tl.arange(0, BLOCK_E)[None, :]
     exponential = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
     probability = tl.div_rn(
         exponential, tl.broadcast_to(tl.sum(exponential, axis=1, keep_dims=True), logits.shape)
     )
-    # Non-negative floats are ordered like their bits; of equal ones the lower id is greater.
-    bits = probability.to(tl.int32, bitcast=True).to(tl.int64)
-    key = tl.where(expert < EXPERTS, (bits << 32) | (0xFFFF - expert), -1)
+    probability = tl.where(expert < EXPERTS, probability, -1.0)
     ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0) + tl.zeros_like(row)[:, None]
     weights = tl.zeros((row.shape[0], slot.shape[1]), tl.float32)
     for i in tl.static_range(TOP_K):
-        best = tl.max(key, axis=1, keep_dims=True)
-        key = tl.where(key == best, -1, key)
-        ids = tl.where(slot == i, 0xFFFF - (best & 0xFFFF).to(tl.int32), ids)
-        value = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        weights = tl.where(slot == i, value, weights)
+        best = tl.max(probability, axis=1, keep_dims=True)
+        chosen = tl.where(probability == best, expert, BLOCK_E)
+        chosen = tl.min(chosen, axis=1, keep_dims=True)
+        probability = tl.where(expert == chosen, -1.0, probability)
+        # Probabilities that are not numbers equal nothing; the id stays in the table all the same.
+        ids = tl.where(slot == i, tl.minimum(chosen, EXPERTS - 1), ids)
+        weights = tl.where(slot == i, best, weights)
     weights /= tl.sum(weights, axis=1, keep_dims=True)
     shared = 1.0 / (1.0 + tl.exp(-gate))
     weights = tl.where(slot < TOP_K, weights, shared[:, None])
@@ -196,10 +197,10 @@ def moe_router(
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ops.moe_router` in two launches; at most 65535 experts."""
+    """`ops.moe_router` in two launches."""
     (m, hidden), experts = x.shape, weight.shape[0] - 1
-    if not top_k <= experts <= 0xFFFF:
-        raise ValueError(f"{experts} experts with top_k {top_k}: expected top_k..65535")
+    if not 0 < top_k <= experts:
+        raise ValueError(f"top_k {top_k} of {experts} experts: expected 1..{experts}")
     x, weight = x.contiguous(), weight.contiguous()
     normed_x = torch.empty_like(x)
     topk_weights = x.new_empty((m, top_k + num_shared), dtype=torch.float32)

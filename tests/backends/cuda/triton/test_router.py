@@ -82,5 +82,12 @@ def test_extreme_rows(m, scale, device):
 
 
 def test_too_few_experts(device):
-    with pytest.raises(ValueError, match="top_k 40"):
+    with pytest.raises(ValueError, match="top_k 40 of 32"):
         moe_router(*inputs(1, device), 40, 1)
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_invalid_rows_do_not_leave_the_table(m, device):
+    x, norm, weight = inputs(m, device, experts=20)
+    ids = moe_router(x * float("nan"), norm, weight, 4, 1)[2]
+    assert (ids >= 0).all() and (ids <= 20).all()
