@@ -1,0 +1,93 @@
+"""Grouped-query attention with QK-norm, partial RoPE, KV cache and output gate."""
+
+import math
+
+import torch
+
+from et_moe.backends.cuda.triton.attention_decode import attention_decode
+from et_moe.backends.cuda.triton.attention_prefill import attention_prefill
+from et_moe.backends.cuda.triton.compile_case import CompileCase
+
+
+def attention(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    inv_freq: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    position: torch.Tensor,
+    eps: float = 1e-6,
+    num_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `et_moe.backends.ops.attention`. D is a power of two, at least 16."""
+    tokens, (kv_heads, capacity, dim) = qkv.shape[0], k_cache.shape
+    heads = (qkv.shape[1] // dim - 2 * kv_heads) // 2
+    inputs = (qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, position)
+    shape = {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "DIM": dim,
+        "HALF": inv_freq.shape[0],
+        "CAPACITY": capacity,
+        "EPS": eps,
+        "SCALE_LOG2": dim**-0.5 * math.log2(math.e),
+        "HAS_NUM_TOKENS": num_tokens is not None,
+    }
+    inputs = (*inputs, position if num_tokens is None else num_tokens)
+    if isinstance(tokens, int) and tokens == 1:
+        return attention_decode(inputs, shape)
+    return attention_prefill(inputs, shape)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The attention layers of Qwen3.5-35B-A3B with a cache of 4096 tokens."""
+    heads, kv_heads, dim, half, capacity = 16, 2, 256, 32, 4096
+
+    def arguments(dtype):
+        def make(m, device):
+            def normal(*shape):
+                return torch.randn(shape, device=device).to(dtype)
+
+            return {
+                "qkv": normal(m, 2 * (heads + kv_heads) * dim),
+                "q_norm": normal(dim),
+                "k_norm": normal(dim),
+                "inv_freq": torch.rand(half, device=device),
+                "k_cache": normal(kv_heads, capacity, dim),
+                "v_cache": normal(kv_heads, capacity, dim),
+                "position": torch.full((1,), capacity - 1 if m == 1 else 0, device=device),
+                "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
+            }
+
+        return make
+
+    tables = ("attention_decode", "attention_combine", "attention_append")
+    return [
+        CompileCase(
+            f"attention/{name}",
+            attention,
+            arguments(dtype),
+            tables=(*tables, table),
+            streams={"_decode_kernel": ("k_cache_ptr", "v_cache_ptr")},
+        )
+        for name, dtype, table in (
+            ("bf16", torch.bfloat16, "attention_prefill"),
+            ("fp32", torch.float32, "attention_prefill_fp32"),
+        )
+    ]
+
+
+def tune_candidates() -> dict[str, list[dict]]:
+    """Configurations worth trying, by table."""
+    flash = ((64, 32, 2, 8), (64, 32, 3, 4), (128, 32, 3, 8), (128, 64, 1, 8), (128, 64, 2, 8))
+    decode = ((32, 64, 8), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 4))
+    combine = ((32, 4), (64, 4), (128, 4), (128, 8), (256, 8))
+    return {
+        "attention_decode": [{"SPLITS": s, "BLOCK_N": n, "num_warps": w} for s, n, w in decode],
+        "attention_combine": [{"BLOCK_D": d, "num_warps": w} for d, w in combine],
+        "attention_append": [{"num_warps": w} for w in (1, 2, 4)],
+        "attention_prefill": [
+            {"BLOCK_M": m, "BLOCK_N": n, "STAGES": s, "num_warps": w} for m, n, s, w in flash
+        ],
+    }

@@ -1,0 +1,139 @@
+"""Depthwise causal convolution over time, then SiLU."""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.launch import cdiv, launch
+from et_moe.backends.cuda.triton.tuning import tuned
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS: tl.constexpr):
+    """Tokens that are not padding."""
+    count = tokens
+    if HAS_NUM_TOKENS:
+        count = tl.minimum(tl.load(num_tokens_ptr), tokens)
+    return count
+
+
+@triton.jit
+def update_conv_state(
+    x_ptr,
+    state_ptr,
+    count,
+    channel,
+    in_channels,
+    ROW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
+):
+    """Leaves the last TAPS - 1 of the old state and `count` new inputs in the state, in place."""
+    row = tl.arange(0, TAPS_P2)
+    source = count - (TAPS - 1) + row  # before token 0: a row of the old state
+    inside = (row < TAPS - 1)[:, None] & in_channels[None, :]
+    old = tl.load(
+        state_ptr + (source + TAPS - 1)[:, None] * CHANNELS + channel[None, :],
+        mask=inside & (source < 0)[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    fresh = tl.load(
+        x_ptr + source.to(tl.int64)[:, None] * ROW + channel[None, :],
+        mask=inside & (source >= 0)[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    tl.debug_barrier()  # every warp of this program has read the old state
+    tl.store(
+        state_ptr + row[:, None] * CHANNELS + channel[None, :],
+        (old + fresh).to(state_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit
+def _causal_conv1d_kernel(
+    x_ptr,
+    weight_ptr,
+    state_ptr,
+    num_tokens_ptr,
+    out_ptr,
+    tokens,
+    ROW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A [BLOCK_T, BLOCK_C] tile of the output; BLOCK_T is at least TAPS - 1.
+
+    Only the programs of the first tokens read the state; they also replace it, so nothing races.
+    """
+    block = tl.program_id(0)
+    first = block == 0
+    start = block.to(tl.int64) * BLOCK_T
+    token = tl.arange(0, BLOCK_T)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = channel < CHANNELS
+    count = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    valid = tl.minimum(count - start, BLOCK_T).to(tl.int32)
+    tap = tl.arange(0, TAPS_P2)[None, :]
+    weight = tl.load(
+        weight_ptr + channel[:, None] * TAPS + tap,
+        mask=in_channels[:, None] & (tap < TAPS),
+        other=0.0,
+    ).to(tl.float32)
+    tile = x_ptr + start * ROW + token[:, None] * ROW + channel[None, :]
+    y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for i in tl.static_range(TAPS):
+        source = token - (TAPS - 1 - i)
+        in_x = ((source >= 0) | (not first)) & (source < valid)
+        inside = in_x[:, None] & in_channels[None, :]
+        x = tl.load(tile - (TAPS - 1 - i) * ROW, mask=inside, other=0.0).to(tl.float32)
+        if i < TAPS - 1:  # noqa: SIM102 (decided by the compiler, `first` by the GPU)
+            if first:
+                old = state_ptr + (token + i)[:, None] * CHANNELS + channel[None, :]
+                before = (source < 0)[:, None] & in_channels[None, :]
+                x += tl.load(old, mask=before, other=0.0).to(tl.float32)
+        y += x * tl.sum(tl.where(tap == i, weight, 0.0), 1)[None, :]
+    out = out_ptr + start * CHANNELS + token[:, None] * CHANNELS + channel[None, :]
+    inside = (token < tokens - start)[:, None] & in_channels[None, :]
+    tl.store(out, silu(y).to(out_ptr.dtype.element_ty), mask=inside)
+    if first:
+        update_conv_state(x_ptr, state_ptr, count, channel, in_channels, ROW, CHANNELS, TAPS, TAPS_P2)
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    state: torch.Tensor,
+    num_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `et_moe.backends.ops.causal_conv1d`. Columns of x past the channels are ignored."""
+    tokens, (channels, taps) = x.shape[0], weight.shape
+    out = x.new_empty((tokens, channels))
+    config = tuned("causal_conv1d", tokens)
+    launch(
+        _causal_conv1d_kernel,
+        (cdiv(tokens, config["BLOCK_T"]), cdiv(channels, config["BLOCK_C"])),
+        x,
+        weight,
+        state,
+        state if num_tokens is None else num_tokens,
+        out,
+        tokens,
+        ROW=x.stride(0),
+        CHANNELS=channels,
+        TAPS=taps,
+        TAPS_P2=triton.next_power_of_2(taps),
+        HAS_NUM_TOKENS=num_tokens is not None,
+        **config,
+    )
+    return out

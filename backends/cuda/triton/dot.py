@@ -1,0 +1,25 @@
+"""Matrix products on tensor cores for bf16 and fp32 models alike, accumulated in fp32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def interpreted() -> bool:
+    """Whether the kernel runs under TRITON_INTERPRET=1."""
+    return triton.knobs.runtime.interpret
+
+
+@triton.jit
+def rounded(x, like):
+    """x rounded to the element type of the pointer `like`."""
+    x = x.to(like.dtype.element_ty)
+    if interpreted():
+        x = x.to(tl.float32)  # the interpreter multiplies the bits of bf16 as integers
+    return x
+
+
+@triton.jit
+def dot(a, b, like):
+    """a @ b with operands rounded to the element type of `like`: bf16, or fp32 as three tf32."""
+    return tl.dot(rounded(a, like), rounded(b, like), input_precision="tf32x3")

@@ -1,0 +1,52 @@
+"""RMSNorm of heads and partial rotary position embedding (Su et al., "RoFormer", 2021)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sincos(x):
+    """sin and cos to 1e-7 of angles up to 2^18 (Cephes: Cody-Waite reduction, polynomials).
+
+    libdevice's reduce large angles through local memory.
+    """
+    n = tl.floor(x * 0.6366197723675814 + 0.5)  # in units of pi / 2, which is split in three
+    r = tl.fma(n, -1.5703125, x)
+    r = tl.fma(n, -4.837512969970703125e-4, r)
+    r = tl.fma(n, -7.54978995489188216e-8, r)
+    z = r * r
+    sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cos = 1.0 - 0.5 * z
+    cos += z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quadrant = n.to(tl.int32)
+    odd = (quadrant & 1) == 1
+    sin, cos = tl.where(odd, cos, sin), tl.where(odd, sin, cos)
+    return (
+        tl.where((quadrant & 2) == 2, -sin, sin),
+        tl.where(((quadrant + 1) & 2) == 2, -cos, cos),
+    )
+
+
+@triton.jit
+def rope(position, inv_freq_ptr, HALF: tl.constexpr, DIM: tl.constexpr):
+    """For each column of a head: its partner's column, the factors of itself and of the partner."""
+    column = tl.arange(0, DIM)
+    rotated = column < 2 * HALF
+    low = column < HALF
+    inv_freq = tl.load(inv_freq_ptr + tl.where(low, column, column - HALF), mask=rotated, other=0.0)
+    sin, cos = sincos(position.to(tl.float32) * inv_freq)
+    partner = tl.where(low, column + HALF, tl.where(rotated, column - HALF, column))
+    return partner, cos, tl.where(low, -sin, tl.where(rotated, sin, 0.0))
+
+
+@triton.jit
+def norm_rope(row_ptr, mask, weight_ptr, partner, own, other, EPS: tl.constexpr, DIM: tl.constexpr):
+    """RMSNorm (zero-centred weight) and RoPE of the heads at `row_ptr [M]`: `fp32 [M, DIM]`."""
+    column = tl.arange(0, DIM)
+    rows = mask[:, None]
+    x = tl.load(row_ptr[:, None] + column[None, :], mask=rows, other=0.0).to(tl.float32)
+    y = tl.load(row_ptr[:, None] + partner[None, :], mask=rows, other=0.0).to(tl.float32)
+    x_weight = own * (1.0 + tl.load(weight_ptr + column).to(tl.float32))
+    y_weight = other * (1.0 + tl.load(weight_ptr + partner).to(tl.float32))
+    scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)[:, None]
+    return (x * x_weight[None, :] + y * y_weight[None, :]) * scale
