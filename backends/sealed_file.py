@@ -9,41 +9,33 @@ parallel: `CHECKSUMS`, one uint64 per tensor in the order of the names sorted as
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import flatbuffers
 import numpy
 import torch
 import xxhash
-from executorch.exir._serialize._program import _insert_flatbuffer_header
-from executorch.exir._serialize.padding import aligned_size, pad_to
-from executorch.exir.scalar_type import ScalarType
-from executorch.exir.tensor_layout import TensorLayout
-from executorch.extension.flat_tensor.serialize.flat_tensor_schema import (
-    DataSegment,
-    FlatTensor,
-    NamedData,
-)
-from executorch.extension.flat_tensor.serialize.serialize import (
-    FlatTensorHeader,
-    _serialize_to_flatbuffer,
-)
 
 from et_moe.backends.atomic_file import atomic_file
 
 MAGIC = b"ETMOESUM"
 CHECKSUMS = "et_moe.checksums"
 ALIGNMENT = 128
-_HEADER_LENGTH = aligned_size(FlatTensorHeader.EXPECTED_LENGTH, 16)
 
+# ExecuTorch's extension/flat_tensor/serialize: flat_tensor.fbs and flat_tensor_header.h.
+_IDENTIFIER, _VERSION = b"FT01", 0
+_HEADER_MAGIC, _HEADER_BYTES, _HEADER_ROOM = b"FH01", 40, 48
+
+# c10::ScalarType, by which both a `.pte` and a `.ptd` name dtypes.
 SCALAR_TYPES = {
-    torch.uint8: ScalarType.BYTE,
-    torch.int8: ScalarType.CHAR,
-    torch.int32: ScalarType.INT,
-    torch.int64: ScalarType.LONG,
-    torch.float16: ScalarType.HALF,
-    torch.float32: ScalarType.FLOAT,
-    torch.bfloat16: ScalarType.BFLOAT16,
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.bfloat16: 15,
 }
 
 Spec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -64,30 +56,85 @@ def _nbytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _header(spec: Spec) -> tuple[bytes, list[int], int]:
-    """The file up to the first tensor, each segment's offset from there, and the data's size."""
-    sizes = [_nbytes(*entry) for entry in spec.values()] + [8 * len(spec)]
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(aligned_size(end, ALIGNMENT))
-        end = offsets[-1] + size
-    named = [
-        NamedData(
-            name,
-            i,
-            TensorLayout(SCALAR_TYPES[dtype], list(shape), list(range(len(shape)))),
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _vector(builder: flatbuffers.Builder, width: int, prepend: Callable, values: list) -> int:
+    builder.StartVector(width, len(values), width)
+    for value in reversed(values):
+        prepend(value)
+    return builder.EndVector()
+
+
+def _table(builder: flatbuffers.Builder, *fields: tuple[Callable, object]) -> int:
+    """A table whose fields are (the builder's method that adds it, its value), by slot."""
+    builder.StartObject(len(fields))
+    for slot, (add, value) in enumerate(fields):
+        if value is not None:
+            add(slot, value, None)
+    return builder.EndObject()
+
+
+def _named_data(builder: flatbuffers.Builder, name: str, segment: int, entry) -> int:
+    layout = None
+    if entry is not None:
+        dtype, shape = entry
+        sizes = _vector(builder, 4, builder.PrependInt32, list(shape))
+        order = _vector(builder, 1, builder.PrependUint8, list(range(len(shape))))
+        layout = _table(
+            builder,
+            (builder.PrependInt8Slot, SCALAR_TYPES[dtype]),
+            (builder.PrependUOffsetTRelativeSlot, sizes),
+            (builder.PrependUOffsetTRelativeSlot, order),
         )
-        for i, (name, (dtype, shape)) in enumerate(spec.items())
-    ]
-    named.append(NamedData(CHECKSUMS, len(spec), None))
-    segments = [DataSegment(o, s) for o, s in zip(offsets, sizes, strict=True)]
-    flatbuffer = bytes(_serialize_to_flatbuffer(FlatTensor(0, segments, named)))
-    base = aligned_size(len(flatbuffer) + _HEADER_LENGTH, ALIGNMENT)
-    header = FlatTensorHeader(_HEADER_LENGTH, len(flatbuffer), base, end)
-    start = _insert_flatbuffer_header(
-        flatbuffer, r"FT[0-9a-zA-Z][0-9a-zA-Z]", pad_to(header.to_bytes(), _HEADER_LENGTH)
+    return _table(
+        builder,
+        (builder.PrependUOffsetTRelativeSlot, builder.CreateString(name)),
+        (builder.PrependUint32Slot, segment),
+        (builder.PrependUOffsetTRelativeSlot, layout),
     )
-    return pad_to(start, base), offsets, end
+
+
+def _flatbuffer(spec: Spec, segments: list[tuple[int, int]]) -> bytes:
+    """The FlatTensor table: where each tensor's segment is, and its dtype and shape."""
+    builder = flatbuffers.Builder(1 << 16)
+    entries = [*spec.items(), (CHECKSUMS, None)]
+    named = [_named_data(builder, name, i, entry) for i, (name, entry) in enumerate(entries)]
+    named_data = _vector(builder, 4, builder.PrependUOffsetTRelative, named)
+    tables = [
+        _table(builder, (builder.PrependUint64Slot, o), (builder.PrependUint64Slot, s))
+        for o, s in segments
+    ]
+    root = _table(
+        builder,
+        (builder.PrependUint32Slot, _VERSION),
+        (
+            builder.PrependUOffsetTRelativeSlot,
+            _vector(builder, 4, builder.PrependUOffsetTRelative, tables),
+        ),
+        (builder.PrependUOffsetTRelativeSlot, named_data),
+    )
+    builder.Finish(root, file_identifier=_IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def _header(spec: Spec) -> tuple[bytes, list[int]]:
+    """The file up to the first tensor, and each segment's offset from there."""
+    sizes = [_nbytes(*entry) for entry in spec.values()] + [8 * len(spec)]
+    segments, end = [], 0
+    for size in sizes:
+        segments.append((_aligned(end), size))
+        end = sum(segments[-1])
+    flatbuffer = _flatbuffer(spec, segments)
+    base = _aligned(len(flatbuffer) + _HEADER_ROOM)
+    # The header stands between the root offset with the identifier, and the tables.
+    header = _HEADER_MAGIC + struct.pack(
+        "<IQQQQ", _HEADER_BYTES, _HEADER_ROOM, len(flatbuffer), base, end
+    )
+    root = struct.unpack_from("<I", flatbuffer)[0] + _HEADER_ROOM
+    start = struct.pack("<I", root) + flatbuffer[4:8] + header.ljust(_HEADER_ROOM, b"\0")
+    return (start + flatbuffer[8:]).ljust(base, b"\0"), [offset for offset, _ in segments]
 
 
 class PtdWriter:
@@ -103,7 +150,7 @@ class PtdWriter:
 
     def __init__(self, path: Path, spec: Spec) -> None:
         self._spec, self._digests = dict(spec), {}
-        self._header, self._offsets, _ = _header(spec)
+        self._header, self._offsets = _header(spec)
         self._context = atomic_file(path)
 
     def __enter__(self) -> "PtdWriter":

@@ -19,6 +19,9 @@ DTYPE_NAMES = {
 }
 
 
+WeightSpec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
 @dataclass(frozen=True)
 class WeightPlan:
     """What the program wants in the `.ptd`: the graphs' weights as they are.
@@ -27,7 +30,7 @@ class WeightPlan:
         spec: name -> (dtype, shape), in the order of the graphs' weights.
     """
 
-    spec: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    spec: WeightSpec
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors of a bundle in the order of `spec`, floats cast to the graphs' dtype."""
@@ -44,7 +47,7 @@ class LoweredProgram:
     plan: WeightPlan
 
 
-def _inputs(graph: MethodGraph) -> dict[str, tuple[torch.dtype, tuple]]:
+def _inputs(graph: MethodGraph) -> WeightSpec:
     """Dtype and shape of the state and weight inputs, by name."""
     names = [*graph.inputs, *graph.state, *graph.weights]
     nodes = [n for n in graph.program.graph.nodes if n.op == "placeholder"]
@@ -52,7 +55,23 @@ def _inputs(graph: MethodGraph) -> dict[str, tuple[torch.dtype, tuple]]:
     return {name: (values[name].dtype, tuple(values[name].shape)) for name in names}
 
 
-def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> LoweredProgram:
+def _bindings(graphs: Mapping[str, MethodGraph]) -> tuple[WeightSpec, WeightSpec]:
+    """State and weights by name, which all methods must agree on."""
+    found = []
+    for graph in graphs.values():
+        inputs = _inputs(graph)
+        found.append(({n: inputs[n] for n in graph.state}, {n: inputs[n] for n in graph.weights}))
+    if any(f != found[0] for f in found):
+        raise ValueError(f"methods {list(graphs)} differ in state or weights")
+    return found[0]
+
+
+def plan_weights(graphs: Mapping[str, MethodGraph]) -> WeightPlan:
+    """The weights that the methods share."""
+    return WeightPlan(_bindings(graphs)[1])
+
+
+def lower(graphs: Mapping[str, MethodGraph], constants: Mapping[str, object]) -> LoweredProgram:
     """Makes a `.pte` whose methods take runtime inputs, then state, then weights.
 
     State and weights are inputs that the runner binds once (state it allocates, weights it maps
@@ -63,14 +82,11 @@ def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> Lower
         graphs: methods by name; all with the same state and weights.
         constants: further constant methods: ints and strings.
     """
-    bindings = []
-    for graph in graphs.values():
-        inputs = _inputs(graph)
-        bindings.append([(n, *inputs[n]) for n in (*graph.state, *graph.weights)])
-    if any(b != bindings[0] for b in bindings):
-        raise ValueError(f"methods {list(graphs)} differ in state or weights")
-    listed = [[name, DTYPE_NAMES[dtype], list(shape)] for name, dtype, shape in bindings[0]]
-    count = len(next(iter(graphs.values())).state)
+    state, weights = _bindings(graphs)
+    bindings = {
+        kind: [[name, DTYPE_NAMES[dtype], list(shape)] for name, (dtype, shape) in spec.items()]
+        for kind, spec in (("state", state), ("weights", weights))
+    }
     edge = to_edge(
         {name: graph.program for name, graph in graphs.items()},
         # Custom ops are not part of the core ATen set that the check knows.
@@ -78,10 +94,9 @@ def lower(graphs: dict[str, MethodGraph], constants: dict[str, object]) -> Lower
         constant_methods={
             **constants,
             "get_backend": json.dumps("cpu"),
-            "get_bindings": json.dumps({"state": listed[:count], "weights": listed[count:]}),
+            "get_bindings": json.dumps(bindings),
         },
     )
     planning = MemoryPlanningPass(alloc_graph_input=False)
     program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
-    plan = WeightPlan({name: (dtype, shape) for name, dtype, shape in bindings[0][count:]})
-    return LoweredProgram(program.buffer, plan)
+    return LoweredProgram(program.buffer, WeightPlan(weights))

@@ -153,6 +153,9 @@ def export(
     graph_only: Annotated[
         bool, typer.Option("--graph-only", help="Write model.pte alone, from the configuration.")
     ] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Write model.ptd alone; needs no ExecuTorch.")
+    ] = False,
     backend: Annotated[Backend, typer.Option(help="What the program runs on.")] = Backend.CPU,
     cuda_arch: Annotated[
         str | None,
@@ -185,7 +188,9 @@ def export(
     """Exports `model.pte`, `model.ptd` and the tokenizer."""
     if debug_sidecar and backend is not Backend.CUDA:
         raise typer.BadParameter("--debug-sidecar needs --backend cuda")
-    archs = _cuda_archs(backend, cuda_arch)
+    if graph_only and weights_only:
+        raise typer.BadParameter("--graph-only and --weights-only exclude each other")
+    archs = () if weights_only else _cuda_archs(backend, cuda_arch)
     if preset is not None:
         if not graph_only or model_dir or prequantized:
             raise typer.BadParameter("--preset takes --graph-only and no checkpoint")
@@ -207,21 +212,20 @@ def export(
         cache_dir.expanduser() if cache else None,
         debug_sidecar,
     )
+    model = (source.config, source.quantization, options)
     with _progress() as progress:
+        task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
+
+        def show(stage: str) -> None:
+            progress.update(task, advance=1, description=stage)
+
         if graph_only:
-            task = progress.add_task("graphs", total=1)
-            lowered = exporter.lower(source.config, source.quantization, options)
-            exporter.write_graphs(lowered, output_dir, options)
-            progress.advance(task)
+            exporter.write_graphs(exporter.lower(*model), output_dir, options)
+        elif weights_only:
+            exporter.write_weights(source, exporter.plan_weights(*model), output_dir, show)
         else:
-            task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
-            exporter.export(
-                source,
-                output_dir,
-                options,
-                lambda stage: progress.update(task, advance=1, description=stage),
-            )
-    console.print(f"wrote {output_dir}/model.pte{'' if graph_only else ' and model.ptd'}")
+            exporter.export(source, output_dir, options, show)
+    console.print(f"wrote {output_dir}")
 
 
 @app.command()

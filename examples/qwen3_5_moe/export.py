@@ -11,7 +11,6 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 from et_moe.backends.atomic_file import write_file
-from et_moe.backends.cpu import lowering as cpu_lowering
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
 from et_moe.examples.qwen3_5_moe.bundle import (
@@ -146,23 +145,36 @@ class ExportOptions:
     debug_sidecar: bool = False
 
 
+def _graphs(c: ModelConfig, q: Quantization, options: ExportOptions) -> dict[str, MethodGraph]:
+    if options.backend == "cuda" and q.qlinear != "4w":
+        raise ConfigError(f"--qlinear {q.qlinear}: the CUDA backend has INT4 kernels only, use 4w")
+    return build_graphs(c, q, options.dtype, resolve_max_seq_len(c, options.max_seq_len))
+
+
+def plan_weights(c: ModelConfig, q: Quantization, options: ExportOptions):
+    """What goes into the `.ptd` (`spec`) and how it is made (`pack`); needs no ExecuTorch."""
+    if options.backend == "cuda":
+        from et_moe.backends.cuda import prepack as backend
+    else:
+        from et_moe.backends.cpu import lowering as backend
+    return backend.plan_weights(_graphs(c, q, options))
+
+
 def lower(c: ModelConfig, q: Quantization, options: ExportOptions):
     """Lowers the model of a configuration; needs no weights.
 
     Returns:
-        The backend's `LoweredProgram`: `pte` bytes, and `plan`, which says what goes into the
-        `.ptd` (`spec`) and makes it (`pack`).
+        The backend's `LoweredProgram`: `pte` bytes, and `plan` as of `plan_weights`.
     """
-    length = resolve_max_seq_len(c, options.max_seq_len)
-    if options.backend == "cuda" and q.qlinear != "4w":
-        raise ConfigError(f"--qlinear {q.qlinear}: the CUDA backend has INT4 kernels only, use 4w")
-    graphs = build_graphs(c, q, options.dtype, length)
-    constants = constant_methods(c, q, length)
-    if options.backend == "cpu":
-        return cpu_lowering.lower(graphs, constants)
-    from et_moe.backends.cuda import backend as cuda  # imports Triton
+    graphs = _graphs(c, q, options)
+    constants = constant_methods(c, q, resolve_max_seq_len(c, options.max_seq_len))
+    if options.backend == "cuda":
+        from et_moe.backends.cuda import backend as cuda
 
-    return cuda.lower(graphs, list(options.cuda_archs), constants, options.cache_dir)
+        return cuda.lower(graphs, list(options.cuda_archs), constants, options.cache_dir)
+    from et_moe.backends.cpu import lowering as cpu
+
+    return cpu.lower(graphs, constants)
 
 
 def export(
@@ -185,16 +197,25 @@ def export(
     output.mkdir(parents=True, exist_ok=True)
     lowered = lower(source.config, source.quantization, options)
     progress("graphs")
-    spec = lowered.plan.spec
-    with PtdWriter(output / "model.ptd", spec) as writer:
-        for names, group in zip(parameter_groups(spec), source.groups(), strict=True):
-            packed = lowered.plan.pack({name: group.pop(name) for name in names})
-            for name, tensor in packed:
+    write_weights(source, lowered.plan, output, progress)
+    write_graphs(lowered, output, options)
+    progress("files")
+
+
+def write_weights(
+    source: WeightSource,
+    plan,
+    output: Path,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> None:
+    """Writes `model.ptd`, one group of tensors in memory, and the tokenizer's files."""
+    output.mkdir(parents=True, exist_ok=True)
+    with PtdWriter(output / "model.ptd", plan.spec) as writer:
+        for names, group in zip(parameter_groups(plan.spec), source.groups(), strict=True):
+            for name, tensor in plan.pack({name: group.pop(name) for name in names}):
                 writer.write(name, tensor)
             progress("weights")
-    write_graphs(lowered, output, options)
     copy_files(source.directory, output, TOKENIZER_FILES)
-    progress("files")
 
 
 def write_graphs(lowered, output: Path, options: ExportOptions) -> None:
