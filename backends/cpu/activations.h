@@ -24,7 +24,8 @@ inline float quantize_tile(const Source& source, int64_t begin, int64_t end, int
     std::memset(q, 0, end - begin);
     return 0.0f;
   }
-  const float inverse = 127.0f / amax;
+  // As torch computes 127 / tensor, so that ties round alike.
+  const float inverse = 127.0f * (1.0f / amax);
   for_lanes(end - begin, [&](int64_t i, int64_t count) {
     const i32x8 rounded = round_to_int(source.load(begin + i, count) * inverse);
     const i8x8 narrow = __builtin_convertvector(rounded, i8x8);

@@ -3,10 +3,16 @@
 from pathlib import Path
 
 import pytest
-
-from op_harness import Harness
+import torch
+from op_harness import DTYPES, Harness
 
 
 @pytest.fixture
 def harness(build_dir: Path, tmp_path: Path) -> Harness:
     return Harness(build_dir / "tests" / "backends" / "cpu" / "op_runner", tmp_path)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Of activations, caches and convolution states."""
+    return request.param

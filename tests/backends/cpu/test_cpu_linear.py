@@ -2,20 +2,115 @@
 
 import pytest
 import torch
+from op_harness import TOKENS, Harness, normal, quantized
+
 from et_moe.backends import ops
-from op_harness import Harness
 
-TOKENS = (1, 2, 3, 15, 16, 17, 65)
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+SHAPES = ((96, 32), (192, 64), (256, 128), (160, 32))
+"""Columns and group sizes, with tiles of 128 that are whole, short and followed by a short one."""
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", (40, 96))
-def test_linear(harness: Harness, dtype: torch.dtype, columns: int) -> None:
-    weight = normal(75, columns, dtype=dtype, seed=1)
-    calls = [[normal(t, columns, dtype=dtype, seed=t), weight] for t in TOKENS]
-    harness.compare("linear", calls)
+def _extremes(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of zeros, denormals, huge numbers, and one with magnitudes 30 decades apart."""
+    x = normal(tokens, columns, dtype=dtype, seed=7)
+    x[0] = 0.0
+    x[1] *= 1e-39
+    x[2] *= 1e30
+    x[3, ::2] *= 1e-30
+    return x
+
+
+def test_linear(harness: Harness, dtype: torch.dtype) -> None:
+    for columns in (40, 96):
+        weight = normal(75, columns, dtype=dtype, seed=1)
+        harness.compare(
+            "linear", [[normal(t, columns, dtype=dtype, seed=t), weight] for t in TOKENS]
+        )
+
+
+def test_linear_with_weights_of_another_dtype(harness: Harness, dtype: torch.dtype) -> None:
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    args = [
+        normal(3, 72, dtype=dtype, seed=1),
+        normal(33, 72, dtype=other, seed=2),
+        normal(72, dtype=other, seed=3),
+        1e-5,
+        normal(3, 33, dtype=other, seed=4),
+    ]
+    harness.compare("linear", [args])
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_w4a8", "linear_w4a16"])
+def test_norm_and_residual(harness: Harness, op: str, dtype: torch.dtype) -> None:
+    columns = 192
+    weight = normal(40, columns, dtype=dtype, seed=1)
+    weights = [weight] if op == "linear" else [*quantized(weight, 64), 64]
+    for norm, add in ((True, False), (False, True), (True, True)):
+        calls = [
+            [
+                normal(t, columns, dtype=dtype, seed=t) * 3,
+                *weights,
+                normal(columns, dtype=dtype, seed=2) * 0.1 if norm else None,
+                1e-6,
+                normal(t, 40, dtype=dtype, seed=3) if add else None,
+            ]
+            for t in (1, 5, 17)
+        ]
+        harness.compare(op, calls)
+
+
+@pytest.mark.parametrize("op", ["linear_w4a8", "linear_w4a16"])
+@pytest.mark.parametrize(("columns", "group"), SHAPES)
+def test_linear_int4(
+    harness: Harness, op: str, columns: int, group: int, dtype: torch.dtype
+) -> None:
+    weights = [*quantized(normal(75, columns, seed=1), group), group]
+    calls = [[normal(t, columns, dtype=dtype, seed=t), *weights] for t in TOKENS]
+    harness.compare(op, [*calls, [_extremes(5, columns, dtype), *weights]])
+
+
+def test_linear_int4_large_enough_for_threads(harness: Harness) -> None:
+    weights = [*quantized(normal(2083, 512, seed=1), 128), 128]
+    calls = [[normal(t, 512, seed=t), *weights] for t in (1, 67, 131)]
+    harness.compare("linear_w4a8", calls)
+    harness.compare("linear_w4a16", calls)
+
+
+@pytest.mark.parametrize("op", ["quantize_int8", "silu_quantize_int8"])
+def test_quantize(harness: Harness, op: str, dtype: torch.dtype) -> None:
+    for columns, tile in ((192, 64), (200, 128), (30, 7), (40, 100)):
+        width = columns * (2 if op.startswith("silu") else 1)
+        calls = [[normal(t, width, dtype=dtype, seed=t), tile] for t in TOKENS]
+        harness.compare(op, [*calls, [_extremes(5, width, dtype), tile]])
+
+
+def test_quantize_rounds_half_to_even(harness: Harness) -> None:
+    x = torch.cat((torch.tensor([127.0]), torch.arange(-126, 127) / 2))[None]
+    harness.compare("quantize_int8", [[x, 512]])
+
+
+def test_embedding(harness: Harness, dtype: torch.dtype) -> None:
+    weight, scale = ops.quantize_w8(normal(50, 45, seed=1))
+    generator = torch.Generator().manual_seed(0)
+    calls = [[torch.randint(50, (t,), generator=generator), weight, scale, dtype] for t in TOKENS]
+    harness.compare("embedding_w8", [*calls, [torch.tensor([0, 49]), weight, scale, dtype]])
+
+
+@pytest.mark.parametrize("bad", [50, -1, 2**40, -(2**63)])
+def test_embedding_refuses_tokens_outside_the_table(harness: Harness, bad: int) -> None:
+    weight, scale = ops.quantize_w8(normal(50, 45, seed=1))
+    harness.refuse(
+        "embedding_w8",
+        [torch.tensor([3, bad]), weight, scale, torch.float32],
+        f"et_moe::embedding_w8: ids: token {bad} at 1 is outside 0..49",
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_activations_stay_visible(harness: Harness, value: float) -> None:
+    x = normal(2, 128, seed=1)
+    x[1, 70] = value
+    args = [x, *quantized(normal(8, 128, seed=2), 32), 32]
+    result = harness.run("linear_w4a8", [args])[0][0]
+    torch.testing.assert_close(result.tensors[0][0], ops.linear_w4a8(*args)[0])
+    assert not result.tensors[0][1].isfinite().any()

@@ -1,0 +1,135 @@
+#include "backends/cpu/dot.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+namespace et_moe::cpu {
+namespace {
+
+// Random weights and activations in memory of exactly their size.
+struct Problem {
+  int64_t rows, columns, group_size, tokens;
+  std::vector<uint8_t> packed;
+  std::vector<uint16_t> scale;
+  std::vector<std::vector<Int8Chunk>> x;
+  std::vector<std::vector<int8_t>> q;  // x in the columns' order
+
+  Problem(int64_t rows, int64_t columns, int64_t group_size, int64_t tokens, bool extreme)
+      : rows(rows),
+        columns(columns),
+        group_size(group_size),
+        tokens(tokens),
+        packed(rows * columns / 2),
+        scale(rows * columns / group_size) {
+    std::mt19937 random(rows + columns + group_size + tokens);
+    const auto bits = [](float value) {
+      uint32_t raw;
+      std::memcpy(&raw, &value, sizeof(raw));
+      return static_cast<uint16_t>(raw >> 16);
+    };
+    std::normal_distribution<float> normal;
+    for (auto& byte : packed) byte = extreme ? 0xFF : random();
+    for (auto& s : scale) s = bits(normal(random));
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::vector<Int8Chunk> row((columns + kChunk - 1) / kChunk);
+      std::memset(row.data(), 0, row.size() * sizeof(Int8Chunk));
+      q.emplace_back();
+      for (int64_t k = 0; k < columns; ++k) {
+        const auto value = static_cast<int8_t>(extreme ? (k % 7 ? -128 : 127)
+                                                       : static_cast<int>(random() % 255) - 127);
+        Int8Chunk& chunk = row[k / kChunk];
+        int8_t* half = k % 2 ? chunk.odd : chunk.even;
+        half[k % kChunk / 2] = value;
+        chunk.bias[k % kChunk / 8] -= 8 * value;
+        if (k % 8 == 0) chunk.scale[k % kChunk / 8] = std::abs(normal(random));
+        q.back().push_back(value);
+      }
+      x.push_back(row);
+    }
+  }
+
+  std::vector<float> run(DotFunction function) const {
+    std::vector<const Int8Chunk*> rows_of_x;
+    for (const auto& row : x) rows_of_x.push_back(row.data());
+    std::vector<float> out(tokens * rows, NAN);
+    function({packed.data(), scale.data(), columns, group_size}, rows, rows_of_x.data(), tokens,
+             out.data(), rows);
+    return out;
+  }
+
+  double expected(int64_t token, int64_t row) const {
+    double total = 0.0;
+    for (int64_t k = 0; k < columns; ++k) {
+      const uint8_t byte = packed[(row * columns + k) / 2];
+      const uint32_t raw = uint32_t{scale[(row * columns + k) / group_size]} << 16;
+      float s;
+      std::memcpy(&s, &raw, sizeof(s));
+      total += double{s} * x[token][k / kChunk].scale[k % kChunk / 8] * q[token][k] *
+               ((k % 2 ? byte >> 4 : byte & 0xF) - 8);
+    }
+    return total;
+  }
+};
+
+std::vector<Problem> problems() {
+  std::vector<Problem> all;
+  for (int64_t group : {32, 64, 128}) {
+    for (int64_t groups : {1, 2, 3, 4, 5, 7, 16}) {
+      for (int64_t rows : {1, 4, 7}) {
+        for (int64_t tokens : {1, 2, 3, 4, 6, 9}) {
+          all.emplace_back(rows, group * groups, group, tokens, false);
+        }
+      }
+    }
+    all.emplace_back(9, group * 8, group, 5, true);
+  }
+  return all;
+}
+
+TEST(Dot, ScalarEqualsTheDefinition) {
+  for (const Problem& problem : problems()) {
+    const auto out = problem.run(dot_scalar);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+      for (int64_t r = 0; r < problem.rows; ++r) {
+        const double want = problem.expected(t, r);
+        EXPECT_NEAR(out[t * problem.rows + r], want, 1e-5 * std::abs(want) + 1e-2)
+            << problem.columns << " columns, groups of " << problem.group_size;
+      }
+    }
+  }
+}
+
+class DotVariantTest : public testing::TestWithParam<int> {};
+
+// Bits, not values: what a model says must not depend on the processor.
+TEST_P(DotVariantTest, EqualsScalarBitForBit) {
+  const DotVariant& variant = dot_variants()[GetParam()];
+  if (!variant.supported) GTEST_SKIP() << "this processor lacks " << variant.name;
+  for (const Problem& problem : problems()) {
+    const auto want = problem.run(dot_scalar), got = problem.run(variant.function);
+    ASSERT_EQ(std::memcmp(got.data(), want.data(), got.size() * sizeof(float)), 0)
+        << problem.rows << " x " << problem.columns << ", groups of " << problem.group_size << ", "
+        << problem.tokens << " tokens";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, DotVariantTest, testing::Range(0, kDotVariants),
+                         [](const auto& info) { return dot_variants()[info.param].name; });
+
+TEST(Dot, DispatchTakesTheBestSupportedVariant) {
+  const DotVariant* variants = dot_variants();
+  EXPECT_STREQ(variants[kDotVariants - 1].name, "scalar");
+  for (int i = 0; i < kDotVariants; ++i) {
+    if (variants[i].supported) {
+      EXPECT_EQ(dot_w4a8(), variants[i].function);
+      break;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace et_moe::cpu

@@ -1,0 +1,119 @@
+"""CPU kernels of the router and of the expert MLPs against their references."""
+
+import pytest
+import torch
+from op_harness import TOKENS, Harness, normal, quantized
+
+HIDDEN, EXPERTS = 64, 6
+
+
+def _weights(op: str, hidden: int, inner: int, group: int, dtype: torch.dtype) -> list:
+    """The weight arguments of an expert op: w13 and w2, each followed by its scale if INT4."""
+    w13 = normal(EXPERTS, 2 * inner, hidden, dtype=dtype, seed=1) * hidden**-0.5
+    w2 = normal(EXPERTS, hidden, inner, dtype=dtype, seed=2) * inner**-0.5
+    return [w13, w2] if op == "moe" else [*quantized(w13, group), *quantized(w2, group)]
+
+
+def _route(tokens: int, slots: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids as a router gives them: no expert twice for a token."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(tokens, slots, generator=generator)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator) for _ in range(tokens)])
+    return weights, ids[:, :slots].to(torch.int32)
+
+
+def _call(op: str, tokens: int, routing: tuple, weights: list, group: int, dtype: torch.dtype):
+    hidden = weights[0].shape[-1] * (1 if op == "moe" else 2)
+    x = normal(tokens, hidden, dtype=dtype, seed=tokens)
+    return [x, *weights, *routing] + ([] if op == "moe" else [group])
+
+
+@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group"), [(96, 32, 32), (192, 64, 64), (128, 256, 128)]
+)
+def test_moe(
+    harness: Harness, op: str, hidden: int, inner: int, group: int, dtype: torch.dtype
+) -> None:
+    weights = _weights(op, hidden, inner, group, dtype)
+    harness.compare(op, [_call(op, t, _route(t, 3), weights, group, dtype) for t in TOKENS])
+
+
+@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+def test_moe_with_uneven_routing(harness: Harness, op: str, dtype: torch.dtype) -> None:
+    """All tokens to one expert, skipped slots, an expert twice for one token, no expert at all."""
+    tokens, weights = 70, _weights(op, 64, 32, 32, dtype)
+    one = torch.full((tokens, 2), 4, dtype=torch.int32)
+    one[:, 1] = -1
+    _, some = _route(tokens, 2)
+    some[::3] = -1
+    some[1::3, 0] = -7
+    values, _ = _route(tokens, 2)
+    routings = [one, some, torch.full_like(one, 3), torch.full_like(one, -1)]
+    calls = [_call(op, tokens, (values, ids), weights, 32, dtype) for ids in routings]
+    harness.compare(op, calls)
+
+
+@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+def test_moe_residual_and_int64_ids(harness: Harness, op: str, dtype: torch.dtype) -> None:
+    weights = _weights(op, 64, 32, 32, dtype)
+    values, ids = _route(5, 2)
+    call = _call(op, 5, (values, ids.long()), weights, 32, dtype)
+    harness.compare(op, [[*call, normal(5, 64, dtype=dtype, seed=9)]])
+
+
+def test_moe_large_enough_for_threads(harness: Harness) -> None:
+    weights = _weights("moe_w4a8", 512, 192, 64, torch.float32)
+    calls = [
+        _call("moe_w4a8", t, _route(t, 4, seed=t), weights, 64, torch.float32) for t in (1, 3, 90)
+    ]
+    harness.compare("moe_w4a8", calls)
+
+
+@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+@pytest.mark.parametrize("bad", [EXPERTS, 2**31 - 1])
+def test_moe_refuses_experts_outside_the_table(harness: Harness, op: str, bad: int) -> None:
+    weights = _weights(op, 64, 32, 32, torch.float32)
+    values, ids = _route(3, 2)
+    ids[1, 1] = bad
+    harness.refuse(
+        op,
+        _call(op, 3, (values, ids), weights, 32, torch.float32),
+        f"et_moe::{op}: topk_ids: expert {bad} of token 1 is outside 0..5",
+    )
+
+
+@pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 1), (8, 2), (9, 1)])
+def test_router(harness: Harness, top_k: int, shared: int, dtype: torch.dtype) -> None:
+    weight = normal(10, 72, dtype=dtype, seed=1) * 0.5
+    norm = normal(72, dtype=dtype, seed=2) * 0.1
+    calls = [[normal(t, 72, dtype=dtype, seed=t), norm, weight, top_k, shared] for t in TOKENS]
+    harness.compare("moe_router", calls)
+
+
+def test_router_with_padding(harness: Harness, dtype: torch.dtype) -> None:
+    weight, norm = normal(17, 40, dtype=dtype, seed=1), torch.zeros(40, dtype=dtype)
+    calls = [
+        [normal(9, 40, dtype=dtype, seed=3), norm, weight, 4, 1, 1e-6, torch.tensor([valid])]
+        for valid in (0, 1, 8, 9, 12, 2**40)
+    ]
+    harness.compare("moe_router", calls)
+
+
+def test_router_breaks_ties_by_the_lower_id(harness: Harness) -> None:
+    weight = torch.zeros(13, 32)
+    weight[3] = weight[7] = 1.0
+    x = torch.stack((torch.ones(32), -torch.ones(32), torch.zeros(32)))
+    harness.compare("moe_router", [[x, torch.zeros(32), weight, 5, 1]])
+
+
+def test_router_with_weights_of_another_dtype(harness: Harness) -> None:
+    x, norm = normal(4, 40, dtype=torch.bfloat16, seed=1), normal(40, seed=2)
+    harness.compare("moe_router", [[x, norm, normal(17, 40, seed=3), 4, 1]])
+
+
+def test_router_stays_in_range_without_numbers(harness: Harness) -> None:
+    x = torch.full((2, 32), float("nan"))
+    args = [x, torch.zeros(32), normal(9, 32, seed=1), 3, 1]
+    ids = harness.run("moe_router", [args])[0][0].tensors[2]
+    assert ids.tolist() == [[0, 1, 2, 8]] * 2
