@@ -23,7 +23,7 @@ from et_moe.backends.cuda.triton.row_quantization import (
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, GROUP_SIZES
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Version of what `prepack_linear` makes."""
 
 
@@ -39,13 +39,14 @@ def prepack_linear(
 
     K is padded with zeros to K', a multiple of 64, and cut into blocks of 2 H columns, H = 128 if
     256 divides K'. Byte j of a block has column j in its low and column j + H in its high nibble,
-    in two's complement: both nibbles of a run of bytes are plain operands of a dot product.
+    in two's complement: both nibbles of a run of bytes are plain operands of a dot product. A run
+    of min(H, group_size) bytes is a step; its two bf16 scales are the halves of one int32.
 
     Args:
         weight: `uint8 [N, K/2]`, scale: `bfloat16 [N, K/group_size]`, as from `quantize_w4`.
 
     Returns:
-        `uint8 [N, K'/2]` and the scales, transposed, `bfloat16 [K'/group_size, N]`.
+        `uint8 [N, K'/2]` and `int32 [steps, N]`.
     """
     rows, k = weight.shape[0], 2 * weight.shape[1]
     padding = -k % 64
@@ -58,7 +59,18 @@ def prepack_linear(
         low, high = nibbles.unflatten(-1, (-1, 2, half)).unbind(-2)
         target.copy_((low | (high << 4)).flatten(-2))
     scale = torch.nn.functional.pad(scale, (0, cdiv(k + padding, group_size) - scale.shape[1]))
-    return packed, scale.t().contiguous()
+    step = min(half, group_size)
+    groups = torch.arange(0, k + padding, step, device=scale.device) // group_size
+    bits = scale.bfloat16().index_select(1, groups).view(torch.int16).to(torch.int32)
+    low, high = bits.unflatten(1, (-1, 2, half // step)).unbind(2)
+    return packed, ((low & 0xFFFF) | (high << 16)).flatten(1).t().contiguous()
+
+
+@triton.jit
+def _scale_pair(pair):
+    """The fp32 scales of the low and the high nibbles from what `prepack_linear` makes of them."""
+    low = (pair << 16).to(tl.float32, bitcast=True)
+    return low, (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -80,6 +92,7 @@ def _w4_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """out `[M, N]` = rescaled integer GEMM + residual, one `[BLOCK_M, BLOCK_N]` tile per program.
 
@@ -102,19 +115,20 @@ def _w4_gemm_kernel(
     scale += first_m + rows_m
     weight_scale += first_n + rows_n
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for block in range(0, K, 2 * HALF):
+    # Stages of its own make the compiler prefetch the scales too, not only what is multiplied.
+    for block in tl.range(0, K, 2 * HALF, num_stages=STAGES):
         for offset in tl.static_range(0, HALF, STEP):
             w = tl.load(weight + block // 2 + offset).to(tl.int8, bitcast=True)
+            group_scales = _scale_pair(tl.load(weight_scale + (block // 2 + offset) // STEP * N))
             for high in tl.static_range(2):
                 begin = block + offset + high * HALF
                 half_w = high_nibbles(w) if high else low_nibbles(w)
+                row_scale = tl.load(scale + begin // TILE * padded_m)
                 d = tl.dot(half_w, tl.trans(tl.load(q + begin)), out_dtype=tl.int32)
                 if PLANES == 2:
                     low_plane = tl.trans(tl.load(q + padded_m.to(tl.int64) * K + begin))
                     d = tl.dot(half_w, low_plane, d << 7, out_dtype=tl.int32)
-                row_scale = tl.load(scale + begin // TILE * padded_m)
-                group_scale = tl.load(weight_scale + begin // GROUP * N).to(tl.float32)
-                acc += d.to(tl.float32) * row_scale[None, :] * group_scale[:, None]
+                acc += d.to(tl.float32) * row_scale[None, :] * group_scales[high][:, None]
     m, n = first_m + rows_m, first_n + rows_n
     acc = tl.trans(acc)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
@@ -150,23 +164,29 @@ def _w4_gemv_kernel(
     """
     HALF: tl.constexpr = 128
     ROWS: tl.constexpr = BLOCK_N * BLOCKS
-    flat = tl.arange(0, ROWS)
-    j = tl.arange(0, HALF)
+    STEPS: tl.constexpr = HALF // GROUP
+    flat, rows_n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
+    j, steps = tl.arange(0, HALF), tl.arange(0, STEPS)
     first_n = min(tl.program_id(0) * (BLOCK_N * REPEAT), N - BLOCK_N * REPEAT)
     weight += first_n.to(tl.int64) * (BLOCKS * HALF) + flat[:, None] * HALF + j[None, :]
-    # The weights are on their way while x is normed and quantized.
-    w = tl.load(weight).to(tl.int8, bitcast=True)
-
+    weight_scale += (flat % BLOCKS * STEPS)[:, None] * N + (first_n + flat // BLOCKS)[:, None]
+    weight_scale += steps[None, :] * N
+    out += first_n + rows_n
+    # All loads are on their way before the first value is needed, the weights' first.
+    w, scales = tl.load(weight), tl.load(weight_scale)
     column = tl.arange(0, COLUMNS)
     at = column[:, None] * (2 * HALF) + j[None, :]
     valid = column[:, None] < BLOCKS
     low = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     high = tl.load(x + HALF + at, mask=valid, other=0.0).to(tl.float32)
+    if residual is not None:
+        residual += first_n + rows_n
+        addend = tl.load(residual)
     if norm_weight is not None:
-        squares = tl.sum(tl.sum(low * low + high * high, axis=1), axis=0)
-        mean = squares / (BLOCKS * 2 * HALF)
         low_gain = tl.load(norm_weight + at, mask=valid, other=0.0)
         high_gain = tl.load(norm_weight + HALF + at, mask=valid, other=0.0)
+        squares = tl.sum(tl.sum(low * low + high * high, axis=1), axis=0)
+        mean = squares / (BLOCKS * 2 * HALF)
         low = normed(low, low_gain, mean, eps, x.dtype.element_ty)
         high = normed(high, high_gain, mean, eps, x.dtype.element_ty)
     low, low_scale = quantized(low, PLANES)
@@ -174,37 +194,40 @@ def _w4_gemv_kernel(
     low_scale, high_scale = low_scale * NIBBLE_SCALE, high_scale * NIBBLE_SCALE
 
     own = (flat % BLOCKS)[:, None] == column[None, :]
-    rows_n = tl.arange(0, BLOCK_N)
     for i in tl.static_range(REPEAT):
         if i + 1 < REPEAT:
-            next_w = tl.load(weight + (i + 1) * (ROWS * HALF)).to(tl.int8, bitcast=True)
-        n = first_n + i * BLOCK_N + flat // BLOCKS
-        groups = weight_scale + n + flat % BLOCKS * (2 * HALF // GROUP) * N
+            next_w = tl.load(weight + (i + 1) * (ROWS * HALF))
+            next_scales = tl.load(weight_scale + (i + 1) * BLOCK_N)
+            if residual is not None:
+                next_addend = tl.load(residual + (i + 1) * BLOCK_N)
+        w = w.to(tl.int8, bitcast=True)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in tl.static_range(HALF // GROUP):
-            # Of x the columns of one group remain: that is cheaper than to cut the weights up.
+        for step in tl.static_range(STEPS):
+            # Of x the columns of one step remain: that is cheaper than to cut the weights up.
             within = (j // GROUP == step)[None, :]
+            pair = tl.sum(tl.where(steps[None, :] == step, scales, 0), axis=1)
+            low_group, high_group = _scale_pair(pair)
             d = plane_dot(low_nibbles(w), tl.where(within, low, 0), PLANES)
-            group_scale = tl.load(groups + step * N).to(tl.float32)
-            acc += d.to(tl.float32) * low_scale[None, :] * group_scale[:, None]
+            acc += d.to(tl.float32) * low_scale[None, :] * low_group[:, None]
             d = plane_dot(high_nibbles(w), tl.where(within, high, 0), PLANES)
-            group_scale = tl.load(groups + (HALF // GROUP + step) * N).to(tl.float32)
-            acc += d.to(tl.float32) * high_scale[None, :] * group_scale[:, None]
+            acc += d.to(tl.float32) * high_scale[None, :] * high_group[:, None]
         y = tl.sum(tl.where(own, acc, 0.0), axis=1)
         y = tl.sum(tl.reshape(y, (BLOCK_N, BLOCKS)), axis=1)
-        store_n = first_n + i * BLOCK_N + rows_n
         if residual is not None:
-            y += tl.load(residual + store_n).to(tl.float32)
-        tl.store(out + store_n, y.to(out.dtype.element_ty))
+            y += addend.to(tl.float32)
+        tl.store(out + i * BLOCK_N, y.to(out.dtype.element_ty))
         if i + 1 < REPEAT:
-            w = next_w
+            w, scales = next_w, next_scales
+            if residual is not None:
+                addend = next_addend
 
 
 def _check(x, weight, scale, group_size, norm_weight, residual) -> None:
     (n, packed), k = weight.shape, x.shape[1]
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, expected one of {GROUP_SIZES}")
-    if 2 * packed != k + -k % 64 or tuple(scale.shape) != (cdiv(2 * packed, group_size), n):
+    steps = packed // min(_half(2 * packed), group_size)
+    if 2 * packed != k + -k % 64 or tuple(scale.shape) != (steps, n):
         raise ValueError(
             f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} are not what "
             f"prepack_linear makes for x of {k} columns and group_size {group_size}"
@@ -344,7 +367,8 @@ def compile_cases() -> list[CompileCase]:
             return {
                 "x": bf16(m, k).to(dtype),
                 "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
-                "scale": bf16(k // 128, n) * 0.01,
+                # Two bf16 of 2^-7 in an int32.
+                "scale": torch.full((k // 256, n), 0x3C003C00, dtype=torch.int32, device=device),
                 "group_size": 128,
                 "norm_weight": bf16(k) if norm else None,
                 "residual": bf16(m, n) if residual else None,

@@ -6,6 +6,7 @@ import torch
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton import linear
 from et_moe.backends.cuda.triton.compile_case import record_launches
+from et_moe.backends.cuda.triton.embedding import embedding_w8
 
 # Relative L2 error allowed against the reference with fp32 activations.
 TOLERANCE = {"linear_w4a8": 1e-5, "linear_w4a16": 2e-4}
@@ -40,16 +41,129 @@ def test_rows(name, m, device):
     assert relative_error(got, expected) < TOLERANCE[name]
 
 
+SHAPES = [
+    (k, g) for k in (32, 64, 96, 128, 192, 256, 384, 512) for g in ops.GROUP_SIZES if k % g == 0
+]
+
+
 @pytest.mark.parametrize("name", TOLERANCE)
-@pytest.mark.parametrize("group", ops.GROUP_SIZES)
-@pytest.mark.parametrize("k", [32, 64, 96, 128, 192, 256, 384, 512])
+@pytest.mark.parametrize("k,group", SHAPES)
 @pytest.mark.parametrize("m", [1, 3])
 def test_columns_and_groups(name, m, k, group, device):
-    if k % group:
-        pytest.skip("not a shape of the format: the group size divides K")
     x = torch.randn(m, k, device=device)
     norm, residual = torch.randn(k, device=device), torch.randn(m, 40, device=device)
-    got, expected = run(
-        name, x, 40, group, device, norm_weight=norm, eps=1e-5, residual=residual
-    )
+    got, expected = run(name, x, 40, group, device, norm_weight=norm, eps=1e-5, residual=residual)
     assert relative_error(got, expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 33, 127, 129, 200])
+@pytest.mark.parametrize("m", [1, 2])
+def test_outputs(m, n, device):
+    """The last block of outputs overlaps its neighbour; small N takes smaller blocks."""
+    x, residual = torch.randn(m, 256, device=device), torch.randn(m, n, device=device)
+    got, expected = run("linear_w4a8", x, n, 64, device, residual=residual)
+    assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
+
+
+def test_several_blocks_per_program(monkeypatch, device):
+    config = {"BLOCK_ROWS": 32, "REPEAT": 4, "num_warps": 4}
+    monkeypatch.setattr(linear, "tuned", lambda table, m: dict(config))
+    got, expected = run("linear_w4a8", torch.randn(1, 512, device=device), 150, 128, device)
+    assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("m,launches", [(1, 1), (2, 2), (40, 2)])
+def test_bf16(name, m, launches, device):
+    x = torch.randn(m, 512, device=device).bfloat16()
+    norm, residual = torch.randn(512).to(x), torch.randn(m, 64).to(x)
+    with record_launches(run=True) as recorded:
+        got, expected = run(name, x, 64, 128, device, norm_weight=norm, residual=residual)
+    assert len(recorded) == launches
+    # The norm's rounding to bf16 moves INT8 roundings; the interpreter truncates there.
+    assert relative_error(got, expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-20, 1e30])  # 1e-42 is denormal
+def test_extreme_activations(name, m, scale, device):
+    x = torch.randn(m, 256, device=device)
+    x[0] *= scale
+    x[-1, 128:] = 0.0
+    got, expected = run(name, x, 32, 128, device)
+    for row in range(m):
+        # Tiles below 1e-30 count as zero.
+        tiny = expected[row].abs().max() < 1e-30
+        assert got[row].eq(0).all() if tiny else relative_error(got[row], expected[row]) < 1e-3
+
+
+def test_w4a16_is_within_its_bound_of_an_outlier(device):
+    """15 bits per tile: next to an outlier of 1000 the others are off by 1000 / 2^15 at most."""
+    x = torch.randn(1, 256, device=device)
+    x[0, 7] = 1000.0
+    got, expected = run("linear_w4a16", x, 64, 128, device)
+    assert relative_error(got, expected) < TOLERANCE["linear_w4a16"]
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_runs_repeat(m, device):
+    packed = weights(64, 256, 128, device)[1]
+    x = torch.randn(m, 256, device=device)
+    results = [linear.linear_w4a8(x, *packed, 128) for _ in range(2)]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("k,group", SHAPES)
+def test_prepack(k, group, device):
+    """Unpacking the layout by its description gives back the weight and its scales."""
+    packed, scale = ops.quantize_w4(torch.randn(24, k), group)
+    prepacked, pairs = linear.prepack_linear(packed, scale, group)
+    columns = 2 * prepacked.shape[1]
+    half = next(h for h in (128, 64, 32) if columns % (2 * h) == 0)
+    blocks = prepacked.unflatten(1, (-1, half))
+    values = torch.stack((blocks & 0xF, blocks >> 4), dim=2).to(torch.int8).flatten(1)
+    values = torch.where(values > 7, values - 16, values)
+    assert torch.equal(values[:, :k], ops.unpack_int4(packed)) and not values[:, k:].any()
+    step = min(half, group)
+    for index, pair in enumerate(pairs.contiguous().view(torch.bfloat16).unflatten(1, (-1, 2))):
+        block, within = divmod(index * step, half)
+        for high in range(2):
+            column = block * 2 * half + high * half + within
+            expected = scale[:, column // group] if column < k else torch.zeros(24)
+            assert torch.equal(pair[:, high].float(), expected.float())
+
+
+@pytest.mark.parametrize("change", ["group_size", "weight", "scale", "norm_weight", "residual"])
+def test_wrong_arguments(change, device):
+    packed, scale = weights(64, 256, 128, device)[1]
+    arguments = {
+        "x": torch.randn(2, 256, device=device),
+        "weight": packed,
+        "scale": scale,
+        "group_size": 128,
+        "norm_weight": torch.randn(256, device=device),
+        "residual": torch.randn(2, 64, device=device),
+    }
+    value = arguments[change]
+    arguments[change] = 16 if change == "group_size" else value.narrow(-1, 0, value.shape[-1] - 1)
+    with pytest.raises(ValueError, match=change):
+        linear.linear_w4a8(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding(dtype, device):
+    weight, scale = (t.to(device) for t in ops.quantize_w8(torch.randn(50, 96)))
+    ids = torch.randint(0, 50, (7,), device=device)
+    got = embedding_w8(ids, weight, scale, dtype)
+    expected = ops.embedding_w8(ids, weight, scale, dtype)
+    assert got.dtype == dtype
+    # The interpreter truncates to bf16 where a GPU rounds.
+    torch.testing.assert_close(got, expected, rtol=0 if dtype == torch.float32 else 2**-7, atol=0)
+
+
+def test_embedding_out_of_range(device):
+    weight, scale = (t.to(device) for t in ops.quantize_w8(torch.randn(50, 96)))
+    ids = torch.tensor([-1, 50, 3, 2**40], device=device)
+    got = embedding_w8(ids, weight, scale, torch.float32)
+    assert got[[0, 1, 3]].eq(0).all() and got[2].ne(0).any()

@@ -13,6 +13,7 @@ def _small_tiles(monkeypatch):
     # Many tiles and blocks at a small vocabulary: the interpreter's time is that of the loops.
     monkeypatch.setattr(sampling, "TILE", 256)
     monkeypatch.setattr(sampling, "BLOCK", 128)
+    monkeypatch.setattr(sampling, "GROUP", 32)
 
 
 def draw(function, logits, temperature, top_k=0, top_p=1.0, seed=0, position=0) -> int:
@@ -30,7 +31,7 @@ def draw(function, logits, temperature, top_k=0, top_p=1.0, seed=0, position=0) 
 def check(logits, temperature, **options):
     with record_launches(run=True) as launches:
         got = draw(sampling.sample, logits, temperature, **options)
-    assert len(launches) == 2
+    assert len(launches) == 3
     assert got == draw(ops.sample, logits, temperature, **options)
 
 
