@@ -2,21 +2,28 @@
 
 #include <algorithm>
 #include <cmath>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
 namespace et_moe {
 namespace {
 
+// Below it, logits / temperature could leave the range of float32.
+constexpr float kLowestTemperature = 1e-5f;
+
 void check_sampling(const Sampling& s) {
-  const auto fail = [](const std::string& what) { throw std::runtime_error(what); };
-  if (!(s.temperature >= 0) || !std::isfinite(s.temperature)) {
-    fail("temperature " + std::to_string(s.temperature) + ": expected 0 or more");
+  const auto fail = [](const char* name, auto value, const char* expected) {
+    std::ostringstream message;
+    message << name << " " << value << ": expected " << expected;
+    throw std::runtime_error(message.str());
+  };
+  const bool in_range = s.temperature >= kLowestTemperature && std::isfinite(s.temperature);
+  if (s.temperature != 0 && !in_range) {
+    fail("temperature", s.temperature, "0 (greedy) or at least 1e-5");
   }
-  if (s.top_k < 0) fail("top_k " + std::to_string(s.top_k) + ": expected 0 (off) or more");
-  if (!(s.top_p > 0 && s.top_p <= 1)) {
-    fail("top_p " + std::to_string(s.top_p) + ": expected more than 0 and at most 1");
-  }
+  if (s.top_k < 0) fail("top_k", s.top_k, "0 (off) or more");
+  if (!(s.top_p > 0 && s.top_p <= 1)) fail("top_p", s.top_p, "more than 0 and at most 1");
 }
 
 }  // namespace
