@@ -24,8 +24,9 @@ std::string temporary_name(const std::string& path) {
   return path + "." + std::to_string(getpid()) + ".tmp";
 }
 
-int create(const std::string& path) {
-  const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+/// Opens the temporary file that becomes `path`.
+int create(const std::string& temporary, const std::string& path) {
+  const int fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   if (fd < 0) fail(path, "cannot be written");
   return fd;
 }
@@ -57,7 +58,7 @@ std::string read_file(const std::string& path) {
 
 void write_file(const std::string& path, std::string_view content) {
   const std::string temporary = temporary_name(path);
-  const int fd = create(temporary);
+  const int fd = create(temporary, path);
   try {
     write_all(fd, content.data(), content.size(), path);
     if (::close(fd) != 0) fail(path, "cannot be written");
@@ -121,11 +122,18 @@ NpyWriter::NpyWriter(const std::string& path, size_t rows, size_t columns)
   std::string start("\x93NUMPY\x01\x00", 8);
   start.push_back(static_cast<char>(size & 0xff));
   start.push_back(static_cast<char>(size >> 8));
-  fd_ = create(temporary_);
-  write((start + header).data(), kPreamble + header.size());
+  fd_ = create(temporary_, path_);
+  try {
+    write((start + header).data(), kPreamble + header.size());
+  } catch (...) {
+    discard();
+    throw;
+  }
 }
 
-NpyWriter::~NpyWriter() {
+NpyWriter::~NpyWriter() { discard(); }
+
+void NpyWriter::discard() {
   if (fd_ < 0) return;
   ::close(fd_);
   unlink(temporary_.c_str());

@@ -50,6 +50,7 @@ class NpyWriter {
 
  private:
   void write(const void* data, size_t size);
+  void discard();
 
   std::string path_, temporary_;
   size_t columns_;
