@@ -1,12 +1,14 @@
 // Runs a Qwen3.5 MoE program: parses flags, feeds the engine, prints text and stats.
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <csignal>
 #include <cstdio>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,9 +25,8 @@ using et_moe::llm::Stats;
 
 struct Flags {
   std::string model_path, data_path, tokenizer_path;
-  std::optional<std::string> prompt, prompt_file;
-  std::vector<int64_t> prompt_ids;
-  std::string output_ids_path, score_ids_path, logprobs_path, logits_path, stats_path;
+  std::optional<std::string> prompt, prompt_file, prompt_ids, score_ids_path;
+  std::string output_ids_path, logprobs_path, logits_path, stats_path;
   et_moe::GenerationConfig generation;
   int warmup = 0, num_iters = 1;
   bool cuda_graph = false, parse_special = true;
@@ -39,8 +40,7 @@ void add_flags(CLI::App& app, Flags& f) {
   auto* prompt = app.add_option_group("prompt", "exactly one of");
   prompt->add_option("--prompt", f.prompt, "The prompt");
   prompt->add_option("--prompt_file", f.prompt_file, "A file that holds the prompt");
-  prompt->add_option("--prompt_ids", f.prompt_ids, "The prompt as token ids: 1,2,3")
-      ->delimiter(',');
+  prompt->add_option("--prompt_ids", f.prompt_ids, "The prompt as token ids: 1,2,3");
   auto* score = prompt->add_option("--score_ids_path", f.score_ids_path,
                                    "A JSON list of token ids to score instead of generating");
   prompt->require_option(1);
@@ -63,8 +63,8 @@ void add_flags(CLI::App& app, Flags& f) {
   app.add_flag("--parse_special,!--no_parse_special", f.parse_special,
                "Special tokens written in the prompt become their ids (the default)");
   app.add_option("--warmup", f.warmup, "Runs before the measured ones")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--num_iters", f.num_iters, "Measured runs")->check(CLI::PositiveNumber);
+      ->check(CLI::Range(0, 1000000));
+  app.add_option("--num_iters", f.num_iters, "Measured runs")->check(CLI::Range(1, 1000000));
   app.add_flag("--cuda_graph", f.cuda_graph, "Capture CUDA graphs; a CPU program ignores it");
   app.add_option("--output_ids_path", f.output_ids_path,
                  "Where to write the generated ids, a JSON list");
@@ -72,8 +72,24 @@ void add_flags(CLI::App& app, Flags& f) {
                  "Where to write the stats, one JSON object per measured run and line");
 }
 
+/// Token ids separated by commas.
+std::vector<int64_t> parse_ids(const std::string& text) {
+  std::vector<int64_t> ids;
+  std::istringstream fields(text);
+  for (std::string field; std::getline(fields, field, ',');) {
+    int64_t id = 0;
+    const char* end = field.data() + field.size();
+    const auto [rest, error] = std::from_chars(field.data(), end, id);
+    if (error != std::errc() || rest != end) {
+      throw std::runtime_error("--prompt_ids: \"" + field + "\" is not a token id");
+    }
+    ids.push_back(id);
+  }
+  return ids;
+}
+
 std::vector<int64_t> read_prompt(const Flags& f, const et_moe::Tokenizer* tokenizer) {
-  if (!f.prompt_ids.empty()) return f.prompt_ids;
+  if (f.prompt_ids) return parse_ids(*f.prompt_ids);
   if (!tokenizer) throw std::runtime_error("--tokenizer_path is needed to read a text prompt");
   const std::string text = f.prompt ? *f.prompt : et_moe::read_file(*f.prompt_file);
   if (text.empty()) throw std::runtime_error("the prompt is empty");
@@ -106,7 +122,7 @@ void score(Engine& engine, const Flags& f) {
   if (f.logprobs_path.empty() && f.logits_path.empty()) {
     throw std::runtime_error("--score_ids_path needs --logprobs_path or --logits_path");
   }
-  const std::vector<int64_t> ids = et_moe::read_ids(f.score_ids_path);
+  const std::vector<int64_t> ids = et_moe::read_ids(*f.score_ids_path);
   const int64_t vocabulary = engine.model().info().vocab_size;
   std::optional<et_moe::NpyWriter> logits_file;
   nlohmann::json logprobs = nlohmann::json::array();
@@ -156,7 +172,7 @@ void run(const Flags& f) {
   options.cuda_graph = f.cuda_graph;
   Engine engine(std::make_shared<et_moe::Model>(f.model_path, f.data_path, options));
   stats.model_load_end_ms = et_moe::llm::now_ms();
-  if (!f.score_ids_path.empty()) return score(engine, f);
+  if (f.score_ids_path) return score(engine, f);
   generate(engine, f, tokenizer ? &*tokenizer : nullptr, stats);
 }
 
