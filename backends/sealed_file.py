@@ -155,7 +155,6 @@ class PtdWriter:
 
     def __enter__(self) -> "PtdWriter":
         self._file = self._context.__enter__()
-        self._file.write(self._header)
         return self
 
     def _seek(self, index: int) -> None:
@@ -188,6 +187,8 @@ class PtdWriter:
         missing = [name for name in self._spec if name not in self._digests]
         if missing:
             raise ValueError(f"{missing[0]} was never written ({len(missing)} missing)")
+        self._file.seek(0)
+        self._file.write(self._header)
         names = sorted(self._digests, key=str.encode)
         self._seek(len(self._spec))
         self._file.write(numpy.array([self._digests[n] for n in names], dtype="<u8").tobytes())
