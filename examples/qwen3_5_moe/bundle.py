@@ -135,7 +135,10 @@ class Bundle:
             self.quantization = Quantization(**section.get("quantization", {}))
         except (TypeError, ValueError) as e:
             raise ConfigError(f"{file}: et_moe.quantization: {e}") from None
-        self._spec = parameter_spec(self.config, self.quantization, torch.bfloat16)
+        try:
+            self._spec = parameter_spec(self.config, self.quantization, torch.bfloat16)
+        except (ValueError, RuntimeError) as e:  # a group that does not fit, sizes that overflow
+            raise ConfigError(f"{file}: {e}") from None
         self._files: dict[str, Path] = {}
         for shard in shard_files(directory):
             with open_safetensors(shard) as tensors:

@@ -41,7 +41,7 @@ class Quantization:
             ("qembedding", self.qembedding, ("none", "8w")),
             ("MoE activation dtype", self.moe_activation_dtype, ("int8", "bf16")),
         ):
-            if value not in allowed:
+            if value not in allowed or type(value) is not type(allowed[0]):
                 raise ValueError(f"{name} {value!r}: expected one of {allowed}")
 
 
