@@ -15,3 +15,37 @@ def build_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"{path}: no build found; run scripts/setup.sh or set ET_MOE_BUILD_DIR")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with a layer of each kind and a tokenizer of bytes."""
+    from checkpoints import make_small
+
+    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    make_small(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
+    """The bundle of `tiny_checkpoint`: INT4 in groups of 32, INT8 embedding."""
+    from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint, write_bundle
+    from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
+    from et_moe.examples.qwen3_5_moe.model import Quantization
+
+    directory = tiny_checkpoint.with_name("bundle")
+    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), Quantization("4w", 32, "8w"))
+    write_bundle(source, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_program(tiny_bundle: Path) -> Path:
+    """What `et-moe export` makes of `tiny_bundle` for the CPU, with a context of 32 tokens."""
+    from et_moe.examples.qwen3_5_moe.bundle import Bundle
+    from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
+
+    directory = tiny_bundle.with_name("program")
+    export(Bundle(tiny_bundle), directory, ExportOptions(max_seq_len=32))
+    return directory

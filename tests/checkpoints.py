@@ -102,7 +102,7 @@ def assert_equal(actual: list[Tensors], expected: list[Tensors]) -> None:
 
 def assert_mutations_are_survived(kind: str, directory: Path, count: int, *files: str) -> None:
     """`count` damaged copies of each file are read or refused by name; see the script."""
-    script = Path(__file__).with_name("mutate_checkpoint.py")
+    script = Path(__file__).with_name("examples") / "mutate_checkpoint.py"
     command = [sys.executable, script, kind, directory, str(count), *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"
