@@ -1,0 +1,333 @@
+"""A few tokens through INT4 experts: two matrix-vector kernels over (token, slot) pairs.
+
+This is bound by the bytes of the weights, so every thread block loads all of its weights at once
+and prepares the activations while they are under way. Quantizing the few activations again in every
+thread block costs less than a launch of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, dot_bytes
+from et_moe.backends.cuda.triton.launch import cdiv, launch
+from et_moe.backends.cuda.triton.quantization import int8_scale, round_int8, silu
+from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.ops import ACTIVATION_TILE, EXPERT_ACTIVATION_TILE
+
+_UPPER_NIBBLES = tl.constexpr(-0x0F0F0F10)  # 0xF0F0F0F0
+
+
+@triton.jit
+def _load_words(x, limit, WORDS: tl.constexpr):
+    """`float32 [STEPS, WORDS, 4]` from pointers `[STEPS]`; columns from `limit` on are 0."""
+    column = tl.arange(0, WORDS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    mask = column[None, :, :] < limit[:, None, None]
+    return tl.load(x[:, None, None] + column[None, :, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile_amax(x, CHUNKS: tl.constexpr):
+    """Largest magnitude `[STEPS]`, over CHUNKS consecutive steps, which share a tile."""
+    amax = tl.max(tl.max(tl.abs(x), axis=2), axis=1)
+    if CHUNKS == 1:
+        return amax
+    STEPS: tl.constexpr = x.shape[0]
+    tiles = tl.max(amax.reshape(STEPS // CHUNKS, CHUNKS), axis=1)
+    return tl.broadcast_to(tiles[:, None], (STEPS // CHUNKS, CHUNKS)).reshape(STEPS)
+
+
+@triton.jit
+def _pack_int8(x, inverse):
+    """Quantizes `[STEPS, WORDS, 4]` to int8, four in an int32: `[STEPS, 1, WORDS]`."""
+    q = round_int8(x * inverse[:, None, None]) & 0xFF
+    return tl.sum(q << (tl.arange(0, 4) * 8)[None, None, :], axis=2)[:, None, :]
+
+
+@triton.jit
+def _load_scales(scales, offset, valid, next_group, GROUP: tl.constexpr):
+    """Weight scales `float32 [STEPS, ROWS]` of the low and of the high nibbles."""
+    low = tl.load(scales + offset, mask=valid[:, None], other=0.0).to(tl.float32) * NIBBLE_SCALE
+    if GROUP == 128:
+        return low, low
+    offset += next_group
+    high = tl.load(scales + offset, mask=valid[:, None], other=0.0).to(tl.float32) * NIBBLE_SCALE
+    return low, high
+
+
+@triton.jit
+def _dot_steps(
+    words,
+    offset,
+    x,
+    limit,
+    scales,
+    scale_offset,
+    next_group,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """sum over columns of weight[step, row, column] x[step, column]: `float32 [STEPS, ROWS]`.
+
+    A step is a run of 4 WORDS bytes of prepacked weights (see `prepack`), or all columns whose
+    nibbles are in them: 4 WORDS low ones and as many high ones, which lie 64 columns on.
+
+    Args:
+        words, offset: the weights, as int32 words, at `offset [STEPS, ROWS]`.
+        x: `[STEPS]` pointers to the activation of the step's first column.
+        limit: `[STEPS]`, columns from the first one on that exist; 0 for an unused step.
+        scales, scale_offset: weight scales of the low nibbles at `scale_offset [STEPS, ROWS]`;
+            those of the high ones are next_group further on (if GROUP is not 128).
+        TILE: columns that share an activation scale, 64 or 128; 0 for float activations.
+    """
+    CHUNKS: tl.constexpr = 16 // WORDS
+    valid = limit > 0
+    word = tl.arange(0, WORDS)
+    # The order of these lines counts. Weights are requested at once; the activations arrive before
+    # them (out of the L2 cache) and are quantized meanwhile; weight scales are needed last.
+    if TILE != 0:
+        x_low = _load_words(x, limit, WORDS)
+        x_high = _load_words(x + 64, limit - 64, WORDS)
+    mask = valid[:, None, None]
+    packed = tl.load(words + offset[:, :, None] + word[None, None, :], mask=mask, other=0)
+    if TILE == 0:
+        low = tl.zeros(packed.shape, tl.float32)
+        high = tl.zeros(packed.shape, tl.float32)
+        column = word[None, :] * 4
+        for i in tl.static_range(4):
+            mask = column + i < limit[:, None]
+            x_low = tl.load(x[:, None] + column + i, mask=mask, other=0.0).to(tl.float32)
+            mask = column + i + 64 < limit[:, None]
+            x_high = tl.load(x[:, None] + column + i + 64, mask=mask, other=0.0).to(tl.float32)
+            # 16 * the nibble: sign-extended from the top byte.
+            byte = (packed << (24 - 8 * i)) >> 24
+            low += ((byte << 28) >> 24).to(tl.float32) * x_low[:, None, :]
+            high += (byte & -16).to(tl.float32) * x_high[:, None, :]
+        scale_low, scale_high = _load_scales(scales, scale_offset, valid, next_group, GROUP)
+        return tl.sum(low, axis=2) * scale_low + tl.sum(high, axis=2) * scale_high
+    amax_low, amax_high = _tile_amax(x_low, CHUNKS), _tile_amax(x_high, CHUNKS)
+    if TILE == 128:
+        amax_low = tl.maximum(amax_low, amax_high)
+        amax_high = amax_low
+    inverse_low, a_low = int8_scale(amax_low, TILE == 128)
+    inverse_high, a_high = int8_scale(amax_high, TILE == 128)
+    q_low, q_high = _pack_int8(x_low, inverse_low), _pack_int8(x_high, inverse_high)
+    scale_low, scale_high = _load_scales(scales, scale_offset, valid, next_group, GROUP)
+    scale_low, scale_high = scale_low * a_low[:, None], scale_high * a_high[:, None]
+    zero = tl.zeros(packed.shape, tl.int32)
+    low = dot_bytes((packed << 4) & _UPPER_NIBBLES, q_low, zero)
+    if TILE == 128 and GROUP == 128:
+        both = tl.sum(dot_bytes(packed & _UPPER_NIBBLES, q_high, low), axis=2)
+        return both.to(tl.float32) * scale_low
+    high = dot_bytes(packed & _UPPER_NIBBLES, q_high, zero)
+    low_sum, high_sum = tl.sum(low, axis=2).to(tl.float32), tl.sum(high, axis=2).to(tl.float32)
+    return low_sum * scale_low + high_sum * scale_high
+
+
+@triton.jit
+def _prefetch(start, BYTES: tl.constexpr):
+    """Has one thread request BYTES (a multiple of 16) into the L2 cache; sm_90 and later."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [start.to(tl.uint64, bitcast=True), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _decode_gate_up_kernel(
+    x,
+    w13,
+    w13_scale,
+    topk_ids,
+    w2,
+    inner,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    W2_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """silu(gate) * up of one pair and BLOCK_N (at most 64) of the INNER columns.
+
+    x `[tokens, K]`, inner `[pairs, INNER]`. BLOCK_T tiles of 128 columns are loaded at once.
+    PREFETCH (sm_90 and later) has the W2_BYTES of the expert's w2 brought into the L2 cache for the
+    next kernel, which then is not bound by memory; memory would be idle between the two.
+    """
+    TILES: tl.constexpr = (K + 127) // 128
+    WORDS: tl.constexpr = 16 if GROUP >= 64 else 8
+    CHUNKS: tl.constexpr = 16 // WORDS
+    pair = tl.program_id(1)
+    expert = tl.load(topk_ids + pair).to(tl.int64)
+    if (expert < 0) | (expert >= EXPERTS):
+        return
+    column = tl.program_id(0) * BLOCK_N
+    block = expert * (INNER // 64) + column // 64
+    # Rows of the product: BLOCK_N of gate, then BLOCK_N of up.
+    i = tl.arange(0, 2 * BLOCK_N)
+    row = i // BLOCK_N * 64 + column % 64 + i % BLOCK_N
+    words = w13.to(tl.pointer_type(tl.int32)) + block * (TILES * 2048)
+    scales = w13_scale + block * (TILES * (128 // GROUP) * 128)
+    if PREFETCH:
+        SHARE: tl.constexpr = W2_BYTES // (INNER // BLOCK_N)
+        _prefetch(w2 + expert * W2_BYTES + tl.program_id(0) * SHARE, SHARE)
+    acc = tl.zeros((2 * BLOCK_N,), tl.float32)
+    for start in range(0, TILES, BLOCK_T):
+        step = start * CHUNKS + tl.arange(0, BLOCK_T * CHUNKS)
+        tile, chunk = step // CHUNKS, step % CHUNKS
+        first = tile * 128 + chunk * (WORDS * 4)
+        products = _dot_steps(
+            words,
+            (tile * 2048 + chunk * WORDS)[:, None] + (row * 16)[None, :],
+            x + pair // SLOTS * K + first,
+            K - first,
+            scales,
+            (tile * (128 // GROUP) + chunk)[:, None] * 128 + row[None, :],
+            64 // GROUP * 128,
+            GROUP,
+            TILE,
+            WORDS,
+        )
+        acc += tl.sum(products, axis=0)
+    gate, up = acc.reshape(2, BLOCK_N).permute(1, 0).split()
+    n = column + tl.arange(0, BLOCK_N)
+    tl.store(inner + pair * INNER + n, (silu(gate) * up).to(inner.dtype.element_ty))
+
+
+@triton.jit
+def _decode_down_kernel(
+    inner,
+    w2,
+    w2_scale,
+    topk_weights,
+    topk_ids,
+    residual,
+    out,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_UP: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Weighted sum over the slots of one token for BLOCK_N (at most 64) columns, plus the residual.
+
+    inner `[pairs, K]`. The (slot, tile of 128 columns) pairs are one dimension, of which BLOCK_T
+    are loaded at once.
+    """
+    TILES: tl.constexpr = K // 128
+    WORDS: tl.constexpr = 16 if GROUP >= 64 else 8
+    CHUNKS: tl.constexpr = 16 // WORDS
+    token = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N
+    n = tl.arange(0, BLOCK_N)
+    row = column % 64 + n
+    words = w2.to(tl.pointer_type(tl.int32))
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, SLOTS * TILES, BLOCK_T):
+        step = start * CHUNKS + tl.arange(0, BLOCK_T * CHUNKS)
+        slot, tile, chunk = step // (TILES * CHUNKS), step // CHUNKS % TILES, step % CHUNKS
+        pair = token * SLOTS + slot
+        expert = tl.load(topk_ids + pair, mask=slot < SLOTS, other=-1).to(tl.int64)
+        valid = (expert >= 0) & (expert < EXPERTS)
+        block = (expert * (HIDDEN_UP // 64) + column // 64) * TILES + tile
+        first = tile * 128 + chunk * (WORDS * 4)
+        products = _dot_steps(
+            words,
+            (block * 1024 + chunk * WORDS)[:, None] + (row * 16)[None, :],
+            inner + pair * K + first,
+            tl.where(valid, K - first, 0),
+            w2_scale,
+            (block * (128 // GROUP) + chunk)[:, None] * 64 + row[None, :],
+            64 // GROUP * 64,
+            GROUP,
+            TILE,
+            WORDS,
+        )
+        weight = tl.load(topk_weights + pair, mask=valid, other=0.0).to(tl.float32)
+        acc += tl.sum(products * weight[:, None], axis=0)
+    target = token * HIDDEN + column + n
+    inside = column + n < HIDDEN
+    if residual is not None:
+        acc += tl.load(residual + target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + target, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def moe_decode(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    group_size: int,
+    residual: torch.Tensor | None,
+    int8: bool,
+) -> torch.Tensor:
+    """`moe_w4a8` (int8) or `moe_w4a16` on prepacked weights, for few tokens."""
+    tokens, hidden = x.shape
+    slots = topk_ids.shape[1]
+    experts, inner_blocks = w13.shape[:2]
+    inner_dim, hidden_up = inner_blocks * 64, w2.shape[1] * 64
+    table = "moe_w4a8" if int8 else "moe_w4a16"
+    topk_ids = topk_ids.contiguous()
+
+    inner = x.new_empty((tokens * slots, inner_dim), dtype=torch.float32 if int8 else x.dtype)
+    config = tuned(f"{table}_decode_gate_up", tokens)
+    config["BLOCK_T"] = min(config["BLOCK_T"], triton.next_power_of_2(cdiv(hidden, 128)))
+    launch(
+        _decode_gate_up_kernel,
+        (inner_dim // config["BLOCK_N"], tokens * slots),
+        x.contiguous(),
+        w13,
+        w13_scale,
+        topk_ids,
+        w2,
+        inner,
+        EXPERTS=experts,
+        SLOTS=slots,
+        K=hidden,
+        INNER=inner_dim,
+        W2_BYTES=hidden_up * inner_dim // 2,
+        GROUP=group_size,
+        TILE=ACTIVATION_TILE if int8 else 0,
+        **config,
+    )
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    config = tuned(f"{table}_decode_down", tokens)
+    steps = slots * inner_dim // 128
+    config["BLOCK_T"] = min(config["BLOCK_T"], triton.next_power_of_2(steps))
+    launch(
+        _decode_down_kernel,
+        (hidden_up // config["BLOCK_N"], tokens),
+        inner,
+        w2,
+        w2_scale,
+        topk_weights.contiguous(),
+        topk_ids,
+        None if residual is None else residual.contiguous(),
+        out,
+        EXPERTS=experts,
+        SLOTS=slots,
+        K=inner_dim,
+        HIDDEN=hidden,
+        HIDDEN_UP=hidden_up,
+        GROUP=group_size,
+        TILE=EXPERT_ACTIVATION_TILE if int8 else 0,
+        **config,
+    )
+    return out

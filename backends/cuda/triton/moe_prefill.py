@@ -1,0 +1,322 @@
+"""Many tokens through INT4 experts: a routing sort, two grouped GEMMs, a sum over slots.
+
+The GEMMs compute transposed products: weights are the left operand, so that they go from memory
+through registers, where they are unpacked, into the matrix unit, and never back to shared memory;
+activations are the right operand and stay in shared memory as they are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.dot import interpreted
+from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
+from et_moe.backends.cuda.triton.launch import launch
+from et_moe.backends.cuda.triton.moe_routing import route, sum_slots
+from et_moe.backends.cuda.triton.quantization import int8_scale, quantize_int8, round_int8, silu
+from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.ops import ACTIVATION_TILE, EXPERT_ACTIVATION_TILE
+
+
+@triton.jit
+def _grouped_dot(
+    x_rows,
+    x_used,
+    x_scale_rows,
+    weight_rows,
+    weight_scale_rows,
+    K: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    WEIGHT_SCALE_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """acc[n, m] = sum over k of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
+
+    Args:
+        x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
+            the others count as zeros. (Any row would do, but many blocks would read the same one.)
+        x_scale_rows: the same of their scales, one per TILE (64 or 128) columns, X_SCALE_STRIDE
+            apart. TILE 0: activations are floats, without scales.
+        weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
+            columns; WEIGHT_STRIDE bytes on are those of the next block.
+        weight_scale_rows: the same of the scales, WEIGHT_SCALE_STRIDE from group to group.
+    """
+    # Bytes per step: both nibbles of one step must lie in one group each.
+    STEP: tl.constexpr = 64 if GROUP >= 64 else 32
+    CHUNKS: tl.constexpr = 64 // STEP
+    STEPS: tl.constexpr = (K + 127) // 128 * CHUNKS
+    # Do both nibbles share their scales, hence one accumulator?
+    MERGED: tl.constexpr = GROUP == 128 and TILE != 64
+    DOT: tl.constexpr = tl.float32 if TILE == 0 else tl.int32
+    byte = tl.arange(0, STEP)
+    acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
+    # Weight scales are too small for an asynchronous copy: fetch them one step ahead instead.
+    scale_low = tl.load(weight_scale_rows)
+    scale_high = scale_low
+    if GROUP != 128:
+        scale_high = tl.load(weight_scale_rows + (64 // GROUP) * WEIGHT_SCALE_STRIDE)
+    # The number of stages stands here, not at the launch, to have the small loads pipelined too.
+    for step in tl.range(STEPS, num_stages=STAGES):
+        block = step // CHUNKS
+        within = step % CHUNKS * STEP + byte
+        packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
+        packed = packed.to(tl.int8, bitcast=True)
+        column = block * 128 + within
+        x_pointers = x_rows[:, None] + column[None, :]
+        mask_low, mask_high = x_used[:, None], x_used[:, None]
+        if K % 128 != 0:
+            mask_low &= (column < K)[None, :]
+            mask_high &= (column + 64 < K)[None, :]
+        x_low = tl.load(x_pointers, mask=mask_low, other=0)
+        x_high = tl.load(x_pointers + 64, mask=mask_high, other=0)
+        if TILE != 0:
+            tile = x_scale_rows + block * (128 // TILE) * X_SCALE_STRIDE
+            a_low = tl.load(tile, mask=x_used, other=0.0)
+            a_high = a_low
+            if TILE == 64:
+                a_high = tl.load(tile + X_SCALE_STRIDE, mask=x_used, other=0.0)
+        low, high = low_nibbles(packed), high_nibbles(packed)
+        if TILE == 0:
+            TYPE: tl.constexpr = tl.float32 if interpreted() else x_low.dtype
+            low, high = low.to(TYPE), high.to(TYPE)
+            x_low, x_high = x_low.to(TYPE), x_high.to(TYPE)
+        weight_low = scale_low.to(tl.float32) * NIBBLE_SCALE
+        weight_high = scale_high.to(tl.float32) * NIBBLE_SCALE
+        ahead = tl.minimum(step + 1, STEPS - 1)
+        group = ahead // CHUNKS * (128 // GROUP) + ahead % CHUNKS
+        scale_low = tl.load(weight_scale_rows + group * WEIGHT_SCALE_STRIDE)
+        if GROUP != 128:
+            next_high = (group + 64 // GROUP) * WEIGHT_SCALE_STRIDE
+            scale_high = tl.load(weight_scale_rows + next_high)
+        dot = tl.dot(low, x_low.trans(), out_dtype=DOT, input_precision="ieee")
+        if MERGED:
+            dot = tl.dot(high, x_high.trans(), acc=dot, out_dtype=DOT, input_precision="ieee")
+            if TILE == 0:
+                acc += dot * weight_low[:, None]
+            else:
+                acc += dot.to(tl.float32) * (weight_low[:, None] * a_low[None, :])
+        else:
+            dot_low = dot.to(tl.float32)
+            dot = tl.dot(high, x_high.trans(), out_dtype=DOT, input_precision="ieee")
+            dot_high = dot.to(tl.float32)
+            if TILE != 0:
+                dot_low, dot_high = dot_low * a_low[None, :], dot_high * a_high[None, :]
+            if GROUP == 128:
+                acc += (dot_low + dot_high) * weight_low[:, None]
+            else:
+                acc += dot_low * weight_low[:, None] + dot_high * weight_high[:, None]
+    return acc
+
+
+@triton.jit
+def _gate_up_kernel(
+    x,
+    x_scale,
+    w13,
+    w13_scale,
+    rows,
+    block_experts,
+    inner,
+    inner_scale,
+    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """silu(gate) * up of a block of pairs and BLOCK_N of the INNER columns.
+
+    x `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner `[blocks * BLOCK_M, INNER]`: int8
+    with inner_scale `[blocks, INNER / 64, BLOCK_M]`, or x's type without scales if TILE is 0.
+    """
+    TILES: tl.constexpr = (K + 127) // 128
+    PARTS: tl.constexpr = INNER // BLOCK_N
+    block = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    expert = tl.load(block_experts + block).to(tl.int64)
+    if expert < 0:
+        return
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pair = tl.load(rows + row)
+    used = pair >= 0
+    token = tl.maximum(pair, 0) // SLOTS
+
+    # Rows of the product: BLOCK_N of gate, then BLOCK_N of up.
+    i = tl.arange(0, 2 * BLOCK_N)
+    is_up, n = i // BLOCK_N, i % BLOCK_N
+    row_block = (expert * INNER + part * BLOCK_N + n) // 64
+    acc = _grouped_dot(
+        x + token.to(tl.int64) * K,
+        used,
+        token if TILE == 0 else x_scale + token * TILES,
+        w13 + row_block * (TILES * 8192) + is_up * 4096 + n % 64 * 64,
+        w13_scale + row_block * (TILES * (128 // GROUP) * 128) + is_up * 64 + n % 64,
+        K,
+        1,
+        8192,
+        128,
+        GROUP,
+        TILE,
+        2 * BLOCK_N,
+        BLOCK_M,
+        STAGES,
+    )
+    gate, up = acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0).split()
+    activated = silu(gate) * up
+    column = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = inner + row[:, None] * INNER + column[None, :]
+    if TILE == 0:
+        result = activated.to(inner.dtype.element_ty).trans()
+        tl.store(target, result, mask=used[:, None])
+    else:
+        tiles = activated.reshape(BLOCK_N // 64, 64, BLOCK_M)
+        inverse, scale = int8_scale(tl.max(tl.abs(tiles), axis=1), EXACT=False)
+        q = round_int8(tiles * inverse[:, None, :]).to(tl.int8).reshape(BLOCK_N, BLOCK_M)
+        tl.store(target, q.trans(), mask=used[:, None])
+        tile = block * (INNER // 64) + part * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)
+        m = tl.arange(0, BLOCK_M)
+        tl.store(inner_scale + tile[:, None] * BLOCK_M + m[None, :], scale)
+
+
+@triton.jit
+def _down_kernel(
+    inner,
+    inner_scale,
+    w2,
+    w2_scale,
+    topk_weights,
+    rows,
+    block_experts,
+    out,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_UP: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The routing weight times w2 of the expert times inner, to `out [pairs, HIDDEN]` by pair."""
+    TILES: tl.constexpr = K // 128
+    PARTS: tl.constexpr = HIDDEN_UP // BLOCK_N
+    block = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    expert = tl.load(block_experts + block).to(tl.int64)
+    if expert < 0:
+        return
+    m = tl.arange(0, BLOCK_M)
+    row = block.to(tl.int64) * BLOCK_M + m
+    pair = tl.load(rows + row).to(tl.int64)
+    used = pair >= 0
+    n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_block = (expert * HIDDEN_UP + n) // 64
+    acc = _grouped_dot(
+        inner + row * K,
+        used,
+        m if TILE == 0 else inner_scale + block * (K // 64 * BLOCK_M) + m,
+        w2 + row_block * (TILES * 4096) + n % 64 * 64,
+        w2_scale + row_block * (TILES * (128 // GROUP) * 64) + n % 64,
+        K,
+        BLOCK_M,
+        4096,
+        64,
+        GROUP,
+        TILE,
+        BLOCK_N,
+        BLOCK_M,
+        STAGES,
+    )
+    acc *= tl.load(topk_weights + pair, mask=used, other=0.0).to(tl.float32)[None, :]
+    mask = used[:, None] & (n < HIDDEN)[None, :]
+    target = out + pair[:, None] * HIDDEN + n[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty).trans(), mask=mask)
+
+
+def _divisor(size: int, block: int) -> int:
+    """The largest of block, block / 2, ... that divides size."""
+    while size % block:
+        block //= 2
+    return block
+
+
+def moe_prefill(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    group_size: int,
+    residual: torch.Tensor | None,
+    int8: bool,
+) -> torch.Tensor:
+    """`moe_w4a8` (int8) or `moe_w4a16` on prepacked weights, for any number of tokens."""
+    tokens, hidden = x.shape
+    slots = topk_ids.shape[1]
+    experts, inner_blocks = w13.shape[:2]
+    inner, hidden_up = inner_blocks * 64, w2.shape[1] * 64
+    table = "moe_w4a8" if int8 else "moe_w4a16"
+    tile, inner_tile = (ACTIVATION_TILE, EXPERT_ACTIVATION_TILE) if int8 else (0, 0)
+    config = tuned(f"{table}_route", tokens)
+    rows, block_experts = route(topk_ids, experts, config)
+    block_m, num_blocks = config["BLOCK_M"], block_experts.shape[0]
+
+    source, scale, inner_scale = x.contiguous(), None, None
+    activated = x.new_empty((num_blocks * block_m, inner), dtype=torch.int8 if int8 else x.dtype)
+    if int8:
+        source, scale = quantize_int8(source, tile)
+        inner_scale = scale.new_empty((num_blocks, inner // inner_tile, block_m))
+    config = tuned(f"{table}_gate_up", tokens)
+    config["BLOCK_N"] = _divisor(inner, config["BLOCK_N"])
+    launch(
+        _gate_up_kernel,
+        (num_blocks * (inner // config["BLOCK_N"]),),
+        source,
+        scale,
+        w13,
+        w13_scale,
+        rows,
+        block_experts,
+        activated,
+        inner_scale,
+        SLOTS=slots,
+        K=hidden,
+        INNER=inner,
+        GROUP=group_size,
+        TILE=tile,
+        BLOCK_M=block_m,
+        **config,
+    )
+    parts = x.new_empty((tokens * slots, hidden))
+    config = tuned(f"{table}_down", tokens)
+    config["BLOCK_N"] = _divisor(hidden_up, config["BLOCK_N"])
+    launch(
+        _down_kernel,
+        (num_blocks * (hidden_up // config["BLOCK_N"]),),
+        activated,
+        inner_scale,
+        w2,
+        w2_scale,
+        topk_weights.contiguous(),
+        rows,
+        block_experts,
+        parts,
+        K=inner,
+        HIDDEN=hidden,
+        HIDDEN_UP=hidden_up,
+        GROUP=group_size,
+        TILE=inner_tile,
+        BLOCK_M=block_m,
+        **config,
+    )
+    return sum_slots(parts, topk_ids, residual, experts)

@@ -1,0 +1,122 @@
+"""INT8 quantization of activations; contracts in `et_moe.backends.ops.quantization`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.dot import interpreted
+from et_moe.backends.cuda.triton.launch import cdiv, launch
+from et_moe.backends.cuda.triton.tuning import tuned
+
+_ZERO_AMAX = tl.constexpr(1e-30)
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, half to even
+
+
+@triton.jit
+def int8_scale(amax, EXACT: tl.constexpr = True):
+    """(127 / amax, amax / 127), or zeros where amax counts as zero.
+
+    EXACT: as torch computes `127 / tensor`, correctly rounded. bf16 numbers often lie half-way
+    between two results; they must round alike, since the next quantization amplifies differences.
+    """
+    zero = amax < _ZERO_AMAX
+    safe = tl.where(zero, 1.0, amax)
+    inverse = 127.0 * (tl.div_rn(1.0, safe) if EXACT else 1.0 / safe)
+    return tl.where(zero, 0.0, inverse), tl.where(zero, 0.0, amax * (1.0 / 127.0))
+
+
+@triton.jit
+def round_int8(x):
+    """round_half_even of float32 in [-127, 127], as int32 whose low byte is the int8 result."""
+    if interpreted():
+        return (x + _ROUND).to(tl.int32, bitcast=True)
+    # A plain addition could be fused with the multiplication before it, which breaks ties.
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, 0f4B400000;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def silu(x):
+    """x * sigmoid(x) of float32, within a few units in the last place."""
+    if interpreted():
+        return x / (1.0 + tl.exp(-x))
+    # exp and the reciprocal without their care for denormals: five instructions instead of twenty.
+    return x * tl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+        " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _quantize_kernel(
+    x,
+    q,
+    scale,
+    rows,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Quantizes BLOCK tiles; GATED reads silu(gate) * up from rows [gate | up].
+
+    x `[rows, COLUMNS]`, twice as wide if GATED; q `int8 [rows, COLUMNS]`;
+    scale `float32 [rows, ceil(COLUMNS / TILE)]`.
+    """
+    TILES: tl.constexpr = (COLUMNS + TILE - 1) // TILE
+    WIDTH: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, tile = (i // TILES).to(tl.int64), i % TILES
+    valid = row < rows
+    within = tl.arange(0, triton.next_power_of_2(TILE))
+    column = tile[:, None] * TILE + within[None, :]
+    mask = valid[:, None]
+    if triton.next_power_of_2(TILE) != TILE:
+        mask = mask & (within < TILE)[None, :]
+    if COLUMNS % TILE != 0:
+        mask = mask & (column < COLUMNS)
+    source = x + row[:, None] * WIDTH + column
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        value = silu(value) * tl.load(source + COLUMNS, mask=mask, other=0.0).to(tl.float32)
+    inverse, tile_scale = int8_scale(tl.max(tl.abs(value), axis=1))
+    quantized = round_int8(value * inverse[:, None]).to(tl.int8)
+    tl.store(q + row[:, None] * COLUMNS + column, quantized, mask=mask)
+    tl.store(scale + i, tile_scale, mask=valid)
+
+
+def _quantize(x: torch.Tensor, columns: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, tiles = x.shape[0], cdiv(columns, tile)
+    q = x.new_empty((rows, columns), dtype=torch.int8)
+    scale = x.new_empty((rows, tiles), dtype=torch.float32)
+    config = tuned("quantize_int8", rows)
+    grid = (cdiv(rows * tiles, config["BLOCK"]),)
+    launch(
+        _quantize_kernel,
+        grid,
+        x.contiguous(),
+        q,
+        scale,
+        rows,
+        COLUMNS=columns,
+        TILE=tile,
+        GATED=columns != x.shape[1],
+        **config,
+    )
+    return q, scale
+
+
+def quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `et_moe.backends.ops.quantize_int8`."""
+    return _quantize(x, x.shape[1], tile)
+
+
+def silu_quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `et_moe.backends.ops.silu_quantize_int8`."""
+    return _quantize(x, x.shape[1] // 2, tile)
