@@ -1,0 +1,141 @@
+"""The runner's W4A8 against the eager reference, and what the demo model loses by it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint, parameter_spec
+from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
+from et_moe.examples.qwen3_5_moe.evaluate import evaluate, runner_logits
+from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
+from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
+from et_moe.examples.qwen3_5_moe.model import Quantization, Qwen3_5Moe
+
+DEMO = Path(__file__).resolve().parents[2] / "examples/qwen3_5_moe/demo_checkpoint"
+
+
+def eager_logits(source: QuantizedCheckpoint, dtype: torch.dtype, ids: list[int]) -> torch.Tensor:
+    """Logits that predict ids[1:], by the eager references, token by token."""
+    c, q = source.config, source.quantization
+    with torch.device("meta"):
+        model = Qwen3_5Moe(c, q, dtype)
+    spec = parameter_spec(c, q, dtype)
+    weights = {n: t.to(spec[n][0]) for group in source.groups() for n, t in group.items()}
+    state = {n: torch.zeros(shape, dtype=d) for n, (d, shape) in model.state_spec(64).items()}
+    rows = []
+    for position, token in enumerate(ids[:-1]):
+        arguments = dict(
+            tokens=torch.tensor([[token]]),
+            position=torch.tensor([position]),
+            num_tokens=None,
+            temperature=torch.zeros(1),
+            top_k=torch.zeros(1, dtype=torch.int64),
+            top_p=torch.ones(1),
+            seed=torch.zeros(1, dtype=torch.int64),
+            state=state,
+        )
+        rows.append(torch.func.functional_call(model, weights, (), arguments)[1])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("activations", ["int8", "bf16"])
+def test_logits_agree_with_the_eager_reference(
+    runner, tmp_path: Path, group_size: int, activations: str
+) -> None:
+    make_checkpoint(tmp_path / "checkpoint", "tiny", 5)
+    quantization = Quantization("4w", group_size, "8w", activations)
+    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), quantization)
+    export(source, tmp_path / "program", ExportOptions(max_seq_len=64))
+    ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = eager_logits(source, torch.float32, ids)
+    logits = runner_logits(runner.binary, tmp_path / "program", ids)
+    # Where a value falls on the border of two INT8 steps, the last bit of a sum decides.
+    assert (logits - expected).norm() / expected.norm() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The demo model, W4A8 as scripts/demo.sh exports it."""
+    program = tmp_path_factory.mktemp("demo")
+    source = QuantizedCheckpoint(Checkpoint(DEMO), Quantization("4w", 32, "8w"))
+    export(source, program, ExportOptions())
+    return program
+
+
+def test_demo_perplexity_grows_by_at_most_3_percent(runner, demo: Path, tmp_path: Path) -> None:
+    text = tmp_path / "heldout.txt"
+    text.write_text((DEMO / "heldout.txt").read_text()[:8000])
+    result = evaluate(DEMO, demo, text, runner.binary, window=256)
+    assert result.tokens > 1000
+    assert -0.03 < result.perplexity_growth < 0.03
+    assert result.kl_divergence < 0.05
+    assert result.top1_agreement > 0.85
+
+
+def _run(runner, demo: Path, *flags: str):
+    tokenizer = f"--tokenizer_path={demo / 'tokenizer.json'}"
+    return runner.run(demo, tokenizer, "--max_new_tokens=48", *flags)
+
+
+def test_text_stats_line_and_table(runner, demo: Path, tmp_path: Path) -> None:
+    ids_path, stats_path = tmp_path / "ids.json", tmp_path / "stats.json"
+    prompt = "Return a new list containing"
+    done = _run(
+        runner,
+        demo,
+        f"--prompt={prompt}",
+        f"--output_ids_path={ids_path}",
+        f"--stats_path={stats_path}",
+    )
+    text, line = done.stdout.split("\nPyTorchObserver ", 1)
+    line, table = line.split("\n", 1)
+    ids = json.loads(ids_path.read_text())
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    stats = json.loads(line)
+    assert stats == json.loads(stats_path.read_text())
+    assert stats["prompt_tokens"] == len(tokenizer(prompt)["input_ids"])
+    assert stats["generated_tokens"] == len(ids)
+    assert stats["decode_token_per_sec"] > 0
+    assert "tokens/s" in table
+
+
+def test_iterations_print_a_line_each_and_the_text_once(runner, demo: Path) -> None:
+    done = _run(runner, demo, "--prompt=Return the", "--warmup=1", "--num_iters=3")
+    assert done.stdout.count("PyTorchObserver") == 3
+    single = _run(runner, demo, "--prompt=Return the")
+    text = single.stdout.split("\nPyTorchObserver")[0]
+    assert done.stdout.split("\nPyTorchObserver")[0] == text
+
+
+def test_sampling_is_reproducible_by_seed(runner, demo: Path) -> None:
+    flags = ("--temperature=0.9", "--top_k=40", "--top_p=0.95")
+    prompt = [5, 6, 7]
+    first = runner.generate(demo, prompt, 32, *flags, "--seed=1")
+    assert first == runner.generate(demo, prompt, 32, *flags, "--seed=1")
+    assert first != runner.generate(demo, prompt, 32, *flags, "--seed=2")
+
+
+def test_generation_stops_at_an_end_of_sequence_id(runner, demo: Path) -> None:
+    eos = json.loads((DEMO / "generation_config.json").read_text())["eos_token_id"]
+    eos = eos if isinstance(eos, list) else [eos]
+    for seed in range(60):
+        ids = runner.generate(demo, eos[:1], 400, "--temperature=1.5", f"--seed={seed}")
+        assert not set(ids[:-1]) & set(eos)
+        if ids[-1] in eos:
+            assert len(ids) <= 400
+            return
+    pytest.fail("no run ended by itself")
+
+
+def test_a_full_context_ends_generation(runner, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "checkpoint", "tiny", 5)
+    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), Quantization("4w", 64))
+    export(source, tmp_path, ExportOptions(max_seq_len=16))
+    # 12 prompt tokens fill 12 rows of the cache, 4 drawn tokens the rest; a fifth needs none.
+    ids = runner.generate(tmp_path, list(range(12)), 100)
+    assert len(ids) == 5 or (len(ids) < 5 and ids[-1] in (256, 258))
