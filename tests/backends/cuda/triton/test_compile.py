@@ -1,0 +1,92 @@
+"""Machine code of all kernels in all tuned configurations for all architectures; needs no GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "static_report.py"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("static_report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["static_report"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["static_report"]
+
+
+def test_all_kernels_compile_well():
+    # Kernels of this process may be interpreted: those to compile need one of their own.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=850
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " 0 faults" in done.stdout
+
+
+PTX = """
+	ld.param.b64 	%rd1, [kernel_param_0];
+	ld.param.b64 	%rd2, [kernel_param_1];
+	ld.param.b64 	%rd3, [kernel_param_2];
+	mad.wide.u32 	%rd4, %r1, 16, %rd1;
+	add.s64 	%rd5, %rd4, 4096;
+	@%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd5 + 0 ];
+	cp.async.cg.shared.global [ %r6 + 0 ], [ %rd4 + 0 ], 0x10, 0x10;
+	ld.global.b64 	%rd6, [ %rd2 + 8 ];
+	shl.b64 	%rd7, %rd6, 2;
+	add.s64 	%rd8, %rd3, %rd7;
+	@!%p2 ld.global.L1::evict_last.v2.b16 { %rs1, %rs2 }, [ %rd8 + 0 ];
+"""
+
+
+def test_load_widths(report):
+    """Widths go to the pointers that an address comes from, not to values loaded on the way."""
+    assert report.load_widths(PTX, ["a", "b", "c"]) == {"a": {16}, "b": {8}, "c": {4}}
+
+
+@pytest.mark.parametrize(
+    "change,fault",
+    [
+        ({}, None),
+        ({"error": "no"}, "no"),
+        ({"spilled_bytes": 8}, "8 bytes spilled"),
+        ({"shared_memory": 300000}, "shared memory"),
+        ({"int8_mma": []}, "tensor-core"),
+        ({"int8_mma": ["mma.sync"]}, "wgmma"),
+        ({"load_widths": {"w": [8, 16]}}, "w is loaded"),
+        ({"load_widths": {}}, "w is loaded never"),
+    ],
+)
+def test_faults(report, change, fault):
+    job = report.Job("m", "k", "sm_90", (), (), (), ())
+    demands = report.Demands(tensor_cores=True, wgmma=True, streams={"w"})
+    row = {
+        "spilled_bytes": 0,
+        "shared_memory": 1000,
+        "int8_mma": ["wgmma.mma_async"],
+        "load_widths": {"w": [16]},
+    }
+    found = report.faults(job, demands, row | change)
+    assert len(found) == (fault is not None) and (fault is None or fault in found[0])
+
+
+def test_every_case_is_collected(report):
+    names = {case.name.split("/")[0] for case in report.all_cases()}
+    assert names >= {
+        "linear_w4a8",
+        "linear_w4a16",
+        "moe_w4a8",
+        "moe_w4a16",
+        "moe_router",
+        "attention",
+        "gated_delta_net",
+        "sample",
+    }
