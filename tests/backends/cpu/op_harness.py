@@ -205,6 +205,6 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, where: str, rounds: bool
         loose = tight + (1 if want.dtype == torch.int8 else 0)
     off = int((~(error <= tight)).sum())
     assert off <= (0.03 * want.numel() if rounds else 0) and bool((error <= loose).all()), (
-        f"{where}: {off} of {want.numel()} numbers are off, by up to {float(error.max()):.3g} where "
-        f"{float(tight.flatten()[error.argmax()]):.3g} is allowed"
+        f"{where}: {off} of {want.numel()} numbers are off, by up to {float(error.max()):.3g} "
+        f"where {float(tight.flatten()[error.argmax()]):.3g} is allowed"
     )
