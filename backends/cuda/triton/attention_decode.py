@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import launch
-from et_moe.backends.cuda.triton.rope import norm_rope, rope
+from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
 from et_moe.backends.cuda.triton.tuning import tuned
 
 
@@ -49,45 +50,45 @@ def _decode_kernel(
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
+    column = tl.arange(0, DIM)
+    token = tl.arange(0, BLOCK_N)
+    row = tl.arange(0, ROWS)
+    in_group = row < GROUP
+    head = kv_head * GROUP + row
+    # Loads that need no position go first, then the first tiles: q is made ready meanwhile.
+    q, q_partner = load_normed(qkv_ptr + head * (2 * DIM), in_group, q_norm_ptr, HALF, DIM, EPS)
+    frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     position = tl.load(position_ptr).to(tl.int32)
     length = _split_length(position, SPLITS, BLOCK_N)
     start = split * length
     if (start >= position) & (split > 0):
         return
     end = tl.minimum(start + length, position)
-    column = tl.arange(0, DIM)
-    token = tl.arange(0, BLOCK_N)
     base = kv_head.to(tl.int64) * (CAPACITY * DIM)
     tile = base + (start + token)[:, None] * DIM + column[None, :]
-    # The first tiles are requested before q is made ready.
     inside = (start + token < end)[:, None]
     k_next = tl.load(k_cache_ptr + tile, mask=inside, other=0.0)
     v_next = tl.load(v_cache_ptr + tile, mask=inside, other=0.0)
+    sin, cos = sincos(position.to(tl.float32) * frequency)
+    q = rotate(q, q_partner, sin, cos, HALF, DIM)
 
-    row = tl.arange(0, ROWS)
-    in_group = row < GROUP
-    head = kv_head * GROUP + row
-    partner, own, other = rope(position, inv_freq_ptr, HALF, DIM)
-    q = norm_rope(qkv_ptr + head * (2 * DIM), in_group, q_norm_ptr, partner, own, other, EPS, DIM)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DIM), tl.float32)
     if split == 0:
         one = tl.arange(0, 1)
         k_row = qkv_ptr + (2 * KV_HEADS * GROUP + kv_head) * DIM
-        k_new = norm_rope(k_row + one, one == 0, k_norm_ptr, partner, own, other, EPS, DIM)
+        k, k_partner = load_normed(k_row + one, one == 0, k_norm_ptr, HALF, DIM, EPS)
         v_new = tl.load(k_row + KV_HEADS * DIM + column)
-        k_new = tl.reshape(k_new, (DIM,)).to(k_cache_ptr.dtype.element_ty)
-        append = True
-        if HAS_NUM_TOKENS:
-            append = tl.load(num_tokens_ptr) > 0
+        k_new = tl.reshape(rotate(k, k_partner, sin, cos, HALF, DIM), (DIM,))
+        k_new = k_new.to(k_cache_ptr.dtype.element_ty)
+        append = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS) > 0
         new_row = base + position * DIM + column
         tl.store(k_cache_ptr + new_row, k_new, mask=append)
         tl.store(v_cache_ptr + new_row, v_new, mask=append)
         top = tl.sum(q * k_new.to(tl.float32)[None, :], 1) * SCALE_LOG2
-        total = tl.full((ROWS,), 1.0, tl.float32)
-        acc = tl.zeros((ROWS, DIM), tl.float32) + v_new.to(tl.float32)[None, :]
-    else:
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, DIM), tl.float32)
+        total += 1.0
+        acc += v_new.to(tl.float32)[None, :]
     for first in range(start, end, BLOCK_N):
         k, v = k_next, v_next
         tile += BLOCK_N * DIM

@@ -7,7 +7,7 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
-from et_moe.backends.cuda.triton.rope import norm_rope, rope
+from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
 from et_moe.backends.cuda.triton.tuning import tuned
 
 
@@ -43,12 +43,15 @@ def _append_kernel(
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
     one = tl.arange(0, 1)
-    partner, own, other = rope(position, inv_freq_ptr, HALF, DIM)
+    frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
+    sin, cos = sincos(position.to(tl.float32) * frequency)
     token_ptr = qkv_ptr + token.to(tl.int64) * (2 * KV_HEADS * (GROUP + 1) * DIM)
     head = kv_head * GROUP + row
-    q = norm_rope(token_ptr + head * (2 * DIM), in_group, q_norm_ptr, partner, own, other, EPS, DIM)
+    q, q_partner = load_normed(token_ptr + head * (2 * DIM), in_group, q_norm_ptr, HALF, DIM, EPS)
+    q = rotate(q, q_partner, sin, cos, HALF, DIM)
     k_row = token_ptr + (2 * KV_HEADS * GROUP + kv_head) * DIM
-    k = norm_rope(k_row + one, one == 0, k_norm_ptr, partner, own, other, EPS, DIM)
+    k, k_partner = load_normed(k_row + one, one == 0, k_norm_ptr, HALF, DIM, EPS)
+    k = rotate(k, k_partner, sin, cos, HALF, DIM)
     v = tl.load(k_row + KV_HEADS * DIM + column)
     q_tile = (head.to(tl.int64) * tokens + token)[:, None] * DIM + column[None, :]
     tl.store(q_ptr + q_tile, (q * SCALE_LOG2).to(q_ptr.dtype.element_ty), mask=in_group[:, None])

@@ -10,7 +10,7 @@ from et_moe.backends.cuda.triton.tuning import tuned
 
 @triton.jit
 def silu(x):
-    return x * tl.sigmoid(x)
+    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -107,7 +107,9 @@ def _causal_conv1d_kernel(
     inside = (token < tokens - start)[:, None] & in_channels[None, :]
     tl.store(out, silu(y).to(out_ptr.dtype.element_ty), mask=inside)
     if first:
-        update_conv_state(x_ptr, state_ptr, count, channel, in_channels, ROW, CHANNELS, TAPS, TAPS_P2)
+        update_conv_state(
+            x_ptr, state_ptr, count, channel, in_channels, ROW, CHANNELS, TAPS, TAPS_P2
+        )
 
 
 def causal_conv1d(

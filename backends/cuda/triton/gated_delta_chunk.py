@@ -43,6 +43,13 @@ def delta_gates(b, a, a_log, dt_bias):
 
 
 @triton.jit
+def _keep_and_add(beta_1, g_1, beta_2, g_2):
+    """Sums g and leaves beta alone: a scan's results are computed once, whereas other vectors are
+    computed anew for every layout in which they meet a matrix."""
+    return beta_2, g_1 + g_2
+
+
+@triton.jit
 def _unit_lower_inverse(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """(I + a)^-1 for a strictly lower triangular `a`, doubling the size of inverted blocks.
 
@@ -55,7 +62,7 @@ def _unit_lower_inverse(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     column = tl.arange(0, 1 << LOG_SIZE)[None, :]
     highest = row ^ column  # its highest bit tells at which level two indices part
     x = tl.where(row == column, 1.0, 0.0) - tl.where(highest == 1, a, 0.0)
-    for level in tl.static_range(1, LOG_SIZE):
+    for level in range(1, LOG_SIZE):  # a loop at run time: unrolled, it takes twice the registers
         between = tl.where(highest >> level == 1, a, 0.0).to(DTYPE)
         xb = tl.dot(x.to(DTYPE), between, input_precision="tf32x3")
         x -= tl.dot(xb.to(DTYPE), x.to(DTYPE), input_precision="tf32x3")
@@ -108,16 +115,14 @@ def _prepare_kernel(
     inside = is_valid[:, None]
     k_tile = k_ptr + start * K_ROW + (K_COLUMN + head // GROUP * DK)
     k = tl.load(k_tile + token[:, None] * K_ROW + dk[None, :], mask=inside, other=0.0)
-    v_tile = v_ptr + start * V_ROW + (V_COLUMN + head * DV)
-    v = tl.load(v_tile + token[:, None] * V_ROW + dv[None, :], mask=inside, other=0.0)
     gate = start * GATE_ROW + token * GATE_ROW + head
     beta = tl.load(b_ptr + gate + B_COLUMN, mask=is_valid, other=0.0).to(tl.float32)
     g = tl.load(a_ptr + gate + A_COLUMN, mask=is_valid, other=0.0).to(tl.float32)
     if RAW_GATES:
         a_log = tl.load(a_log_ptr + head).to(tl.float32)
         beta, g = delta_gates(beta, g, a_log, tl.load(dt_bias_ptr + head).to(tl.float32))
-    beta = tl.where(is_valid, beta, 0.0)
-    decay = tl.cumsum(tl.where(is_valid, g, 0.0), 0)
+    gate = (tl.where(is_valid, beta, 0.0), tl.where(is_valid, g, 0.0))
+    beta, decay = tl.associative_scan(gate, 0, _keep_and_add)
     k32 = k.to(tl.float32)
     k_scale = tl.rsqrt(tl.sum(k32 * k32, 1) + 1e-6)
     row = head * tl.cdiv(tokens, CHUNK).to(tl.int64) * CHUNK + start
@@ -126,13 +131,15 @@ def _prepare_kernel(
 
     past = token[:, None] > token[None, :]
     a = dot(k, tl.trans(k), k_ptr) * (beta * k_scale)[:, None] * k_scale[None, :]
-    a *= tl.exp(tl.where(past, decay[:, None] - decay[None, :], 0.0))
+    a *= tl.exp(tl.where(past, decay[:, None] - decay[None, :], float("-inf")))
     half: tl.constexpr = tl.float32 if w_ptr.dtype.element_ty == tl.float32 else tl.float16
-    t = _unit_lower_inverse(tl.where(past, a, 0.0), LOG_CHUNK, half) * beta[None, :]
-    u = dot(t, v, u_ptr)
-    tl.store(u_ptr + row * DV + token[:, None] * DV + dv[None, :], u.to(u_ptr.dtype.element_ty))
+    t = _unit_lower_inverse(a, LOG_CHUNK, half) * beta[None, :]
     w = dot(t * (tl.exp(decay) * k_scale)[None, :], k, w_ptr)
     tl.store(w_ptr + row * DK + token[:, None] * DK + dk[None, :], w.to(w_ptr.dtype.element_ty))
+    v_tile = v_ptr + start * V_ROW + (V_COLUMN + head * DV)
+    v = tl.load(v_tile + token[:, None] * V_ROW + dv[None, :], mask=inside, other=0.0)
+    u = dot(t, v, u_ptr)
+    tl.store(u_ptr + row * DV + token[:, None] * DV + dv[None, :], u.to(u_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -241,19 +248,17 @@ def _output_kernel(
     qk_tile = start * K_ROW + head // GROUP * DK + token[:, None] * K_ROW + dk[None, :]
     q = tl.load(q_ptr + qk_tile, mask=inside, other=0.0)
     k = tl.load(k_ptr + K_COLUMN + qk_tile, mask=inside, other=0.0)
-    state_tile = (head * chunks + chunk) * (DK * DV) + dk[:, None] * DV + dv[None, :]
-    state = tl.load(states_ptr + state_tile)
-    v = tl.load(v_ptr + row * DV + token[:, None] * DV + dv[None, :])
     decay = tl.load(decay_ptr + row + token)
     k_scale = tl.load(k_scale_ptr + row + token)
     q32 = q.to(tl.float32)
     q_scale = tl.rsqrt(tl.sum(q32 * q32, 1) + 1e-6) * DK**-0.5
     seen = token[:, None] >= token[None, :]
     p = dot(q, tl.trans(k), q_ptr) * k_scale[None, :]
-    p *= tl.exp(tl.where(seen, decay[:, None] - decay[None, :], 0.0))
-    o = dot(q, state, q_ptr) * tl.exp(decay)[:, None]
-    o += dot(tl.where(seen, p, 0.0), v, v_ptr)
-    o *= q_scale[:, None]
+    p *= tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf")))
+    state_tile = (head * chunks + chunk) * (DK * DV) + dk[:, None] * DV + dv[None, :]
+    o = dot(q, tl.load(states_ptr + state_tile), q_ptr) * tl.exp(decay)[:, None]
+    v = tl.load(v_ptr + row * DV + token[:, None] * DV + dv[None, :])
+    o = (o + dot(p, v, v_ptr)) * q_scale[:, None]
     if GATED:
         z_tile = start * Z_ROW + (Z_COLUMN + head * DV) + token[:, None] * Z_ROW + dv[None, :]
         z = tl.load(z_ptr + z_tile, mask=inside, other=0.0).to(tl.float32)

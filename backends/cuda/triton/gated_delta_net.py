@@ -20,8 +20,11 @@ __all__ = ["causal_conv1d", "compile_cases", "gated_delta_net", "gated_delta_rul
 
 @triton.jit
 def _pin(x):
-    """x. The compiler would compute a vector anew in every layout that it is used in, loads
-    included; it does not do so through a reduction."""
+    """The vector x, computed once.
+
+    The compiler would compute a vector anew for every layout in which it meets a matrix, loads
+    included; it seldom does so through a reduction.
+    """
     return tl.sum(x[None, :], 0)
 
 

@@ -28,25 +28,37 @@ def sincos(x):
 
 
 @triton.jit
-def rope(position, inv_freq_ptr, HALF: tl.constexpr, DIM: tl.constexpr):
-    """For each column of a head: its partner's column, the factors of itself and of the partner."""
-    column = tl.arange(0, DIM)
-    rotated = column < 2 * HALF
-    low = column < HALF
-    inv_freq = tl.load(inv_freq_ptr + tl.where(low, column, column - HALF), mask=rotated, other=0.0)
-    sin, cos = sincos(position.to(tl.float32) * inv_freq)
-    partner = tl.where(low, column + HALF, tl.where(rotated, column - HALF, column))
-    return partner, cos, tl.where(low, -sin, tl.where(rotated, sin, 0.0))
+def load_normed(
+    row_ptr, mask, weight_ptr, HALF: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr
+):
+    """RMSNorm (zero-centred weight) of the heads at `row_ptr [M]`, for a rotation by `rotate`.
 
-
-@triton.jit
-def norm_rope(row_ptr, mask, weight_ptr, partner, own, other, EPS: tl.constexpr, DIM: tl.constexpr):
-    """RMSNorm (zero-centred weight) and RoPE of the heads at `row_ptr [M]`: `fp32 [M, DIM]`."""
+    Returns:
+        The normed heads and, column by column, what each is paired with: `fp32 [M, DIM]` twice.
+    """
     column = tl.arange(0, DIM)
+    partner = tl.where(column < HALF, column + HALF, column)
+    partner = tl.where((column >= HALF) & (column < 2 * HALF), column - HALF, partner)
     rows = mask[:, None]
     x = tl.load(row_ptr[:, None] + column[None, :], mask=rows, other=0.0).to(tl.float32)
     y = tl.load(row_ptr[:, None] + partner[None, :], mask=rows, other=0.0).to(tl.float32)
-    x_weight = own * (1.0 + tl.load(weight_ptr + column).to(tl.float32))
-    y_weight = other * (1.0 + tl.load(weight_ptr + partner).to(tl.float32))
+    x_weight = 1.0 + tl.load(weight_ptr + column).to(tl.float32)
+    y_weight = 1.0 + tl.load(weight_ptr + partner).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)[:, None]
-    return (x * x_weight[None, :] + y * y_weight[None, :]) * scale
+    return x * scale * x_weight[None, :], y * scale * y_weight[None, :]
+
+
+@triton.jit
+def load_frequencies(inv_freq_ptr, HALF: tl.constexpr, DIM: tl.constexpr):
+    """The rotation's frequency of each column of a head, 0 where there is none."""
+    column = tl.arange(0, DIM)
+    pair = tl.where(column < HALF, column, column - HALF)
+    return tl.load(inv_freq_ptr + pair, mask=column < 2 * HALF, other=0.0)
+
+
+@triton.jit
+def rotate(x, partner, sin, cos, HALF: tl.constexpr, DIM: tl.constexpr):
+    """Rotates the first 2 * HALF columns of heads from `load_normed`."""
+    column = tl.arange(0, DIM)
+    sin = tl.where(column < HALF, -sin, sin)
+    return x * cos[None, :] + partner * sin[None, :]
