@@ -93,9 +93,11 @@ void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_log
     throw std::runtime_error(std::to_string(ids.size()) + " tokens do not fit the context of " +
                              std::to_string(info.max_seq_len));
   }
-  if (ids.back() < 0 || ids.back() >= info.vocab_size) {  // the others are checked when fed
-    throw std::runtime_error("token id " + std::to_string(ids.back()) +
-                             " is outside the vocabulary of " + std::to_string(info.vocab_size));
+  for (int64_t id : ids) {  // the caller looks an id up before it is fed
+    if (id < 0 || id >= info.vocab_size) {
+      throw std::runtime_error("token id " + std::to_string(id) + " is outside the vocabulary of " +
+                               std::to_string(info.vocab_size));
+    }
   }
   model_->want_logits();
   model_->reset(*session_);
