@@ -395,3 +395,20 @@ def compile_cases() -> list[CompileCase]:
         for op in (linear_w4a8, linear_w4a16)
         for name, shape in shapes.items()
     ]
+
+
+def tune_candidates() -> dict[str, list[dict]]:
+    """Configurations worth trying, by tuning table; `linear_gemv` is looked up by N."""
+    blocks = ((16, 32, 2), (16, 32, 4), (16, 64, 4), (32, 64, 4), (32, 128, 4), (32, 128, 8))
+    blocks += ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))
+    gemm = [
+        {"BLOCK_M": m, "BLOCK_N": n, "GROUP_M": 8, "STAGES": stages, "num_warps": warps}
+        for m, n, warps in blocks
+        for stages in (2, 3, 4)
+    ]
+    gemv = [
+        {"BLOCK_ROWS": rows, "REPEAT": repeat, "num_warps": warps}
+        for rows, warps in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
+        for repeat in (1, 2, 4, 8)
+    ]
+    return {"linear_w4a8": gemm, "linear_w4a16": gemm, "linear_gemv": gemv}

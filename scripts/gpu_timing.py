@@ -1,0 +1,56 @@
+"""How kernels are timed: replayed as a CUDA graph, over inputs that do not fit the L2 cache."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+MAX_COPIES = 32
+
+
+def require_gpu() -> torch.device:
+    """The GPU; exits with a message where there is none."""
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU found: this script measures on one")
+    return torch.device("cuda")
+
+
+def rotated(make: Callable[[], dict], l2_bytes: int) -> list[dict]:
+    """Argument sets to cycle through, together at least three times as large as the L2 cache.
+
+    Tensors larger than half of it are shared between the sets (what the other arguments pick from
+    them, such as experts, differs all the same).
+    """
+    first = make()
+
+    def small(value) -> bool:
+        return isinstance(value, torch.Tensor) and value.nbytes <= l2_bytes // 2
+
+    size = sum(value.nbytes for value in first.values() if small(value))
+    copies = min(MAX_COPIES, -(-3 * l2_bytes // max(size, 1)))
+    sets = [first]
+    for _ in range(copies - 1):
+        made = make()
+        sets.append({k: v if small(v) else first[k] for k, v in made.items()})
+    return sets
+
+
+def microseconds(calls: list[Callable[[], object]], repeats: int = 20) -> float:
+    """Median time of one of `calls`, which are captured one after the other in a CUDA graph."""
+    for call in calls[:2]:  # compiles, and tunes what tunes itself
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
