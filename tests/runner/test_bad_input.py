@@ -1,0 +1,361 @@
+"""The runner refuses bad input: a message that says what and where, no signal, no output file."""
+
+import json
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_small
+
+from et_moe.backends.cpu import lowering
+from et_moe.backends.method_graph import MethodGraph
+from et_moe.backends.sealed_file import PtdWriter, write_sealed
+from et_moe.examples.qwen3_5_moe.bundle import (
+    Bundle,
+    QuantizedCheckpoint,
+    WeightSource,
+    parameter_groups,
+    parameter_spec,
+)
+from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
+from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
+from et_moe.examples.qwen3_5_moe.hf_tokenizer import tokenizer_json
+from et_moe.examples.qwen3_5_moe.model import Quantization
+
+CONTEXT, VOCABULARY = 32, 264
+
+
+@pytest.fixture
+def refused(runner, tiny_program: Path, tmp_path: Path):
+    """Runs the runner and checks how it fails; `files` replace those of `tiny_program`."""
+    output = tmp_path / "output"
+    output.mkdir()
+
+    def check(*flags: str, parts: list[str], **files: Path) -> None:
+        paths = {
+            "model_path": tiny_program / "model.pte",
+            "data_path": tiny_program / "model.ptd",
+            "output_ids_path": output / "ids.json",
+            "stats_path": output / "stats.json",
+        } | files
+        command = [runner.binary, *(f"--{flag}={path}" for flag, path in paths.items()), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        assert done.returncode > 0, (done.returncode, done.stdout, done.stderr)
+        for part in parts:
+            assert part in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) <= 3, done.stderr
+        assert not list(output.iterdir())
+
+    return check
+
+
+def test_a_good_run_writes_its_files(runner, tiny_program: Path, tmp_path: Path) -> None:
+    """What the refusals below are compared with: the whole context may be used."""
+    prompt = ",".join(["7"] * CONTEXT)
+    ids, stats = tmp_path / "ids.json", tmp_path / "stats.json"
+    runner.run(
+        tiny_program, f"--prompt_ids={prompt}", f"--output_ids_path={ids}", f"--stats_path={stats}"
+    )
+    assert len(json.loads(ids.read_text())) == 1
+    assert json.loads(stats.read_text())["prompt_tokens"] == CONTEXT
+    scored = runner.score(tiny_program, [7] * (CONTEXT + 1))
+    assert len(scored) == CONTEXT
+
+
+FILE_FLAGS = ["model_path", "data_path", "tokenizer_path"]
+NAMES = {
+    "model_path": "model.pte",
+    "data_path": "model.ptd",
+    "tokenizer_path": "tokenizer.json",
+}
+
+
+@pytest.mark.parametrize("flag", FILE_FLAGS)
+def test_files_that_are_missing_or_no_files(refused, tmp_path: Path, flag: str) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    for path in (tmp_path / "missing", tmp_path, empty, Path("/dev/null")):
+        refused("--prompt_ids=1", parts=[f"error: {path}: "], **{flag: path})
+
+
+@pytest.mark.parametrize("flag", FILE_FLAGS)
+def test_files_that_are_cut_short_or_too_long(refused, tiny_program, tmp_path, flag: str) -> None:
+    whole = (tiny_program / NAMES[flag]).read_bytes()
+    path = tmp_path / "damaged"
+    size = len(whole)
+    for kept in (1, 7, 23, 24, 25, 100, size // 3, size // 2, size - 25, size - 24, size - 1):
+        path.write_bytes(whole[:kept])
+        if flag == "tokenizer_path" and kept == size - 1:  # only a newline is missing
+            continue
+        refused("--prompt_ids=1", parts=[f"error: {path}: "], **{flag: path})
+    path.write_bytes(whole + b"x")
+    refused("--prompt_ids=1", parts=[f"error: {path}: "], **{flag: path})
+
+
+@pytest.mark.parametrize("flag", ["model_path", "data_path"])
+def test_flipped_bits(refused, tiny_program: Path, tmp_path: Path, flag: str) -> None:
+    """In the header, the middle and the trailer."""
+    whole = (tiny_program / NAMES[flag]).read_bytes()
+    path = tmp_path / "damaged"
+    for position in (0, 4, 9, 100, len(whole) - 24, len(whole) - 16, len(whole) - 8, -1):
+        changed = bytearray(whole)
+        changed[position] ^= 0x10
+        path.write_bytes(changed)
+        refused("--prompt_ids=1", parts=[f"error: {path}: ", "et-moe export"], **{flag: path})
+
+
+def test_a_flipped_bit_of_a_weight_names_the_tensor(refused, tiny_bundle, tiny_program, tmp_path):
+    whole = (tiny_program / "model.ptd").read_bytes()
+    path = tmp_path / "damaged"
+    for group in Bundle(tiny_bundle).groups():
+        for name, tensor in group.items():
+            if name.endswith(("w13", "in_proj.weight", "embed_tokens.weight")):
+                content = tensor.numpy().tobytes()
+                changed = bytearray(whole)
+                changed[whole.index(content) + len(content) // 2] ^= 1
+                path.write_bytes(changed)
+                parts = [f"error: {path}: damaged: checksum mismatch of tensor {name}\n"]
+                refused("--prompt_ids=1", parts=parts, data_path=path)
+
+
+def test_files_of_another_kind(refused, tiny_program: Path, tiny_bundle: Path) -> None:
+    pte, ptd = tiny_program / "model.pte", tiny_program / "model.ptd"
+    tokenizer = tiny_program / "tokenizer.json"
+    shard = tiny_bundle / "model-00001-of-00004.safetensors"
+    for path in (ptd, tokenizer, shard):
+        refused("--prompt_ids=1", parts=[f"error: {path}: "], model_path=path)
+    for path in (pte, tokenizer, shard):
+        refused("--prompt_ids=1", parts=[f"error: {path}: "], data_path=path)
+    for path in (pte, ptd, tiny_bundle / "config.json"):
+        refused("--prompt_ids=1", parts=[f"error: {path}: "], tokenizer_path=path)
+
+
+def test_a_sealed_file_of_something_else(refused, tmp_path: Path) -> None:
+    path = tmp_path / "sealed"
+    write_sealed(path, b"neither a program nor weights" * 100)
+    refused("--prompt_ids=1", parts=[f"error: {path}: not an ExecuTorch program"], model_path=path)
+    refused("--prompt_ids=1", parts=[f"error: {path}: not a FlatTensor"], data_path=path)
+
+
+def test_another_format_version(refused, tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
+    graphs = {name: MethodGraph(program, ["x"], [], []) for name in ("prefill", "decode")}
+    path = tmp_path / "model.pte"
+    for constants, message in (
+        ({"get_format_version": 2}, "format version 2, this runner reads version 1"),
+        ({"get_format_version": "1"}, "get_format_version is not a count"),
+        ({}, "has no method get_format_version"),
+        ({"get_format_version": 1}, "has no method get_max_seq_len"),
+    ):
+        write_sealed(path, lowering.lower(graphs, constants).pte)
+        refused("--prompt_ids=1", parts=[f"error: {path}: {message}"], model_path=path)
+
+
+def write_ptd(source: WeightSource, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The `.ptd` that an export of `source` would write."""
+    spec = parameter_spec(source.config, source.quantization, dtype)
+    with PtdWriter(path, spec) as writer:
+        for names, group in zip(parameter_groups(spec), source.groups(), strict=True):
+            for name in names:
+                writer.write(name, group[name].to(spec[name][0]))
+    return path
+
+
+def test_weights_of_another_model(refused, tiny_checkpoint, tiny_bundle, tmp_path: Path) -> None:
+    def other(quantization: Quantization, **overrides) -> WeightSource:
+        directory = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        make_small(directory, **overrides)
+        return QuantizedCheckpoint(Checkpoint(directory), quantization)
+
+    same = Quantization("4w", 32, "8w")
+    path, question = tmp_path / "other.ptd", "is it the .ptd of another model?"
+    for source, message in (
+        (other(same, vocab_size=272), "embed_tokens.weight is Char [272, 32], the program takes"),
+        (other(same, num_experts=5), "layers.0.mlp.gate.weight is Float [6, 32], the program"),
+        (other(Quantization("none", 32, "8w")), "layers.0.linear_attn.in_proj.weight is Float ["),
+        (other(Quantization("4w", 32, "none")), "embed_tokens.weight is Float [264, 32], the "),
+        (other(same, layer_types=["linear_attention"]), "has no tensor layers.1.input_layernorm"),
+    ):
+        write_ptd(source, path)
+        parts = [f"error: {path}: {message}", question]
+        refused("--prompt_ids=1", parts=parts, data_path=path)
+    write_ptd(Bundle(tiny_bundle), path, torch.bfloat16)
+    parts = [f"{path}: layers.0.input_layernorm.weight is BFloat16 [32], the program takes Float"]
+    refused("--prompt_ids=1", parts=[*parts, question], data_path=path)
+
+
+def test_weights_of_another_group_size(refused, tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "linear_value_head_dim": 16, "moe_intermediate_size": 64}
+    make_small(tmp_path / "c", **wide)
+    checkpoint = Checkpoint(tmp_path / "c")
+    export(
+        QuantizedCheckpoint(checkpoint, Quantization("4w", 64)),
+        tmp_path / "program",
+        ExportOptions(max_seq_len=CONTEXT),
+    )
+    other = write_ptd(
+        QuantizedCheckpoint(checkpoint, Quantization("4w", 32)), tmp_path / "other.ptd"
+    )
+    message = "layers.0.linear_attn.in_proj.scale is BFloat16 [168, 2], the program takes BFloat16"
+    parts = [f"error: {other}: {message} [168, 1]; is it the .ptd of another model?"]
+    refused(
+        "--prompt_ids=1", parts=parts, model_path=tmp_path / "program/model.pte", data_path=other
+    )
+
+
+def test_prompts_that_do_not_fit(refused, tiny_program: Path, tmp_path: Path) -> None:
+    tokenizer = f"--tokenizer_path={tiny_program / 'tokenizer.json'}"
+    for length in (CONTEXT + 1, 1000):
+        message = f"the prompt has {length} tokens, the context of the program holds {CONTEXT}"
+        refused(f"--prompt_ids={','.join(['1'] * length)}", parts=[message])
+        refused(tokenizer, f"--prompt={'a' * length}", parts=[message])
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps([1] * (CONTEXT + 2)))
+    flags = (f"--score_ids_path={ids}", f"--logprobs_path={tmp_path / 'output' / 'l'}")
+    refused(*flags, parts=[f"{CONTEXT + 2} tokens do not fit the context of {CONTEXT}"])
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 2**31, 2**63 - 1, -(2**63)])
+def test_token_ids_out_of_range(refused, tmp_path: Path, token: int) -> None:
+    message = f"token id {token} is outside the vocabulary of {VOCABULARY}"
+    ids, output = tmp_path / "ids.json", tmp_path / "output"
+    for prompt in ([token], [1, 2, token], [token, 1, 2], [1, token, 2]):
+        refused(f"--prompt_ids={','.join(map(str, prompt))}", parts=[message])
+        if len(prompt) > 1:
+            ids.write_text(json.dumps(prompt))
+            for kind in ("logprobs", "logits"):
+                flags = (f"--score_ids_path={ids}", f"--{kind}_path={output / kind}")
+                refused(*flags, parts=[message])
+
+
+@pytest.mark.parametrize("text", ["1,,2", ",1", "x", "1,x", "1 2", "1.5", "1e3", "[1]", "9" * 20])
+def test_prompt_ids_that_are_no_ids(refused, text: str) -> None:
+    refused(f"--prompt_ids={text}", parts=["--prompt_ids: ", "is not a token id"])
+
+
+def test_a_tokenizer_of_another_model(refused, tmp_path: Path) -> None:
+    """Its ids may be beyond the program's vocabulary."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_json([(c, c) for c in "abcdefghij"])))
+    message = f"token id 268 is outside the vocabulary of {VOCABULARY}"
+    refused("--prompt=x<|im_end|>", parts=[message], tokenizer_path=path)
+
+
+def test_empty_prompts(refused, tiny_program: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_program / "tokenizer.json"
+    empty = tmp_path / "empty"
+    empty.touch()
+    for flag, value in (("--prompt_ids", ""), ("--prompt", ""), ("--prompt_file", str(empty))):
+        refused(flag, value, parts=["the prompt is empty"], tokenizer_path=tokenizer)
+    ids, logprobs = tmp_path / "ids.json", f"--logprobs_path={tmp_path / 'output' / 'l'}"
+    for text in ("[]", "[5]"):
+        ids.write_text(text)
+        message = "scoring needs at least two token ids"
+        refused(f"--score_ids_path={ids}", logprobs, parts=[message])
+    for flag in ("--prompt_ids", "--score_ids_path"):
+        refused(f"{flag}=", parts=[f"{flag}: 1 required TEXT missing"], tokenizer_path=tokenizer)
+    refused("--score_ids_path", "", logprobs, parts=["error: : cannot be opened"])
+
+
+def test_prompts_that_cannot_be_read(refused, tiny_program: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_program / "tokenizer.json"
+    missing, latin = tmp_path / "missing", tmp_path / "latin"
+    latin.write_bytes("caf\u00e9".encode("latin-1"))
+    for flag in ("prompt_file", "score_ids_path"):
+        flags = ("--logprobs_path=x",) if flag == "score_ids_path" else ()
+        for path in (missing, tmp_path):
+            parts = [f"error: {path}: "]
+            refused(f"--{flag}={path}", *flags, parts=parts, tokenizer_path=tokenizer)
+    refused(f"--prompt_file={latin}", parts=["UTF-8"], tokenizer_path=tokenizer)
+    refused("--prompt=hello", parts=["--tokenizer_path is needed to read a text prompt"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1, 2", "[1.5, 2]", '["1"]', "[null]", "[[1]]", "3"])
+def test_id_files_that_are_damaged(refused, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ids.json"
+    path.write_text(text)
+    flags = (f"--score_ids_path={path}", f"--logprobs_path={tmp_path / 'output' / 'l'}")
+    refused(*flags, parts=[f"error: {path}: "])
+
+
+FLAGS = {
+    "--temperature=-1": "temperature -1: expected 0 (greedy) or at least 1e-5",
+    "--temperature=nan": "temperature nan: expected 0 (greedy) or at least 1e-5",
+    "--temperature=inf": "temperature inf: expected 0 (greedy) or at least 1e-5",
+    "--temperature=1e-40": "temperature 9.99995e-41: expected 0 (greedy) or at least 1e-5",
+    "--temperature=warm": "--temperature",
+    "--top_p=0": "top_p 0: expected more than 0 and at most 1",
+    "--top_p=-0.5": "top_p -0.5: expected more than 0 and at most 1",
+    "--top_p=1.5": "top_p 1.5: expected more than 0 and at most 1",
+    "--top_p=nan": "top_p nan: expected more than 0 and at most 1",
+    "--top_k=-1": "top_k -1: expected 0 (off) or more",
+    "--top_k=1.5": "--top_k",
+    "--max_new_tokens=0": "max_new_tokens 0: expected at least 1",
+    "--max_new_tokens=-3": "max_new_tokens -3: expected at least 1",
+    "--max_new_tokens=many": "--max_new_tokens",
+    "--seed=x": "--seed",
+    "--warmup=-1": "--warmup: Value -1 not in range",
+    "--num_iters=0": "--num_iters: Value 0 not in range",
+    "--prompt=x": "Exactly 1 option from",
+    "--logprobs_path=x": "--logprobs_path requires --score_ids_path",
+    "--logits_path=x": "--logits_path requires --score_ids_path",
+    "--no_such_flag": "--no_such_flag",
+    "stray": "stray",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags(refused, flag: str) -> None:
+    refused("--prompt_ids=1", flag, parts=[FLAGS[flag]])
+
+
+def test_flags_that_are_missing(refused, runner, tmp_path: Path) -> None:
+    refused(parts=["Exactly 1 option from", "--prompt_ids"])
+    ids = tmp_path / "ids.json"
+    ids.write_text("[1, 2]")
+    refused(f"--score_ids_path={ids}", parts=["needs --logprobs_path or --logits_path"])
+    done = subprocess.run([runner.binary], capture_output=True, text=True)
+    assert done.returncode > 0 and "--model_path is required" in done.stderr
+
+
+OUTPUTS = ["output_ids_path", "stats_path", "logprobs_path", "logits_path"]
+
+
+@pytest.mark.parametrize("flag", OUTPUTS)
+def test_outputs_that_cannot_be_written(runner, tiny_program, tmp_path: Path, flag: str) -> None:
+    """A missing folder, a folder of that name, and a disk that is full from some byte on."""
+    ids, folder = tmp_path / "ids.json", tmp_path / "folder"
+    ids.write_text(json.dumps([1] * 30))
+    folder.mkdir()
+    prompt = f"--score_ids_path={ids}" if flag.startswith("log") else "--prompt_ids=1"
+    before = sorted(tmp_path.iterdir())
+
+    def run(path: Path, limit: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess:
+        def full_disk() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+        command = [runner.binary, f"--model_path={tiny_program / 'model.pte'}"]
+        command += [f"--data_path={tiny_program / 'model.ptd'}", prompt, f"--{flag}={path}"]
+        return subprocess.run(command, capture_output=True, text=True, preexec_fn=full_disk)
+
+    for path in (tmp_path / "missing" / "x", folder, Path("/proc/x"), ids / "x"):
+        done = run(path)
+        assert done.returncode == 1 and f"error: {path}: cannot be written: " in done.stderr
+    for limit in (0, 1, 50):
+        done = run(tmp_path / "out", limit)
+        assert done.returncode == 1, done.stderr
+        assert f"error: {tmp_path / 'out'}: cannot be written: File too large" in done.stderr
+        assert sorted(tmp_path.iterdir()) == before
+    assert run(tmp_path / "out").returncode == 0 and (tmp_path / "out").stat().st_size > 50
+
+
+def test_standard_output_that_cannot_be_written(runner, tiny_program: Path) -> None:
+    command = [runner.binary, f"--model_path={tiny_program / 'model.pte'}"]
+    command += [f"--data_path={tiny_program / 'model.ptd'}", "--prompt_ids=1"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "error: the output could not be written" in done.stderr
