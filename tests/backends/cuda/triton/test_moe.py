@@ -1,0 +1,206 @@
+"""The mixture of experts against its eager references.
+
+Activations are fp32 unless a test is about bf16: the interpreter truncates where a GPU rounds, and
+in fp32 the comparison shows the arithmetic without the rounding of the result.
+"""
+
+import pytest
+import torch
+
+from et_moe.backends import ops
+from et_moe.backends.cuda.triton import moe, moe_decode, moe_prefill
+from et_moe.backends.cuda.triton.compile_case import record_launches
+from et_moe.backends.cuda.triton.moe_routing import route
+
+NAMES = ["moe_w4a8", "moe_w4a16"]
+# Relative L2 error against the reference; a GPU's silu and sums differ in the last bits, and INT8
+# rounding turns a few of those into whole steps.
+TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch, device):
+    """The interpreter takes its time per program, whatever the size: make them large."""
+    if device.type == "cpu":
+        tuned = moe_decode.tuned
+        monkeypatch.setattr(moe_decode, "tuned", lambda *a: {**tuned(*a), "BLOCK_N": 64})
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+class Experts:
+    """Weights as in a bundle and as the kernels take them."""
+
+    def __init__(self, count, hidden, inner, group, device):
+        w13 = ops.quantize_w4(torch.randn(count, 2 * inner, hidden) * hidden**-0.5, group)
+        w2 = ops.quantize_w4(torch.randn(count, hidden, inner) * inner**-0.5, group)
+        self.bundle = [t.to(device) for t in (*w13, *w2)]
+        self.prepacked = moe.prepack_experts(*self.bundle, group)
+        self.count, self.hidden, self.group, self.device = count, hidden, group, device
+
+    def run(self, name, x, weights, ids, residual=None):
+        """(kernels' result, reference's)."""
+        got = getattr(moe, name)(x, *self.prepacked, weights, ids, self.group, residual)
+        assert got.dtype == x.dtype and got.shape == x.shape
+        return got, getattr(ops, name)(x, *self.bundle, weights, ids, self.group, residual)
+
+    def inputs(self, tokens, top_k):
+        x = torch.randn(tokens, self.hidden, device=self.device)
+        ids = torch.rand(tokens, self.count).argsort(-1)[:, :top_k].int().to(self.device)
+        return x, torch.rand(tokens, top_k, device=self.device).softmax(-1), ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 31, 64, 65, 129])
+def test_tokens(name, tokens, device):
+    experts = Experts(4, 128, 64, 64, device)
+    got, expected = experts.run(name, *experts.inputs(tokens, 2))
+    assert relative_error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [2, 18])
+@pytest.mark.parametrize(
+    "hidden,inner,group",
+    [
+        (64, 32, 32),
+        (96, 160, 32),
+        (256, 128, 32),
+        (64, 64, 64),
+        (320, 192, 64),
+        (384, 128, 128),
+        (128, 256, 128),
+    ],
+)
+def test_shapes_and_groups(name, tokens, hidden, inner, group, device):
+    experts = Experts(3, hidden, inner, group, device)
+    got, expected = experts.run(name, *experts.inputs(tokens, 2))
+    assert relative_error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [2, 17])
+def test_true_width(tokens, device):
+    """Hidden 2048 and expert width 512, with group 128, as in Qwen3.5-35B-A3B."""
+    experts = Experts(2, 2048, 512, 128, device)
+    x, weights, ids = experts.inputs(tokens, 1)
+    got, expected = experts.run("moe_w4a8", x, weights, ids)
+    assert relative_error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "tokens,hidden,inner,count,top_k,group",
+    [(8, 64, 32, 4, 2, 32), (32, 128, 64, 8, 2, 64)],
+)
+def test_error_of_int8_activations(tokens, hidden, inner, count, top_k, group, device):
+    """Against unquantized activations, over several draws: one alone scatters by a few percent."""
+    results = []
+    for _ in range(4):
+        experts = Experts(count, hidden, inner, group, device)
+        x, weights, ids = experts.inputs(tokens, top_k)
+        got, _ = experts.run("moe_w4a8", x, weights, ids)
+        results.append((got, ops.moe_w4a16(x, *experts.bundle, weights, ids, group)))
+    got, unquantized = (torch.cat(r) for r in zip(*results, strict=True))
+    assert relative_error(got, unquantized) < 0.015
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [3, 33])
+def test_routing(name, tokens, device):
+    """All to one expert; empty experts; skipped slots and rows; an id twice; a residual."""
+    experts = Experts(6, 128, 64, 64, device)
+    x, weights, ids = experts.inputs(tokens, 3)
+    residual = torch.randn_like(x)
+    ids[:, 0] = 4  # everyone, as if shared; experts 0 and 5 stay empty
+    ids[:, 1:] = ids[:, 1:].clamp(1, 4)
+    ids[1, 1:] = -1
+    ids[2] = -1
+    got, expected = experts.run(name, x, weights, ids.long(), residual)
+    assert torch.equal(got[2], residual[2])
+    assert relative_error(got - residual, expected - residual) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_padded_bucket(tokens, device):
+    """One valid token; the padding rows hold what must not be looked at."""
+    experts = Experts(4, 128, 64, 64, device)
+    x, weights, ids = experts.inputs(tokens, 2)
+    x[1:], weights[1:], ids[1:] = float("nan"), 0.0, -1
+    got = moe.moe_w4a8(x, *experts.prepacked, weights, ids, 64)
+    _, expected = experts.run("moe_w4a8", x[:1], weights[:1], ids[:1])
+    assert relative_error(got[:1], expected) < TOLERANCE
+    assert not got[1:].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_extreme_values(name, tokens, device):
+    """Zero, denormal and huge rows of activations; routing weights from 1e-30 to 1e8."""
+    experts = Experts(4, 128, 64, 64, device)
+    x, weights, ids = experts.inputs(tokens, 2)
+    x[0], x[1], x[2] = 0.0, x[1] * 1e-36, x[2] * 1e12
+    weights[3, 0], weights[3, 1] = 1e8, 1e-30
+    got, expected = experts.run(name, x, weights, ids)
+    for row in range(tokens):
+        assert relative_error(got[row], expected[row]) < 10 * TOLERANCE, row
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_bf16(name, tokens, device):
+    experts = Experts(4, 128, 64, 64, device)
+    x, weights, ids = experts.inputs(tokens, 2)
+    got, expected = experts.run(name, x.bfloat16(), weights, ids, x.bfloat16())
+    # On a GPU both round; the interpreter truncates, up to three times.
+    assert relative_error(got, expected) < (0.004 if device.type == "cuda" else 0.015)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_repeatable(tokens, device):
+    experts = Experts(4, 128, 64, 64, device)
+    inputs = experts.inputs(tokens, 2)
+    first, _ = experts.run("moe_w4a8", *inputs)
+    second, _ = experts.run("moe_w4a8", *inputs)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("block_m", [32, 64, 128])
+def test_blocks_of_pairs(block_m, monkeypatch, device):
+    """Every size of block that a tuning table may name."""
+    experts = Experts(3, 128, 64, 64, device)
+    tuned = moe_prefill.tuned
+    larger = {"BLOCK_M": block_m}
+    monkeypatch.setattr(
+        moe_prefill, "tuned", lambda t, m: {**tuned(t, m), **(larger if "route" in t else {})}
+    )
+    got, expected = experts.run("moe_w4a8", *experts.inputs(70, 2))
+    assert relative_error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens,block_m,chunk", [(1, 16, 32), (37, 16, 64), (64, 32, 32)])
+def test_route(tokens, block_m, chunk, device):
+    """Every valid pair stands exactly once, in a block of its expert."""
+    ids = torch.randint(-1, 7, (tokens, 3), device=device, dtype=torch.int32)
+    ids[ids == 5] = 2  # an expert with no token
+    config = {"BLOCK_M": block_m, "CHUNK": chunk, "num_warps": 4}
+    rows, block_experts = route(ids, 7, config)
+    rows = rows.reshape(-1, block_m)
+    assert rows.shape[0] == block_experts.shape[0]
+    flat, found = ids.flatten(), []
+    for block, expert in zip(rows, block_experts.tolist(), strict=True):
+        if expert >= 0:
+            pairs = block[block >= 0]
+            assert (flat[pairs] == expert).all() and len(pairs) > 0
+            found += pairs.tolist()
+    assert sorted(found) == (flat >= 0).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("tokens,kernels", [(1, 2), (16, 2), (17, 5)])
+def test_launches(tokens, kernels, device):
+    experts = Experts(2, 128, 64, 64, device)
+    x, weights, ids = experts.inputs(tokens, 1)
+    with record_launches() as launches:
+        moe.moe_w4a8(x, *experts.prepacked, weights, ids, 64)
+    assert len(launches) == kernels
