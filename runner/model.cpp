@@ -95,7 +95,7 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Mod
   auto loader = MmapDataLoader::from(pte_path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
   if (!loader.ok()) throw std::runtime_error(pte_path + ": cannot be mapped");
   loader_.emplace(std::move(*loader));
-  auto program = Program::load(&*loader_);
+  auto program = Program::load(&*loader_, Program::Verification::InternalConsistency);
   if (!program.ok()) {
     throw std::runtime_error(pte_path + ": not an ExecuTorch program" + take_log());
   }
