@@ -1,11 +1,9 @@
-"""Linear layers with INT4 weights on the tensor cores.
+"""Linear layers with INT4 weights on the tensor cores; contracts in `et_moe.backends.ops.linear`.
 
 W4A8 and W4A16 are the same integer arithmetic, rescaled into fp32 once per K-step. W4A8 quantizes a
 row to INT8 in tiles of 128 columns (`ACTIVATION_TILE`), W4A16 to 15 bits, as two INT8 planes (see
 `row_quantization`).
 """
-
-import math
 
 import torch
 import triton
@@ -14,63 +12,18 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.compile_case import PREFILL_TOKENS, CompileCase
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import cdiv, launch
-from et_moe.backends.cuda.triton.row_quantization import (
-    normed,
-    plane_dot,
-    quantize_rows_kernel,
-    quantized,
+from et_moe.backends.cuda.triton.linear_decode import linear_decode, power_of_two, takes
+from et_moe.backends.cuda.triton.linear_layout import (
+    LAYOUT_VERSION,
+    half_block,
+    prepack_linear,
+    scale_pair,
 )
+from et_moe.backends.cuda.triton.row_quantization import quantize_rows_kernel
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, GROUP_SIZES
 
-LAYOUT_VERSION = 2
-"""Version of what `prepack_linear` makes."""
-
-
-def _half(padded_k: int) -> int:
-    """Columns between the two nibbles of a byte."""
-    return math.gcd(padded_k // 2, 128)
-
-
-def prepack_linear(
-    weight: torch.Tensor, scale: torch.Tensor, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorders an INT4 weight of a bundle for the kernels of this file.
-
-    K is padded with zeros to K', a multiple of 64, and cut into blocks of 2 H columns, H = 128 if
-    256 divides K'. Byte j of a block has column j in its low and column j + H in its high nibble,
-    in two's complement: both nibbles of a run of bytes are plain operands of a dot product. A run
-    of min(H, group_size) bytes is a step; its two bf16 scales are the halves of one int32.
-
-    Args:
-        weight: `uint8 [N, K/2]`, scale: `bfloat16 [N, K/group_size]`, as from `quantize_w4`.
-
-    Returns:
-        `uint8 [N, K'/2]` and `int32 [steps, N]`.
-    """
-    rows, k = weight.shape[0], 2 * weight.shape[1]
-    padding = -k % 64
-    half = _half(k + padding)
-    packed = weight.new_empty(rows, (k + padding) // 2)
-    for source, target in zip(weight.split(8192), packed.split(8192), strict=True):
-        # A bundle stores value + 8; flipping the top bit of that makes two's complement of it.
-        nibbles = torch.stack(((source & 0xF) ^ 8, (source >> 4) ^ 8), dim=-1).flatten(-2)
-        nibbles = torch.nn.functional.pad(nibbles, (0, padding))
-        low, high = nibbles.unflatten(-1, (-1, 2, half)).unbind(-2)
-        target.copy_((low | (high << 4)).flatten(-2))
-    scale = torch.nn.functional.pad(scale, (0, cdiv(k + padding, group_size) - scale.shape[1]))
-    step = min(half, group_size)
-    groups = torch.arange(0, k + padding, step, device=scale.device) // group_size
-    bits = scale.bfloat16().index_select(1, groups).view(torch.int16).to(torch.int32)
-    low, high = bits.unflatten(1, (-1, 2, half // step)).unbind(2)
-    return packed, ((low & 0xFFFF) | (high << 16)).flatten(1).t().contiguous()
-
-
-@triton.jit
-def _scale_pair(pair):
-    """The fp32 scales of the low and the high nibbles from what `prepack_linear` makes of them."""
-    low = (pair << 16).to(tl.float32, bitcast=True)
-    return low, (pair & -65536).to(tl.float32, bitcast=True)
+__all__ = ["LAYOUT_VERSION", "linear_w4a8", "linear_w4a16", "prepack_linear"]
 
 
 @triton.jit
@@ -119,7 +72,7 @@ def _w4_gemm_kernel(
     for block in tl.range(0, K, 2 * HALF, num_stages=STAGES):
         for offset in tl.static_range(0, HALF, STEP):
             w = tl.load(weight + block // 2 + offset).to(tl.int8, bitcast=True)
-            group_scales = _scale_pair(tl.load(weight_scale + (block // 2 + offset) // STEP * N))
+            group_scales = scale_pair(tl.load(weight_scale + (block // 2 + offset) // STEP * N))
             for high in tl.static_range(2):
                 begin = block + offset + high * HALF
                 half_w = high_nibbles(w) if high else low_nibbles(w)
@@ -138,95 +91,11 @@ def _w4_gemm_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _w4_gemv_kernel(
-    x,
-    norm_weight,
-    weight,
-    weight_scale,
-    residual,
-    out,
-    eps,
-    N,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PLANES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    REPEAT: tl.constexpr,
-):
-    """A linear layer on one row in one launch: RMSNorm, quantization, product, residual.
-
-    K is BLOCKS blocks of 256 columns, the weight a flat `[N BLOCKS, 128]` of bytes. All of it is
-    multiplied with all of x as `[128, COLUMNS]`, column c holding block c (the matrix unit computes
-    eight columns anyway), and of a weight's row the column of its own block is kept. So the work
-    spreads over the whole of K and every byte of the weight is read once, in order.
-    """
-    HALF: tl.constexpr = 128
-    ROWS: tl.constexpr = BLOCK_N * BLOCKS
-    STEPS: tl.constexpr = HALF // GROUP
-    flat, rows_n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    j, steps = tl.arange(0, HALF), tl.arange(0, STEPS)
-    first_n = min(tl.program_id(0) * (BLOCK_N * REPEAT), N - BLOCK_N * REPEAT)
-    weight += first_n.to(tl.int64) * (BLOCKS * HALF) + flat[:, None] * HALF + j[None, :]
-    weight_scale += (flat % BLOCKS * STEPS)[:, None] * N + (first_n + flat // BLOCKS)[:, None]
-    weight_scale += steps[None, :] * N
-    out += first_n + rows_n
-    # All loads are on their way before the first value is needed, the weights' first.
-    w, scales = tl.load(weight), tl.load(weight_scale)
-    column = tl.arange(0, COLUMNS)
-    at = column[:, None] * (2 * HALF) + j[None, :]
-    valid = column[:, None] < BLOCKS
-    low = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    high = tl.load(x + HALF + at, mask=valid, other=0.0).to(tl.float32)
-    if residual is not None:
-        residual += first_n + rows_n
-        addend = tl.load(residual)
-    if norm_weight is not None:
-        low_gain = tl.load(norm_weight + at, mask=valid, other=0.0)
-        high_gain = tl.load(norm_weight + HALF + at, mask=valid, other=0.0)
-        squares = tl.sum(tl.sum(low * low + high * high, axis=1), axis=0)
-        mean = squares / (BLOCKS * 2 * HALF)
-        low = normed(low, low_gain, mean, eps, x.dtype.element_ty)
-        high = normed(high, high_gain, mean, eps, x.dtype.element_ty)
-    low, low_scale = quantized(low, PLANES)
-    high, high_scale = quantized(high, PLANES)
-    low_scale, high_scale = low_scale * NIBBLE_SCALE, high_scale * NIBBLE_SCALE
-
-    own = (flat % BLOCKS)[:, None] == column[None, :]
-    for i in tl.static_range(REPEAT):
-        if i + 1 < REPEAT:
-            next_w = tl.load(weight + (i + 1) * (ROWS * HALF))
-            next_scales = tl.load(weight_scale + (i + 1) * BLOCK_N)
-            if residual is not None:
-                next_addend = tl.load(residual + (i + 1) * BLOCK_N)
-        w = w.to(tl.int8, bitcast=True)
-        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in tl.static_range(STEPS):
-            # Of x the columns of one step remain: that is cheaper than to cut the weights up.
-            within = (j // GROUP == step)[None, :]
-            pair = tl.sum(tl.where(steps[None, :] == step, scales, 0), axis=1)
-            low_group, high_group = _scale_pair(pair)
-            d = plane_dot(low_nibbles(w), tl.where(within, low, 0), PLANES)
-            acc += d.to(tl.float32) * low_scale[None, :] * low_group[:, None]
-            d = plane_dot(high_nibbles(w), tl.where(within, high, 0), PLANES)
-            acc += d.to(tl.float32) * high_scale[None, :] * high_group[:, None]
-        y = tl.sum(tl.where(own, acc, 0.0), axis=1)
-        y = tl.sum(tl.reshape(y, (BLOCK_N, BLOCKS)), axis=1)
-        if residual is not None:
-            y += addend.to(tl.float32)
-        tl.store(out + i * BLOCK_N, y.to(out.dtype.element_ty))
-        if i + 1 < REPEAT:
-            w, scales = next_w, next_scales
-            if residual is not None:
-                addend = next_addend
-
-
 def _check(x, weight, scale, group_size, norm_weight, residual) -> None:
     (n, packed), k = weight.shape, x.shape[1]
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, expected one of {GROUP_SIZES}")
-    steps = packed // min(_half(2 * packed), group_size)
+    steps = packed // min(half_block(2 * packed), group_size)
     if 2 * packed != k + -k % 64 or tuple(scale.shape) != (steps, n):
         raise ValueError(
             f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} are not what "
@@ -238,50 +107,16 @@ def _check(x, weight, scale, group_size, norm_weight, residual) -> None:
         raise ValueError(f"residual has {residual.shape[1]} columns, expected {n}")
 
 
-def _power_of_two(limit: int) -> int:
-    """The largest power of two that is not above `limit`."""
-    return 1 << (limit.bit_length() - 1)
-
-
-def _gemv(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
-    n, blocks = weight.shape[0], weight.shape[1] // 128
-    config = tuned("linear_gemv", n)
-    block_n = min(config.pop("BLOCK_ROWS") // blocks, _power_of_two(n))
-    repeat = min(config.pop("REPEAT"), _power_of_two(n // block_n))
-    out = x.new_empty((1, n))
-    launch(
-        _w4_gemv_kernel,
-        (cdiv(n, block_n * repeat),),
-        x,
-        norm_weight,
-        weight,
-        scale,
-        residual,
-        out,
-        eps,
-        n,
-        BLOCKS=blocks,
-        COLUMNS=max(blocks, 8),
-        GROUP=group_size,
-        PLANES=planes,
-        BLOCK_N=block_n,
-        REPEAT=repeat,
-        **config,
-    )
-    return out
-
-
 def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
     _check(x, weight, scale, group_size, norm_weight, residual)
     (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
     x = x.contiguous()
-    blocks = padded_k // 256
-    if isinstance(m, int) and m == 1 and padded_k == 256 * blocks == 256 * _power_of_two(blocks):
-        return _gemv(x, weight, scale, group_size, norm_weight, eps, residual, planes)
+    if isinstance(m, int) and m == 1 and takes(k):
+        return linear_decode(x, weight, scale, group_size, norm_weight, eps, residual, planes)
     config = tuned(f"linear_w4a{8 * planes}", m)
     block_m = config["BLOCK_M"]
-    config["BLOCK_N"] = min(config["BLOCK_N"], _power_of_two(n))
-    half = _half(padded_k)
+    config["BLOCK_N"] = min(config["BLOCK_N"], power_of_two(n))
+    half = half_block(padded_k)
     step = min(half, group_size)
     padded_m = cdiv(m, block_m) * block_m
     tiles = cdiv(padded_k, ACTIVATION_TILE)

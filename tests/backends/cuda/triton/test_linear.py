@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import linear
+from et_moe.backends.cuda.triton import linear, linear_decode
 from et_moe.backends.cuda.triton.compile_case import record_launches
 from et_moe.backends.cuda.triton.embedding import embedding_w8
 
@@ -67,7 +67,7 @@ def test_outputs(m, n, device):
 
 def test_several_blocks_per_program(monkeypatch, device):
     config = {"BLOCK_ROWS": 32, "REPEAT": 4, "num_warps": 4}
-    monkeypatch.setattr(linear, "tuned", lambda table, m: dict(config))
+    monkeypatch.setattr(linear_decode, "tuned", lambda table, m: dict(config))
     got, expected = run("linear_w4a8", torch.randn(1, 512, device=device), 150, 128, device)
     assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
 
