@@ -148,7 +148,6 @@ def test_another_format_version(refused, tmp_path: Path) -> None:
         ({"get_format_version": 2}, "format version 2, this runner reads version 1"),
         ({"get_format_version": "1"}, "get_format_version is not a count"),
         ({}, "has no method get_format_version"),
-        ({"get_format_version": 1}, "has no method get_max_seq_len"),
     ):
         write_sealed(path, lowering.lower(graphs, constants).pte)
         refused("--prompt_ids=1", parts=[f"error: {path}: {message}"], model_path=path)

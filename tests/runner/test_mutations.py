@@ -1,0 +1,149 @@
+"""Damaged files against the loader and the runner: an error that names the file, never a signal.
+
+The seals promise this for accidental damage. Files that were changed on purpose and sealed again go
+on to ExecuTorch's own parsers, which can crash on them; that is no part of the promise. What a
+damaged tokenizer.json does to its loader is tested in test_tokenizer_files.py.
+"""
+
+import json
+import random
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from executorch.extension.flat_tensor.serialize.serialize import (
+    FlatTensorHeader,
+    _deserialize_to_flat_tensor,
+)
+from mutations import mutate_bytes
+
+MUTATIONS = 2000
+
+
+def mutated_files(folder: Path, original: bytes, count: int, seed: int) -> list[Path]:
+    """`count` files that each differ from the original."""
+    rng = random.Random(seed)
+    paths = []
+    while len(paths) < count:
+        data = mutate_bytes(rng, original)
+        if data != original:
+            paths.append(folder / f"{len(paths)}")
+            paths[-1].write_bytes(data)
+    return paths
+
+
+@pytest.fixture
+def load(build_dir: Path, tiny_program: Path):
+    """Gives the answers of `load_files`: ids, or the message of an error after the file's name."""
+
+    def answers(kind: str, paths: list[Path]) -> list[list[int] | str]:
+        command = [build_dir / "tests" / "runner" / "load_files"]
+        command += [tiny_program / "model.pte", tiny_program / "model.ptd"]
+        lines = "".join(f"{kind} {path}\n" for path in paths)
+        done = subprocess.run(
+            command, input=lines, capture_output=True, text=True, errors="replace", timeout=600
+        )
+        found = done.stdout.splitlines()
+        assert done.returncode == 0, f"{done.returncode} after {len(found)} files: {done.stderr}"
+        assert len(found) == len(paths)
+        results: list[list[int] | str] = []
+        for path, line in zip(paths, found, strict=True):
+            if line.startswith("ok"):
+                results.append([int(i) for i in line.split()[1:]])
+            else:
+                assert line.startswith(f"error: {path}: "), line
+                results.append(line.removeprefix(f"error: {path}: "))
+        return results
+
+    return answers
+
+
+def test_mutated_programs(load, tiny_program: Path, tmp_path: Path) -> None:
+    """All bytes are covered: no change is accepted."""
+    original = tiny_program / "model.pte"
+    paths = mutated_files(tmp_path, original.read_bytes(), MUTATIONS, seed=1)
+    (undamaged, *answers) = load("pte", [original, *paths])
+    assert len(undamaged) == 3
+    assert all(isinstance(answer, str) for answer in answers)
+
+
+def covered_bytes(data: bytes) -> list[tuple[int, int]]:
+    """Ranges of a `.ptd` that mean something: all but the padding between tensors."""
+    header = FlatTensorHeader.from_bytes(data[8:])
+    flatbuffer = data[: header.flatbuffer_offset + header.flatbuffer_size]
+    base = header.segment_base_offset
+    ranges = [(0, base), (base + header.segment_data_size, len(data))]
+    for segment in _deserialize_to_flat_tensor(flatbuffer).segments:
+        ranges.append((base + segment.offset, base + segment.offset + segment.size))
+    return ranges
+
+
+def test_mutated_weights(load, tiny_program: Path, tmp_path: Path) -> None:
+    """What is accepted differs in padding alone, and the program gives the same tokens."""
+    original = tiny_program / "model.ptd"
+    whole = original.read_bytes()
+    ranges = sorted(covered_bytes(whole))
+    paths = mutated_files(tmp_path, whole, MUTATIONS, seed=2)
+    padding = next(end for (_, end), (begin, _) in pairwise(ranges) if end < begin)
+    paths.append(tmp_path / "padding")
+    paths[-1].write_bytes(whole[:padding] + b"\x01" + whole[padding + 1 :])
+    (undamaged, *answers) = load("ptd", [original, *paths])
+    assert answers[-1] == undamaged
+    for path, answer in zip(paths, answers, strict=True):
+        if not isinstance(answer, str):
+            data = path.read_bytes()
+            assert answer == undamaged and len(data) == len(whole)
+            assert all(data[begin:end] == whole[begin:end] for begin, end in ranges)
+    assert sum(isinstance(answer, str) for answer in answers) > 0.9 * MUTATIONS
+
+
+def test_mutated_id_files(load, tmp_path: Path) -> None:
+    """What is accepted is what Python reads."""
+    original = json.dumps([1, 20, 300, -4, 0, 262]).encode()
+    paths = mutated_files(tmp_path, original, MUTATIONS, seed=3)
+    answers = load("ids", paths)
+    for path, answer in zip(paths, answers, strict=True):
+        if not isinstance(answer, str):
+            text = path.read_bytes().partition(b"\x00")[0]  # the parser's end of input
+            assert answer == json.loads(text)
+    accepted = sum(isinstance(answer, list) for answer in answers)
+    assert 0.1 * MUTATIONS < accepted < 0.9 * MUTATIONS
+
+
+FLAGS = {
+    "model.pte": "model_path",
+    "model.ptd": "data_path",
+    "tokenizer.json": "tokenizer_path",
+    "ids.json": "score_ids_path",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_mutated_files_through_the_runner(
+    runner, tiny_program: Path, tmp_path: Path, name: str
+) -> None:
+    """Exit code 0 and all output, or a message that names the file and none."""
+    original = b"[1, 20, 30, 4, 0, 262]"
+    if name != "ids.json":
+        original = (tiny_program / name).read_bytes()
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "output.json"
+    for path in mutated_files(tmp_path, original, 30, seed=4):
+        flags = {n: f"--{FLAGS[n]}={tiny_program / n}" for n in ("model.pte", "model.ptd")}
+        flags[name] = f"--{FLAGS[name]}={path}"
+        if name == "ids.json":
+            flags["output"] = f"--logprobs_path={output}"
+        else:
+            flags |= {"output": f"--output_ids_path={output}", "prompt": "--prompt_ids=1,2"}
+        done = subprocess.run(
+            [runner.binary, *flags.values()], capture_output=True, text=True, errors="replace"
+        )
+        assert done.returncode in (0, 1), (path, done.returncode, done.stderr)
+        if done.returncode == 0:
+            assert json.loads(output.read_text())
+            output.unlink()
+        else:
+            assert done.stderr.startswith("error: ")
+            assert str(path) in done.stderr or "token" in done.stderr, done.stderr
+        assert not list(output.parent.iterdir())
