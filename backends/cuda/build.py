@@ -98,9 +98,16 @@ def _run(command: list[str], folder: Path) -> str:
     return result.stdout
 
 
-def compiler_version() -> str:
-    """First line of `g++ --version`."""
-    return _run(["g++", "--version"], Path.cwd()).splitlines()[0]
+def toolchain() -> str:
+    """Versions of what `build` uses: the C++ compiler and the CUDA headers.
+
+    Raises:
+        RuntimeError: one of them is missing.
+    """
+    compiler = _run(["g++", "--version"], Path.cwd()).splitlines()[0]
+    header = (cuda_include_dir() / "cuda.h").read_text()
+    cuda = re.search(r"#define CUDA_VERSION (\d+)", header)
+    return f"{compiler}; CUDA {cuda[1] if cuda else 'unknown'}"
 
 
 def build(program: HostProgram) -> bytes:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from et_moe.backends import ops
 from et_moe.backends.cuda import triton as kernels
-from et_moe.backends.cuda.build import build, compiler_version
+from et_moe.backends.cuda.build import build, toolchain
 from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate, kernel_calls
@@ -134,7 +134,7 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def cache_key(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> str:
+def cache_key(graph: MethodGraph, plan: WeightPlan, gpu: Gpu, tools: str) -> str:
     """Changes with anything that changes the compiled code."""
     values = [n.meta["val"] for n in graph.program.graph.nodes if n.op == "placeholder"]
     parts = [
@@ -144,7 +144,7 @@ def cache_key(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> str:
         [graph.inputs, graph.state, graph.weights],
         [[name, *map(str, entry)] for name, entry in plan.spec.items()],
         dataclasses.astuple(gpu),
-        [torch.__version__, triton.__version__, compiler_version(), _sources_digest()],
+        [torch.__version__, triton.__version__, tools, _sources_digest()],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -206,7 +206,8 @@ def compile_method(
         RuntimeError: unsupported versions, a missing compiler, or state that is copied.
     """
     gpu = gpu_for(arch)
-    folder = None if cache_dir is None else cache_dir / cache_key(graph, plan, gpu)
+    tools = toolchain()  # before minutes of work
+    folder = None if cache_dir is None else cache_dir / cache_key(graph, plan, gpu, tools)
     if folder is not None and (cached := _load(folder, arch)):
         return cached
     program = _generate(graph, plan, gpu)

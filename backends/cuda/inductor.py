@@ -134,13 +134,15 @@ def _check_names(function: JITFunction, seen: dict[str, object]) -> None:
         if not isinstance(symbol, (JITFunction, tl.constexpr, int, str)):
             continue
         value = symbol.value if isinstance(symbol, tl.constexpr) else symbol
-        if seen.setdefault(name, value) != value:
+        if name not in seen:
+            seen[name] = value
+            if isinstance(symbol, JITFunction):
+                _check_names(symbol, seen)
+        elif seen[name] != value:
             raise RuntimeError(
                 f"kernel {function.fn.__module__}.{function.fn.__name__}: the name {name} has "
                 "another meaning in a function it calls or is called by: rename one"
             )
-        if isinstance(symbol, JITFunction):
-            _check_names(symbol, seen)
 
 
 def _plain(value: object) -> object:
@@ -257,11 +259,12 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
     Raises:
         UnsupportedOpError: the graph has an op that would be a library call.
     """
+    from torch._higher_order_ops import triton_kernel_wrap
     from torch._inductor import codecache, compile_fx
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
-    collector = _Collector()
+    collector, op_class = _Collector(), triton_kernel_wrap.Op
     folders = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(work / "triton")}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, folders))
@@ -281,6 +284,12 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
                 CppWrapperCpu,
                 "generate_input_output_runtime_checks",
                 lambda wrapper: wrapper.prefix.splice_aot(_NO_CHECKS),
+            ),
+            # Inline assembly of kernels computes or prefetches; it never stores.
+            (
+                triton_kernel_wrap,
+                "Op",
+                lambda *args, is_pure=True, **kwargs: op_class(*args, is_pure=True, **kwargs),
             ),
             # The runtime guarantees alignment. Copying an input that lacks it would silently break
             # the update of state in place.

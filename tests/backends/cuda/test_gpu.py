@@ -10,6 +10,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.runtime.hints import DeviceProperties
 
 from et_moe.backends.cuda import gpu
+from et_moe.backends.cuda.build import toolchain
 from et_moe.backends.cuda.gpu import ARCHS, GPUS, default_archs, gpu_for, pretend_gpu
 
 
@@ -141,3 +142,17 @@ def test_default_architecture_of_an_unknown_gpu(tmp_path, monkeypatch):
 def test_no_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert default_archs() == list(ARCHS)
+
+
+def test_missing_headers_are_named(monkeypatch):
+    import nvidia.cu13
+
+    monkeypatch.setattr(nvidia.cu13, "__path__", ["/nonexistent"])
+    with pytest.raises(RuntimeError, match=r"no CUDA headers found: .*et-moe\[cuda\]"):
+        toolchain()
+
+
+def test_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"g\+\+ not found"):
+        toolchain()

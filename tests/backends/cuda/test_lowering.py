@@ -103,7 +103,9 @@ def test_shared_object(lowered, tmp_path, name, arch):
 
 def test_pte_describes_the_methods(description):
     assert description["backend"] == "EtMoeCudaBackend"
-    assert description["constants"] == {"get_max_seq_len": 128, "get_eos_ids": "[1, 2]"}
+    constants = description["constants"]
+    assert constants["get_max_seq_len"] == 128 and constants["get_eos_ids"] == "[1, 2]"
+    assert json.loads(constants["get_backend"]) == "cuda"
     assert set(description["methods"]) == {"prefill", "decode"}
     plan = plan_weights(methods())
     for name, entry in description["methods"].items():
@@ -184,7 +186,7 @@ def _digests_of_binaries(content: bytes) -> set[str]:
 def test_second_export_is_quick_and_the_same(lowered):
     report = json.loads((lowered / "report.json").read_text())
     assert report["same"] and report["same_after_damage"]
-    assert report["seconds"] < 10
+    assert report["seconds"] < report["first_seconds"] / 5
     assert report["cuda_before_and_after"] == [torch.cuda.is_available(), torch.version.cuda]
 
 
