@@ -1,7 +1,7 @@
 """Random Qwen3.5 MoE checkpoints in Hugging Face layout: a tiny one, and the published 35B shape.
 
-Names, shapes and initial values are those of transformers' modeling_qwen3_5_moe.py; the 35B shape
-is https://huggingface.co/Qwen/Qwen3.5-35B-A3B/blob/main/config.json, language model only.
+Initial values follow transformers' modeling_qwen3_5_moe.py; the 35B shape is
+https://huggingface.co/Qwen/Qwen3.5-35B-A3B/blob/main/config.json, language model only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from et_moe.examples.qwen3_5_moe.checkpoint import expected_shapes
+from et_moe.examples.qwen3_5_moe.config import parse_config
 from et_moe.examples.qwen3_5_moe.hf_tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -128,7 +130,8 @@ def make_checkpoint(
         overrides: replacements for values of the preset's text config, and `layer_types`.
 
     Raises:
-        ValueError: an unknown preset or key of `overrides`, or `layers` out of range.
+        ValueError: an unknown preset or key of `overrides`, a value that makes no model, or
+            `layers` out of range.
         FileExistsError: `output_dir` exists and is not an empty directory.
         OSError: writing failed; nothing is left.
     """
@@ -154,7 +157,8 @@ def make_checkpoint(
             config = {"architectures": ["Qwen3_5MoeForCausalLM"], **text}
             prefix = "model."
         else:
-            stop = [248046, 248044]  # <|im_end|>, <|endoftext|>
+            im_end, end = 248046, text["eos_token_id"]
+            stop = [im_end, end] if im_end < text["vocab_size"] else [end]
             config = {
                 "architectures": ["Qwen3_5MoeForConditionalGeneration"],
                 "model_type": "qwen3_5_moe",
@@ -197,66 +201,11 @@ def text_config(
 
 
 def tensor_shapes(text: dict[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint with this text config, in layer order."""
-    hidden, vocab = text["hidden_size"], text["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": (vocab, hidden)}
-    for index, kind in enumerate(text["layer_types"]):
-        attention = _linear_attention if kind == "linear_attention" else _full_attention
-        block = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-        for name, shape in (block | attention(text) | _moe(text)).items():
-            shapes[f"{prefix}layers.{index}.{name}"] = shape
-    shapes[f"{prefix}norm.weight"] = (hidden,)
-    if not text["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
-
-
-def _linear_attention(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, value_heads = text["hidden_size"], text["linear_num_value_heads"]
-    value_width = value_heads * text["linear_value_head_dim"]
-    channels = 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"] + value_width
-    shapes = {
-        "dt_bias": (value_heads,),
-        "A_log": (value_heads,),
-        "conv1d.weight": (channels, 1, text["linear_conv_kernel_dim"]),
-        "norm.weight": (text["linear_value_head_dim"],),
-        "out_proj.weight": (hidden, value_width),
-        "in_proj_qkv.weight": (channels, hidden),
-        "in_proj_z.weight": (value_width, hidden),
-        "in_proj_b.weight": (value_heads, hidden),
-        "in_proj_a.weight": (value_heads, hidden),
+    """Name -> shape of every tensor of a checkpoint with this text config."""
+    shapes = expected_shapes(parse_config(text), fused_experts=True)
+    return {
+        name if name == "lm_head.weight" else prefix + name: shape for name, shape in shapes.items()
     }
-    return {f"linear_attn.{name}": shape for name, shape in shapes.items()}
-
-
-def _full_attention(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, head_dim = text["hidden_size"], text["head_dim"]
-    query_width = text["num_attention_heads"] * head_dim
-    kv_width = text["num_key_value_heads"] * head_dim
-    shapes = {
-        "q_proj.weight": (2 * query_width, hidden),  # per head: the query, then its output gate
-        "k_proj.weight": (kv_width, hidden),
-        "v_proj.weight": (kv_width, hidden),
-        "o_proj.weight": (hidden, query_width),
-        "q_norm.weight": (head_dim,),
-        "k_norm.weight": (head_dim,),
-    }
-    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
-
-
-def _moe(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, experts = text["hidden_size"], text["num_experts"]
-    width, shared = text["moe_intermediate_size"], text["shared_expert_intermediate_size"]
-    shapes = {
-        "gate.weight": (experts, hidden),
-        "experts.gate_up_proj": (experts, 2 * width, hidden),
-        "experts.down_proj": (experts, hidden, width),
-        "shared_expert.gate_proj.weight": (shared, hidden),
-        "shared_expert.up_proj.weight": (shared, hidden),
-        "shared_expert.down_proj.weight": (hidden, shared),
-        "shared_expert_gate.weight": (1, hidden),
-    }
-    return {f"mlp.{name}": shape for name, shape in shapes.items()}
 
 
 def _random_chunk(

@@ -30,6 +30,7 @@ from et_moe.examples.qwen3_5_moe.make_checkpoint import (
 # The 35B preset's form at a size for tests.
 SMALL = {
     "vocab_size": 320,
+    "eos_token_id": 7,
     "hidden_size": 64,
     "num_attention_heads": 4,
     "head_dim": 32,
@@ -128,6 +129,9 @@ def test_the_35b_config_is_the_multimodal_one(tmp_path: Path) -> None:
         "mrope_section": [11, 11, 10],
         "mrope_interleaved": True,
     }
+    assert config["text_config"]["eos_token_id"] == 7
+    generation = json.loads((tmp_path / "small" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [7]
     kinds = ["linear_attention"] * 3 + ["full_attention", "linear_attention"]
     assert config["text_config"]["layer_types"] == kinds
     assert config["text_config"]["num_hidden_layers"] == 5
@@ -218,6 +222,8 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
         ({"layers": 0}, "layers 0: expected 1 to 4"),
         ({"layers": 5}, "layers 5: expected 1 to 4"),
         ({"overrides": {"hiden_size": 1}}, "'hiden_size' is not a key"),
+        ({"overrides": {"num_experts": 1}}, "num_experts_per_tok must not exceed num_experts"),
+        ({"preset": "35b", "overrides": {"vocab_size": 320}}, "eos_token_id 248044 is not a token"),
         ({"overrides": {"vocab_size": 260}}, "vocab_size 260: expected at least 261"),
     ],
 )
