@@ -41,11 +41,12 @@ def attention(
 
 
 def compile_cases() -> list[CompileCase]:
-    """The attention layers of Qwen3.5-35B-A3B with a cache of 4096 tokens."""
-    heads, kv_heads, dim, half, capacity = 16, 2, 256, 32, 4096
+    """The attention layers of Qwen3.5-35B-A3B, and small ones in fp32; caches of 4096 tokens."""
 
-    def arguments(dtype):
-        def make(m, device):
+    def case(name, dtype, heads, kv_heads, dim, half):
+        capacity = 4096
+
+        def arguments(m, device):
             def normal(*shape):
                 return torch.randn(shape, device=device).to(dtype)
 
@@ -60,21 +61,23 @@ def compile_cases() -> list[CompileCase]:
                 "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
             }
 
-        return make
-
-    tables = ("attention_decode", "attention_combine", "attention_append")
-    return [
-        CompileCase(
+        suffix = "_fp32" if dtype == torch.float32 else ""
+        return CompileCase(
             f"attention/{name}",
             attention,
-            arguments(dtype),
-            tables=(*tables, table),
+            arguments,
+            tables=(
+                f"attention_decode{suffix}",
+                f"attention_prefill{suffix}",
+                "attention_combine",
+                "attention_append",
+            ),
             streams={"_decode_kernel": ("k_cache_ptr", "v_cache_ptr")},
         )
-        for name, dtype, table in (
-            ("bf16", torch.bfloat16, "attention_prefill"),
-            ("fp32", torch.float32, "attention_prefill_fp32"),
-        )
+
+    return [
+        case("qwen3_5_35b", torch.bfloat16, 16, 2, 256, 32),
+        case("small_fp32", torch.float32, 4, 1, 64, 8),
     ]
 
 

@@ -151,7 +151,8 @@ def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Ten
     qkv, *_, position, _ = inputs
     heads, dim = shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]
     out = qkv.new_empty((1, heads * dim))
-    config = tuned("attention_decode", shape["CAPACITY"])
+    table = "attention_decode" if qkv.element_size() == 2 else "attention_decode_fp32"
+    config = tuned(table, shape["CAPACITY"])
     splits = {n: config[n] for n in ("SPLITS", "BLOCK_N")}
     partial = qkv.new_empty((config["SPLITS"], heads, dim), dtype=torch.float32)
     top = qkv.new_empty((config["SPLITS"], heads), dtype=torch.float32)

@@ -121,7 +121,7 @@ def _flash_kernel(
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, DIM)
-    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
     out_ptr += start.to(tl.int64) * (HEADS * DIM) + head * DIM
     out_tile = out_ptr + row[:, None] * (HEADS * DIM) + column[None, :]
     in_out = (row < tokens - start)[:, None]
@@ -134,7 +134,7 @@ def _flash_kernel(
     position = tl.load(position_ptr).to(tl.int32)
     k_ptr = k_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
     v_ptr = v_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
-    end = position + tl.minimum(start + BLOCK_M, valid).to(tl.int32)
+    end = position + tl.minimum(start + BLOCK_M, valid)
     seen_by_all = (position + start + 1) // BLOCK_N * BLOCK_N
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)

@@ -304,13 +304,22 @@ def chunk_gated_delta(
     """
     (q, k, v), (heads, key_dim, value_dim) = qkv, state.shape
     tokens, values = q.shape[0], heads * value_dim
-    out = q.new_empty((tokens, values))
     chunks = cdiv(tokens, CHUNK)
+    out = q.new_empty((tokens, values))
     u = q.new_empty((heads, chunks * CHUNK, value_dim))
     w = q.new_empty((heads, chunks * CHUNK, key_dim))
     decay = q.new_empty((heads, chunks * CHUNK), dtype=torch.float32)
     k_scale = torch.empty_like(decay)
     states = q.new_empty((heads, chunks, key_dim, value_dim))
+    shape = {
+        "K_ROW": k.stride(0),
+        "K_COLUMN": columns[0],
+        "GROUP": heads // key_heads,
+        "DK": key_dim,
+        "DV": value_dim,
+        "HAS_NUM_TOKENS": num_tokens is not None,
+    }
+    num_tokens = state if num_tokens is None else num_tokens
     gated = isinstance(gates, Gating)
     if gated:
         a = b = gates.projected
@@ -321,74 +330,20 @@ def chunk_gated_delta(
         a, b = gates
         a_log, dt_bias, norm_weight, eps = decay, decay, decay, 0.0
         z_column = b_column = a_column = 0
-    shape = {"GROUP": heads // key_heads, "DK": key_dim, "DV": value_dim}
-    shape |= {"K_ROW": k.stride(0), "K_COLUMN": columns[0]}
-    shape |= {"HAS_NUM_TOKENS": num_tokens is not None}
-    num_tokens = state if num_tokens is None else num_tokens
-    launch(
-        _prepare_kernel,
-        (chunks, heads),
-        k,
-        v,
-        b,
-        a,
-        a_log,
-        dt_bias,
-        num_tokens,
-        u,
-        w,
-        decay,
-        k_scale,
-        tokens,
-        V_ROW=v.stride(0),
-        V_COLUMN=columns[1],
-        GATE_ROW=b.stride(0),
-        B_COLUMN=b_column,
-        A_COLUMN=a_column,
-        RAW_GATES=gated,
-        LOG_CHUNK=LOG_CHUNK,
-        **shape,
-        **tuned("gated_delta_prepare", tokens),
-    )
+    rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1]}
+    rows |= {"GATE_ROW": b.stride(0), "B_COLUMN": b_column, "A_COLUMN": a_column}
+    arguments = (k, v, b, a, a_log, dt_bias, num_tokens, u, w, decay, k_scale, tokens)
+    config = {"RAW_GATES": gated, "LOG_CHUNK": LOG_CHUNK, **tuned("gated_delta_prepare", tokens)}
+    launch(_prepare_kernel, (chunks, heads), *arguments, **shape, **rows, **config)
+
     config = tuned("gated_delta_scan", tokens)
     config["BLOCK_V"] = min(config["BLOCK_V"], value_dim)
-    launch(
-        _scan_kernel,
-        (value_dim // config["BLOCK_V"], heads),
-        k,
-        u,
-        w,
-        decay,
-        k_scale,
-        state,
-        states,
-        num_tokens,
-        tokens,
-        CHUNK=CHUNK,
-        **shape,
-        **config,
-    )
-    launch(
-        _output_kernel,
-        (chunks, heads),
-        q,
-        k,
-        u,
-        decay,
-        k_scale,
-        states,
-        a,
-        norm_weight,
-        num_tokens,
-        out,
-        tokens,
-        Z_ROW=a.stride(0),
-        Z_COLUMN=z_column,
-        HEADS=heads,
-        GATED=gated,
-        EPS=eps,
-        CHUNK=CHUNK,
-        **shape,
-        **tuned("gated_delta_output", tokens),
-    )
+    grid = (value_dim // config["BLOCK_V"], heads)
+    arguments = (k, u, w, decay, k_scale, state, states, num_tokens, tokens)
+    launch(_scan_kernel, grid, *arguments, CHUNK=CHUNK, **shape, **config)
+
+    arguments = (q, k, u, decay, k_scale, states, a, norm_weight, num_tokens, out, tokens)
+    rows = {"Z_ROW": a.stride(0), "Z_COLUMN": z_column, "HEADS": heads, "GATED": gated, "EPS": eps}
+    config = {"CHUNK": CHUNK, **tuned("gated_delta_output", tokens)}
+    launch(_output_kernel, (chunks, heads), *arguments, **shape, **rows, **config)
     return out

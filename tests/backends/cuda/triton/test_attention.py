@@ -1,0 +1,198 @@
+"""Attention kernels against their eager reference."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends import ops
+from et_moe.backends.cuda.triton import attention_decode, attention_prefill
+from et_moe.backends.cuda.triton.attention import attention
+from et_moe.backends.cuda.triton.compile_case import record_launches
+from et_moe.backends.cuda.triton.rope import sincos
+
+# Relative L2 error allowed. The interpreter truncates where a GPU rounds to bf16.
+TOLERANCE = {
+    torch.float32: 2e-6 if triton.knobs.runtime.interpret else 1e-4,
+    torch.bfloat16: 2e-2 if triton.knobs.runtime.interpret else 5e-3,
+}
+# KV heads, query heads per KV head, D, rotated pairs, capacity
+ONE_KV, GROUP_3, FULL_ROPE = (1, 4, 32, 4, 256), (2, 3, 64, 8, 200), (1, 1, 32, 16, 128)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def make_inputs(shape, tokens, position, dtype, device) -> dict:
+    kv_heads, group, dim, half, capacity = shape
+    floats = {
+        "qkv": torch.randn(tokens, 2 * kv_heads * (group + 1) * dim),
+        "q_norm": torch.randn(dim) * 0.3,
+        "k_norm": torch.randn(dim) * 0.3,
+        "k_cache": torch.randn(kv_heads, capacity, dim),
+        "v_cache": torch.randn(kv_heads, capacity, dim),
+    }
+    inputs = {name: value.to(device, dtype) for name, value in floats.items()}
+    inv_freq = 1e4 ** -(torch.arange(half, device=device) / half)
+    return inputs | {"inv_freq": inv_freq, "position": torch.tensor([position], device=device)}
+
+
+def clone(inputs: dict) -> dict:
+    return {name: value.clone() for name, value in inputs.items()}
+
+
+def counted(inputs: dict, valid: int | None) -> dict:
+    if valid is None:
+        return inputs
+    return inputs | {"num_tokens": torch.tensor([valid], device=inputs["qkv"].device)}
+
+
+def check(inputs: dict, valid: int | None = None) -> None:
+    """Runs kernels and reference on copies of the inputs and compares outputs and caches."""
+    got_inputs, expected_inputs = clone(inputs), clone(inputs)
+    got = attention(**counted(got_inputs, valid))
+    expected = ops.attention(**counted(expected_inputs, valid))
+    tolerance = TOLERANCE[expected.dtype]
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    if valid != 0:
+        assert relative_error(got[:valid], expected[:valid]) < tolerance
+    assert torch.equal(got_inputs["v_cache"], expected_inputs["v_cache"])
+    written = slice(int(inputs["position"]), int(inputs["position"]) + got[:valid].shape[0])
+    for cache in (got_inputs["k_cache"], expected_inputs["k_cache"]):
+        cache[:, : written.start] -= inputs["k_cache"][:, : written.start]
+        cache[:, written.stop :] -= inputs["k_cache"][:, written.stop :]
+    assert relative_error(got_inputs["k_cache"], expected_inputs["k_cache"]) < tolerance
+
+
+@pytest.fixture
+def few_splits(monkeypatch):
+    """Few enough that one split has several tiles, and the interpreter little to do."""
+    config = {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4}
+    original = attention_decode.tuned
+
+    def tuned(table, m):
+        return dict(config) if table.startswith("attention_decode") else original(table, m)
+
+    monkeypatch.setattr(attention_decode, "tuned", tuned)
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("position", [0, 1, 15, 16, 17, 63, 64, 65, 66, 130, 199])
+def test_decode_positions(position, dtype, device):
+    """From an empty cache to the last row, around the edges of tiles and of splits."""
+    check(make_inputs(GROUP_3, 1, position, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [ONE_KV, FULL_ROPE])
+def test_decode_shapes(shape, dtype, device):
+    check(make_inputs(shape, 1, 100, dtype, device))
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("valid", [0, 1])
+def test_decode_counted(valid, device):
+    check(make_inputs(ONE_KV, 1, 33, torch.float32, device), valid)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles of queries and keys within a short prompt."""
+    config = {"BLOCK_M": 32, "BLOCK_N": 16, "STAGES": 1, "num_warps": 4}
+    original = attention_prefill.tuned
+
+    def tuned(table, m):
+        return dict(config) if table.startswith("attention_prefill") else original(table, m)
+
+    monkeypatch.setattr(attention_prefill, "tuned", tuned)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("position", [0, 5, 32])
+@pytest.mark.parametrize("tokens", [2, 15, 16, 17, 31, 32, 33, 65])
+def test_prefill_lengths(tokens, position, device):
+    check(make_inputs(ONE_KV, tokens, position, torch.float32, device))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [ONE_KV, GROUP_3, FULL_ROPE])
+def test_prefill_shapes(shape, dtype, device):
+    check(make_inputs(shape, 40, 21, dtype, device))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("tokens,valid", [(40, 0), (40, 1), (40, 32), (40, 33), (70, 40)])
+def test_padding(tokens, valid, device):
+    """Padded rows may hold anything, are not appended, and come out as zeros."""
+    inputs = make_inputs(ONE_KV, tokens, 250 - valid, torch.float32, device)
+    check(inputs, valid)
+    inputs["qkv"][valid:] = float("nan")
+    clean = clone(inputs)
+    out = attention(**counted(inputs, valid))
+    assert torch.count_nonzero(out[valid:]) == 0 and torch.isfinite(out).all()
+    for name in ("k_cache", "v_cache"):
+        end = 250 - valid
+        assert torch.equal(inputs[name][:, :end], clean[name][:, :end])
+        assert torch.equal(inputs[name][:, 250:], clean[name][:, 250:])
+
+
+@pytest.mark.usefixtures("few_splits", "small_tiles")
+def test_pieces_equal_the_whole(device):
+    inputs = make_inputs(GROUP_3, 40, 50, torch.float32, device)
+    whole, pieces = clone(inputs), clone(inputs)
+    expected = attention(**whole)
+    results, position = [], 50
+    for piece in inputs["qkv"].split((33, 1, 6)):
+        here = torch.tensor([position], device=device)
+        results.append(attention(**pieces | {"qkv": piece.contiguous(), "position": here}))
+        position += piece.shape[0]
+    assert relative_error(torch.cat(results), expected) < 1e-5
+    for name in ("k_cache", "v_cache"):
+        assert relative_error(pieces[name], whole[name]) < 1e-6
+
+
+@triton.jit
+def _sincos_kernel(angle_ptr, sin_ptr, cos_ptr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sin, cos = sincos(tl.load(angle_ptr + index))
+    tl.store(sin_ptr + index, sin)
+    tl.store(cos_ptr + index, cos)
+
+
+def test_sincos(device):
+    """Angles of many turns, as of positions far into the cache."""
+    edges = torch.arange(-8, 9) * (torch.pi / 4)
+    angles = torch.cat((edges, torch.rand(2000) * 10, torch.rand(2079) * 1e5)).to(device)
+    sin, cos = torch.empty_like(angles), torch.empty_like(angles)
+    _sincos_kernel[(4,)](angles, sin, cos, BLOCK=1024)
+    assert (sin - angles.double().sin()).abs().max() < 3e-6
+    assert (cos - angles.double().cos()).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e15])
+def test_magnitudes(scale, device):
+    """q and k are normed: their magnitude matters only where eps does."""
+    inputs = make_inputs(ONE_KV, 20, 7, torch.float32, device)
+    inputs["qkv"].mul_(scale)
+    check(inputs)
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_repeatable(tokens, dtype, device):
+    inputs = make_inputs(ONE_KV, tokens, 99, dtype, device)
+    first, second = clone(inputs), clone(inputs)
+    assert torch.equal(attention(**first), attention(**second))
+    assert torch.equal(first["k_cache"], second["k_cache"])
+
+
+@pytest.mark.usefixtures("few_splits")
+def test_launches(device):
+    for tokens in (1, 5):
+        with record_launches(run=True) as recorded:
+            check(make_inputs(ONE_KV, tokens, 9, torch.bfloat16, device))
+        assert len(recorded) == 2

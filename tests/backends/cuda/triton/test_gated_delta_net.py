@@ -1,0 +1,186 @@
+"""Gated delta net kernels against their eager references."""
+
+import pytest
+import torch
+import triton
+
+from et_moe.backends import ops
+from et_moe.backends.cuda.triton import gated_delta_net as kernels
+from et_moe.backends.cuda.triton.compile_case import record_launches
+
+# Relative L2 error allowed. The interpreter truncates where a GPU rounds to bf16.
+TOLERANCE = {
+    torch.float32: 2e-6 if triton.knobs.runtime.interpret else 1e-4,
+    torch.bfloat16: 2e-2 if triton.knobs.runtime.interpret else 5e-3,
+}
+# key heads, value heads per key head, Dk, Dv, taps
+SMALL, GROUP_3, WIDE = (2, 1, 16, 32, 2), (1, 3, 32, 16, 4), (1, 2, 64, 32, 4)
+STATES = ("conv_state", "recurrent_state")
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def net_inputs(shape, tokens, dtype, device) -> dict:
+    key_heads, group, key_dim, value_dim, taps = shape
+    heads = key_heads * group
+    values = heads * value_dim
+    channels = 2 * key_heads * key_dim + values
+    floats = {
+        "projected": torch.randn(tokens, channels + values + 2 * heads),
+        "conv_weight": torch.randn(channels, taps) * 0.5,
+        "a_log": torch.rand(heads),
+        "dt_bias": torch.randn(heads) - 2,
+        "norm_weight": torch.rand(value_dim) + 0.5,
+        "conv_state": torch.randn(taps - 1, channels),
+    }
+    inputs = {name: value.to(device, dtype) for name, value in floats.items()}
+    return inputs | {"recurrent_state": torch.randn(heads, key_dim, value_dim, device=device)}
+
+
+def rule_inputs(shape, tokens, dtype, device) -> dict:
+    key_heads, group, key_dim, value_dim, _ = shape
+    heads = key_heads * group
+    floats = {
+        "q": torch.randn(tokens, key_heads, key_dim),
+        "k": torch.randn(tokens, key_heads, key_dim),
+        "v": torch.randn(tokens, heads, value_dim),
+    }
+    inputs = {name: value.to(device, dtype) for name, value in floats.items()}
+    return inputs | {
+        "g": -torch.rand(tokens, heads, device=device),
+        "beta": torch.rand(tokens, heads, device=device),
+        "state": torch.randn(heads, key_dim, value_dim, device=device),
+    }
+
+
+def clone(inputs: dict) -> dict:
+    return {name: value.clone() for name, value in inputs.items()}
+
+
+def counted(inputs: dict, valid: int | None) -> dict:
+    if valid is None:
+        return inputs
+    return inputs | {"num_tokens": torch.tensor([valid], device=next(iter(inputs.values())).device)}
+
+
+def check(op: str, inputs: dict, valid: int | None = None) -> dict:
+    """Runs kernel and reference on copies of the inputs; returns what the kernel left of them."""
+    got_inputs, expected_inputs = clone(inputs), clone(inputs)
+    got = getattr(kernels, op)(**counted(got_inputs, valid))
+    expected = getattr(ops, op)(**counted(expected_inputs, valid))
+    tolerance = TOLERANCE[expected.dtype]
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    rows = slice(0, valid)
+    if valid != 0:
+        assert relative_error(got[rows], expected[rows]) < tolerance
+    for name, value in expected_inputs.items():
+        if name == "conv_state" or (op == "causal_conv1d" and name == "state") or valid == 0:
+            assert torch.equal(got_inputs[name], value), name
+        else:
+            assert relative_error(got_inputs[name], value) < tolerance, name
+    return got_inputs
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 63, 64, 65, 128, 193])
+def test_lengths(tokens, dtype, device):
+    check("gated_delta_net", net_inputs(SMALL, tokens, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens,valid", [(1, None), (1, 0), (1, 1), (40, None), (70, 67)])
+@pytest.mark.parametrize("shape", [GROUP_3, WIDE])
+def test_heads(shape, tokens, valid, dtype, device):
+    check("gated_delta_net", net_inputs(shape, tokens, dtype, device), valid)
+
+
+@pytest.mark.parametrize("tokens,valid", [(80, 0), (80, 1), (80, 2), (80, 3), (80, 64), (130, 65)])
+def test_padding(tokens, valid, device):
+    """Padded rows may hold anything, change nothing, and come out as zeros."""
+    inputs = net_inputs(GROUP_3, tokens, torch.float32, device)
+    expected = check("gated_delta_net", inputs, valid)
+    inputs["projected"][valid:] = float("nan")
+    got = clone(inputs)
+    out = kernels.gated_delta_net(**counted(got, valid))
+    assert torch.count_nonzero(out[valid:]) == 0 and torch.isfinite(out).all()
+    for name in STATES:
+        assert torch.equal(got[name], expected[name])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_true_head_size(dtype, device):
+    shape = (1, 2, 128, 128, 4)
+    check("gated_delta_net", net_inputs(shape, 1, dtype, device))
+    check("gated_delta_net", net_inputs(shape, 66, dtype, device))
+
+
+def test_pieces_equal_the_whole(device):
+    """A prompt in pieces, one of them a single token, leaves the states of the prompt at once."""
+    inputs = net_inputs(GROUP_3, 80, torch.float32, device)
+    whole, pieces = clone(inputs), clone(inputs)
+    expected = kernels.gated_delta_net(**whole)
+    results = []
+    for piece in inputs["projected"].split((70, 1, 9)):
+        results.append(kernels.gated_delta_net(**pieces | {"projected": piece.contiguous()}))
+    assert relative_error(torch.cat(results), expected) < 1e-5
+    for name in STATES:
+        assert relative_error(pieces[name], whole[name]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 66])
+def test_repeatable(tokens, dtype, device):
+    inputs = net_inputs(WIDE, tokens, dtype, device)
+    first, second = clone(inputs), clone(inputs)
+    assert torch.equal(kernels.gated_delta_net(**first), kernels.gated_delta_net(**second))
+    for name in STATES:
+        assert torch.equal(first[name], second[name])
+
+
+def test_launches(device):
+    for tokens, launches in ((1, 1), (5, 4)):
+        with record_launches(run=True) as recorded:
+            check("gated_delta_net", net_inputs(SMALL, tokens, torch.float32, device))
+        assert len(recorded) == launches
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens,valid", [(1, None), (65, None), (70, 3)])
+def test_rule(tokens, valid, dtype, device):
+    check("gated_delta_rule", rule_inputs(GROUP_3, tokens, dtype, device), valid)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rule_with_one_key(dtype, device):
+    """The same key throughout, no decay, beta 1: the system of a chunk has ones below the diagonal,
+    and inverting it by a power series would lose all digits."""
+    inputs = rule_inputs(WIDE, 100, dtype, device)
+    inputs["k"].copy_(inputs["k"].select(0, 0).expand_as(inputs["k"]).clone())
+    inputs["g"].zero_()
+    inputs["beta"].fill_(1.0)
+    check("gated_delta_rule", inputs)
+
+
+def test_rule_at_extremes(device):
+    """Decay to nothing within a chunk must not overflow; a zero key has no direction."""
+    inputs = rule_inputs(WIDE, 100, torch.float32, device)
+    inputs["g"].mul_(torch.tensor([1.0, 200.0], device=device))
+    inputs["k"].select(0, 5).zero_()
+    inputs["q"].select(0, 7).zero_()
+    inputs["v"].select(0, 9).mul_(1e4)
+    check("gated_delta_rule", inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("taps", [2, 3, 4])
+@pytest.mark.parametrize("tokens,valid", [(1, None), (2, None), (5, 1), (33, 0), (33, 2), (70, 64)])
+def test_conv(tokens, valid, taps, dtype, device):
+    inputs = {
+        "x": torch.randn(tokens, 140).to(device, dtype),
+        "weight": torch.randn(140, taps).to(device, dtype),
+        "state": torch.randn(taps - 1, 140).to(device, dtype),
+    }
+    check("causal_conv1d", inputs, valid)
