@@ -56,6 +56,23 @@ def _load_scales(scales, offset, valid, next_group, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _dot_float(packed, x, limit, WORDS: tl.constexpr):
+    """`_dot_steps` before weight scales, low and high nibbles apart, for float activations."""
+    low = tl.zeros(packed.shape, tl.float32)
+    high = tl.zeros(packed.shape, tl.float32)
+    for i in tl.static_range(4):
+        column = tl.arange(0, WORDS)[None, :] * 4 + i
+        source = x[:, None] + column
+        x_low = tl.load(source, mask=column < limit[:, None], other=0.0).to(tl.float32)
+        x_high = tl.load(source + 64, mask=column + 64 < limit[:, None], other=0.0).to(tl.float32)
+        # 16 * the nibble, sign-extended.
+        byte = (packed << (24 - 8 * i)) >> 24
+        low += ((byte << 28) >> 24).to(tl.float32) * x_low[:, None, :]
+        high += (byte & -16).to(tl.float32) * x_high[:, None, :]
+    return tl.sum(low, axis=2), tl.sum(high, axis=2)
+
+
+@triton.jit
 def _dot_steps(
     words,
     offset,
@@ -83,45 +100,33 @@ def _dot_steps(
     """
     CHUNKS: tl.constexpr = 16 // WORDS
     valid = limit > 0
-    word = tl.arange(0, WORDS)
     # The order of these lines counts. Weights are requested at once; the activations arrive before
     # them (out of the L2 cache) and are quantized meanwhile; weight scales are needed last.
     if TILE != 0:
         x_low = _load_words(x, limit, WORDS)
         x_high = _load_words(x + 64, limit - 64, WORDS)
-    mask = valid[:, None, None]
-    packed = tl.load(words + offset[:, :, None] + word[None, None, :], mask=mask, other=0)
+    source = words + offset[:, :, None] + tl.arange(0, WORDS)[None, None, :]
+    packed = tl.load(source, mask=valid[:, None, None], other=0)
     if TILE == 0:
-        low = tl.zeros(packed.shape, tl.float32)
-        high = tl.zeros(packed.shape, tl.float32)
-        column = word[None, :] * 4
-        for i in tl.static_range(4):
-            mask = column + i < limit[:, None]
-            x_low = tl.load(x[:, None] + column + i, mask=mask, other=0.0).to(tl.float32)
-            mask = column + i + 64 < limit[:, None]
-            x_high = tl.load(x[:, None] + column + i + 64, mask=mask, other=0.0).to(tl.float32)
-            # 16 * the nibble: sign-extended from the top byte.
-            byte = (packed << (24 - 8 * i)) >> 24
-            low += ((byte << 28) >> 24).to(tl.float32) * x_low[:, None, :]
-            high += (byte & -16).to(tl.float32) * x_high[:, None, :]
+        low_sum, high_sum = _dot_float(packed, x, limit, WORDS)
         scale_low, scale_high = _load_scales(scales, scale_offset, valid, next_group, GROUP)
-        return tl.sum(low, axis=2) * scale_low + tl.sum(high, axis=2) * scale_high
-    amax_low, amax_high = _tile_amax(x_low, CHUNKS), _tile_amax(x_high, CHUNKS)
-    if TILE == 128:
-        amax_low = tl.maximum(amax_low, amax_high)
-        amax_high = amax_low
-    inverse_low, a_low = int8_scale(amax_low, TILE == 128)
-    inverse_high, a_high = int8_scale(amax_high, TILE == 128)
-    q_low, q_high = _pack_int8(x_low, inverse_low), _pack_int8(x_high, inverse_high)
-    scale_low, scale_high = _load_scales(scales, scale_offset, valid, next_group, GROUP)
-    scale_low, scale_high = scale_low * a_low[:, None], scale_high * a_high[:, None]
-    zero = tl.zeros(packed.shape, tl.int32)
-    low = dot_bytes((packed << 4) & _UPPER_NIBBLES, q_low, zero)
-    if TILE == 128 and GROUP == 128:
-        both = tl.sum(dot_bytes(packed & _UPPER_NIBBLES, q_high, low), axis=2)
-        return both.to(tl.float32) * scale_low
-    high = dot_bytes(packed & _UPPER_NIBBLES, q_high, zero)
-    low_sum, high_sum = tl.sum(low, axis=2).to(tl.float32), tl.sum(high, axis=2).to(tl.float32)
+    else:
+        amax_low, amax_high = _tile_amax(x_low, CHUNKS), _tile_amax(x_high, CHUNKS)
+        if TILE == 128:
+            amax_low = tl.maximum(amax_low, amax_high)
+            amax_high = amax_low
+        inverse_low, a_low = int8_scale(amax_low, TILE == 128)
+        inverse_high, a_high = int8_scale(amax_high, TILE == 128)
+        q_low, q_high = _pack_int8(x_low, inverse_low), _pack_int8(x_high, inverse_high)
+        scale_low, scale_high = _load_scales(scales, scale_offset, valid, next_group, GROUP)
+        scale_low, scale_high = scale_low * a_low[:, None], scale_high * a_high[:, None]
+        zero = tl.zeros(packed.shape, tl.int32)
+        low = dot_bytes((packed << 4) & _UPPER_NIBBLES, q_low, zero)
+        if TILE == 128 and GROUP == 128:  # one scale for both
+            both = dot_bytes(packed & _UPPER_NIBBLES, q_high, low)
+            return tl.sum(both, axis=2).to(tl.float32) * scale_low
+        high = dot_bytes(packed & _UPPER_NIBBLES, q_high, zero)
+        low_sum, high_sum = tl.sum(low, axis=2).to(tl.float32), tl.sum(high, axis=2).to(tl.float32)
     return low_sum * scale_low + high_sum * scale_high
 
 
