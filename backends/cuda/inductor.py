@@ -7,10 +7,11 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import sympy
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +28,9 @@ OPTIONS = {
     # Kernels are compiled while the host program is generated, not by a first run of it.
     "triton.autotune_at_compile_time": True,
     "use_static_triton_launcher": False,
+    # A Python float is an fp32 parameter, as it is where Triton itself launches the kernel; fp64
+    # would spread from there through the kernel's arithmetic.
+    "_use_fp64_for_unbacked_floats": False,
     # The program that loads the code checks what it passes, once.
     "size_asserts": False,
     # Matmul patterns and constant folding: they would run ops on the GPU, and ours has no use for
@@ -185,6 +189,31 @@ def _strict_kernel_analysis() -> Iterator[None]:
         log.removeHandler(handler)
 
 
+def _once_per_variant(analyse: Callable) -> Callable:
+    """torch's analysis of what a kernel reads and writes, kept for launches that differ in nothing
+    that the kernel's code depends on: most of the time of a compilation with hundreds of launches.
+    """
+    known: dict[tuple, object] = {}
+
+    def variant(value: object) -> object:
+        if hasattr(value, "get_dtype"):  # Inductor's tensors
+            return value.get_dtype()
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return (type(value), value)
+        return type(value) if isinstance(value, (torch.SymInt, sympy.Expr)) else str(value)
+
+    def cached(kernel, kwargs: dict, tma_descriptor_metadata: dict):
+        arguments = tuple((name, variant(value)) for name, value in sorted(kwargs.items()))
+        key = (id(kernel), arguments, str(tma_descriptor_metadata))
+        if key not in known:
+            known[key] = analyse(kernel, kwargs, tma_descriptor_metadata)
+        return known[key]
+
+    return cached
+
+
 class _Collector:
     """Takes the places of the autotuner and of the C++ compiler in Inductor's pipeline."""
 
@@ -284,6 +313,11 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
                 CppWrapperCpu,
                 "generate_input_output_runtime_checks",
                 lambda wrapper: wrapper.prefix.splice_aot(_NO_CHECKS),
+            ),
+            (
+                triton_kernel_wrap,
+                "identify_accessed_tensors",
+                _once_per_variant(triton_kernel_wrap.identify_accessed_tensors),
             ),
             # Inline assembly of kernels computes or prefetches; it never stores.
             (

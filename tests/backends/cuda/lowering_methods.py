@@ -141,5 +141,22 @@ def _errors(folder: Path) -> None:
     (folder / "errors.json").write_text(json.dumps(messages))
 
 
+def _launches(folder: Path) -> None:
+    """Launches per decoded token of four layers of the 35B model, of both kinds."""
+    from et_moe.backends.cuda.compile import compile_method
+    from et_moe.backends.cuda.prepack import plan_weights
+    from et_moe.examples.qwen3_5_moe.config import parse_config
+    from et_moe.examples.qwen3_5_moe.export import build_graphs
+    from et_moe.examples.qwen3_5_moe.make_checkpoint import text_config
+    from et_moe.examples.qwen3_5_moe.model import Quantization
+
+    config = parse_config(text_config("35b", layers=4), where="35b")
+    graphs = build_graphs(config, Quantization(), torch.bfloat16, 4096)
+    code = compile_method(graphs["decode"], plan_weights(graphs), "sm_90")
+    report = {"layers": config.layer_types, "launches": code.launches}
+    (folder / "launches.json").write_text(json.dumps(report))
+
+
 if __name__ == "__main__":
-    {"lower": _lower, "again": _again, "errors": _errors}[sys.argv[1]](Path(sys.argv[2]))
+    commands = {"lower": _lower, "again": _again, "errors": _errors, "launches": _launches}
+    commands[sys.argv[1]](Path(sys.argv[2]))

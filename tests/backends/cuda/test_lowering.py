@@ -154,6 +154,8 @@ def test_sidecar_says_how_to_execute_every_launch(lowered, name, arch):
             if isinstance(node, ast.FunctionDef) and node.name == kernel["function"]
         )
         assert [ast.unparse(d) for d in function.decorator_list] == ["triton.jit"]
+        # Triton launches kernels with floats in fp32, and so must the host program.
+        assert "fp64" not in [kind for _, kind in kernel["parameters"]]
         names = {p for p, _ in kernel["parameters"]} | set(kernel["constants"])
         assert names == {a.arg for a in function.args.args}
         # What the host program passes, in number: the parameters and two scratch pointers.
@@ -203,6 +205,13 @@ def test_refused_graphs(tmp_path_factory):
     assert kind == "UnsupportedOpError" and "mm" in message
     kind, message = errors["CopiedState"]
     assert kind == "RuntimeError" and "state conv.state is copied by" in message
+
+
+def test_launches_of_a_decoded_token(tmp_path_factory):
+    """The 35B model is ten times these four layers; its embedding, head and sampler come once."""
+    report = json.loads((_run("launches", tmp_path_factory) / "launches.json").read_text())
+    assert report["layers"] == ["linear_attention"] * 3 + ["full_attention"]
+    assert 10 * report["launches"] <= 400
 
 
 def test_damaged_files_are_noticed(lowered):
