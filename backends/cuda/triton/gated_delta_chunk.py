@@ -25,9 +25,8 @@ from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.tuning import tuned
 
-LOG_CHUNK = 6
-CHUNK = 1 << LOG_CHUNK
-"""Tokens of a chunk."""
+LOG_CHUNK = {2: 6, 4: 5}
+"""Base-2 logarithm of the tokens of a chunk, by bytes of an element: fp32 takes more registers."""
 
 
 @triton.jit
@@ -159,7 +158,7 @@ def _scan_kernel(
     DK: tl.constexpr,
     DV: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LOG_CHUNK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -167,6 +166,7 @@ def _scan_kernel(
 
     Writes the state before every chunk, `states [Hv, chunks, Dk, Dv]`, and replaces u by v'.
     """
+    CHUNK: tl.constexpr = 1 << LOG_CHUNK
     head = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
@@ -227,9 +227,10 @@ def _output_kernel(
     GATED: tl.constexpr,
     EPS: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LOG_CHUNK: tl.constexpr,
 ):
     """o of one chunk and value head, if GATED RMS-normed and times SiLU(z). Padding becomes 0."""
+    CHUNK: tl.constexpr = 1 << LOG_CHUNK
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     start = chunk * CHUNK
@@ -304,11 +305,12 @@ def chunk_gated_delta(
     """
     (q, k, v), (heads, key_dim, value_dim) = qkv, state.shape
     tokens, values = q.shape[0], heads * value_dim
-    chunks = cdiv(tokens, CHUNK)
+    log_chunk = LOG_CHUNK[q.element_size()]
+    chunks = cdiv(tokens, 1 << log_chunk)
     out = q.new_empty((tokens, values))
-    u = q.new_empty((heads, chunks * CHUNK, value_dim))
-    w = q.new_empty((heads, chunks * CHUNK, key_dim))
-    decay = q.new_empty((heads, chunks * CHUNK), dtype=torch.float32)
+    u = q.new_empty((heads, chunks << log_chunk, value_dim))
+    w = q.new_empty((heads, chunks << log_chunk, key_dim))
+    decay = q.new_empty((heads, chunks << log_chunk), dtype=torch.float32)
     k_scale = torch.empty_like(decay)
     states = q.new_empty((heads, chunks, key_dim, value_dim))
     shape = {
@@ -318,6 +320,7 @@ def chunk_gated_delta(
         "DK": key_dim,
         "DV": value_dim,
         "HAS_NUM_TOKENS": num_tokens is not None,
+        "LOG_CHUNK": log_chunk,
     }
     num_tokens = state if num_tokens is None else num_tokens
     gated = isinstance(gates, Gating)
@@ -333,17 +336,18 @@ def chunk_gated_delta(
     rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1]}
     rows |= {"GATE_ROW": b.stride(0), "B_COLUMN": b_column, "A_COLUMN": a_column}
     arguments = (k, v, b, a, a_log, dt_bias, num_tokens, u, w, decay, k_scale, tokens)
-    config = {"RAW_GATES": gated, "LOG_CHUNK": LOG_CHUNK, **tuned("gated_delta_prepare", tokens)}
-    launch(_prepare_kernel, (chunks, heads), *arguments, **shape, **rows, **config)
+    config = tuned("gated_delta_prepare", tokens)
+    launch(_prepare_kernel, (chunks, heads), *arguments, RAW_GATES=gated, **shape, **rows, **config)
 
-    config = tuned("gated_delta_scan", tokens)
+    table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"
+    config = tuned(table, tokens)
     config["BLOCK_V"] = min(config["BLOCK_V"], value_dim)
     grid = (value_dim // config["BLOCK_V"], heads)
     arguments = (k, u, w, decay, k_scale, state, states, num_tokens, tokens)
-    launch(_scan_kernel, grid, *arguments, CHUNK=CHUNK, **shape, **config)
+    launch(_scan_kernel, grid, *arguments, **shape, **config)
 
     arguments = (q, k, u, decay, k_scale, states, a, norm_weight, num_tokens, out, tokens)
     rows = {"Z_ROW": a.stride(0), "Z_COLUMN": z_column, "HEADS": heads, "GATED": gated, "EPS": eps}
-    config = {"CHUNK": CHUNK, **tuned("gated_delta_output", tokens)}
+    config = tuned("gated_delta_output", tokens)
     launch(_output_kernel, (chunks, heads), *arguments, **shape, **rows, **config)
     return out

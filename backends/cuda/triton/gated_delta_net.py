@@ -234,53 +234,41 @@ def gated_delta_net(
     )
 
 
-def compile_cases() -> list[CompileCase]:
-    """The gated delta net of Qwen3.5-35B-A3B."""
-    key_heads, heads, dim, taps = 16, 32, 128, 4
-    values = heads * dim
+def _compile_case(
+    name: str, dtype: torch.dtype, key_heads: int, heads: int, dim: int
+) -> CompileCase:
+    values, taps = heads * dim, 4
     channels = 2 * key_heads * dim + values
 
-    def layer(dtype):
-        def make(m, device):
-            def normal(*shape, dtype=dtype):
-                return torch.randn(shape, device=device).to(dtype)
-
-            return {
-                "projected": normal(m, channels + values + 2 * heads),
-                "conv_weight": normal(channels, taps),
-                "a_log": normal(heads),
-                "dt_bias": normal(heads),
-                "norm_weight": normal(dim),
-                "conv_state": normal(taps - 1, channels),
-                "recurrent_state": normal(heads, dim, dim, dtype=torch.float32),
-                "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
-            }
-
-        return make
-
-    def rule(m, device):
-        def normal(*shape, dtype=torch.bfloat16):
+    def arguments(m, device):
+        def normal(*shape, dtype=dtype):
             return torch.randn(shape, device=device).to(dtype)
 
         return {
-            "q": normal(m, key_heads, dim),
-            "k": normal(m, key_heads, dim),
-            "v": normal(m, heads, dim),
-            "g": -normal(m, heads, dtype=torch.float32).abs(),
-            "beta": normal(m, heads, dtype=torch.float32).sigmoid(),
-            "state": normal(heads, dim, dim, dtype=torch.float32),
+            "projected": normal(m, channels + values + 2 * heads),
+            "conv_weight": normal(channels, taps),
+            "a_log": normal(heads),
+            "dt_bias": normal(heads),
+            "norm_weight": normal(dim),
+            "conv_state": normal(taps - 1, channels),
+            "recurrent_state": normal(heads, dim, dim, dtype=torch.float32),
+            "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
         }
 
-    tables = ("gated_delta_step", "gated_delta_prepare", "gated_delta_scan", "gated_delta_output")
+    tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_output", "gated_delta_step")
+    scan = "gated_delta_scan_fp32" if dtype == torch.float32 else "gated_delta_scan"
+    streams = {"_step_kernel": ("state_ptr",)}
+    tables = (*tables, scan)
+    return CompileCase(
+        f"gated_delta_net/{name}", gated_delta_net, arguments, tables, streams=streams
+    )
+
+
+def compile_cases() -> list[CompileCase]:
+    """The gated delta net of Qwen3.5-35B-A3B, and a small one in fp32."""
     return [
-        CompileCase(
-            "gated_delta_net/bf16",
-            gated_delta_net,
-            layer(torch.bfloat16),
-            tables=(*tables, "causal_conv1d"),
-            streams={"_step_kernel": ("state_ptr",)},
-        ),
-        CompileCase("gated_delta_rule/bf16", gated_delta_rule, rule, tables=tables),
+        _compile_case("qwen3_5_35b", torch.bfloat16, 16, 32, 128),
+        _compile_case("small_fp32", torch.float32, 2, 4, 64),
     ]
 
 

@@ -85,7 +85,7 @@ def check(op: str, inputs: dict, valid: int | None = None) -> dict:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 63, 64, 65, 128, 193])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 31, 32, 33, 63, 64, 65, 97, 128, 193])
 def test_lengths(tokens, dtype, device):
     check("gated_delta_net", net_inputs(SMALL, tokens, dtype, device))
 
