@@ -132,12 +132,10 @@ def collect(cases: list[CompileCase]) -> tuple[dict[Job, Demands], set[tuple[str
     reached = set()
     for case in cases:
         for names in targets():
-            bounds = {
-                entry["max_m"] or PREFILL_TOKENS
-                for table in case.tables
-                for entry in _entries(table, names)[1]
-            }
-            tokens = {t for t in case.tokens if len(case.tokens) == 1} or bounds | {*case.tokens}
+            tokens = set(case.tokens)
+            if len(tokens) > 1:
+                for table in case.tables:
+                    tokens |= _bucket_tokens(_entries(table, names)[1])
             for m in sorted(tokens):
                 with _lookups(names) as seen, record_launches() as launches:
                     case.op(**case.arguments(m, torch.device("meta")))
@@ -145,6 +143,15 @@ def collect(cases: list[CompileCase]) -> tuple[dict[Job, Demands], set[tuple[str
                 for launch in launches:
                     _demand(jobs[job_of(launch, names[-1])], case, launch.name, m)
     return dict(jobs), reached
+
+
+def _bucket_tokens(entries: list[dict]) -> set[int]:
+    """A number of tokens in each bucket, odd where possible: no divisibility must be relied on."""
+    tokens, below = set(), 0
+    for bound in (entry["max_m"] or PREFILL_TOKENS for entry in entries):
+        tokens.add(bound - 1 if bound % 2 == 0 and bound - 1 > below else bound)
+        below = bound
+    return tokens
 
 
 def _demand(demands: Demands, case: CompileCase, kernel: str, m: int) -> None:

@@ -35,7 +35,7 @@ struct Int4Row {
   const uint16_t* scale;
   int group_shift;
   void load16(int64_t k, f32x8& even, f32x8& odd) const {
-    const i32x8 bytes = __builtin_convertvector(load_vector<u8x8>(packed + k / 2), i32x8);
+    const i32x8 bytes = widen(load_vector<u8x8>(packed + k / 2));
     const f32x8 s = splat(bits_as<float>(uint32_t{scale[k >> group_shift]} << 16));
     even = __builtin_convertvector((bytes & 0xF) - 8, f32x8) * s;
     odd = __builtin_convertvector((bytes >> 4) - 8, f32x8) * s;
@@ -77,16 +77,22 @@ template <class RowAt>
 inline void float_multiply(const RowAt& row_at, int64_t rows, const float* const* x, int64_t tokens,
                            int64_t columns, float* out, int64_t stride) {
   using Row = decltype(row_at(0));
-  constexpr int kRows = 4, kTokens = 3;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    const Row group[kRows] = {row_at(r), row_at(r + 1), row_at(r + 2), row_at(r + 3)};
+  if (tokens == 1) {
+    for (; r + 8 <= rows; r += 8) {
+      const Row group[8] = {row_at(r),     row_at(r + 1), row_at(r + 2), row_at(r + 3),
+                            row_at(r + 4), row_at(r + 5), row_at(r + 6), row_at(r + 7)};
+      float_block<8, 1>(group, x, columns, out + r, stride);
+    }
+  }
+  for (; r + 4 <= rows; r += 4) {
+    const Row group[4] = {row_at(r), row_at(r + 1), row_at(r + 2), row_at(r + 3)};
     int64_t t = 0;
-    for (; t + kTokens <= tokens; t += kTokens) {
-      float_block<kRows, kTokens>(group, x + t, columns, out + t * stride + r, stride);
+    for (; t + 3 <= tokens; t += 3) {
+      float_block<4, 3>(group, x + t, columns, out + t * stride + r, stride);
     }
     for (; t < tokens; ++t) {
-      float_block<kRows, 1>(group, x + t, columns, out + t * stride + r, stride);
+      float_block<4, 1>(group, x + t, columns, out + t * stride + r, stride);
     }
   }
   for (; r < rows; ++r) {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef __FMA__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -44,22 +44,28 @@ inline f32x8 splat(float value) {
   return f32x8{value, value, value, value, value, value, value, value};
 }
 
-// a * b + c; fused where the target has the instruction.
-inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
-#ifdef __FMA__
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
+// What GCC makes little of without help: fused multiply-add, widening, narrowing.
+#ifdef __AVX2__
+inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
+inline i32x8 widen(u16x8 v) { return (i32x8)_mm256_cvtepu16_epi32((__m128i)v); }
+inline i32x8 widen(u8x8 v) { return (i32x8)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
+inline u16x8 narrow(u32x8 v) {
+  const __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (u16x8)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000));
 }
+#else
+inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return a * b + c; }
+inline i32x8 widen(u16x8 v) { return __builtin_convertvector(v, i32x8); }
+inline i32x8 widen(u8x8 v) { return __builtin_convertvector(v, i32x8); }
+inline u16x8 narrow(u32x8 v) { return __builtin_convertvector(v, u16x8); }
+#endif
 
 inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) { return bits_as<float>(uint32_t{value.x} << 16); }
 
 inline f32x8 load(const float* source) { return load_vector<f32x8>(source); }
 inline f32x8 load(const bf16* source) {
-  const u16x8 half = load_vector<u16x8>(source);
-  return bits_as<f32x8>(__builtin_convertvector(half, u32x8) << 16);
+  return bits_as<f32x8>(widen(load_vector<u16x8>(source)) << 16);
 }
 
 // The first `count` (at most 8) lanes; the others are 0.
@@ -76,7 +82,7 @@ inline void store(bf16* target, f32x8 v) {
   const u32x8 raw = bits_as<u32x8>(v);
   const u32x8 rounded = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16;
   const u32x8 nan = u32x8{} + 0x7FC0;
-  const u16x8 half = __builtin_convertvector(v == v ? rounded : nan, u16x8);
+  const u16x8 half = narrow(v == v ? rounded : nan);
   std::memcpy(target, &half, sizeof(half));
 }
 

@@ -15,9 +15,10 @@ constexpr char kInfo[] = ".nv.info.";
 
 // Formats and attributes of .nv.info entries: format, attribute, then a 16-bit value or size.
 constexpr uint8_t kHasSize = 4;
-constexpr uint8_t kParameterInfo = 0x17;   // uint32 index, uint16 ordinal, uint16 offset, uint32 flags
-constexpr uint8_t kParameterBytes = 0x19;  // in the 16-bit value
-constexpr uint8_t kRequiredThreads = 0x10; // three uint32
+constexpr uint8_t kParameterInfo =
+    0x17;  // uint32 index, uint16 ordinal, uint16 offset, uint32 flags
+constexpr uint8_t kParameterBytes = 0x19;   // in the 16-bit value
+constexpr uint8_t kRequiredThreads = 0x10;  // three uint32
 
 /// Reads of `image`, in bounds.
 template <typename T>

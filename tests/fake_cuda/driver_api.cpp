@@ -28,8 +28,7 @@ std::vector<std::string> read_arguments(const Kernel& kernel, void** arguments) 
     if (!read_safely(&address, arguments + i, sizeof address) ||
         !read_safely(value.data(), address, value.size())) {
       throw std::runtime_error("the kernel has " + std::to_string(kernel.parameters.size()) +
-                               " parameters, argument " + std::to_string(i) +
-                               " cannot be read");
+                               " parameters, argument " + std::to_string(i) + " cannot be read");
     }
     values.push_back(value);
   }
@@ -103,7 +102,8 @@ cudaError_t launch_kernel(State& s, const void* handle, Launch launch, cudaStrea
     return s.violation(error, "cuLaunchKernel: " + text);
   };
   const auto found = s.functions.find(handle);
-  if (found == s.functions.end()) return fail(cudaErrorInvalidResourceHandle, "not a live function");
+  if (found == s.functions.end())
+    return fail(cudaErrorInvalidResourceHandle, "not a live function");
   const std::shared_ptr<Function> function = found->second;
   const std::string& name = function->kernel->name;
   const auto stream = s.stream("cuLaunchKernel", stream_handle);

@@ -5,10 +5,11 @@
 // handles and pointers are live, copies stay inside one allocation of the right kind, kernels exist
 // in their binary and get its number of parameters, launch sizes and shared memory are within the
 // limits of binary and device, nothing allocates or synchronises during a capture, and everything
-// is released at the end. New memory is filled with 0xff (NaN, -1), freed addresses are not used
-// again. Work on a stream is put off until something waits for it, so a missing wait shows.
+// is released at the end. Freed addresses are not used again. Work on a stream is put off until
+// something waits for it, so a missing wait shows.
 //
-// Launches do nothing, or run the kernel's own source under Triton's interpreter.
+// Launches do nothing, and new memory is zero; or they run the kernel's own source under Triton's
+// interpreter, and new memory is filled with 0xff (NaN, -1).
 //
 // Environment, read at the first call:
 //   ET_MOE_FAKE_CUDA_ARCH     compute capability, such as sm_90 (the default)
@@ -19,14 +20,15 @@
 //   ET_MOE_FAKE_CUDA_FAIL     the call that fails: N (the N-th of all, from 1) or NAME:N
 //   ET_MOE_FAKE_CUDA_ERROR    what it fails with, such as cudaErrorLaunchFailure (the default
 //                             depends on the function)
-//   ET_MOE_FAKE_CUDA_REPORT   file for a report at exit, JSON: calls (number of all), calls_by_name,
+//   ET_MOE_FAKE_CUDA_REPORT   file for a report at exit, JSON: calls (number of all),
+//   calls_by_name,
 //                             launches (by kernel, as they ran), failed (the name of the call that
 //                             was made to fail, or null), violations, leaks (lists of text)
 // A process with violations or leaks prints them to stderr at exit and ends with status 86.
 //
-// A call that is made to fail does nothing, but one that releases something or waits does that first,
-// as in CUDA, where such calls may return errors of earlier work. After an error that ends a CUDA
-// context (an illegal address, a launch failure) all calls return it.
+// A call that is made to fail does nothing, but one that releases something or waits does that
+// first, as in CUDA, where such calls may return errors of earlier work. After an error that ends a
+// CUDA context (an illegal address, a launch failure) all calls return it.
 //
 // Not modelled, and reported as violations: blocking streams, events in captures, peer access,
 // memory pools, more than one current device.

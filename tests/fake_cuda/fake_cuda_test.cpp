@@ -137,7 +137,7 @@ class Launches : public FakeCuda {
 };
 
 TEST_F(FakeCuda, DeviceMemoryIsOutOfReachAndFilled) {
-  EXPECT_EQ(content(), std::vector<unsigned char>(kSize, 0xff));
+  EXPECT_EQ(content(), std::vector<unsigned char>(kSize, 0));
   EXPECT_DEATH(device_[0] = 1, "");
 }
 
@@ -206,7 +206,7 @@ TEST_F(FakeCuda, WorkIsPutOffUntilSomethingWaits) {
   ASSERT_EQ(cudaHostAlloc(&pinned, kSize, cudaHostAllocDefault), cudaSuccess);
   std::memset(pinned, 1, kSize);
   ASSERT_EQ(cudaMemcpyAsync(device_, pinned, kSize, cudaMemcpyHostToDevice, stream_), cudaSuccess);
-  EXPECT_EQ(content()[0], 0xff);  // the default stream does not wait for others
+  EXPECT_EQ(content()[0], 0);  // the default stream does not wait for others
   std::memset(pinned, 2, kSize);
   EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
   EXPECT_EQ(content()[0], 2);  // changed before it was copied: the mistake shows
@@ -248,7 +248,7 @@ TEST_F(FakeCuda, GraphsAreRecordedAndReplayed) {
   cudaGraph_t graph = nullptr;
   const auto fill = [&] { cudaMemsetAsync(device_, 5, kSize, stream_); };
   ASSERT_EQ(capture(fill, &graph), cudaSuccess);
-  EXPECT_EQ(content()[0], 0xff);  // recorded, not run
+  EXPECT_EQ(content()[0], 0);  // recorded, not run
   cudaGraphExec_t executable = nullptr;
   ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
   ASSERT_EQ(cudaGraphDestroy(graph), cudaSuccess);
@@ -266,11 +266,19 @@ TEST_F(FakeCuda, GraphsAreRecordedAndReplayed) {
 
 TEST_F(FakeCuda, CapturesForbidAllocationsAndWaits) {
   const std::vector<std::function<void()>> calls = {
-      [] { void* p; cudaMalloc(&p, 1); },
-      [] { void* p; cudaHostAlloc(&p, 1, 0); },
-      [&] { cudaStreamSynchronize(stream_); },
-      [] { cudaDeviceSynchronize(); },
-      [&] { char c; cudaMemcpy(&c, device_, 1, cudaMemcpyDeviceToHost); }};
+      [] {
+        void* p;
+        cudaMalloc(&p, 1);
+      },
+      [] {
+        void* p;
+        cudaHostAlloc(&p, 1, 0);
+      },
+      [&] { cudaStreamSynchronize(stream_); }, [] { cudaDeviceSynchronize(); },
+      [&] {
+        char c;
+        cudaMemcpy(&c, device_, 1, cudaMemcpyDeviceToHost);
+      }};
   for (const auto& forbidden : calls) {
     cudaGraph_t graph = nullptr;
     EXPECT_EQ(capture(forbidden, &graph), cudaErrorStreamCaptureInvalidated);

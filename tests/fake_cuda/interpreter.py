@@ -1,11 +1,11 @@
 """Executes a CUDA program's launches on a CPU: each runs its kernel's own source under Triton's
 interpreter, on the arguments that the compiled host code passed.
 
-The fake driver (interpreter.cpp) starts it and sends one launch at a time as a line of JSON: module,
-kernel, grid, the bytes of the arguments, and the live allocations of device memory; the module's
-binary comes with its first launch, and names the kernel in the sidecar by its digest. The reply is a
-line {"error": text}, with an empty text for success. Device memory is mapped at the addresses that
-the program uses.
+The fake driver (interpreter.cpp) starts it and sends one launch at a time as a line of JSON:
+module, kernel, grid, the bytes of the arguments, and the live allocations of device memory; the
+module's binary comes with its first launch, and names the kernel in the sidecar by its digest. The
+reply is a line {"error": text}, with an empty text for success. Device memory is mapped at the
+addresses that the program uses.
 """
 
 import ctypes
@@ -69,12 +69,12 @@ class Memory:
     def __init__(self, file: int, base: int, size: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
-        fixed_noreplace = 0x100000
+        noreserve, fixed_noreplace = 0x4000, 0x100000  # not in `mmap`
         address = libc.mmap(
             ctypes.c_void_p(base),
             ctypes.c_size_t(size),
             mmap.PROT_READ | mmap.PROT_WRITE,
-            mmap.MAP_SHARED | mmap.MAP_NORESERVE | fixed_noreplace,
+            mmap.MAP_SHARED | noreserve | fixed_noreplace,
             file,
             ctypes.c_long(0),
         )
@@ -96,9 +96,7 @@ class Memory:
         inside[inside] = touched[inside] + np.uint64(itemsize) <= self._end[i[inside] - 1]
         if not inside.all():
             address = int(touched[~inside][0])
-            raise IndexError(
-                f"{what} of {itemsize} bytes at {address:#x}, outside of live memory"
-            )
+            raise IndexError(f"{what} of {itemsize} bytes at {address:#x}, outside of live memory")
 
 
 class CheckedInterpreter:
@@ -207,8 +205,9 @@ class Server:
 
 
 def _patch_once() -> Callable:
-    """Makes the interpreter change Triton's language once instead of for every call of a function."""
-    interpreter._patch_lang(_exp.fn)
+    """Makes the interpreter change Triton's language once, not at every call of a function."""
+    for function in (_exp, tl.zeros):  # a kernel's `tl`, and the `core` of Triton's own functions
+        interpreter._patch_lang(function.fn)
     return lambda function: interpreter._LangPatchScope()
 
 

@@ -11,8 +11,8 @@
 namespace et_moe::fake_cuda {
 namespace {
 
-constexpr size_t kPage = 4096;  // allocations start on a page, so that a freed one can be given back
-constexpr int kPoison = 0xff;
+constexpr size_t kPage =
+    4096;  // allocations start on a page, so that a freed one can be given back
 
 /// The allocation that `address` lies in, or the end.
 std::map<uintptr_t, size_t>::const_iterator find(const std::map<uintptr_t, size_t>& allocations,
@@ -36,7 +36,7 @@ std::string check(const std::map<uintptr_t, size_t>& allocations, const void* ad
 
 }  // namespace
 
-Memory::Memory() : file_(memfd_create("fake_cuda", 0)) {
+Memory::Memory(uint8_t filling) : filling_(filling), file_(memfd_create("fake_cuda", 0)) {
   void* device = MAP_FAILED;
   void* alias = MAP_FAILED;
   if (file_ >= 0 && ftruncate(file_, kSize) == 0) {
@@ -56,7 +56,7 @@ void* Memory::allocate(size_t size) {
   next_ += (size + 2 * kPage - 1) / kPage * kPage;  // at least a byte lies between two
   used_ += size;
   device_.emplace(kBase + begin, size);
-  std::memset(alias_ + begin, kPoison, size);
+  std::memset(alias_ + begin, filling_, size);
   return reinterpret_cast<void*>(kBase + begin);
 }
 
@@ -75,7 +75,7 @@ void* Memory::allocate_pinned(size_t size) {
   if (size == 0) return nullptr;
   void* address = std::malloc(size);
   if (!address) return nullptr;
-  std::memset(address, kPoison, size);
+  std::memset(address, filling_, size);
   pinned_.emplace(reinterpret_cast<uintptr_t>(address), size);
   return address;
 }
@@ -112,7 +112,9 @@ std::string Memory::check_copy(const void* to, const void* from, size_t size,
   return text.empty() ? "" : "the source: " + text;
 }
 
-bool Memory::is_pinned(const void* address) const { return find(pinned_, address) != pinned_.end(); }
+bool Memory::is_pinned(const void* address) const {
+  return find(pinned_, address) != pinned_.end();
+}
 
 std::byte* Memory::at(const void* address) const {
   if (is_device(address)) return alias_ + (reinterpret_cast<uintptr_t>(address) - kBase);

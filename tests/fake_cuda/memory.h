@@ -12,12 +12,13 @@ namespace et_moe::fake_cuda {
 
 class Memory {
  public:
-  /// Reserves addresses. Throws std::runtime_error if they are taken.
-  Memory();
+  /// Reserves addresses. New memory is filled with `filling`.
+  /// Throws std::runtime_error if the addresses are taken.
+  explicit Memory(uint8_t filling);
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  /// A fresh address, its memory filled with 0xff; null for 0 bytes.
+  /// A fresh address; null for 0 bytes.
   void* allocate(size_t size);
   /// False for an address that is not the start of a live allocation.
   bool free(void* address);
@@ -46,6 +47,7 @@ class Memory {
  private:
   std::string check_host(const void* address, size_t size) const;
 
+  const uint8_t filling_;
   int file_ = -1;
   std::byte* alias_ = nullptr;  // all of the file, readable and writable
   size_t next_ = 0;

@@ -41,8 +41,9 @@ cudaError_t copy_later(State& s, void* to, const void* from, size_t size, cudaMe
   if (from_host && !stream->capture && !s.memory.is_pinned(from)) {
     // CUDA copies pageable memory to a buffer of its own before it returns.
     const std::string staged(static_cast<const char*>(from), size);
-    stream->enqueue(
-        [&s, to, staged, kind] { return copy_now(s, kName, to, staged.data(), staged.size(), kind); });
+    stream->enqueue([&s, to, staged, kind] {
+      return copy_now(s, kName, to, staged.data(), staged.size(), kind);
+    });
     return cudaSuccess;
   }
   const bool pinned_from = s.memory.is_pinned(from), pinned_to = s.memory.is_pinned(to);

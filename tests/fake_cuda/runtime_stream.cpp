@@ -29,7 +29,8 @@ cudaError_t event_call(const char* function, unsigned traits, cudaEvent_t handle
   });
 }
 
-/// Whether work is done yet; if not it is by the next call, so that programs that ask in a loop end.
+/// Whether work is done yet; if not it is by the next call, so that programs that ask in a loop
+/// end.
 template <typename Waitable, typename Wait>
 cudaError_t query(const Waitable& done, const Wait& wait) {
   if (done()) return cudaSuccess;
@@ -76,8 +77,7 @@ cudaError_t end_capture(State& s, Stream& stream, cudaGraph_t* graph) {
 template <typename T>
 cudaError_t destroy(State& s, const char* function, Handles<T>& handles, const void* handle) {
   if (handles.remove(handle)) return cudaSuccess;
-  return s.violation(cudaErrorInvalidResourceHandle,
-                     std::string(function) + ": not a live handle");
+  return s.violation(cudaErrorInvalidResourceHandle, std::string(function) + ": not a live handle");
 }
 
 cudaError_t create_event(const char* function, cudaEvent_t* event) {
@@ -119,17 +119,16 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   return stream_call("cudaStreamSynchronize", kReleases | kUnsafeInCapture, handle,
                      [](State& s, const auto& stream) {
-                       const cudaError_t error = not_in_capture(s, "cudaStreamSynchronize", *stream);
+                       const cudaError_t error =
+                           not_in_capture(s, "cudaStreamSynchronize", *stream);
                        return error != cudaSuccess ? error : stream->run();
                      });
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
-  return stream_call("cudaStreamQuery", kUnsafeInCapture, handle,
-                     [](State&, const auto& stream) {
-                       return query([&] { return stream->reached(stream->end()); },
-                                    [&] { return stream->run(); });
-                     });
+  return stream_call("cudaStreamQuery", kUnsafeInCapture, handle, [](State&, const auto& stream) {
+    return query([&] { return stream->reached(stream->end()); }, [&] { return stream->run(); });
+  });
 }
 
 cudaError_t cudaDeviceSynchronize() {
@@ -144,9 +143,8 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t handle) {
-  return runtime_call("cudaEventDestroy", kReleases, [&](State& s) {
-    return destroy(s, "cudaEventDestroy", s.events, handle);
-  });
+  return runtime_call("cudaEventDestroy", kReleases,
+                      [&](State& s) { return destroy(s, "cudaEventDestroy", s.events, handle); });
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
@@ -181,21 +179,19 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t handle, 
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
-  return stream_call("cudaStreamBeginCapture", kPlain, handle, [&](State& s, const auto& stream) {
-    return begin_capture(s, *stream, mode);
-  });
+  return stream_call("cudaStreamBeginCapture", kPlain, handle,
+                     [&](State& s, const auto& stream) { return begin_capture(s, *stream, mode); });
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
-  return stream_call("cudaStreamEndCapture", kReleases, handle, [&](State& s, const auto& stream) {
-    return end_capture(s, *stream, graph);
-  });
+  return stream_call("cudaStreamEndCapture", kReleases, handle,
+                     [&](State& s, const auto& stream) { return end_capture(s, *stream, graph); });
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
   return stream_call("cudaStreamIsCapturing", kPlain, handle, [&](State&, const auto& stream) {
     const Capture* capture = stream->capture.get();
-    *status = !capture          ? cudaStreamCaptureStatusNone
+    *status = !capture         ? cudaStreamCaptureStatusNone
               : capture->valid ? cudaStreamCaptureStatusActive
                                : cudaStreamCaptureStatusInvalidated;
     return cudaSuccess;
@@ -203,9 +199,8 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
 }
 
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-  return runtime_call("cudaGraphDestroy", kReleases, [&](State& s) {
-    return destroy(s, "cudaGraphDestroy", s.graphs, graph);
-  });
+  return runtime_call("cudaGraphDestroy", kReleases,
+                      [&](State& s) { return destroy(s, "cudaGraphDestroy", s.graphs, graph); });
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t handle,
@@ -233,16 +228,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream_hand
     const auto stream = s.stream("cudaGraphLaunch", stream_handle);
     if (!stream) return cudaErrorInvalidResourceHandle;
     const cudaError_t error = not_in_capture(s, "cudaGraphLaunch", *stream);
-    if (error == cudaSuccess) {
-      stream->enqueue([graph] {
-        cudaError_t result = cudaSuccess;
-        for (const Work& node : graph->nodes) {
-          const cudaError_t failure = node();
-          if (result == cudaSuccess) result = failure;
-        }
-        return result;
-      });
-    }
+    if (error == cudaSuccess) stream->enqueue([graph] { return graph->run(); });
     return error;
   });
 }

@@ -55,7 +55,8 @@ __attribute__((destructor)) void at_exit() {
   const std::vector<std::string> leaks = s.leaks();
   if (!s.config.report.empty()) write_report(s, leaks);
   for (const auto& text : s.violations) std::fprintf(stderr, "fake CUDA: %s\n", text.c_str());
-  for (const auto& text : leaks) std::fprintf(stderr, "fake CUDA: not released: %s\n", text.c_str());
+  for (const auto& text : leaks)
+    std::fprintf(stderr, "fake CUDA: not released: %s\n", text.c_str());
   if (s.violations.empty() && leaks.empty()) return;
   std::fflush(nullptr);
   _exit(kBadStatus);

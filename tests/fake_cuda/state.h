@@ -29,14 +29,17 @@ struct Config {
   std::string sidecar, report;  // paths; empty for none
 
   static Config from_environment();
+  /// What new memory is filled with: NaN and -1 if launches are executed, else zeros, which are
+  /// tokens that a program can go on with.
+  uint8_t filling() const { return sidecar.empty() ? 0 : 0xff; }
   /// Most bytes of shared memory that a block can ask for on this device.
   uint32_t shared_memory_limit() const;
 };
 
 /// The call that is to fail.
 struct Fault {
-  std::string function;  // empty: any
-  uint64_t countdown = 0;  // 1: the next; 0: none
+  std::string function;             // empty: any
+  uint64_t countdown = 0;           // 1: the next; 0: none
   cudaError_t error = cudaSuccess;  // none: the function's default
 
   static Fault from_environment();
@@ -52,7 +55,7 @@ struct Function {
 struct State {
   Config config = Config::from_environment();
   std::mutex mutex;
-  Memory memory;
+  Memory memory{config.filling()};
   std::shared_ptr<Stream> default_stream = std::make_shared<Stream>();
   Handles<Stream> streams;
   Handles<Event> events;

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "tests/fake_cuda/errors.h"
+
 namespace et_moe::fake_cuda {
 
 /// Work of a stream. It may run long after its call, and in a graph many times, so it checks again
@@ -19,6 +21,17 @@ using Work = std::function<cudaError_t()>;
 /// What a capture recorded, and what an instantiated graph runs.
 struct Graph {
   std::vector<Work> nodes;
+
+  /// Runs all nodes; returns the first error.
+  cudaError_t run() const {
+    cudaError_t result = cudaSuccess;
+    for (const Work& node : nodes) {
+      if (ends_context(result)) break;
+      const cudaError_t error = node();
+      if (result == cudaSuccess) result = error;
+    }
+    return result;
+  }
 };
 
 struct Capture {
@@ -47,7 +60,7 @@ class Stream {
     while (!reached(position)) {
       const Work work = std::move(pending_.front());
       pending_.pop_front();
-      const cudaError_t error = work();
+      const cudaError_t error = ends_context(result) ? result : work();
       ++done_;
       if (result == cudaSuccess) result = error;
     }

@@ -223,7 +223,7 @@ def compile_cases() -> list[CompileCase]:
             op,
             arguments(*shape),
             tables=(op.__name__, "linear_gemv"),
-            tokens=(1,) if name == "lm_head" else (1, 16, PREFILL_TOKENS),
+            tokens=(1,) if name == "lm_head" else (1, PREFILL_TOKENS),
             gemms=frozenset({"_w4_gemm_kernel", "_w4_gemv_kernel"}),
             streams={"_w4_gemm_kernel": ("weight",), "_w4_gemv_kernel": ("weight",)},
         )

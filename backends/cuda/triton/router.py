@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.compile_case import PREFILL_TOKENS, CompileCase
+from et_moe.backends.cuda.triton.compile_case import CompileCase
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.row_quantization import normed
@@ -286,7 +286,6 @@ def compile_cases() -> list[CompileCase]:
             moe_router,
             arguments,
             tables=("router_decode", "router_prefill"),
-            tokens=(1, 16, PREFILL_TOKENS),
             streams={"_decode_logits_kernel": ("weight",), "_prefill_kernel": ("weight",)},
         )
     ]
