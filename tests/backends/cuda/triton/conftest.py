@@ -1,13 +1,7 @@
 """Kernels run under Triton's interpreter on the CPU, or for real where there is a GPU."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated, hence before any kernel file is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
