@@ -93,8 +93,8 @@ def experts(m: int, c: ModelConfig, group: int = 128) -> list[Kernel]:
         Kernel("experts: route", 8 * pairs),
         Kernel("experts: quantize", 3 * m * hidden),
         Kernel("experts: gate, up", 2 * matrix + m * hidden + pairs * inner, 2 * operations),
-        Kernel("experts: down", matrix + pairs * inner + 2 * pairs * hidden, operations),
-        Kernel("experts: sum", 2 * pairs * hidden + 4 * m * hidden),
+        Kernel("experts: down", matrix + pairs * inner + 4 * pairs * hidden, operations),
+        Kernel("experts: sum", 4 * pairs * hidden + 4 * m * hidden),
     ]
 
 

@@ -205,7 +205,12 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The routing weight times w2 of the expert times inner, to `out [pairs, HIDDEN]` by pair."""
+    """The routing weight times w2 of the expert times inner, to `out [pairs, HIDDEN]` by pair.
+
+    out is float32. In bf16 the rounding of the parts would cost as much as that of their sum: 0.29%
+    instead of 0.03% against the reference for two slots. Blocks of int16 with a scale would be as
+    exact and half as large, but finding the scales doubles the kernel's instructions.
+    """
     TILES: tl.constexpr = K // 128
     PARTS: tl.constexpr = HIDDEN_UP // BLOCK_N
     block = tl.program_id(0) // PARTS
@@ -238,7 +243,7 @@ def _down_kernel(
     acc *= tl.load(topk_weights + pair, mask=used, other=0.0).to(tl.float32)[None, :]
     mask = used[:, None] & (n < HIDDEN)[None, :]
     target = out + pair[:, None] * HIDDEN + n[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty).trans(), mask=mask)
+    tl.store(target, acc.trans(), mask=mask)
 
 
 def _divisor(size: int, block: int) -> int:
@@ -297,7 +302,7 @@ def moe_prefill(
         BLOCK_M=block_m,
         **config,
     )
-    parts = x.new_empty((tokens * slots, hidden))
+    parts = x.new_empty((tokens * slots, hidden), dtype=torch.float32)
     config = tuned(f"{table}_down", tokens)
     config["BLOCK_N"] = _divisor(hidden_up, config["BLOCK_N"])
     launch(
@@ -319,4 +324,6 @@ def moe_prefill(
         BLOCK_M=block_m,
         **config,
     )
-    return sum_slots(parts, topk_ids, residual, experts)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sum_slots(parts, topk_ids, residual, experts, out)
+    return out

@@ -120,20 +120,28 @@ def _sum_slots_kernel(
         expert = tl.load(topk_ids + token * SLOTS + slot)
         # Skipped slots were never written.
         mask = inside & (expert >= 0) & (expert < EXPERTS)
-        part = tl.load(parts + (token * SLOTS + slot) * HIDDEN + column, mask=mask, other=0.0)
-        total += part.to(tl.float32)
+        total += tl.load(parts + (token * SLOTS + slot) * HIDDEN + column, mask=mask, other=0.0)
     if residual is not None:
         total += tl.load(residual + token * HIDDEN + column, mask=inside).to(tl.float32)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=inside)
 
 
 def sum_slots(
-    parts: torch.Tensor, topk_ids: torch.Tensor, residual: torch.Tensor | None, experts: int
-) -> torch.Tensor:
-    """Sums `parts [T * SLOTS, H]` over the slots of each token, in order, and adds `[T, H]`."""
+    parts: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor | None,
+    experts: int,
+    out: torch.Tensor,
+) -> None:
+    """Sums `parts [T * SLOTS, H]` over the slots of each token, in order, and adds residual, to out.
+
+    Args:
+        parts: float32; rows of slots whose id is outside 0..experts-1 are left out.
+        topk_ids: integer `[T, SLOTS]`.
+        residual, out: `[T, H]`.
+    """
     tokens, slots = topk_ids.shape
     hidden = parts.shape[1]
-    out = parts.new_empty((tokens, hidden))
     config = tuned("moe_sum_slots", tokens)
     launch(
         _sum_slots_kernel,
@@ -147,4 +155,3 @@ def sum_slots(
         HIDDEN=hidden,
         **config,
     )
-    return out

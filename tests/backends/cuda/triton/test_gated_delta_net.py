@@ -8,10 +8,10 @@ from et_moe.backends import ops
 from et_moe.backends.cuda.triton import gated_delta_net as kernels
 from et_moe.backends.cuda.triton.compile_case import record_launches
 
-# Relative L2 error allowed. The interpreter truncates where a GPU rounds to bf16.
+# Relative L2 error allowed.
 TOLERANCE = {
     torch.float32: 2e-6 if triton.knobs.runtime.interpret else 1e-4,
-    torch.bfloat16: 2e-2 if triton.knobs.runtime.interpret else 5e-3,
+    torch.bfloat16: 5e-3,
 }
 # key heads, value heads per key head, Dk, Dv, taps
 SMALL, GROUP_3, WIDE = (2, 1, 16, 32, 2), (1, 3, 32, 16, 4), (1, 2, 64, 32, 4)
