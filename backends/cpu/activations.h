@@ -6,10 +6,9 @@
 
 namespace et_moe::cpu {
 
-// Columns that share an INT8 scale in front of a linear layer, and between the two expert GEMMs
-// (ACTIVATION_TILE and EXPERT_ACTIVATION_TILE of the op contracts).
+// Columns that share an INT8 scale in front of a GEMM over the hidden dimension (ACTIVATION_TILE of
+// the op contracts).
 inline constexpr int kActivationTile = 128;
-inline constexpr int kExpertActivationTile = 64;
 
 // Quantizes columns begin..end, which share a scale: q[0..end-begin). Returns the scale. `source`
 // has f32x8 load(column, count).
@@ -36,7 +35,7 @@ inline float quantize_tile(const Source& source, int64_t begin, int64_t end, int
 
 inline int64_t int8_chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
 
-// Quantizes a row in tiles (64 or 128 columns) into int8_chunks(columns) chunks.
+// Quantizes a row in tiles (32, 64 or 128 columns) into int8_chunks(columns) chunks.
 template <int kTile, class Source>
 inline void pack_int8(const Source& source, int64_t columns, Int8Chunk* row) {
   static_assert(kChunk % kTile == 0 && kTile % 8 == 0);

@@ -69,7 +69,6 @@ _FLAGS = [
     "-DTORCH_INDUCTOR_CPP_WRAPPER",
     # Needs no newer C++ library than the machine that runs it has.
     "-static-libstdc++",
-    "-static-libgcc",
     "-s",
     "-Wl,--build-id=none,--gc-sections,--exclude-libs,ALL,--version-script=exports.map",
 ]

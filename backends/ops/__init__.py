@@ -9,7 +9,6 @@ from et_moe.backends.ops.linear import embedding_w8, linear, linear_w4a8, linear
 from et_moe.backends.ops.moe import moe, moe_router, moe_w4a8, moe_w4a16
 from et_moe.backends.ops.quantization import (
     ACTIVATION_TILE,
-    EXPERT_ACTIVATION_TILE,
     GROUP_SIZES,
     dequantize_w4,
     pack_int4,
@@ -23,7 +22,6 @@ from et_moe.backends.ops.sampling import sample
 
 __all__ = [
     "ACTIVATION_TILE",
-    "EXPERT_ACTIVATION_TILE",
     "GROUP_SIZES",
     "attention",
     "causal_conv1d",

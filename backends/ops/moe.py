@@ -11,8 +11,8 @@ from et_moe.backends.ops.library import declare
 from et_moe.backends.ops.linear import rms_norm
 from et_moe.backends.ops.quantization import (
     ACTIVATION_TILE,
-    EXPERT_ACTIVATION_TILE,
     dequantize_w4,
+    expert_activation_tile,
     matmul_w4a8,
     quantize_int8,
 )
@@ -138,7 +138,7 @@ def moe_w4a8(
     """Expert MLPs with INT4 weights and INT8 activations.
 
     Tokens are quantized once in tiles of `ACTIVATION_TILE`; silu(gate) * up, in fp32, is quantized
-    in tiles of `EXPERT_ACTIVATION_TILE`. See `matmul_w4a8` for the arithmetic.
+    in tiles of `expert_activation_tile(I)`. See `matmul_w4a8` for the arithmetic.
 
     Args:
         x: float `[T, H]`, normed.
@@ -150,6 +150,7 @@ def moe_w4a8(
         `[T, H]` in x's dtype.
     """
     q, scale = quantize_int8(x, ACTIVATION_TILE)
+    inner_tile = expert_activation_tile(w13.shape[1] // 2)
 
     def expert(rows, e):
         hidden = matmul_w4a8(
@@ -157,10 +158,8 @@ def moe_w4a8(
         )
         gate, up = hidden.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate) * up
-        inner, inner_scale = quantize_int8(activated, EXPERT_ACTIVATION_TILE)
-        return matmul_w4a8(
-            inner, inner_scale, EXPERT_ACTIVATION_TILE, w2[e], w2_scale[e], group_size
-        )
+        inner, inner_scale = quantize_int8(activated, inner_tile)
+        return matmul_w4a8(inner, inner_scale, inner_tile, w2[e], w2_scale[e], group_size)
 
     return _sum_experts(x, topk_weights, topk_ids, residual, expert)
 

@@ -40,29 +40,34 @@ std::vector<size_t> staging_offsets(const std::vector<TensorInfo>& inputs) {
 
 }  // namespace
 
-SharedObject::SharedObject(const void* data, size_t size, const std::string& name) : name_(name) {
-  const int fd = memfd_create("et_moe", MFD_CLOEXEC);
+SharedObject::SharedObject(const void* data, size_t size, const std::string& name)
+    : file_(memfd_create("et_moe", MFD_CLOEXEC)), name_(name) {
   const auto* bytes = static_cast<const char*>(data);
   size_t written = 0;
-  while (fd >= 0 && written < size) {
-    const ssize_t count = write(fd, bytes + written, size - written);
+  while (file_ >= 0 && written < size) {
+    const ssize_t count = write(file_, bytes + written, size - written);
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) break;
     written += static_cast<size_t>(count);
   }
   std::string error;
-  if (fd < 0 || written < size) {
+  if (file_ < 0 || written < size) {
     error = std::strerror(errno);
   } else {
-    const std::string path = "/proc/self/fd/" + std::to_string(fd);
+    const std::string path = "/proc/self/fd/" + std::to_string(file_);
     handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!handle_) error = dlerror();
   }
-  if (fd >= 0) close(fd);
-  if (!handle_) throw std::runtime_error("the code " + name + " cannot be loaded: " + error);
+  if (!handle_) {
+    if (file_ >= 0) close(file_);
+    throw std::runtime_error("the code " + name + " cannot be loaded: " + error);
+  }
 }
 
-SharedObject::~SharedObject() { dlclose(handle_); }
+SharedObject::~SharedObject() {
+  dlclose(handle_);
+  close(file_);
+}
 
 void* SharedObject::symbol(const char* name) const {
   void* address = dlsym(handle_, name);

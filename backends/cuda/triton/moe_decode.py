@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, dot_bytes
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.quantization import int8_scale, round_int8, silu
 from et_moe.backends.cuda.triton.tuning import tuned
-from et_moe.backends.ops import ACTIVATION_TILE, EXPERT_ACTIVATION_TILE
+from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 _UPPER_NIBBLES = tl.constexpr(-0x0F0F0F10)  # 0xF0F0F0F0
 
@@ -96,9 +97,9 @@ def _dot_steps(
         limit: `[STEPS]`, columns from the first one on that exist; 0 for an unused step.
         scales, scale_offset: weight scales of the low nibbles at `scale_offset [STEPS, ROWS]`;
             those of the high ones are next_group further on (if GROUP is not 128).
-        TILE: columns that share an activation scale, 64 or 128; 0 for float activations.
+        TILE: columns that share an activation scale, 32, 64 or 128; 0 for float activations.
     """
-    CHUNKS: tl.constexpr = 16 // WORDS
+    CHUNKS: tl.constexpr = 1 if TILE == 4 * WORDS else 16 // WORDS  # steps that share a scale
     valid = limit > 0
     # The order of these lines counts. Weights are requested at once; the activations arrive before
     # them (out of the L2 cache) and are quantized meanwhile; weight scales are needed last.
@@ -183,7 +184,7 @@ def _decode_gate_up_kernel(
     row = i // BLOCK_N * 64 + column % 64 + i % BLOCK_N
     words = w13.to(tl.pointer_type(tl.int32)) + block * (TILES * 2048)
     scales = w13_scale + block * (TILES * (128 // GROUP) * 128)
-    if PREFETCH:
+    if PREFETCH and not interpreted():
         SHARE: tl.constexpr = W2_BYTES // (INNER // BLOCK_N)
         _prefetch(w2 + expert * W2_BYTES + tl.program_id(0) * SHARE, SHARE)
     acc = tl.zeros((2 * BLOCK_N,), tl.float32)
@@ -234,7 +235,7 @@ def _decode_down_kernel(
     are loaded at once.
     """
     TILES: tl.constexpr = K // 128
-    WORDS: tl.constexpr = 16 if GROUP >= 64 else 8
+    WORDS: tl.constexpr = 8 if GROUP == 32 or TILE == 32 else 16
     CHUNKS: tl.constexpr = 16 // WORDS
     token = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N
@@ -256,7 +257,7 @@ def _decode_down_kernel(
             inner + pair * K + first,
             tl.where(valid, K - first, 0),
             w2_scale,
-            (block * (128 // GROUP) + chunk)[:, None] * 64 + row[None, :],
+            (block * (128 // GROUP) + chunk * WORDS * 4 // GROUP)[:, None] * 64 + row[None, :],
             64 // GROUP * 64,
             GROUP,
             TILE,
@@ -332,7 +333,7 @@ def moe_decode(
         HIDDEN=hidden,
         HIDDEN_UP=hidden_up,
         GROUP=group_size,
-        TILE=EXPERT_ACTIVATION_TILE if int8 else 0,
+        TILE=expert_activation_tile(inner_dim) if int8 else 0,
         **config,
     )
     return out

@@ -15,7 +15,7 @@ from et_moe.backends.cuda.triton.launch import launch
 from et_moe.backends.cuda.triton.moe_routing import route, sum_slots
 from et_moe.backends.cuda.triton.quantization import int8_scale, quantize_int8, round_int8, silu
 from et_moe.backends.cuda.triton.tuning import tuned
-from et_moe.backends.ops import ACTIVATION_TILE, EXPERT_ACTIVATION_TILE
+from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 
 @triton.jit
@@ -40,18 +40,18 @@ def _grouped_dot(
     Args:
         x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
             the others count as zeros. (Any row would do, but many blocks would read the same one.)
-        x_scale_rows: the same of their scales, one per TILE (64 or 128) columns, X_SCALE_STRIDE
+        x_scale_rows: the same of their scales, one per TILE (32, 64 or 128) columns, X_SCALE_STRIDE
             apart. TILE 0: activations are floats, without scales.
         weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
             columns; WEIGHT_STRIDE bytes on are those of the next block.
         weight_scale_rows: the same of the scales, WEIGHT_SCALE_STRIDE from group to group.
     """
-    # Bytes per step: both nibbles of one step must lie in one group each.
-    STEP: tl.constexpr = 64 if GROUP >= 64 else 32
+    # Bytes per step: both nibbles of one step must lie in one group and tile each.
+    STEP: tl.constexpr = 32 if GROUP == 32 or TILE == 32 else 64
     CHUNKS: tl.constexpr = 64 // STEP
     STEPS: tl.constexpr = (K + 127) // 128 * CHUNKS
     # Do both nibbles share their scales, hence one accumulator?
-    MERGED: tl.constexpr = GROUP == 128 and TILE != 64
+    MERGED: tl.constexpr = GROUP == 128 and (TILE == 0 or TILE == 128)
     DOT: tl.constexpr = tl.float32 if TILE == 0 else tl.int32
     byte = tl.arange(0, STEP)
     acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
@@ -75,11 +75,13 @@ def _grouped_dot(
         x_low = tl.load(x_pointers, mask=mask_low, other=0)
         x_high = tl.load(x_pointers + 64, mask=mask_high, other=0)
         if TILE != 0:
-            tile = x_scale_rows + block * (128 // TILE) * X_SCALE_STRIDE
-            a_low = tl.load(tile, mask=x_used, other=0.0)
+            tile = block * (128 // TILE) + step % CHUNKS * STEP // TILE
+            a_rows = x_scale_rows + tile * X_SCALE_STRIDE
+            a_low = tl.load(a_rows, mask=x_used, other=0.0)
             a_high = a_low
-            if TILE == 64:
-                a_high = tl.load(tile + X_SCALE_STRIDE, mask=x_used, other=0.0)
+            if TILE != 128:
+                next_tile = (64 // TILE) * X_SCALE_STRIDE
+                a_high = tl.load(a_rows + next_tile, mask=x_used, other=0.0)
         low, high = low_nibbles(packed), high_nibbles(packed)
         if TILE == 0:
             TYPE: tl.constexpr = tl.float32 if interpreted() else x_low.dtype
@@ -88,7 +90,7 @@ def _grouped_dot(
         weight_low = scale_low.to(tl.float32) * NIBBLE_SCALE
         weight_high = scale_high.to(tl.float32) * NIBBLE_SCALE
         ahead = tl.minimum(step + 1, STEPS - 1)
-        group = ahead // CHUNKS * (128 // GROUP) + ahead % CHUNKS
+        group = ahead // CHUNKS * (128 // GROUP) + ahead % CHUNKS * STEP // GROUP
         scale_low = tl.load(weight_scale_rows + group * WEIGHT_SCALE_STRIDE)
         if GROUP != 128:
             next_high = (group + 64 // GROUP) * WEIGHT_SCALE_STRIDE
@@ -128,6 +130,7 @@ def _gate_up_kernel(
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
+    INNER_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -135,7 +138,7 @@ def _gate_up_kernel(
     """silu(gate) * up of a block of pairs and BLOCK_N of the INNER columns.
 
     x `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner `[blocks * BLOCK_M, INNER]`: int8
-    with inner_scale `[blocks, INNER / 64, BLOCK_M]`, or x's type without scales if TILE is 0.
+    with inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or x's type without scales if TILE is 0.
     """
     TILES: tl.constexpr = (K + 127) // 128
     PARTS: tl.constexpr = INNER // BLOCK_N
@@ -177,11 +180,12 @@ def _gate_up_kernel(
         result = activated.to(inner.dtype.element_ty).trans()
         tl.store(target, result, mask=used[:, None])
     else:
-        tiles = activated.reshape(BLOCK_N // 64, 64, BLOCK_M)
+        BLOCK_TILES: tl.constexpr = BLOCK_N // INNER_TILE
+        tiles = activated.reshape(BLOCK_TILES, INNER_TILE, BLOCK_M)
         inverse, scale = int8_scale(tl.max(tl.abs(tiles), axis=1), EXACT=False)
         q = round_int8(tiles * inverse[:, None, :]).to(tl.int8).reshape(BLOCK_N, BLOCK_M)
         tl.store(target, q.trans(), mask=used[:, None])
-        tile = block * (INNER // 64) + part * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)
+        tile = (block * PARTS + part) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
         m = tl.arange(0, BLOCK_M)
         tl.store(inner_scale + tile[:, None] * BLOCK_M + m[None, :], scale)
 
@@ -227,7 +231,7 @@ def _down_kernel(
     acc = _grouped_dot(
         inner + row * K,
         used,
-        m if TILE == 0 else inner_scale + block * (K // 64 * BLOCK_M) + m,
+        m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m,
         w2 + row_block * (TILES * 4096) + n % 64 * 64,
         w2_scale + row_block * (TILES * (128 // GROUP) * 64) + n % 64,
         K,
@@ -271,7 +275,7 @@ def moe_prefill(
     experts, inner_blocks = w13.shape[:2]
     inner, hidden_up = inner_blocks * 64, w2.shape[1] * 64
     table = "moe_w4a8" if int8 else "moe_w4a16"
-    tile, inner_tile = (ACTIVATION_TILE, EXPERT_ACTIVATION_TILE) if int8 else (0, 0)
+    tile, inner_tile = (ACTIVATION_TILE, expert_activation_tile(inner)) if int8 else (0, 0)
     config = tuned(f"{table}_route", tokens)
     rows, block_experts = route(topk_ids, experts, config)
     block_m, num_blocks = config["BLOCK_M"], block_experts.shape[0]
@@ -299,6 +303,7 @@ def moe_prefill(
         INNER=inner,
         GROUP=group_size,
         TILE=tile,
+        INNER_TILE=inner_tile,
         BLOCK_M=block_m,
         **config,
     )

@@ -8,7 +8,7 @@ from et_moe.backends.cuda.triton.compile_case import CompileCase
 from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.tuning import tuned
-from et_moe.backends.ops import ACTIVATION_TILE, EXPERT_ACTIVATION_TILE
+from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 _ZERO_AMAX = tl.constexpr(1e-30)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, half to even
@@ -135,7 +135,7 @@ def compile_cases() -> list[CompileCase]:
         return make
 
     tables = ("quantize_int8",)
-    hidden, gated = arguments(2048, ACTIVATION_TILE), arguments(1024, EXPERT_ACTIVATION_TILE)
+    hidden, gated = arguments(2048, ACTIVATION_TILE), arguments(1024, expert_activation_tile(512))
     return [
         CompileCase("quantize_int8/hidden", quantize_int8, hidden, tables),
         CompileCase("silu_quantize_int8/experts", silu_quantize_int8, gated, tables),
