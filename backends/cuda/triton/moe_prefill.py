@@ -138,7 +138,7 @@ def _gate_up_kernel(
     """silu(gate) * up of a block of pairs and BLOCK_N of the INNER columns.
 
     x `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner `[blocks * BLOCK_M, INNER]`: int8
-    with inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or x's type without scales if TILE is 0.
+    with inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or without scales if TILE is 0.
     """
     TILES: tl.constexpr = (K + 127) // 128
     PARTS: tl.constexpr = INNER // BLOCK_N

@@ -133,7 +133,7 @@ def sum_slots(
     experts: int,
     out: torch.Tensor,
 ) -> None:
-    """Sums `parts [T * SLOTS, H]` over the slots of each token, in order, and adds residual, to out.
+    """out = the sum of `parts [T * SLOTS, H]` over the slots of each token, in order, + residual.
 
     Args:
         parts: float32; rows of slots whose id is outside 0..experts-1 are left out.

@@ -1,7 +1,7 @@
 """The mixture of experts against its eager references.
 
-Activations are fp32 unless a test is about bf16: the interpreter truncates where a GPU rounds, and
-in fp32 the comparison shows the arithmetic without the rounding of the result.
+Activations are fp32 unless a test is about bf16: in fp32 the comparison shows the arithmetic
+without the rounding of the result.
 """
 
 import pytest
@@ -31,12 +31,23 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
+def gaussian_w4(count, rows, columns, group):
+    return ops.quantize_w4(torch.randn(count, rows, columns) * columns**-0.5, group)
+
+
+def random_w4(count, rows, columns, group):
+    packed = torch.randint(0, 256, (count, rows, columns // 2), dtype=torch.uint8)
+    scale = 0.2 * columns**-0.5 * (0.5 + torch.rand(count, rows, columns // group))
+    return packed, scale.bfloat16()
+
+
 class Experts:
     """Weights as in a bundle and as the kernels take them."""
 
     def __init__(self, count, hidden, inner, group, device):
-        w13 = ops.quantize_w4(torch.randn(count, 2 * inner, hidden) * hidden**-0.5, group)
-        w2 = ops.quantize_w4(torch.randn(count, hidden, inner) * inner**-0.5, group)
+        # Quantizing takes long; of many experts draw the nibbles.
+        draw = random_w4 if count > 64 else gaussian_w4
+        w13, w2 = draw(count, 2 * inner, hidden, group), draw(count, hidden, inner, group)
         self.bundle = [t.to(device) for t in (*w13, *w2)]
         self.prepacked = moe.prepack_experts(*self.bundle, group)
         self.count, self.hidden, self.group, self.device = count, hidden, group, device
@@ -92,17 +103,32 @@ def test_true_width(tokens, device):
 
 @pytest.mark.parametrize(
     "tokens,hidden,inner,count,top_k,group",
-    [(8, 64, 32, 4, 2, 32), (32, 128, 64, 8, 2, 64)],
+    [
+        # ExecuTorch's own shapes
+        (8, 64, 32, 4, 2, 32),
+        (16, 64, 32, 8, 4, 32),
+        (32, 128, 64, 8, 2, 64),
+        (64, 64, 32, 4, 2, 32),
+        (128, 128, 64, 8, 2, 32),
+        (256, 128, 64, 8, 2, 32),
+        (128, 2048, 512, 8, 2, 128),
+        # Qwen3.5-35B-A3B
+        (6, 2048, 512, 256, 8, 128),
+        (18, 2048, 512, 256, 8, 128),
+    ],
 )
-def test_error_of_int8_activations(tokens, hidden, inner, count, top_k, group, device):
-    """Against unquantized activations, over several draws: one alone scatters by a few percent."""
-    results = []
-    for _ in range(4):
-        experts = Experts(count, hidden, inner, group, device)
-        x, weights, ids = experts.inputs(tokens, top_k)
-        got, _ = experts.run("moe_w4a8", x, weights, ids)
-        results.append((got, ops.moe_w4a16(x, *experts.bundle, weights, ids, group)))
-    got, unquantized = (torch.cat(r) for r in zip(*results, strict=True))
+def test_accuracy(tokens, hidden, inner, count, top_k, group, device):
+    """In bf16, against the same arithmetic and against activations that are not quantized.
+
+    The latter is (1.45 +- 0.1)% from one token to the next, hence one token alone is not measured.
+    """
+    experts = Experts(count, hidden, inner, group, device)
+    x, weights, ids = experts.inputs(tokens, top_k)
+    if tokens > 16 and count > 64:
+        ids = ids % 8 * 36 + 3  # the interpreter takes its time per expert
+    got, expected = experts.run("moe_w4a8", x.bfloat16(), weights, ids)
+    unquantized = ops.moe_w4a16(x.bfloat16(), *experts.bundle, weights, ids, group)
+    assert relative_error(got, expected) < 0.003
     assert relative_error(got, unquantized) < 0.015
 
 
@@ -140,7 +166,7 @@ def test_extreme_values(name, tokens, device):
     """Zero, denormal and huge rows of activations; routing weights from 1e-30 to 1e8."""
     experts = Experts(4, 128, 64, 64, device)
     x, weights, ids = experts.inputs(tokens, 2)
-    x[0], x[1], x[2] = 0.0, x[1] * 1e-36, x[2] * 1e12
+    x[0], x[1], x[2] = 0.0, x[1] * 1e-41, x[2] * 1e12
     weights[3, 0], weights[3, 1] = 1e8, 1e-30
     got, expected = experts.run(name, x, weights, ids)
     for row in range(tokens):
@@ -153,8 +179,7 @@ def test_bf16(name, tokens, device):
     experts = Experts(4, 128, 64, 64, device)
     x, weights, ids = experts.inputs(tokens, 2)
     got, expected = experts.run(name, x.bfloat16(), weights, ids, x.bfloat16())
-    # On a GPU both round; the interpreter truncates, up to three times.
-    assert relative_error(got, expected) < (0.004 if device.type == "cuda" else 0.015)
+    assert relative_error(got, expected) < 0.003
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
