@@ -2,11 +2,13 @@
 
     python scripts/bench_e2e.py --program int8=DIR --program bf16=DIR --out benchmarks/e2e
 
-A program is named after the dtype of its MoE activations. Each measured run is one of `--num_iters`
-iterations of `qwen3_5_moe_runner`, greedy, on random prompt ids, with and without CUDA graphs. On a
-GPU, bytes and operations per second come from the cost model (`roofline.py`) and the measured
-times, and are compared with the GPU's measured roof; one prefill and one decoded token are profiled
-kernel by kernel. Works for a CPU program too, without these. Writes `<out>.json`, `.md` and `.png`.
+A program is named after the dtype of its MoE activations; where its context does not hold prompt
+and generated tokens (`et-moe export --max-seq-len 4608` does), fewer are generated, and the table
+says how many. Each measured run is one of `--num_iters` iterations of `qwen3_5_moe_runner`, greedy,
+on random prompt ids, with and without CUDA graphs. On a GPU, bytes and operations per second come
+from the cost model (`roofline.py`) and the measured times, and are compared with the GPU's measured
+roof; one prefill and one decoded token are profiled kernel by kernel. Works for a CPU program too,
+without these. Writes `<out>.json`, `.md` and `.png`.
 """
 
 import dataclasses

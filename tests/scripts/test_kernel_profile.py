@@ -1,4 +1,7 @@
-"""Reading kernel traces: which launches make up the last prefill and the last decoded token."""
+"""Kernel traces: written by the tracer, and split into the last prefill and decoded token."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -80,3 +83,86 @@ def test_a_run_without_cuda_has_no_trace(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "build_tracer", lambda output: output)
     assert "did not load the tracer" in tool.profile(["true"], tmp_path)["error"]
     assert "the traced run failed" in tool.profile(["false"], tmp_path)["error"]
+
+
+# Hands out two kernels and a record of another kind, as CUPTI does when it is flushed.
+CUPTI = """
+#include <cupti.h>
+#include <cstring>
+static CUpti_BuffersCallbackRequestFunc request;
+static CUpti_BuffersCallbackCompleteFunc complete;
+static CUpti_ActivityKernel9 records[3];
+static size_t next_record = 0;
+extern "C" {
+CUptiResult cuptiActivityRegisterCallbacks(CUpti_BuffersCallbackRequestFunc r,
+                                           CUpti_BuffersCallbackCompleteFunc c) {
+  request = r, complete = c;
+  return CUPTI_SUCCESS;
+}
+CUptiResult cuptiActivityEnable(CUpti_ActivityKind kind) {
+  return kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL ? CUPTI_SUCCESS
+                                                       : CUPTI_ERROR_INVALID_PARAMETER;
+}
+CUptiResult cuptiActivityGetNextRecord(uint8_t*, size_t, CUpti_Activity** record) {
+  if (next_record == 3) return CUPTI_ERROR_MAX_LIMIT_REACHED;
+  *record = reinterpret_cast<CUpti_Activity*>(&records[next_record++]);
+  return CUPTI_SUCCESS;
+}
+CUptiResult cuptiActivityGetNumDroppedRecords(CUcontext, uint32_t, size_t* dropped) {
+  *dropped = DROPPED;
+  return CUPTI_SUCCESS;
+}
+CUptiResult cuptiActivityFlushAll(uint32_t) {
+  uint8_t* buffer = nullptr;
+  size_t size = 0, most = 1;
+  request(&buffer, &size, &most);
+  if (!buffer || most) return CUPTI_ERROR_UNKNOWN;
+  std::memset(records, 0, sizeof records);
+  for (int i = 0; i < 3; ++i) {
+    records[i].kind = i == 1 ? CUPTI_ACTIVITY_KIND_MEMCPY : CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL;
+    records[i].start = 3000 - 1000 * i, records[i].end = 3500 - 1000 * i;
+    records[i].name = i ? "moe<1, 2>" : "sample";
+  }
+  complete(nullptr, 0, buffer, size, 1);
+  return CUPTI_SUCCESS;
+}
+CUptiResult cuptiGetResultString(CUptiResult, const char** text) {
+  *text = "stub";
+  return CUPTI_SUCCESS;
+}
+}
+"""
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+def test_the_tracer(tool, tmp_path, monkeypatch, dropped):
+    """The real library over a stand-in for CUPTI, in a process that ends as a runner does."""
+    folders = tool._cuda_folders()
+    assert any((folder / "include/cupti.h").is_file() for folder in folders), "extra cuda"
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "cupti.cpp").write_text(CUPTI)
+    command = ["g++", "-shared", "-fPIC", f"-DDROPPED={dropped}", tmp_path / "cupti.cpp"]
+    command += [f"-isystem{folder / 'include'}" for folder in folders]
+    command += ["-Wl,-soname,libcupti.so.13", "-o", tmp_path / "lib/libcupti.so.13"]
+    subprocess.run(command, check=True)
+    monkeypatch.setattr(tool, "_cuda_folders", lambda: [tmp_path, *folders])
+    # The driver would load the library and call it.
+    program = (
+        "import ctypes, os\n"
+        "path = os.environ['CUDA_INJECTION64_PATH']\n"
+        "assert ctypes.CDLL(path).InitializeInjection() == 1"
+    )
+    run = [sys.executable, "-c", program]
+    if dropped:
+        with pytest.raises(tool.ProfileError, match="dropped 3 kernels"):
+            tool.trace(run, tmp_path)
+    else:
+        expected = [tool.Launch(1000, 1500, "moe<1, 2>"), tool.Launch(3000, 3500, "sample")]
+        assert tool.trace(run, tmp_path) == expected
+
+
+def test_the_tracer_links_against_cupti(tool, tmp_path):
+    library = tool.build_tracer(tmp_path / "trace.so")
+    symbols = subprocess.run(["nm", "-D", library], check=True, capture_output=True, text=True)
+    assert "T InitializeInjection" in symbols.stdout
+    assert "U cuptiActivityFlushAll" in symbols.stdout
