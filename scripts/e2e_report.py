@@ -54,7 +54,10 @@ def profile_text(entry: dict, count: int = 20) -> list[str]:
 
 def report(result: dict) -> str:
     """Markdown."""
-    gpu, lines = result["gpu"], [f"# End to end on {result['machine']}", "", result["command"], ""]
+    gpu, lines = (
+        result["gpu"],
+        [f"# End to end on {result['machine']}", "", f"`{result['command']}`", ""],
+    )
     if gpu:
         roof = gpu["roof"]
         lines += [
