@@ -28,6 +28,7 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+from executorch.exir.passes import MemoryPlanningPass
 from torch.export import Dim, ExportedProgram
 
 from et_moe.backends.cuda.compile import CompiledMethod, compile_method
@@ -274,5 +275,11 @@ def lower(
             partitioner={name: [EtMoeCudaPartitioner(name)] for name in methods},
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             constant_methods=constants,
-        ).to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True))
+        ).to_executorch(
+            ExecutorchBackendConfig(
+                extract_delegate_segments=True,
+                # Methods read their inputs where the runner has them, instead of copies.
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            )
+        )
     return LoweredProgram(program.buffer, lowering.plan, lowering.compiled)
