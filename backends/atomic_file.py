@@ -12,7 +12,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path`, for writing and reading back.
 
     When the block ends it is flushed to disk and renamed to `path`; when the block raises (a full
-    disk included) it is removed and `path` stays as it was.
+    disk included) it is removed and `path` stays as it was. An OSError without a name gets `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     file = temporary.open("wb+")
@@ -22,7 +22,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         file.close()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             file.close()
         temporary.unlink(missing_ok=True)

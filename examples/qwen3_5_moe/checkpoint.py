@@ -157,10 +157,10 @@ class Checkpoint:
             found.pop("lm_head.weight", None)  # a copy of the embedding; Hugging Face ignores it
         missing = [n for n in expected if n not in found]
         unexpected = [self._names[n] for n in found if n not in expected]
-        if missing:
-            raise ConfigError(f"{self.directory}: missing tensors: {_list_names(missing)}")
-        if unexpected:
-            raise ConfigError(f"{self.directory}: unexpected tensors: {_list_names(unexpected)}")
+        wrong = {"missing": missing, "unexpected": unexpected}
+        lists = [f"{what} tensors: {_list_names(names)}" for what, names in wrong.items() if names]
+        if lists:
+            raise ConfigError(f"{self.directory}: {'; '.join(lists)}")
         for name, (dtype, shape) in found.items():
             where = f"{self._files[name]}: {self._names[name]}"
             if dtype not in FLOAT_DTYPES:

@@ -100,8 +100,9 @@ def quantize(
 def _quantization(qlinear, group_size, qembedding):
     from et_moe.examples.qwen3_5_moe.model import Quantization
 
+    group_size = 128 if group_size is None else group_size
     return Quantization(
-        (qlinear or QLinear.W4).value, group_size or 128, (qembedding or QEmbedding.W8).value
+        (qlinear or QLinear.W4).value, group_size, (qembedding or QEmbedding.W8).value
     )
 
 

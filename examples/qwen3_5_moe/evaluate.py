@@ -91,7 +91,11 @@ def evaluate(
 
     if window < 2:
         raise ConfigError(f"--window {window}: expected at least 2 tokens")
-    ids = AutoTokenizer.from_pretrained(model_dir)(text.read_text())["input_ids"]
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{text}: not UTF-8: {e}") from None
+    ids = AutoTokenizer.from_pretrained(model_dir)(content)["input_ids"]
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     if not windows:
@@ -103,7 +107,11 @@ def evaluate(
         with torch.no_grad():
             logits = model(torch.tensor([piece])).logits[0, :-1]
         reference = logits.double().log_softmax(-1)
-        exported = runner_logits(runner, program_dir, piece).double().log_softmax(-1)
+        scored = runner_logits(runner, program_dir, piece)
+        if scored.shape != logits.shape:
+            ours, theirs = scored.shape[1], logits.shape[1]
+            raise ConfigError(f"{program_dir}: vocabulary of {ours}, {model_dir} has {theirs}")
+        exported = scored.double().log_softmax(-1)
         targets = torch.tensor(piece[1:])[:, None]
         nll -= exported.gather(1, targets).sum().item()
         reference_nll -= reference.gather(1, targets).sum().item()

@@ -170,7 +170,9 @@ def make_checkpoint(
         _write_json(temporary / "generation_config.json", {"eos_token_id": stop})
         _write_weights(temporary, tensor_shapes(text, prefix), seed, text["initializer_range"])
         os.rename(temporary, output_dir)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(output_dir)  # of the temporary files nothing is left
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import torch
+
+from et_moe.backends.atomic_file import atomic_file
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
@@ -106,15 +107,15 @@ class SafetensorsWriter:
             name: (dtype, torch.Size(shape)) for name, (dtype, shape) in entries.items()
         }
         self._remaining: Iterator[str] = iter(self._entries)
-        self._temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        self._context = atomic_file(self.path)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> SafetensorsWriter:
-        self._file = self._temporary.open("wb")
+        self._file = self._context.__enter__()
         try:
             self._file.write(self._header)
-        except BaseException:
-            self._discard()
+        except OSError as e:
+            self._context.__exit__(type(e), e, e.__traceback__)
             raise
         return self
 
@@ -166,30 +167,10 @@ class SafetensorsWriter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if exc_type is not None:
-            self._discard()
-            return
-        try:
-            missing = next(self._remaining, None)
-            if missing is not None:
-                raise ValueError(f"tensor '{missing}': was never written to {self.path}")
-            assert self._file is not None
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-            os.replace(self._temporary, self.path)
-        except BaseException:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        """Close and remove the temporary file; closing may fail too when the disk is full."""
-        try:
-            if self._file is not None:
-                self._file.close()
-        except OSError:
-            pass
-        finally:
-            self._file = None
-            self._temporary.unlink(missing_ok=True)
+        self._file = None
+        missing = next(self._remaining, None)
+        if exc is None and missing is not None:
+            error = ValueError(f"tensor '{missing}': was never written to {self.path}")
+            self._context.__exit__(ValueError, error, None)
+            raise error
+        self._context.__exit__(exc_type, exc, traceback)

@@ -231,7 +231,7 @@ def test_mutated_bundles(tiny_bundle: Path, tmp_path: Path) -> None:
     directory = tmp_path / "b"
     shutil.copytree(tiny_bundle, directory)
     files = ["config.json", SHARD, "model.safetensors.index.json"]
-    assert_mutations_are_survived("bundle", directory, 400, *files)
+    assert_mutations_are_survived("bundle", directory, 2000, *files)
 
 
 def test_an_existing_bundle_is_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
