@@ -299,7 +299,7 @@ def test_outputs_that_cannot_be_written(refused, tiny_checkpoint, tiny_bundle, t
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
 
 
-@pytest.mark.parametrize("limit", [3000, 20_000])
+@pytest.mark.parametrize("limit", [5000, 10_000])
 def test_full_disk(refused, tiny_checkpoint, tiny_bundle, tmp_path: Path, limit: int) -> None:
     """What stands under a final name is whole: at most the small files written before."""
     commands = [

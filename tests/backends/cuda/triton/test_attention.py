@@ -112,7 +112,7 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("position", [0, 5, 32])
-@pytest.mark.parametrize("tokens", [2, 15, 16, 17, 31, 32, 33, 65])
+@pytest.mark.parametrize("tokens", [2, 3, 15, 16, 17, 31, 32, 33, 64, 65, 129])
 def test_prefill_lengths(tokens, position, device):
     check(make_inputs(ONE_KV, tokens, position, torch.float32, device))
 
@@ -172,10 +172,12 @@ def test_sincos(device):
     assert (cos - angles.double().cos()).abs().max() < 3e-6
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e15])
-def test_magnitudes(scale, device):
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-30, 1e15])
+def test_magnitudes(scale, tokens, device):
     """q and k are normed: their magnitude matters only where eps does."""
-    inputs = make_inputs(ONE_KV, 20, 7, torch.float32, device)
+    inputs = make_inputs(ONE_KV, tokens, 7, torch.float32, device)
     inputs["qkv"].mul_(scale)
     check(inputs)
 

@@ -85,7 +85,7 @@ def check(op: str, inputs: dict, valid: int | None = None) -> dict:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 31, 32, 33, 63, 64, 65, 97, 128, 193])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 128, 129, 193])
 def test_lengths(tokens, dtype, device):
     check("gated_delta_net", net_inputs(SMALL, tokens, dtype, device))
 
@@ -108,6 +108,23 @@ def test_padding(tokens, valid, device):
     assert torch.count_nonzero(out[valid:]) == 0 and torch.isfinite(out).all()
     for name in STATES:
         assert torch.equal(got[name], expected[name])
+
+
+@pytest.mark.parametrize("tokens", [1, 66])
+@pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-20, 1e6])
+def test_magnitudes(scale, tokens, device):
+    """Of everything projected but the gates: q and k are normed, v and z go through SiLU."""
+    inputs = net_inputs(SMALL, tokens, torch.float32, device)
+    inputs["projected"][:, : -2 * inputs["a_log"].numel()] *= scale
+    if scale != 1e-41:
+        check("gated_delta_net", inputs)
+        return
+    # Denormal results have few digits.
+    expected_inputs = clone(inputs)
+    got, expected = kernels.gated_delta_net(**inputs), ops.gated_delta_net(**expected_inputs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-38)
+    for name in STATES:
+        torch.testing.assert_close(inputs[name], expected_inputs[name], rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -148,7 +165,7 @@ def test_launches(device):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens,valid", [(1, None), (65, None), (70, 3)])
+@pytest.mark.parametrize("tokens,valid", [(1, None), (65, None), (129, None), (193, None), (70, 3)])
 def test_rule(tokens, valid, dtype, device):
     check("gated_delta_rule", rule_inputs(GROUP_3, tokens, dtype, device), valid)
 
@@ -176,7 +193,10 @@ def test_rule_at_extremes(device):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("tokens,valid", [(1, None), (2, None), (5, 1), (33, 0), (33, 2), (70, 64)])
+@pytest.mark.parametrize(
+    "tokens,valid",
+    [(1, None), (2, None), (5, 1), (16, None), (33, 0), (33, 2), (65, None), (70, 64), (129, None)],
+)
 def test_conv(tokens, valid, taps, dtype, device):
     inputs = {
         "x": torch.randn(tokens, 140).to(device, dtype),

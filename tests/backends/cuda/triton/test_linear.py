@@ -105,11 +105,12 @@ def test_w4a16_is_within_its_bound_of_an_outlier(device):
     assert relative_error(got, expected) < TOLERANCE["linear_w4a16"]
 
 
-@pytest.mark.parametrize("m", [1, 20])
-def test_runs_repeat(m, device):
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("m", [1, 3, 20])
+def test_runs_repeat(name, m, device):
     packed = weights(64, 256, 128, device)[1]
     x = torch.randn(m, 256, device=device)
-    results = [linear.linear_w4a8(x, *packed, 128) for _ in range(2)]
+    results = [getattr(linear, name)(x, *packed, 128) for _ in range(2)]
     assert torch.equal(*results)
 
 
@@ -150,10 +151,11 @@ def test_wrong_arguments(change, device):
         linear.linear_w4a8(**arguments)
 
 
+@pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embedding(dtype, device):
+def test_embedding(dtype, m, device):
     weight, scale = (t.to(device) for t in ops.quantize_w8(torch.randn(50, 96)))
-    ids = torch.randint(0, 50, (7,), device=device)
+    ids = torch.randint(0, 50, (m,), device=device)
     got = embedding_w8(ids, weight, scale, dtype)
     expected = ops.embedding_w8(ids, weight, scale, dtype)
     assert got.dtype == dtype

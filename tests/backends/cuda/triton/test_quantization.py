@@ -52,6 +52,17 @@ def test_zero_rows_and_tiles(name, device):
     check(name, x, 128)
 
 
+def test_denormal_rows(device):
+    check("quantize_int8", 1e-41 * torch.randn(3, 256, device=device), 128)
+
+
+@pytest.mark.parametrize("name", ["quantize_int8", "silu_quantize_int8"])
+def test_repeatable(name, device):
+    x = torch.randn(65, 256, device=device, dtype=torch.bfloat16)
+    first, second = (getattr(quantization, name)(x, 64) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
 def test_strided_input(device):
     x = torch.randn(8, 512, device=device)
     check("quantize_int8", x.narrow(1, 64, 256), 128)

@@ -73,11 +73,18 @@ def test_padding(m, valid, device):
 
 
 @pytest.mark.parametrize("m", [1, 17])
-@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e4])
+@pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-30, 1e4, 1e15])
 def test_extreme_rows(m, scale, device):
     x, norm, weight = inputs(m, device)
     args = (x * scale, norm, weight * 100)  # one probability is 1, most others underflow
     check(moe_router(*args, 4, 1), ops.moe_router(*args, 4, 1))
+
+
+@pytest.mark.parametrize("m", [1, 33])
+def test_repeatable(m, device):
+    args = [t.bfloat16() for t in inputs(m, device)]
+    for first, second in zip(moe_router(*args, 4, 1), moe_router(*args, 4, 1), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_too_few_experts(device):
