@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mutations import mutate_json
 from tokenizer_reference import make_spec, run_cli, save
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -88,27 +89,6 @@ def test_refused(build_dir: Path, tmp_path: Path) -> None:
     for path, key, error in zip(paths, keys, errors, strict=True):
         assert error is not None, f"{key}: accepted"
         assert error.startswith(f"{path}: ") and key in error, f"{key}: {error}"
-
-
-def mutate_json(rng: random.Random, spec: Any) -> Any:
-    """Replaces, removes or repeats one value somewhere in a JSON document."""
-    spec = copy.deepcopy(spec)
-    values = [None, True, -1, 0, 1 << 70, 1e308, "", "\x00", "\U0001f600", [], {}, [[[]]], "(" * 99]
-    node, parent, key = spec, None, None
-    while isinstance(node, dict | list) and node and (parent is None or rng.random() < 0.8):
-        parent = node
-        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
-        node = node[key]
-    action = rng.random()
-    if action < 0.6:
-        parent[key] = rng.choice(values)
-    elif action < 0.8:
-        del parent[key]
-    elif isinstance(parent, list):
-        parent.append(node)
-    else:
-        parent[rng.choice(["x", "\u0120", "type", "id"])] = node
-    return spec
 
 
 def test_mutated_files(build_dir: Path, tmp_path: Path) -> None:

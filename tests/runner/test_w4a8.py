@@ -1,6 +1,8 @@
 """The runner's W4A8 against the eager reference, and what the demo model loses by it."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,22 @@ def test_text_stats_line_and_table(runner, demo: Path, tmp_path: Path) -> None:
     assert stats["generated_tokens"] == len(ids)
     assert stats["decode_token_per_sec"] > 0
     assert "tokens/s" in table
+
+
+def test_streamed_text_is_never_cut_inside_a_character(runner, tiny_program: Path) -> None:
+    """Random tokens of one byte each: what has come so far is always whole characters."""
+    command = [runner.binary, f"--model_path={tiny_program / 'model.pte'}"]
+    command += [f"--data_path={tiny_program / 'model.ptd'}", "--prompt=x", "--temperature=1"]
+    command += [f"--tokenizer_path={tiny_program / 'tokenizer.json'}"]
+    characters, pieces = set(), 0
+    for seed in range(25):
+        with subprocess.Popen([*command, f"--seed={seed}"], stdout=subprocess.PIPE) as process:
+            while piece := os.read(process.stdout.fileno(), 4096):
+                characters |= set(piece.decode())  # raises if it is cut
+                pieces += 1
+        assert process.returncode == 0
+    assert pieces > 100
+    assert any(c > "\x7f" and c != "\ufffd" for c in characters)
 
 
 def test_iterations_print_a_line_each_and_the_text_once(runner, demo: Path) -> None:
