@@ -22,7 +22,9 @@ void emit(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, si
 }  // namespace
 
 void capture_log() {
-  executorch::runtime::register_pal(executorch::runtime::PalImpl::create(emit, __FILE__));
+  static const bool registered =
+      executorch::runtime::register_pal(executorch::runtime::PalImpl::create(emit, __FILE__));
+  static_cast<void>(registered);
 }
 
 std::string take_log() {

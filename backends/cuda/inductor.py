@@ -169,6 +169,17 @@ static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
 """In place of functions that compare every input with its type: most of a host program's text."""
 
 
+_DRIVER_CHECK = """#define CUDA_DRIVER_CHECK(EXPR) et_moe_check_driver(EXPR, #EXPR);
+static void et_moe_check_driver(CUresult error, const char* call) {
+  if (error == CUDA_SUCCESS) return;
+  const char* name = nullptr;
+  if (cuGetErrorName(error, &name) != CUDA_SUCCESS) name = "unknown error";
+  throw std::runtime_error(std::string(call).substr(0, std::strcspn(call, "(")) + ": " + name);
+}
+"""
+"""In place of a check that says neither the call nor the error's name."""
+
+
 class _Strict(logging.Handler):
     """Turns a warning of torch's analysis of a kernel into an error."""
 
@@ -247,7 +258,12 @@ class _Collector:
             parameters = CudaKernelParamCache.cache[name]
             binaries[name] = Path(parameters["cubin_path"]).read_bytes()
             kernels.append(self._kernel(name, parameters, binaries[name], launches))
-        self.program = HostProgram(wrapper_code, kernels, binaries)
+        source, count = re.subn(
+            r"#define CUDA_DRIVER_CHECK\(EXPR\)(.*\\\n)+.*\n", lambda _: _DRIVER_CHECK, wrapper_code
+        )
+        if count != 1:
+            raise RuntimeError("torch generates another host program than expected")
+        self.program = HostProgram(source, kernels, binaries)
         return ""
 
     def _kernel(

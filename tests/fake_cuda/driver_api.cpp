@@ -196,6 +196,11 @@ using namespace et_moe::fake_cuda;
 
 extern "C" {
 
+CUresult cuGetErrorName(CUresult error, const char** text) {
+  *text = error_name(static_cast<int>(error));
+  return CUDA_SUCCESS;
+}
+
 CUresult cuGetErrorString(CUresult error, const char** text) {
   *text = error_text(static_cast<int>(error));
   return CUDA_SUCCESS;

@@ -73,9 +73,9 @@ bool Memory::free(void* address) {
 
 void* Memory::allocate_pinned(size_t size) {
   if (size == 0) return nullptr;
-  void* address = std::malloc(size);
+  void* address = std::calloc(size, 1);
   if (!address) return nullptr;
-  std::memset(address, filling_, size);
+  if (filling_ != 0) std::memset(address, filling_, size);
   pinned_.emplace(reinterpret_cast<uintptr_t>(address), size);
   return address;
 }

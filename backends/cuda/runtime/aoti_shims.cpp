@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <string>
+#include <utility>
 
 #include "backends/cuda/runtime/tensor.h"
 
@@ -11,17 +13,18 @@ namespace et_moe::cuda {
 namespace {
 
 thread_local Arena* current_arena = nullptr;
+thread_local std::string first_error;
 
 enum : int32_t { kCpu = 0, kCuda = 1 };
 
-/// Runs `body`; an exception becomes an error code, and its text goes to stderr.
+/// Runs `body`; an exception becomes an error code, and its text is kept for `take_error`.
 template <typename Body>
 int32_t guarded(const char* name, const Body& body) {
   try {
     body();
     return 0;
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "%s: %s\n", name, e.what());
+    if (first_error.empty()) first_error = std::string(name) + ": " + e.what();
     return 1;
   }
 }
@@ -33,6 +36,8 @@ Tensor* make(std::byte* data, int64_t dim, const int64_t* sizes, const int64_t* 
 }
 
 }  // namespace
+
+std::string take_error() { return std::exchange(first_error, {}); }
 
 int64_t itemsize(int32_t dtype) {
   switch (dtype) {

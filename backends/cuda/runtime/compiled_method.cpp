@@ -80,7 +80,7 @@ struct CompiledMethod::Container {
   using Create = int32_t(void**, size_t, const char*, const char*);
   using Delete = int32_t(void*);
   using Run = int32_t(void*, Tensor**, size_t, Tensor**, size_t, void*, void*);
-  using LastError = const char*();
+  using LastError = int32_t(const char**);
 
   Container(const void* data, size_t size, const std::string& name)
       : code(data, size, name),
@@ -92,8 +92,16 @@ struct CompiledMethod::Container {
   }
   ~Container() { remove(handle); }
   [[noreturn]] void fail(const std::string& what) const {
-    const char* text = last_error();
-    throw std::runtime_error(what + (text && *text ? std::string(": ") + text : ""));
+    if (const std::string cause = take_error(); !cause.empty()) {
+      throw std::runtime_error(what + ": " + cause);
+    }
+    const char* text = nullptr;
+    std::string message = what;
+    if (last_error(&text) == 0 && text && *text) message += std::string(": ") + text;
+    // The code's own text lacks the name of the runtime's error.
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) message += std::string(" (") + cudaGetErrorName(error) + ")";
+    throw std::runtime_error(message);
   }
 
   SharedObject code;

@@ -78,6 +78,19 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+/// An event that only orders work.
+class Event {
+ public:
+  Event() { ET_MOE_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 /// A captured and instantiated graph.
 class Graph {
  public:

@@ -48,30 +48,23 @@ FreeableBuffer find(const NamedDataMap& data, const TensorInfo& tensor) {
 void copy_pieces(const std::vector<Piece>& pieces, std::atomic<size_t>& next) {
   const Stream stream;
   const PinnedBuffer pinned(2 * kPiece);
-  cudaEvent_t done[2] = {};
-  for (auto& event : done) {
-    ET_MOE_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-  }
-  const auto free_events = [&done] {
-    for (auto& event : done) cudaEventDestroy(event);
-  };
+  const Event done[2];
   try {
     size_t turn = 0;
     for (size_t i = next++; i < pieces.size(); i = next++, turn ^= 1) {
       std::byte* half = pinned.data() + turn * kPiece;
-      ET_MOE_CUDA(cudaEventSynchronize(done[turn]));  // returns at once before the first record
+      ET_MOE_CUDA(
+          cudaEventSynchronize(done[turn].get()));  // returns at once before the first record
       std::memcpy(half, pieces[i].from, pieces[i].size);
       ET_MOE_CUDA(cudaMemcpyAsync(pieces[i].to, half, pieces[i].size, cudaMemcpyHostToDevice,
                                   stream.get()));
-      ET_MOE_CUDA(cudaEventRecord(done[turn], stream.get()));
+      ET_MOE_CUDA(cudaEventRecord(done[turn].get(), stream.get()));
     }
     stream.synchronize();
   } catch (...) {
     cudaStreamSynchronize(stream.get());  // copies from the pinned memory must end before it goes
-    free_events();
     throw;
   }
-  free_events();
 }
 
 void copy_all(const std::vector<Piece>& pieces) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "backends/cuda/runtime/arena.h"
@@ -43,5 +44,9 @@ class ArenaScope {
  private:
   Arena* previous_;
 };
+
+/// What went wrong first, on this thread, in a function that compiled code called since the last
+/// time this was asked; empty for nothing. The code itself only learns that something did.
+std::string take_error();
 
 }  // namespace et_moe::cuda

@@ -1,0 +1,145 @@
+// Drives CUDA programs over the fake driver, in ways that the runner does not: tests/fake_cuda/
+// test_delegate.py runs it. It exits with 1 and says why if something is wrong.
+//
+//   delegate_check sessions MODEL.pte MODEL.ptd GRAPH TOKENS PROMPT...
+//     Two sessions on one load of the weights take turns, token by token; each PROMPT is a JSON
+//     list of ids, and a JSON list of TOKENS ids is printed for each. GRAPH is 0 or 1.
+//   delegate_check faults MODEL.pte MODEL.ptd GRAPH STEP
+//     Loads and generates, once for every STEP-th call of CUDA with that call failing. Each failure
+//     must be an error that names a CUDA error (a failed capture: a message), leave nothing behind,
+//     and not keep the same process from doing it all again. Prints a line per failure.
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "runner/engine.h"
+
+namespace {
+
+using Ids = std::vector<int64_t>;
+
+template <typename Function>
+Function* fake(const char* name) {
+  void* function = dlsym(RTLD_DEFAULT, name);
+  if (!function) throw std::runtime_error("not over the fake driver: set LD_LIBRARY_PATH to it");
+  return reinterpret_cast<Function*>(function);
+}
+
+void no_violations() {
+  char text[512];
+  if (fake<bool(char*, size_t)>("fake_cuda_take_violation")(text, sizeof text)) {
+    throw std::runtime_error(std::string("violation: ") + text);
+  }
+}
+
+std::shared_ptr<et_moe::Model> load(char** argv) {
+  et_moe::ModelOptions options;
+  options.cuda_graph = std::string(argv[4]) == "1";
+  return std::make_shared<et_moe::Model>(argv[2], argv[3], options);
+}
+
+void sessions(int argc, char** argv) {
+  const auto model = load(argv);
+  const size_t count = std::stoul(argv[5]);
+  const size_t most = static_cast<size_t>(model->info().max_prefill_tokens);
+  struct Sequence {
+    std::unique_ptr<et_moe::Session> session;
+    Ids ids;  // to feed next
+    int64_t position = 0;
+    Ids generated;
+  };
+  std::vector<Sequence> sequences;
+  for (int i = 6; i < argc; ++i) {
+    sequences.push_back({model->new_session(), nlohmann::json::parse(argv[i]).get<Ids>(), 0, {}});
+  }
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (Sequence& s : sequences) {
+      if (s.generated.size() == count) continue;
+      const size_t piece = std::min(most, s.ids.size());
+      const int64_t token =
+          model->run(*s.session, s.ids.data(), piece, s.position, et_moe::Sampling()).token;
+      s.position += static_cast<int64_t>(piece);
+      s.ids.erase(s.ids.begin(), s.ids.begin() + static_cast<int64_t>(piece));
+      if (s.ids.empty()) {
+        s.generated.push_back(token);
+        s.ids = {token};
+      }
+      busy = true;
+    }
+  }
+  for (const Sequence& s : sequences) std::cout << nlohmann::json(s.generated).dump() << "\n";
+}
+
+Ids generate(char** argv) {
+  et_moe::Engine engine(load(argv));
+  et_moe::GenerationConfig config;
+  config.max_new_tokens = 4;  // the first run, warm-up, capture, replay
+  et_moe::llm::Stats stats;
+  Ids ids;
+  for (int run = 0; run < 2; ++run) {
+    const Ids more = engine.generate({1, 2, 3}, config, stats, [](int64_t) {});
+    ids.insert(ids.end(), more.begin(), more.end());
+  }
+  return ids;
+}
+
+void nothing_left(const std::string& when) {
+  const size_t live = fake<size_t()>("fake_cuda_live")();
+  if (live != 0)
+    throw std::runtime_error(std::to_string(live) + " things are not released " + when);
+}
+
+void faults(char** argv) {
+  const auto calls = fake<uint64_t()>("fake_cuda_calls");
+  const auto fail = fake<void(const char*, uint64_t, int)>("fake_cuda_fail");
+  const uint64_t begin = calls();
+  const Ids expected = generate(argv);
+  const uint64_t count = calls() - begin, step = std::stoul(argv[5]);
+  no_violations();
+  nothing_left("after a good run");
+  if (count < 100) throw std::runtime_error("only " + std::to_string(count) + " calls");
+  for (uint64_t n = 1; n <= count; n += step) {
+    const std::string when = "after call " + std::to_string(n) + " failed";
+    fail(nullptr, n, 0);
+    try {
+      if (generate(argv) != expected) throw std::logic_error("other tokens " + when);
+      std::cout << n << ": tolerated\n";
+    } catch (const std::runtime_error& e) {
+      std::cout << n << ": " << e.what() << "\n";
+      if (std::string(e.what()).find("cudaError") == std::string::npos) {
+        throw std::logic_error("no name of a CUDA error " + when + ": " + e.what());
+      }
+    }
+    fail(nullptr, 0, 0);
+    nothing_left(when);
+    no_violations();
+    if (generate(argv) != expected) throw std::logic_error("the next run differs " + when);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string command = argc >= 6 ? argv[1] : "";
+  try {
+    if (command == "sessions") {
+      sessions(argc, argv);
+    } else if (command == "faults") {
+      faults(argv);
+    } else {
+      throw std::runtime_error("usage: see the top of delegate_check.cpp");
+    }
+  } catch (const std::exception& e) {
+    std::cerr << "delegate_check: " << e.what() << "\n";
+    return 1;
+  }
+  return 0;
+}
