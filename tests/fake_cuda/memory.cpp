@@ -56,7 +56,7 @@ void* Memory::allocate(size_t size) {
   next_ += (size + 2 * kPage - 1) / kPage * kPage;  // at least a byte lies between two
   used_ += size;
   device_.emplace(kBase + begin, size);
-  std::memset(alias_ + begin, filling_, size);
+  if (filling_ != 0) std::memset(alias_ + begin, filling_, size);
   return reinterpret_cast<void*>(kBase + begin);
 }
 
