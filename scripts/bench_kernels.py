@@ -21,6 +21,7 @@ import triton
 import typer
 from bench_subjects import Subject, bf16, load_wheel, subjects
 from gpu_timing import microseconds, require_gpu, rotated
+from plotting import pyplot
 from rich.console import Console
 from rich.table import Table
 
@@ -114,11 +115,9 @@ def report(lines: list[dict], result: dict) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Time over M, a panel per subject."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    if plt is None:
+        return
     names = [n for n in dict.fromkeys(r["subject"] for r in rows) if n != "sample"]
     figure, panels = plt.subplots(
         -(-len(names) // 3), 3, figsize=(15, 4 * -(-len(names) // 3)), squeeze=False

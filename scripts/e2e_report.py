@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from plotting import pyplot
+
 
 def _number(value: dict | None, digits: int = 0) -> str:
     if value is None:
@@ -75,11 +77,9 @@ def report(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """Tokens per second over the context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    if plt is None:
+        return
     rows = [row for row in result["rows"] if "error" not in row]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
     for panel, name in zip(panels, ("decode", "prefill"), strict=True):

@@ -1,0 +1,186 @@
+"""What a GPU must reproduce of a model, and how it is compared.
+
+The CPU program of the same weights says what is right. Where its two likeliest tokens are close, a
+rounding decides between them, so tokens are compared only up to the first near tie; the margin is
+the difference of the two highest logits over the standard deviation of the row.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+MANIFEST = "manifest.json"
+EXPECTED_LOGITS = "expected.npy"
+
+Run = Callable[[Sequence[str | Path]], None]
+"""Runs a command; raises if it fails."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a program may be from the fp32 program of the CPU.
+
+    The bf16 program of the CPU is at 94% to 98% top-1 agreement and a relative error of 0.02 to
+    0.04 on the demo model's held-out text, and every token that differs has a margin under 0.23.
+
+    Attributes:
+        margin: least margin of a token that must be the same.
+        top1: least share of positions with the same likeliest token.
+        relative_error: most of the logits, an L2 norm over all positions.
+    """
+
+    margin: float
+    top1: float
+    relative_error: float
+
+
+TOLERANCES = {"float32": Tolerance(0.01, 0.99, 0.01), "bfloat16": Tolerance(0.5, 0.9, 0.1)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and the greedy tokens that must follow it; `least_margin` is among these."""
+
+    prompt_ids: list[int]
+    expected_ids: list[int]
+    least_margin: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A program in a folder of its name, `model.pte` and `model.ptd`, with what it must compute.
+
+    Attributes:
+        dtype: of its activations, a key of `TOLERANCES`.
+        cases: from the shortest prompt to the longest.
+        score_ids: tokens whose logits, float32 [len - 1, vocabulary], are in `EXPECTED_LOGITS`.
+    """
+
+    name: str
+    dtype: str
+    cases: list[Case]
+    score_ids: list[int]
+
+    @classmethod
+    def from_json(cls, entry: dict) -> "Model":
+        cases = [Case(**case) for case in entry["cases"]]
+        return cls(entry["name"], entry["dtype"], cases, entry["score_ids"])
+
+    to_json = asdict
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program, and how it is run.
+
+    Attributes:
+        runner: the runner's binary.
+        folder: holds `model.pte` and `model.ptd`.
+        scratch: folder for what the runner writes.
+        flags: further ones, such as `--cuda_graph`.
+    """
+
+    run: Run
+    runner: Path
+    folder: Path
+    scratch: Path
+    flags: tuple[str, ...] = ()
+
+    def command(self, *flags: str) -> list[str | Path]:
+        files = (f"--model_path={self.folder / 'model.pte'}",)
+        files += (f"--data_path={self.folder / 'model.ptd'}",)
+        return [self.runner, *files, *self.flags, *flags]
+
+    def generate(self, prompt_ids: list[int], count: int) -> list[int]:
+        """At most `count` greedy tokens."""
+        output = self.scratch / "ids.json"
+        output.unlink(missing_ok=True)
+        flags = (f"--prompt_ids={','.join(map(str, prompt_ids))}", f"--max_new_tokens={count}")
+        self.run(self.command(*flags, "--temperature=0", f"--output_ids_path={output}"))
+        return json.loads(output.read_text())
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Teacher-forced logits that predict ids[1:], float32 [len(ids) - 1, vocabulary]."""
+        output, given = self.scratch / "logits.npy", self.scratch / "score_ids.json"
+        output.unlink(missing_ok=True)
+        given.write_text(json.dumps(ids))
+        self.run(self.command(f"--score_ids_path={given}", f"--logits_path={output}"))
+        return np.load(output)
+
+
+def margins(logits: np.ndarray) -> np.ndarray:
+    """Margin of the likeliest token per row of logits [rows, vocabulary]."""
+    second, first = np.partition(logits, -2, axis=-1)[:, -2:].T
+    return (first - second) / logits.std(axis=-1)
+
+
+def make_case(program: Program, prompt_ids: list[int], count: int, margin: float) -> Case:
+    """The greedy tokens after a prompt, at most `count`, up to the first of a smaller margin."""
+    ids = program.generate(prompt_ids, count)
+    logits = program.logits(prompt_ids + ids)[len(prompt_ids) - 1 :]
+    sizes = margins(logits)
+    near = np.flatnonzero(sizes < margin)
+    settled = int(near[0]) if len(near) else len(ids)
+    return Case(prompt_ids, ids[:settled], float(sizes[:settled].min()) if settled else 0.0)
+
+
+def compare_tokens(actual: list[int], expected: list[int]) -> str | None:
+    """Where two token lists differ, or None."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=False)):
+        if a != e:
+            return f"token {i} of {len(expected)} is {a}, expected {e}"
+    if len(actual) != len(expected):
+        return f"{len(actual)} tokens, expected {len(expected)}"
+    return None
+
+
+def compare_logits(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Share of rows with the same likeliest token, and the relative L2 error; NaN counts as wrong.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"logits of shape {actual.shape}, expected {expected.shape}")
+    same = (actual.argmax(-1) == expected.argmax(-1)) & np.isfinite(actual).all(-1)
+    difference, size = (np.linalg.norm(x.astype("f8")) for x in (actual - expected, expected))
+    error = difference / size if size else np.inf
+    return {"top1": float(same.mean()), "relative_error": float(error)}
+
+
+def check_tokens(program: Program, case: Case) -> dict:
+    """`error` is None, or says which token differs."""
+    actual = program.generate(case.prompt_ids, len(case.expected_ids))
+    return {"error": compare_tokens(actual, case.expected_ids)}
+
+
+def check_logits(program: Program, model: Model) -> dict:
+    """Measures of `compare_logits`, and an `error` where they are out of tolerance."""
+    expected = np.load(program.folder / EXPECTED_LOGITS)
+    found = compare_logits(program.logits(model.score_ids), expected)
+    allowed = TOLERANCES[model.dtype]
+    if found["top1"] >= allowed.top1 and found["relative_error"] <= allowed.relative_error:
+        return {**found, "error": None}
+    error = f"top-1 agreement {found['top1']:.3f}, expected at least {allowed.top1}; relative error"
+    error += f" {found['relative_error']:.4f}, expected at most {allowed.relative_error}"
+    return {**found, "error": error}
+
+
+def check_model(program: Program, model: Model, cases: list[Case]) -> Iterator[dict]:
+    """Yields what each check found; one that cannot be made has its reason as `error`."""
+    checks: list[tuple[dict, Callable[[], dict]]] = []
+    for case in cases:
+        head = {"check": "tokens", "prompt_tokens": len(case.prompt_ids)}
+        head |= {"new_tokens": len(case.expected_ids), "least_margin": case.least_margin}
+        checks.append((head, lambda case=case: check_tokens(program, case)))
+    head = {"check": "logits", "positions": len(model.score_ids) - 1}
+    head |= {"tolerance": asdict(TOLERANCES[model.dtype])}
+    checks.append((head, lambda: check_logits(program, model)))
+    for head, check in checks:
+        try:
+            yield head | check()
+        except (RuntimeError, ValueError, OSError) as e:
+            yield head | {"error": f"{type(e).__name__}: {e}"}

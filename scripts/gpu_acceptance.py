@@ -1,0 +1,230 @@
+"""Accepts the project on a GPU; see `gpu_acceptance.sh`, which calls it.
+
+Each step runs whatever became of the others, in time of its own plus what the steps before it left.
+The report says for each step `passed`, `failed` or `not run`, with what was found.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+from xml.etree import ElementTree
+
+import typer
+from acceptance_models import MANIFEST, Model, Program, check_model
+from acceptance_session import (
+    REPO,
+    NotRun,
+    OutOfTime,
+    Session,
+    Step,
+    StepFailed,
+    commit,
+    describe_machine,
+    run_steps,
+)
+from rich.console import Console
+from rich.table import Table
+
+KERNEL_TESTS = "tests/backends/cuda/triton"
+NO_KERNEL_RUNS = ("test_compile.py", "test_bench.py", "test_roofline.py")
+"""Of `KERNEL_TESTS`: what compiles or counts only, and is tested where there is no GPU."""
+QUICK_TESTS = 4
+"""--quick runs every n-th test."""
+MODES = {"eager": (), "graphs": ("--cuda_graph",)}
+
+
+def junit_counts(path: Path) -> dict:
+    """Counts of a JUnit file, and the names of the tests that failed."""
+    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    counts = {k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors")}
+    skipped = sum(int(s.get("skipped", 0)) for s in suites)
+    bad = counts["failures"] + counts["errors"]
+    cases = (case for suite in suites for case in suite.iter("testcase"))
+    failing = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    passed = counts["tests"] - bad - skipped
+    return {"passed": passed, "failed": bad, "skipped": skipped, "failing": failing[:30]}
+
+
+def kernel_tests(session: Session) -> dict:
+    """Tests of every op's kernels, run for real."""
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    ignored = [f"--ignore={KERNEL_TESTS}/{name}" for name in NO_KERNEL_RUNS]
+    chosen = [KERNEL_TESTS, *ignored]
+    if session.quick:
+        output = session.run([*pytest, "--collect-only", *chosen])
+        tests = [line for line in output.splitlines() if line.startswith(KERNEL_TESTS)]
+        if not tests:
+            raise StepFailed(f"{KERNEL_TESTS}: no tests found")
+        listing = session.scratch / "tests.txt"
+        listing.write_text("\n".join(tests[::QUICK_TESTS]))
+        chosen = [f"@{listing}"]
+    results = session.scratch / "tests.xml"
+    workers = min(12, os.cpu_count() or 1)
+    late = None
+    try:
+        session.call([*pytest, "-n", str(workers), f"--junitxml={results}", *chosen])
+    except OutOfTime:
+        late = "out of time"
+    if not results.is_file():
+        raise StepFailed(late or "pytest wrote no results")
+    counts = junit_counts(results)
+    if late or counts["failed"] or not counts["passed"]:
+        said = f"{counts['passed']} tests passed, {counts['failed']} failed"
+        raise StepFailed(f"{late}: {said}" if late else said, counts)
+    return counts
+
+
+def models(session: Session) -> dict:
+    """Every model, with and without CUDA graphs, against the CPU's results."""
+    found: list[dict] = []
+    try:
+        for model in map(Model.from_json, session.manifest["models"]):
+            cases = model.cases[1:3] if session.quick else model.cases
+            for mode, flags in MODES.items():
+                folder = session.folder / "models" / model.name
+                program = Program(session.run, session.runner, folder, session.scratch, flags)
+                for check in check_model(program, model, cases):
+                    found.append({"model": model.name, "mode": mode, **check})
+    except OutOfTime:
+        raise StepFailed(f"out of time after {len(found)} checks", {"checks": found}) from None
+    wrong = [f"{c['model']}, {c['mode']}: {c['error']}" for c in found if c["error"]]
+    if wrong or not found:
+        message = f"{len(wrong)} of {len(found)} checks failed; {'; '.join(wrong[:3])}"
+        raise StepFailed(message, {"checks": found})
+    return {"checks": found}
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH or in the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{home}/bin")
+
+
+def sanitize(session: Session) -> dict:
+    """A prompt and some decoded tokens of the first model under compute-sanitizer."""
+    tool = find_sanitizer()
+    if tool is None:
+        raise NotRun("compute-sanitizer is not installed")
+    model = Model.from_json(session.manifest["models"][0])
+    ids = next(case.prompt_ids for case in model.cases if len(case.prompt_ids) > 16)
+    runs = [("memcheck", "graphs")]
+    if not session.quick:
+        runs += [("memcheck", "eager"), ("racecheck", "eager")]
+    found, wrong = [], []
+    for check, mode in runs:
+        folder = session.folder / "models" / model.name
+        program = Program(session.run, session.runner, folder, session.scratch, MODES[mode])
+        flags = (f"--prompt_ids={','.join(map(str, ids))}", "--max_new_tokens=4")
+        command = [tool, f"--tool={check}", "--error-exitcode=86", *program.command(*flags)]
+        try:
+            code, output = session.call(command)
+        except OutOfTime:
+            raise StepFailed(f"out of time in {check}, {mode}", {"runs": found}) from None
+        summary = [line.strip("= ") for line in output.splitlines() if " SUMMARY: " in line]
+        found.append({"tool": check, "mode": mode, "exit_code": code, "summary": summary})
+        if code or not summary:
+            wrong.append(f"{check}, {mode}: exit code {code}, {summary or output[-300:]}")
+    if wrong:
+        raise StepFailed("; ".join(wrong), {"runs": found})
+    return {"runs": found}
+
+
+def _benchmark(session: Session, script: str, *flags: str | Path) -> tuple[dict, str]:
+    """The JSON and the output of a benchmark script."""
+    out = session.scratch / Path(script).stem
+    result = out.with_suffix(".json")
+    try:
+        code, output = session.call([sys.executable, REPO / script, *flags, "--out", out])
+    except OutOfTime:
+        code, output = -1, "out of time"
+    found = json.loads(result.read_text()) if result.is_file() else {}
+    if code or not found:
+        raise StepFailed(f"{script}: exit code {code}: {output.strip()[-600:]}", found)
+    return found, output
+
+
+def kernel_benchmark(session: Session) -> dict:
+    """Quick form of `bench_kernels.py`."""
+    tokens = "1,1024" if session.quick else "1,16,128,1600"
+    flags = ("--tokens", tokens, "--seconds", f"{max(session.left() - 10, 1):.0f}")
+    found, output = _benchmark(session, "scripts/bench_kernels.py", *flags)
+    broken = [r for r in found["rows"] if "error" in r and not r["peer"]]
+    if broken:
+        first = broken[0]
+        what = f"{first['kernel']} at M = {first['m']}: {first['error']}"
+        raise StepFailed(f"{len(broken)} measurements failed; {what}", found)
+    if "stopped after" in output:
+        raise StepFailed("out of time: some kernels were not measured", found)
+    return found
+
+
+def demo_benchmark(session: Session) -> dict:
+    """Stats of the demo model, and a profile of its kernels."""
+    program = session.folder / "models/demo-bfloat16"
+    found, _ = _benchmark(
+        session,
+        "scripts/bench_e2e.py",
+        *("--program", f"int8={program}", "--runner", session.runner),
+        *("--model-dir", REPO / "examples/qwen3_5_moe/demo_checkpoint"),
+        *("--prompts", "128" if session.quick else "128,512", "--new-tokens", "64"),
+        *("--warmup", "2", "--num-iters", "3", "--profile-prompt", "128"),
+    )
+    return found
+
+
+# Together 8 minutes, and not 4 with --quick: a step that is stopped may take 10 s to end.
+STEPS = (
+    Step("kernel tests", kernel_tests, (200, 100)),
+    Step("models", models, (80, 40)),
+    Step("compute-sanitizer", sanitize, (60, 20)),
+    Step("kernel benchmark", kernel_benchmark, (90, 40)),
+    Step("demo benchmark", demo_benchmark, (60, 30)),
+)
+
+
+def summary(report: dict) -> Table:
+    """A line per step."""
+    table = Table("step", "outcome", "s", "what")
+    for step in report["steps"]:
+        table.add_row(step["name"], step["status"], f"{step['seconds']:.0f}", step["reason"] or "")
+    return table
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Made by pack_acceptance.sh.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
+) -> None:
+    """Runs all steps; exits with 1 if one failed."""
+    console = Console(width=150)
+    folder = folder.resolve()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        machine = describe_machine()
+    except RuntimeError as e:
+        console.print(f"error: {e}")
+        raise typer.Exit(1) from None
+    results = folder / "results"
+    results.mkdir(exist_ok=True)
+    report = {"status": "incomplete", "quick": quick, "machine": machine, **commit()}
+    report["packed"] = {k: v for k, v in manifest.items() if k != "models"}
+    log, path = results / "log.txt", results / "report.json"
+    log.write_text(f"{json.dumps(report)}\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        session = Session(folder, manifest, Path(scratch), log, quick, deadline=0)
+        session.runner.chmod(0o755)
+        run_steps(STEPS, session, report, path)
+    console.print(summary(report))
+    console.print(f"{report['status']}: {path}, {log}")
+    raise typer.Exit(report["status"] != "passed")
+
+
+if __name__ == "__main__":
+    typer.run(main)

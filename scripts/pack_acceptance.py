@@ -1,0 +1,216 @@
+"""Makes the folder that `gpu_acceptance.sh` takes; `pack_acceptance.sh` calls it.
+
+bin/        the runner, stripped; it finds its libraries in ../lib
+lib/        ExecuTorch's libraries and libcudart
+wheels/     Python packages that a machine with torch, triton and transformers may lack
+models/     CUDA programs, and logits of the CPU programs of the same weights
+manifest.json   versions, and per model prompts and the tokens that the CPU program gives
+"""
+
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from acceptance_models import EXPECTED_LOGITS, MANIFEST, TOLERANCES, Case, Model, Program, make_case
+from acceptance_session import REPO, commit
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from et_moe.backends.atomic_file import write_file
+from et_moe.backends.cuda.gpu import gpu_for
+
+DEMO = REPO / "examples/qwen3_5_moe/demo_checkpoint"
+PYTHON = "3.12"
+"""Of the GPU machine: some of the wheels are for this version alone."""
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+PACKAGES = ("flatbuffers", "pytest", "pytest-timeout", "pytest-xdist", "rich", "typer", "xxhash")
+NEW_TOKENS = 32
+SCORED = 256
+WINDOWS = 32
+"""Prompts of one length that are tried at most."""
+ENOUGH = {"float32": 16, "bfloat16": 4}
+"""Tokens before a near tie that make further prompts needless."""
+MODELS = {
+    "tiny": ("float32", (1, 2, 65, 300, 2100)),  # the last needs two calls of prefill
+    "demo-float32": ("float32", (1, 17, 130, 700)),
+    "demo-bfloat16": ("bfloat16", (1, 17, 130, 700)),
+}
+console = Console(stderr=True)
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """Standard output of a command.
+
+    Raises:
+        RuntimeError: it fails; with the end of its standard error.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        name = Path(command[0]).name
+        raise RuntimeError(f"{name}: exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def et_moe(*arguments: str | Path) -> None:
+    """The command line, in a process of its own."""
+    run([sys.executable, "-m", "et_moe.examples.qwen3_5_moe.cli", *arguments])
+
+
+def requirements(pyproject: str) -> list[str]:
+    """What pyproject.toml asks of `PACKAGES`, in their order."""
+    project = tomllib.loads(pyproject)["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    by_name = {re.match(r"[\w.-]+", line).group(): line for line in lines}
+    return [by_name[name] for name in PACKAGES]
+
+
+def pack_wheels(folder: Path) -> None:
+    """Downloads `PACKAGES` and what they need."""
+    platforms = [flag for name in PLATFORMS for flag in ("--platform", name)]
+    run(
+        [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+            *("--only-binary=:all:", "--implementation", "cp", "--python-version", PYTHON),
+            *(*platforms, "--dest", folder),
+            *requirements((REPO / "pyproject.toml").read_text()),
+        ]
+    )
+
+
+def libraries(binary: Path) -> dict[str, Path | None]:
+    """Shared libraries that a binary loads, and where they are found."""
+    lines = re.findall(r"^\s*(\S+) => (?:(/\S+)|not found)", run(["ldd", binary]), re.MULTILINE)
+    return {name: Path(path) if path else None for name, path in lines}
+
+
+def pack_runner(runner: Path, folder: Path) -> Path:
+    """Copies the runner and the libraries that are no part of the system.
+
+    Raises:
+        RuntimeError: the copy does not find them beside itself, or does not start.
+    """
+    (folder / "bin").mkdir()
+    (folder / "lib").mkdir()
+    binary = folder / "bin" / runner.name
+    run(["strip", "-o", binary, runner])
+    system = (Path("/lib"), Path("/lib64"), Path("/usr"))
+    for name, path in libraries(runner).items():
+        if path is None:
+            raise RuntimeError(f"{runner}: {name} is not found")
+        if not any(path.is_relative_to(s) for s in system):
+            shutil.copy(path, folder / "lib" / name)
+    for name, path in libraries(binary).items():
+        inside = path is not None and path.resolve().is_relative_to(folder.resolve())
+        if (folder / "lib" / name).exists() and not inside:
+            raise RuntimeError(f"{binary}: {name} comes from {path}, expected from ../lib")
+    run([binary, "--help"])
+    return binary
+
+
+def prompts(model: str, length: int) -> list[list[int]]:
+    """Token ids to choose a prompt of: held-out text for the demo model, else random ones."""
+    if model == "tiny":
+        rng = np.random.default_rng(length)
+        return rng.integers(0, 256, (WINDOWS, length)).tolist()
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    ids = tokenizer.encode((DEMO / "heldout.txt").read_text()).ids
+    starts = np.linspace(0, len(ids) - length, WINDOWS, dtype=int)
+    return [ids[start : start + length] for start in starts]
+
+
+def choose_case(program: Program, model: str, dtype: str, length: int) -> Case:
+    """The prompt with the most tokens before a near tie.
+
+    Raises:
+        RuntimeError: every prompt begins with one.
+    """
+    best = None
+    for prompt in prompts(model, length):
+        case = make_case(program, prompt, NEW_TOKENS, TOLERANCES[dtype].margin)
+        if best is None or len(case.expected_ids) > len(best.expected_ids):
+            best = case
+        if len(best.expected_ids) >= ENOUGH[dtype]:
+            break
+    if not best.expected_ids:
+        raise RuntimeError(f"{model}: {length} tokens: each prompt tried is followed by a near tie")
+    return best
+
+
+def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], folder: Path) -> Model:
+    """Exports the CUDA program, and asks the fp32 CPU program what it must compute."""
+    dtype, lengths = MODELS[name]
+    model = ("--model-dir", checkpoint, "--qlinear-group-size", "32")
+    model += ("--max-seq-len", str(max(lengths) + NEW_TOKENS))
+    with tempfile.TemporaryDirectory() as scratch:
+        cpu = Path(scratch, "cpu")
+        et_moe("export", *model, "--dtype", "float32", "--output-dir", cpu)
+        program = Program(run, runner, cpu, Path(scratch))
+        cases = [choose_case(program, name, dtype, length) for length in lengths]
+        scored = prompts(name, SCORED)[0]
+        folder.mkdir(parents=True)
+        np.save(folder / EXPECTED_LOGITS, program.logits(scored))
+    target = ("--backend", "cuda", "--cuda-arch", ",".join(archs), "--dtype", dtype)
+    et_moe("export", *model, *target, "--output-dir", folder)
+    return Model(name, dtype, cases, scored)
+
+
+def pack(folder: Path, runner: Path, archs: list[str]) -> None:
+    """Fills `folder`, which is empty."""
+    binary = pack_runner(runner, folder)
+    console.print("runner packed")
+    pack_wheels(folder / "wheels")
+    console.print("wheels packed")
+    models = []
+    with tempfile.TemporaryDirectory() as scratch:
+        et_moe("make-checkpoint", "--seed", "1", "--output", Path(scratch, "tiny"))
+        for name in MODELS:
+            checkpoint = Path(scratch, "tiny") if name == "tiny" else DEMO
+            models.append(pack_model(name, checkpoint, binary, archs, folder / "models" / name))
+            console.print(f"{name} packed")
+    manifest = {
+        **commit(),
+        "python": PYTHON,
+        "machine": platform.machine(),
+        "archs": archs,
+        "versions": {p: importlib.metadata.version(p) for p in ("torch", "triton", "executorch")},
+        "models": [model.to_json() for model in models],
+    }
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Made anew.")],
+    cuda_arch: Annotated[str, typer.Option(help="Such as sm_90,sm_80.")] = "sm_90",
+    runner: Annotated[Path, typer.Option(help="The runner's binary.")] = (
+        REPO / "build/runner/qwen3_5_moe_runner"
+    ),
+) -> None:
+    """Packs everything that the acceptance run on a GPU needs."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise typer.BadParameter(f"{folder} holds other files")
+    archs = [gpu_for(arch.strip()).arch for arch in cuda_arch.split(",")]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        pack(new, runner, archs)
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    console.print(f"wrote {folder}: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    typer.run(main)
