@@ -61,35 +61,40 @@ def moe_w4a16(
     return _moe(False, x, *packed, topk_weights, topk_ids, group_size, residual)
 
 
-def compile_cases() -> list[CompileCase]:
-    """The experts of Qwen3.5-35B-A3B, of which the last is the shared one."""
-    hidden, inner, experts, slots, group = 2048, 512, 257, 9, 128
+def _arguments(hidden: int, inner: int, experts: int, slots: int, group: int):
+    """Random arguments for m tokens, hidden and inner multiples of 128."""
 
-    def arguments(m, device):
-        def weight(*shape):
-            return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    def weight(device, *shape):
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
-        def scale(*shape):
-            return torch.full(shape, 2.0**-7, dtype=torch.bfloat16, device=device)
+    def scale(device, *shape):
+        return torch.full(shape, 2.0**-7, dtype=torch.bfloat16, device=device)
 
+    def arguments(m: int, device: torch.device) -> dict:
         return {
             "x": torch.randn(m, hidden, dtype=torch.bfloat16, device=device),
-            "w13": weight(experts, inner // 64, hidden // 128, 2, 64, 64),
-            "w13_scale": scale(experts, inner // 64, hidden // group, 2, 64),
-            "w2": weight(experts, hidden // 64, inner // 128, 64, 64),
-            "w2_scale": scale(experts, hidden // 64, inner // group, 64),
+            "w13": weight(device, experts, inner // 64, hidden // 128, 2, 64, 64),
+            "w13_scale": scale(device, experts, inner // 64, hidden // group, 2, 64),
+            "w2": weight(device, experts, hidden // 64, inner // 128, 64, 64),
+            "w2_scale": scale(device, experts, hidden // 64, inner // group, 64),
             "topk_weights": torch.rand(m, slots, device=device),
             "topk_ids": torch.rand(m, experts, device=device).argsort(-1)[:, :slots].int(),
             "group_size": group,
             "residual": torch.randn(m, hidden, dtype=torch.bfloat16, device=device),
         }
 
+    return arguments
+
+
+def compile_cases() -> list[CompileCase]:
+    """The experts of Qwen3.5-35B-A3B, of which the last is the shared one, and narrow ones."""
+
     def case(op, *tables, gemms=(), streams=()):
         names = ("route", "gate_up", "down", "decode_gate_up", "decode_down")
         return CompileCase(
             f"{op.__name__}/qwen3_5_35b",
             op,
-            arguments,
+            _arguments(2048, 512, 257, 9, 128),
             tables=(*(f"{op.__name__}_{name}" for name in names), "moe_sum_slots", *tables),
             tokens=(1, DECODE_TOKENS, DECODE_TOKENS + 1, PREFILL_TOKENS),
             gemms=frozenset(gemms),
@@ -98,10 +103,12 @@ def compile_cases() -> list[CompileCase]:
 
     prefill = ("_gate_up_kernel", "_down_kernel")
     decode = ("_decode_gate_up_kernel", "_decode_down_kernel")
+    narrow = {"tokens": (1, PREFILL_TOKENS), "gemms": frozenset(prefill)}
     return [
         case(moe_w4a8, "quantize_int8", gemms=prefill, streams=(*prefill, *decode)),
         # On sm_90 Triton copies the weights of bf16 products 8 bytes at a time.
         case(moe_w4a16, streams=decode),
+        CompileCase("moe_w4a8/narrow", moe_w4a8, _arguments(128, 128, 9, 3, 32), **narrow),
     ]
 
 
