@@ -21,6 +21,8 @@ from et_moe.backends.atomic_file import atomic_file
 
 MAGIC = b"ETMOESUM"
 CHECKSUMS = "et_moe.checksums"
+LAYOUT = "et_moe.layout"
+"""Name of a uint8 tensor that holds text: in which order the other tensors have their elements."""
 ALIGNMENT = 128
 
 # ExecuTorch's extension/flat_tensor/serialize: flat_tensor.fbs and flat_tensor_header.h.
@@ -146,11 +148,15 @@ class PtdWriter:
     Args:
         path: of the file.
         spec: name to (dtype, shape) of every tensor.
+        layout: the content of the tensor `LAYOUT`; empty for no such tensor.
     """
 
-    def __init__(self, path: Path, spec: Spec) -> None:
+    def __init__(self, path: Path, spec: Spec, layout: str = "") -> None:
         self._spec, self._digests = dict(spec), {}
-        self._header, self._offsets = _header(spec)
+        self._layout = torch.tensor(list(layout.encode()), dtype=torch.uint8)
+        if layout:
+            self._spec[LAYOUT] = (torch.uint8, tuple(self._layout.shape))
+        self._header, self._offsets = _header(self._spec)
         self._context = atomic_file(path)
 
     def __enter__(self) -> "PtdWriter":
@@ -184,6 +190,8 @@ class PtdWriter:
         return self._context.__exit__(*error)
 
     def _finish(self) -> None:
+        if len(self._digests) == len(self._spec) - 1 and LAYOUT in self._spec:
+            self.write(LAYOUT, self._layout)
         missing = [name for name in self._spec if name not in self._digests]
         if missing:
             raise ValueError(f"{missing[0]} was never written ({len(missing)} missing)")

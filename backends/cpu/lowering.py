@@ -28,9 +28,11 @@ class WeightPlan:
 
     Attributes:
         spec: name -> (dtype, shape), in the order of the graphs' weights.
+        layout: none to be named: elements are in the bundle's order.
     """
 
     spec: WeightSpec
+    layout: str = ""
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors of a bundle in the order of `spec`, floats cast to the graphs' dtype."""

@@ -51,10 +51,12 @@ class WeightPlan:
     Attributes:
         spec: name -> (dtype, shape) of the tensors in the `.ptd`, in the order of the graphs'
             weights. Names are the bundle's.
+        layout: names the order of their elements; the `.ptd` says it too.
     """
 
     spec: Spec
     _groups: dict[str, _Group]
+    layout: str = PREPACK_VERSION
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Prepacks tensors of a bundle, in the order of `spec`; one prepacked group in memory.

@@ -210,7 +210,7 @@ def write_weights(
 ) -> None:
     """Writes `model.ptd`, one group of tensors in memory, and the tokenizer's files."""
     output.mkdir(parents=True, exist_ok=True)
-    with PtdWriter(output / "model.ptd", plan.spec) as writer:
+    with PtdWriter(output / "model.ptd", plan.spec, plan.layout) as writer:
         for names, group in zip(parameter_groups(plan.spec), source.groups(), strict=True):
             for name, tensor in plan.pack({name: group.pop(name) for name in names}):
                 writer.write(name, tensor)

@@ -1,9 +1,13 @@
 #include "backends/cuda/runtime/context.h"
 
+#include <stdexcept>
+#include <string_view>
+
 namespace et_moe::cuda {
 namespace {
 
 constexpr size_t kAlignment = 256;
+constexpr char kLayout[] = "et_moe.layout";  // LAYOUT of backends/sealed_file.py
 thread_local Context* active = nullptr;
 
 /// Opens the driver before any member of a context makes a CUDA call.
@@ -52,6 +56,14 @@ std::unique_ptr<Session> Context::new_session() const {
 }
 
 void Context::adopt(const executorch::runtime::NamedDataMap& data, const MethodInfo& info) {
+  const auto layout = data.get_data(kLayout);
+  const std::string_view have(layout.ok() ? static_cast<const char*>(layout->data()) : "",
+                              layout.ok() ? layout->size() : 0);
+  if (have != info.prepack) {
+    throw std::runtime_error("the weights are prepacked as \"" + std::string(have) +
+                             "\", the program takes \"" + info.prepack +
+                             "\": export program and weights with one version of et-moe, for CUDA");
+  }
   if (!weights_) {
     weights_ = std::make_unique<DeviceWeights>(data, info.weights);
     state_ = info.state;

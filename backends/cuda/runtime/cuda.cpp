@@ -41,8 +41,12 @@ void open_driver() {
                              " or newer: update the driver");
   }
   int devices = 0;
-  ET_MOE_CUDA(cudaGetDeviceCount(&devices));
-  if (devices == 0) throw std::runtime_error("there is an NVIDIA driver but no GPU");
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaErrorNoDevice) {
+    cudaGetLastError();
+    throw std::runtime_error("there is an NVIDIA driver but no GPU (cudaErrorNoDevice)");
+  }
+  check(error, "cudaGetDeviceCount");
 }
 
 std::string architecture() {
