@@ -232,6 +232,16 @@ def test_skipped_tests_do_not_pass(acceptance, session, monkeypatch):
         run_kernel_tests(acceptance, session, monkeypatch, text)
 
 
+def test_kernel_tests_that_take_too_long(acceptance, session, monkeypatch):
+    text = "import pytest, time\n@pytest.mark.parametrize('n', range(6))\n"
+    text += "def test_a(n): time.sleep(n // 4 * 100)\n"
+    session.deadline = time.monotonic() + 8
+    with pytest.raises(acceptance.StepFailed, match=r"out of time: \d tests passed") as failed:
+        run_kernel_tests(acceptance, session, monkeypatch, text)
+    assert failed.value.found["passed"] >= 1
+    assert time.monotonic() < session.deadline + 12
+
+
 def test_quick_runs_every_fourth_test(acceptance, session, monkeypatch):
     session.quick = True
     text = "import pytest\n@pytest.mark.parametrize('n', range(10))\ndef test_a(n): pass\n"
@@ -362,6 +372,7 @@ def test_packages_are_those_of_the_project(packer):
 def test_packing_spares_other_folders(scripts_path, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     command = [sys.executable, scripts_path / "pack_acceptance.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"COLUMNS": "300"}  # messages are wrapped
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode != 0 and "holds other files" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "keep"
