@@ -30,7 +30,8 @@ def _call(op: str, tokens: int, routing: tuple, weights: list, group: int, dtype
 
 @pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
 @pytest.mark.parametrize(
-    ("hidden", "inner", "group"), [(96, 32, 32), (192, 64, 64), (128, 256, 128)]
+    ("hidden", "inner", "group"),
+    [(96, 32, 32), (192, 64, 64), (128, 128, 128), (128, 160, 32), (128, 256, 128)],
 )
 def test_moe(
     harness: Harness, op: str, hidden: int, inner: int, group: int, dtype: torch.dtype
