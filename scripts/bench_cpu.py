@@ -70,6 +70,10 @@ def main(
     iterations: Annotated[int, typer.Option()] = 5,
 ) -> None:
     """Prints tokens per second of both (median, lowest, highest) and the ratio."""
+    if not (program_dir / "model.pte").is_file():
+        raise typer.BadParameter(
+            f"{program_dir / 'model.pte'} is missing; scripts/demo.sh makes it"
+        )
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     prompt = list(range(10, 42))
     with torch.no_grad():
