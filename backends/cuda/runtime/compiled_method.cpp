@@ -98,9 +98,10 @@ struct CompiledMethod::Container {
     const char* text = nullptr;
     std::string message = what;
     if (last_error(&text) == 0 && text && *text) message += std::string(": ") + text;
-    // The code's own text lacks the name of the runtime's error.
     const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) message += std::string(" (") + cudaGetErrorName(error) + ")";
+    if (message.find("CUDA error: ") != std::string::npos && error != cudaSuccess) {
+      message += std::string(" (") + cudaGetErrorName(error) + ")";  // the text lacks the name
+    }
     throw std::runtime_error(message);
   }
 
@@ -153,7 +154,7 @@ void CompiledMethod::stage(const std::vector<const void*>& inputs, int64_t token
 const std::byte* CompiledMethod::enqueue(Context& context, Session& session, int64_t tokens) {
   ET_MOE_CUDA(cudaMemcpyAsync(inputs_.data(), staging_.data(), offsets_.back(),
                               cudaMemcpyHostToDevice, context.stream_.get()));
-  std::vector<Tensor*> handles;  // the code takes them over
+  std::vector<Tensor*> handles;
   for (size_t i = 0; i < info_.inputs.size(); ++i) {
     auto shape = info_.inputs[i].shape;
     if (i == 0) shape[1] = tokens;
@@ -166,13 +167,14 @@ const std::byte* CompiledMethod::enqueue(Context& context, Session& session, int
     handles.push_back(view(context.weights_->at(t.name), t.shape, t.dtype).release());
   }
   Tensor* outputs[2] = {};
+  int32_t status;
   {
     const ArenaScope scope(context.arena_);
-    if (container_->run(container_->handle, handles.data(), handles.size(), outputs, 2,
-                        context.stream_.get(), nullptr) != 0) {
-      container_->fail("the code of " + info_.method + " failed");
-    }
+    status = container_->run(container_->handle, handles.data(), handles.size(), outputs, 2,
+                             context.stream_.get(), nullptr);
   }
+  for (Tensor* handle : handles) delete handle;  // the code made null those that it took over
+  if (status != 0) container_->fail("the code of " + info_.method + " failed");
   const std::unique_ptr<Tensor> token(outputs[0]), logits(outputs[1]);
   ET_MOE_CUDA(cudaMemcpyAsync(staging_.data() + offsets_.back(),
                               token->data + token->offset * token->itemsize(), kToken,
