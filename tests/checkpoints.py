@@ -33,6 +33,25 @@ SMALL = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 
+# The same with the smallest sizes that the CUDA kernels take.
+SMALL_FOR_CUDA = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "max_position_embeddings": 128,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
 
 def make_small(directory: Path, **overrides) -> tuple[dict, Tensors]:
     """Writes a checkpoint of shape SMALL as one file; returns its config and tensors."""

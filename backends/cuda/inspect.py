@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import math
 import struct
 
+import torch
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
 from executorch.exir.schema import DataLocation, Program
+from rich.console import Console
+from rich.table import Table
 
 from et_moe.backends.cuda.backend import FORMAT, EtMoeCudaBackend
 
@@ -78,3 +82,33 @@ def _check_code(name: str, file: PTEFile, code: dict) -> None:
     blob = bytes(file.named_data.buffers[entries[code["data"]].buffer_index])
     if len(blob) != code["bytes"] or hashlib.sha256(blob).hexdigest() != code["sha256"]:
         raise ValueError(f"{name}: the code is damaged: its digest does not match")
+
+
+def print_tables(description: dict) -> None:
+    """Prints what `inspect` returns for people: code, kernels, tensors, constants."""
+    console = Console()
+    methods = description["methods"]
+    versions = ", ".join(f"{k} {v}" for k, v in next(iter(methods.values()))["versions"].items())
+    console.print(f"{description['backend']}, {description['bytes']:,} bytes, made with {versions}")
+    code = Table("method", "arch", "launches", "bytes", "sha256", title="code")
+    kernels = Table("method", "arch", "kernel", "launches", "warps", "shared memory")
+    tensors = Table("method", "tensors", "number", "bytes", title="tensors")
+    for name, method in methods.items():
+        for arch, entry in method["code"].items():
+            size, digest = f"{entry['bytes']:,}", entry["sha256"][:16]
+            code.add_row(name, arch, str(entry["launches"]), size, digest)
+            for k in entry["kernels"]:
+                numbers = (str(k[key]) for key in ("launches", "num_warps", "shared_memory"))
+                kernels.add_row(name, arch, k["name"], *numbers)
+        for kind in ("inputs", "state", "weights", "outputs"):
+            size = sum(_nbytes(tensor) for tensor in method[kind])
+            tensors.add_row(name, kind, str(len(method[kind])), f"{size:,}")
+    for table in (code, kernels, tensors):
+        console.print(table)
+    constants = {k: v for k, v in description["constants"].items() if k != "get_bindings"}
+    for name, value in constants.items():
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _nbytes(tensor: dict) -> int:
+    return math.prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize

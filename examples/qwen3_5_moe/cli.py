@@ -1,5 +1,6 @@
-"""The command line: `et-moe quantize | export | eval | make-checkpoint`."""
+"""The command line: `et-moe quantize | export | inspect | eval | make-checkpoint`."""
 
+import json
 import logging
 import sys
 import warnings
@@ -247,6 +248,25 @@ def make_checkpoint(
 
     run(output, preset.value, seed, layers)
     console.print(f"wrote {output}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A `.pte` for CUDA.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Prints what a CUDA program holds: methods, code, kernels, state and weights."""
+    from et_moe.backends.cuda.inspect import inspect as run
+    from et_moe.backends.cuda.inspect import print_tables
+
+    try:
+        description = run(file.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
+    if json_output:
+        print(json.dumps(description, indent=1))
+    else:
+        print_tables(description)
 
 
 @app.command(name="eval")

@@ -1,13 +1,15 @@
 """Exports a small model for the CPU and for CUDA: `python make_programs.py FOLDER`.
 
-In a process of its own, as tests interpret kernels. FOLDER/cpu and FOLDER/cuda get the programs,
-fp32 with INT8 activations, FOLDER/cuda also the kernels' sources.
+In a process of its own, as tests interpret kernels; with the folder `tests` in PYTHONPATH.
+FOLDER/cpu and FOLDER/cuda get the programs, fp32 with INT8 activations, FOLDER/cuda also the
+kernels' sources.
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from checkpoints import SMALL_FOR_CUDA
 
 from et_moe.examples.qwen3_5_moe import export
 from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint
@@ -18,29 +20,10 @@ from et_moe.examples.qwen3_5_moe.model import Quantization
 MAX_PREFILL_TOKENS = 16
 """Short, so that a prompt of some tens of tokens takes several calls."""
 
-# A layer of each kind; the smallest sizes that the kernels take.
-CONFIG = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "max_position_embeddings": 128,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    make_checkpoint(folder / "checkpoint", "tiny", seed=3, overrides=CONFIG)
+    make_checkpoint(folder / "checkpoint", "tiny", seed=3, overrides=SMALL_FOR_CUDA)
     source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), Quantization("4w", 32, "8w"))
     export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
     for backend in ("cpu", "cuda"):

@@ -33,6 +33,7 @@ def programs(tmp_path_factory) -> Path:
     with FileLock(base / "fake_cuda_programs.lock"):
         if not folder.exists():
             env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            env["PYTHONPATH"] = str(FOLDER.parent)
             command = [sys.executable, FOLDER / "make_programs.py", folder]
             subprocess.run(command, env=env, check=True)
     return folder
@@ -248,3 +249,22 @@ def test_weights_that_do_not_fit(fake, programs, tmp_path) -> None:
     other = tmp_path / "other.ptd"
     other.write_bytes(data.replace(b"experts-", b"expertz-"))
     refused(fake, program, 'prepacked as "expertz-', "one version of et-moe", ptd=other)
+
+
+def test_inspect(programs) -> None:
+    pte = programs / "cuda/model.pte"
+    command = [sys.executable, "-m", "et_moe.examples.qwen3_5_moe.cli", "inspect"]
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+    description = json.loads(run(pte, "--json").stdout)
+    assert description["backend"] == "EtMoeCudaBackend" and description["bytes"] > 1 << 20
+    for method in description["methods"].values():
+        assert list(method["code"]) == ["sm_90"]
+        assert [t["name"] for t in method["state"]] and len(method["weights"]) > 30
+    printed = run(pte)
+    assert printed.returncode == 0
+    assert "_decode_gate_up_kernel" in printed.stdout and "get_max_seq_len: 64" in printed.stdout
+    refused = run(programs / "cpu/model.pte")
+    assert refused.returncode == 1 and "not a program for CUDA" in refused.stderr
