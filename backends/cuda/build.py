@@ -67,7 +67,8 @@ _FLAGS = [
     "-DC10_USING_CUSTOM_GENERATED_MACROS",
     "-DSTANDALONE_TORCH_HEADER",
     "-DTORCH_INDUCTOR_CPP_WRAPPER",
-    # Needs no newer C++ library than the machine that runs it has.
+    # Needs no newer C++ library than the machine that runs it has; but it shares the unwinder with
+    # its caller (libgcc_s), since exceptions leave the code.
     "-static-libstdc++",
     "-s",
     "-Wl,--build-id=none,--gc-sections,--exclude-libs,ALL,--version-script=exports.map",
