@@ -50,7 +50,7 @@ RUNTIME_FUNCTIONS = frozenset(
     )
 )
 """All that a shared object may ask of the program that loads it, besides the CUDA driver and
-runtime: tensors, but no op."""
+runtime: tensors, but no op. In its code the names have the prefix `et_moe_`."""
 
 _FLAGS = [
     "-std=c++20",
@@ -136,7 +136,11 @@ def build(program: HostProgram) -> bytes:
             (folder / f"{i}.cubin").write_bytes(binary)
         includes = [f"-isystem{path}" for path in headers]
         prefixes = [f"-ffile-prefix-map={path}={short}" for path, short in headers.items()]
-        _run(["g++", *_FLAGS, *includes, *prefixes, "host.cpp", "data.S", "-o", "host.so"], folder)
+        renamed = [f"-D{name}=et_moe_{name}" for name in sorted(RUNTIME_FUNCTIONS)]
+        _run(
+            ["g++", *_FLAGS, *renamed, *includes, *prefixes, "host.cpp", "data.S", "-o", "host.so"],
+            folder,
+        )
         _check_functions(_run(["nm", "-D", "--undefined-only", "host.so"], folder))
         return (folder / "host.so").read_bytes()
 

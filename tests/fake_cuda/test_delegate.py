@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
 from et_moe.backends.sealed_file import MAGIC, write_sealed
 
 FOLDER = Path(__file__).parent
@@ -45,9 +46,12 @@ class Fake:
     def __init__(self, build: Path, report: Path) -> None:
         self._build, self._report = build, report
 
-    def run(self, *command, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        self, *command, preload: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         """`environment`: of fake_cuda.h, without the prefix, in lower case."""
-        env = {f"ET_MOE_FAKE_CUDA_{k.upper()}": v for k, v in environment.items()}
+        env = {"LD_PRELOAD": str(preload)} if preload else {}
+        env |= {f"ET_MOE_FAKE_CUDA_{k.upper()}": v for k, v in environment.items()}
         env |= {"LD_LIBRARY_PATH": str(self._build / "tests/fake_cuda")}
         env |= {"ET_MOE_FAKE_CUDA_REPORT": str(self._report)}
         return subprocess.run(
@@ -58,7 +62,7 @@ class Fake:
             timeout=600,
         )
 
-    def runner(self, program: Path, *flags, ptd: Path | None = None, **environment: str):
+    def runner(self, program: Path, *flags, ptd: Path | None = None, **environment):
         files = ("--model_path", program / "model.pte", "--data_path", ptd or program / "model.ptd")
         return self.run("runner/qwen3_5_moe_runner", *files, *flags, **environment)
 
@@ -205,6 +209,19 @@ def test_executed_logits_are_those_of_the_cpu(fake, programs, build_dir, tmp_pat
         assert done.returncode == 0, done.stderr
     cuda, cpu = map(np.load, logits)
     assert np.linalg.norm(cuda - cpu) < 1e-4 * np.linalg.norm(cpu)
+
+
+def test_another_delegate_in_the_process(fake, programs, tmp_path) -> None:
+    """It may bring the functions that AOTInductor's code usually calls; ours has its own."""
+    (tmp_path / "other.c").write_text(
+        "#include <stdlib.h>\n"
+        + "".join(f"int {name}() {{ abort(); }}\n" for name in sorted(RUNTIME_FUNCTIONS))
+    )
+    library = tmp_path / "other.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "other.c"], check=True)
+    done = fake.runner(programs / "cuda", *flags(SHORT, 3), preload=library)
+    assert done.returncode == 0, done.stderr
+    assert sum(fake.report()["launches"].values()) > 50
 
 
 def refused(fake, program: Path, *parts: str, ptd: Path | None = None, **environment) -> None:

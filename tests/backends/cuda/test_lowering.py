@@ -87,8 +87,9 @@ def test_state_is_passed_to_its_kernel_as_it_came(lowered, name, arch):
 def test_shared_object(lowered, tmp_path, name, arch):
     file = lowered / f"{name}.{arch}.so"
     needed = set(_tool("nm", "-D", "--undefined-only", file).split())
-    assert {n for n in needed if n.startswith("aoti_torch")} <= RUNTIME_FUNCTIONS
-    assert {"cuLaunchKernel", "cuModuleLoadData", "aoti_torch_empty_strided"} <= needed
+    functions = {f"et_moe_{name}" for name in RUNTIME_FUNCTIONS}
+    assert {n for n in needed if "aoti_torch" in n} <= functions
+    assert {"cuLaunchKernel", "cuModuleLoadData", "et_moe_aoti_torch_empty_strided"} <= needed
     exported = _tool("nm", "-D", "--defined-only", file).split()[2::3]
     assert exported and all(symbol.startswith("AOTInductor") for symbol in exported)
     libraries = re.findall(r"NEEDED.*\[(.*)\]", _tool("readelf", "-d", file))
