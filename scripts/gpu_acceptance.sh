@@ -11,16 +11,5 @@ if [ $# -eq 0 ] || [ ! -f "$folder/manifest.json" ]; then
   echo "usage: $0 [--quick] FOLDER, a folder made by scripts/pack_acceptance.sh" >&2
   exit 2
 fi
-python3 - "$folder/manifest.json" <<'END'
-import json, sys
-packed, here = json.load(open(sys.argv[1]))["python"], "%d.%d" % sys.version_info[:2]
-if packed != here:
-    sys.exit(f"{sys.argv[1]}: its wheels are for Python {packed}, python3 is {here}")
-END
-packages=$(mktemp -d)
-trap 'rm -rf "$packages"' EXIT
-ln -s "$repo" "$packages/et_moe"
-for wheel in "$folder"/wheels/*.whl; do
-  python3 -m zipfile -e "$wheel" "$packages"
-done
-PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}" python3 "$repo/scripts/gpu_acceptance.py" "$@"
+. "$repo/scripts/packed_environment.sh"
+python3 "$repo/scripts/gpu_acceptance.py" "$@"

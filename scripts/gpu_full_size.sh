@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Qwen3.5-35B-A3B at full size on one GPU, in one command: random weights of the true shape, the
+# end-to-end benchmark, the peers, and INT8 against bf16 activations. Takes a folder made by
+# scripts/pack_acceptance.sh and scripts/pack_full_size.sh; needs no network, 40 GB of disk, and a
+# python3 with torch, triton and transformers. Reports go to FOLDER/results.
+# Usage: scripts/gpu_full_size.sh FOLDER
+set -euo pipefail
+repo=$(cd "$(dirname "$0")/.." && pwd)
+folder=$(cd "${1:?usage: $0 FOLDER}" && pwd)
+if [ ! -f "$folder/full_size/int8/model.pte" ]; then
+  echo "$folder: no full-size programs: run scripts/pack_full_size.sh" >&2
+  exit 2
+fi
+. "$repo/scripts/packed_environment.sh"
+cd "$repo"
+et_moe() { python3 -m et_moe.examples.qwen3_5_moe.cli "$@"; }
+scratch=$folder/scratch results=$folder/results
+mkdir -p "$scratch" "$results"
+
+time et_moe make-checkpoint --preset 35b --quantized --output "$scratch/bundle"
+time et_moe export --prequantized "$scratch/bundle" --weights-only --backend cuda \
+  --max-seq-len 4608 --output-dir "$scratch/program"
+for activations in int8 bf16; do  # they differ in the code, not in the weights
+  ln -sfn "$scratch/program/model.ptd" "$folder/full_size/$activations/model.ptd"
+done
+
+failed=0
+python3 scripts/bench_e2e.py --runner "$folder/bin/qwen3_5_moe_runner" --model-dir "$scratch/bundle" \
+  --program "int8=$folder/full_size/int8" --program "bf16=$folder/full_size/bf16" \
+  --out "$results/e2e" || failed=1
+python3 scripts/compare_activations.py --bundle "$scratch/bundle" --out "$results/activations" ||
+  failed=1
+python3 scripts/bench_peers.py --e2e "$results/e2e.json" --prompts 1600 --out "$results/peers" ||
+  failed=1
+exit $failed

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Adds the programs of Qwen3.5-35B-A3B to a folder made by scripts/pack_acceptance.sh: compiled from
+# the shape alone, about 3 minutes each on two cores; and the wheels of the peers. For
+# scripts/gpu_full_size.sh.
+# Usage: scripts/pack_full_size.sh FOLDER [ARCHS]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+folder=${1:?usage: $0 FOLDER [ARCHS]}
+[ -f "$folder/manifest.json" ] || { echo "$folder: not made by pack_acceptance.sh" >&2; exit 2; }
+python=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["python"])' \
+  "$folder/manifest.json")
+python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+  --implementation cp --python-version "$python" --platform manylinux_2_28_x86_64 \
+  --dest "$folder/wheels" "executorch==$(python -c 'from importlib.metadata import version as v
+print(v("executorch"))')" flash-linear-attention==0.4.2 fla-core==0.4.2 einops==0.8.2
+for activations in int8 bf16; do
+  et-moe export --preset 35b --graph-only --backend cuda --cuda-arch "${2:-sm_90}" \
+    --moe-activation-dtype "$activations" --max-seq-len 4608 \
+    --output-dir "$folder/full_size/$activations"
+done

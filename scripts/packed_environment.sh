@@ -1,0 +1,14 @@
+# To be sourced, with `repo` and `folder` (made by pack_acceptance.sh) set: python3 gets our packages.
+python3 - "$folder/manifest.json" <<'END'
+import json, sys
+packed, here = json.load(open(sys.argv[1]))["python"], "%d.%d" % sys.version_info[:2]
+if packed != here:
+    sys.exit(f"{sys.argv[1]}: its wheels are for Python {packed}, python3 is {here}")
+END
+packages=$(mktemp -d)
+trap 'rm -rf "$packages"' EXIT
+ln -s "$repo" "$packages/et_moe"
+for wheel in "$folder"/wheels/*.whl; do
+  python3 -m zipfile -e "$wheel" "$packages"
+done
+export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
