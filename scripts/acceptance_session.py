@@ -80,7 +80,13 @@ class Session:
         environment = os.environ | ENVIRONMENT
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                words, cwd=REPO, env=environment, stdout=log, stderr=log, start_new_session=True
+                words,
+                cwd=REPO,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
         try:
             code = process.wait(max(self.left(), 0))
@@ -101,6 +107,11 @@ class Session:
             end = output.strip()[-600:]
             raise StepFailed(f"{Path(command[0]).name}: exit code {code}: {end}")
         return output
+
+
+def _heed_interrupts() -> None:
+    """Shells make what they start in the background ignore interrupts, and children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen, grace: float = 10) -> None:
