@@ -3,15 +3,21 @@
     python scripts/tune_kernels.py --tables linear_w4a8,linear_gemv
 
 For every table, and every bucket that the cases of its ops look up, each candidate configuration
-(and the one in use) is timed inside its op; the fastest becomes an entry of this GPU's.
+(and the one in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are
+compiled first, on all cores, into Triton's cache: that takes longer than the timing.
 """
 
 import collections
 import contextlib
+import functools
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated
 from unittest import mock
@@ -56,6 +62,16 @@ def lookups(case: CompileCase, m: int) -> set[tuple[str, int]]:
     return seen
 
 
+def uses(table: str, cases: list[CompileCase], counts: list[int]) -> dict[int, list]:
+    """Value -> (case, tokens) that look up a configuration of `table` for it."""
+    users = collections.defaultdict(list)
+    for case in (case for case in cases if table in case.tables):
+        for m in counts if len(case.tokens) > 1 else case.tokens:
+            for value in (v for name, v in lookups(case, m) if name == table):
+                users[value].append((case, m))
+    return users
+
+
 @contextlib.contextmanager
 def configured(table: str, config: dict[str, int]):
     """Every lookup in `table` gives `config`."""
@@ -67,6 +83,32 @@ def configured(table: str, config: dict[str, int]):
 
     with mock.patch.object(tuning, "configurations", changed):
         yield
+
+
+@functools.cache
+def example(name: str, m: int) -> tuple[CompileCase, dict]:
+    """A case and its arguments on the GPU."""
+    case = next(case for case in kernel_files()[0] if case.name == name)
+    return case, case.arguments(m, torch.device("cuda"))
+
+
+def compile_one(table: str, config: dict, name: str, m: int) -> None:
+    """Calls an op once; what this GPU cannot run is reported when it is timed."""
+    case, arguments = example(name, m)
+    with configured(table, config), contextlib.suppress(Exception):
+        case.op(**arguments)
+
+
+def compile_all(jobs: list[tuple[str, dict, str, int]]) -> None:
+    """`compile_one` of all jobs, in as many processes as there are cores."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        futures = [pool.submit(compile_one, *job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BrokenProcessPool:
+            print("the compiler crashed: what is missing is compiled when it is timed")
 
 
 def best(table: str, value: int, candidates: list[dict], inputs: list) -> tuple[dict, float, float]:
@@ -130,18 +172,23 @@ def main(
     if unknown := set(chosen) - set(candidates):
         raise SystemExit(f"no candidates for {sorted(unknown)}: expected of {sorted(candidates)}")
     counts = [int(m) for m in tokens.split(",")]
-    for table in chosen:
-        users = collections.defaultdict(list)
-        for case in (case for case in cases if table in case.tables):
-            for m in counts if len(case.tokens) > 1 else case.tokens:
-                for value in (v for name, v in lookups(case, m) if name == table):
-                    users[value].append((case, m))
+    work = {table: uses(table, cases, counts) for table in chosen}
+    compile_all(
+        [
+            (table, config, case.name, m)
+            for table, users in work.items()
+            for calls in users.values()
+            for case, m in calls
+            for config in candidates[table]
+        ]
+    )
+    for table, users in work.items():
         found = {}
-        for value, uses in sorted(users.items()):
+        for value, calls in sorted(users.items()):
             print(f"{table}, {value}:")
-            inputs = [(c, rotated(lambda c=c, m=m: c.arguments(m, device), l2)) for c, m in uses]
+            inputs = [(c, rotated(lambda c=c, m=m: c.arguments(m, device), l2)) for c, m in calls]
             config, time, before = best(table, value, candidates[table], inputs)
-            print(f"{table}, {value}: {before:.2f} -> {time:.2f} us with {config}")
+            print(f"{table}, {value}: {before:.2f} -> {time:.2f} us with {config}", flush=True)
             found[value] = config
         if found and not dry_run:
             save(table, gpu, merge(found))
