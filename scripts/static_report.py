@@ -1,5 +1,6 @@
 """Compiles every Triton kernel in every tuned configuration for all GPU architectures, and checks
-the machine code: spills, shared memory, tensor-core instructions, width of the weights' loads.
+the machine code: spills, shared memory, tensor-core instructions, width of the weights' loads, and
+what a kernel reads before it has waited for the one before it.
 
     python scripts/static_report.py --write benchmarks/static
 
@@ -31,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import target_info
 
 from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.gpu import ARCHS, GPUS, gpu_for
@@ -75,6 +77,7 @@ class Demands:
     tensor_cores: bool = False
     wgmma: bool = False
     streams: set[str] = dataclasses.field(default_factory=set)
+    early: set[str] = dataclasses.field(default_factory=set)
 
 
 def all_cases() -> list[CompileCase]:
@@ -157,6 +160,7 @@ def _bucket_tokens(entries: list[dict]) -> set[int]:
 def _demand(demands: Demands, case: CompileCase, kernel: str, m: int) -> None:
     demands.cases.add(case.name)
     demands.streams |= set(case.streams.get(kernel, ()))
+    demands.early |= set(case.early.get(kernel, ()))
     if kernel in case.gemms:
         demands.tensor_cores = True
         demands.wgmma |= m == PREFILL_TOKENS
@@ -232,6 +236,18 @@ def load_widths(ptx: str, parameters: list[str]) -> dict[str, set[int]]:
     return widths
 
 
+def early_accesses(ptx: str, parameters: list[str]) -> list[str] | None:
+    """Pointer parameters read before the kernel waits for the one before it; None: it never waits.
+
+    A store of whatever kind counts as "store".
+    """
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    if not wait:
+        return None
+    stores = re.search(r"\b(st\.global|red\.|atom\.)", before)
+    return sorted(load_widths(before, parameters)) + (["store"] if stores else [])
+
+
 def opcodes(cubin: bytes) -> collections.Counter:
     """Machine instructions by opcode, "IMMA", "LDG", ..."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -242,6 +258,16 @@ def opcodes(cubin: bytes) -> collections.Counter:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pattern = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]+)"
     return collections.Counter(re.findall(pattern, text, re.MULTILINE))
+
+
+def _compile_for(target: GPUTarget) -> None:
+    """Lets kernels ask what they are compiled for; otherwise they would be told this machine's."""
+
+    def current_target() -> GPUTarget:
+        return target
+
+    current_target.__triton_builtin__ = True
+    target_info.current_target = current_target
 
 
 def compile_job(job: Job) -> dict:
@@ -258,6 +284,7 @@ def compile_job(job: Job) -> dict:
     try:
         with contextlib.redirect_stdout(log):
             target = GPUTarget("cuda", capability, 32)
+            _compile_for(target)
             compiled = triton.compile(source, target=target, options=dict(job.options))
     except Exception as e:  # any failure to compile is a finding, and the others still count
         return {"error": f"{type(e).__name__}: {str(e)[-400:]}"}
@@ -272,6 +299,7 @@ def compile_job(job: Job) -> dict:
         "shared_memory": compiled.metadata.shared,
         "int8_mma": sorted(set(re.findall(INT8_MMA, ptx))),
         "load_widths": {k: sorted(v) for k, v in load_widths(ptx, pointers).items()},
+        "early": early_accesses(ptx, pointers),
         "instructions": sum(codes.values()) - codes["NOP"],
         "tensor_instructions": tensor,
         "opcodes": dict(codes.most_common(12)),
@@ -293,6 +321,8 @@ def faults(job: Job, demands: Demands, row: dict) -> list[str]:
         found.append("no int8 tensor-core instructions")
     elif wanted and wanted not in row["int8_mma"]:
         found.append(f"no int8 {wanted}")
+    for name in sorted(set(row["early"] or ()) - demands.early):
+        found.append(f"{name} is accessed before the kernel has waited for the one before it")
     for name in sorted(demands.streams):
         widths = row["load_widths"].get(name, [])
         if not widths or min(widths) < 16:

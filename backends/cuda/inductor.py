@@ -180,6 +180,50 @@ static void et_moe_check_driver(CUresult error, const char* call) {
 """In place of a check that says neither the call nor the error's name."""
 
 
+_LAUNCH = "static inline void launchKernel("
+
+_LAUNCH_DEPENDENT = """static inline void launchDependentKernel(
+    CUfunction func, uint32_t gridX, uint32_t gridY, uint32_t gridZ, uint32_t numWarps,
+    uint32_t sharedMemBytes, void* args[], cudaStream_t stream) {
+  CUlaunchAttribute attribute{};
+  attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  attribute.value.programmaticStreamSerializationAllowed = 1;
+  CUlaunchConfig config{};
+  config.gridDimX = gridX;
+  config.gridDimY = gridY;
+  config.gridDimZ = gridZ;
+  config.blockDimX = 32 * numWarps;
+  config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = sharedMemBytes;
+  config.hStream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  CUDA_DRIVER_CHECK(cuLaunchKernelEx(&config, func, args, nullptr));
+}
+"""
+"""For kernels that wait for their predecessor themselves: see `triton/dependent_launch.py`."""
+
+
+def _launch_dependents(source: str, dependents: set[str]) -> str:
+    """The host program with programmatic dependent launches of the kernels named.
+
+    Raises:
+        RuntimeError: a call begins with one; state may be read before the wait, which is safe only
+            because a kernel that does wait for all of the call before comes first.
+    """
+    first = next(kernel_calls(source))[0]
+    if first in dependents:
+        raise RuntimeError(f"a call begins with {first}, which starts before the call before ends")
+    if dependents:
+        source = source.replace(_LAUNCH, _LAUNCH_DEPENDENT + _LAUNCH, 1)
+    for name in dependents:
+        call = f"launchKernel(kernels_.{name},"
+        if call not in source:
+            raise RuntimeError("torch generates another host program than expected")
+        source = source.replace(call, call.replace("launchKernel", "launchDependentKernel"))
+    return source
+
+
 class _Strict(logging.Handler):
     """Turns a warning of torch's analysis of a kernel into an error."""
 
@@ -230,6 +274,7 @@ class _Collector:
 
     def __init__(self) -> None:
         self.autotuners: dict[str, object] = {}
+        self.dependents: set[str] = set()
         self.program: HostProgram | None = None
 
     def compile_kernels(self, wrapper) -> None:
@@ -242,7 +287,10 @@ class _Collector:
         for value in scope.values():
             if isinstance(value, CachingAutotuner):
                 value.save_gpu_kernel(0, value.launchers[0])
-                self.autotuners[value.inductor_meta["kernel_name"]] = value
+                name = value.inductor_meta["kernel_name"]
+                self.autotuners[name] = value
+                if "griddepcontrol.wait" in value.launchers[0].bin.asm["ptx"]:
+                    self.dependents.add(name)
 
     def take_program(self, graph, wrapper_code, kernel_code, extern_nodes, **_) -> str:
         """In place of calling the C++ compiler."""
@@ -263,6 +311,7 @@ class _Collector:
         )
         if count != 1:
             raise RuntimeError("torch generates another host program than expected")
+        source = _launch_dependents(source, self.dependents & binaries.keys())
         self.program = HostProgram(source, kernels, binaries)
         return ""
 

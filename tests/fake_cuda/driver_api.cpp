@@ -229,6 +229,20 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
                      [&](State& s) { return set_attribute(s, function, attribute, value); });
 }
 
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments,
+                          void** extra) {
+  return driver_call("cuLaunchKernelEx", kPlain, [&](State& s) {
+    for (unsigned i = 0; i < config->numAttrs; ++i)
+      if (config->attrs[i].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+        return s.violation(cudaErrorInvalidValue, "cuLaunchKernelEx: an attribute that is not known");
+    const Launch launch{{config->gridDimX, config->gridDimY, config->gridDimZ},
+                        {config->blockDimX, config->blockDimY, config->blockDimZ},
+                        config->sharedMemBytes,
+                        {}};
+    return launch_kernel(s, function, launch, config->hStream, arguments, extra);
+  });
+}
+
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z,
                         unsigned shared_memory, CUstream stream, void** arguments, void** extra) {

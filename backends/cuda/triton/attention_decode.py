@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
+from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import launch
 from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
@@ -48,6 +49,8 @@ def _decode_kernel(
     `[SPLITS, Hq, DIM]`. The new token's k and v are used from registers and appended by split 0;
     every other access to the cache is to older rows, so nothing races.
     """
+    start_next()
+    wait_for_previous()
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     column = tl.arange(0, DIM)
@@ -124,6 +127,8 @@ def _combine_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Joins the shares of one query head, BLOCK_D columns, and applies the output gate."""
+    start_next()
+    wait_for_previous()
     head = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.arange(0, SPLITS)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
+from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
@@ -34,6 +35,8 @@ def _append_kernel(
     HAS_NUM_TOKENS: tl.constexpr,
 ):
     """One token and group of heads, normed and rotated: k, v to the cache, q `[Hq, T, DIM]`."""
+    start_next()
+    wait_for_previous()
     token = tl.program_id(0)
     kv_head = tl.program_id(1)
     if token >= valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS):
@@ -116,6 +119,8 @@ def _flash_kernel(
     STAGES: tl.constexpr,
 ):
     """BLOCK_M tokens of one query head, causal over the cache, gated. Padding becomes 0."""
+    start_next()
+    wait_for_previous()
     head = tl.program_id(0)
     kv_head = head // GROUP
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first

@@ -11,6 +11,7 @@ from et_moe.backends.cuda.triton.causal_conv1d import (
     valid_tokens,
 )
 from et_moe.backends.cuda.triton.compile_case import CompileCase
+from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.gated_delta_chunk import Gating, chunk_gated_delta, delta_gates
 from et_moe.backends.cuda.triton.launch import launch
 from et_moe.backends.cuda.triton.tuning import tuned
@@ -97,8 +98,9 @@ def _step_kernel(
         S <- exp(g) S + k delta^T
 
     TAPS = 0 leaves out the convolution, the gates and the norm, as in `gated_delta_chunk`. What
-    counts here is latency: loads come first, the small ones in front, and products with the state
-    and their norms are reduced together, since every reduction is a barrier.
+    counts here is latency: loads come first, that of the state before the projected row exists, and
+    products with the state and their norms are reduced together, since every reduction is a
+    barrier.
     """
     KEYS: tl.constexpr = KEY_HEADS * DK if TAPS else 0
     VALUES: tl.constexpr = KEY_HEADS * GROUP * DV if TAPS else 0
@@ -113,11 +115,13 @@ def _step_kernel(
     value = key_head * (GROUP * DV) + column
     q_channel = key_head * DK + dk
     v_channel = 2 * KEYS + value
+    state_tile = state_ptr + head[None, :] * (DK * DV) + dk[:, None] * DV + (column % DV)[None, :]
+    start_next()
+    state = tl.load(state_tile, mask=in_group[None, :], other=0.0)
+    wait_for_previous()
     q = _conv_step(q_ptr, conv_weight_ptr, conv_state_ptr, q_channel, all_k, CHANNELS, TAPS)
     k = _conv_step(k_ptr, conv_weight_ptr, conv_state_ptr, KEYS + q_channel, all_k, CHANNELS, TAPS)
     v = _conv_step(v_ptr, conv_weight_ptr, conv_state_ptr, v_channel, in_group, CHANNELS, TAPS)
-    state_tile = state_ptr + head[None, :] * (DK * DV) + dk[:, None] * DV + (column % DV)[None, :]
-    state = tl.load(state_tile, mask=in_group[None, :], other=0.0)
     beta = tl.load(b_ptr + CHANNELS + VALUES + head, mask=in_group, other=0.0).to(tl.float32)
     g = tl.load(a_ptr + CHANNELS + VALUES + HEADS + head, mask=in_group, other=0.0).to(tl.float32)
     count = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
@@ -260,7 +264,12 @@ def _compile_case(
     streams = {"_step_kernel": ("state_ptr",)}
     tables = (*tables, scan)
     return CompileCase(
-        f"gated_delta_net/{name}", gated_delta_net, arguments, tables, streams=streams
+        f"gated_delta_net/{name}",
+        gated_delta_net,
+        arguments,
+        tables,
+        streams=streams,
+        early={"_step_kernel": ("state_ptr",)},
     )
 
 

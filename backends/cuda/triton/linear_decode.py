@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.linear_layout import scale_pair
@@ -45,19 +46,22 @@ def _w4_gemv_kernel(
     weight_scale += (flat % BLOCKS * STEPS)[:, None] * N + (first_n + flat // BLOCKS)[:, None]
     weight_scale += steps[None, :] * N
     out += first_n + rows_n
-    # All loads are on their way before the first value is needed, the weights' first.
-    w, scales = tl.load(weight), tl.load(weight_scale)
     column = tl.arange(0, COLUMNS)
     at = column[:, None] * (2 * HALF) + j[None, :]
     valid = column[:, None] < BLOCKS
+    # All loads are on their way before the first value is needed, the weights' before x exists.
+    start_next()
+    w, scales = tl.load(weight), tl.load(weight_scale)
+    if norm_weight is not None:
+        low_gain = tl.load(norm_weight + at, mask=valid, other=0.0)
+        high_gain = tl.load(norm_weight + HALF + at, mask=valid, other=0.0)
+    wait_for_previous()
     low = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     high = tl.load(x + HALF + at, mask=valid, other=0.0).to(tl.float32)
     if residual is not None:
         residual += first_n + rows_n
         addend = tl.load(residual)
     if norm_weight is not None:
-        low_gain = tl.load(norm_weight + at, mask=valid, other=0.0)
-        high_gain = tl.load(norm_weight + HALF + at, mask=valid, other=0.0)
         squares = tl.sum(tl.sum(low * low + high * high, axis=1), axis=0)
         mean = squares / (BLOCKS * 2 * HALF)
         low = normed(low, low_gain, mean, eps, x.dtype.element_ty)

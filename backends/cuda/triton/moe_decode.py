@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, dot_bytes
 from et_moe.backends.cuda.triton.launch import cdiv, launch
@@ -170,6 +171,8 @@ def _decode_gate_up_kernel(
     PREFETCH (sm_90 and later) has the W2_BYTES of the expert's w2 brought into the L2 cache for the
     next kernel, which then is not bound by memory; memory would be idle between the two.
     """
+    start_next()
+    wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
     WORDS: tl.constexpr = 16 if GROUP >= 64 else 8
     CHUNKS: tl.constexpr = 16 // WORDS
@@ -234,6 +237,8 @@ def _decode_down_kernel(
     inner `[pairs, K]`. The (slot, tile of 128 columns) pairs are one dimension, of which BLOCK_T
     are loaded at once.
     """
+    start_next()
+    wait_for_previous()
     TILES: tl.constexpr = K // 128
     WORDS: tl.constexpr = 8 if GROUP == 32 or TILE == 32 else 16
     CHUNKS: tl.constexpr = 16 // WORDS

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.compile_case import CompileCase
+from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.row_quantization import normed
@@ -65,11 +66,10 @@ def _choose(
 
 
 @triton.jit
-def _normed_row(x, norm_weight, row, eps, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Row of x after RMSNorm: fp32 `[BLOCK_H]`, zero from H on."""
+def _normed_row(x, gain, row, eps, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Row of x after RMSNorm with the weights `gain [BLOCK_H]`: fp32 `[BLOCK_H]`, zero from H."""
     column = tl.arange(0, BLOCK_H)
     value = tl.load(x + row.to(tl.int64) * H + column, mask=column < H, other=0.0).to(tl.float32)
-    gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     return normed(value, gain, tl.sum(value * value, axis=0) / H, eps, x.dtype.element_ty)
 
 
@@ -92,9 +92,12 @@ def _decode_logits_kernel(
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_H)
     mask = (expert < ROWS)[:, None] & (column < H)[None, :]
-    # The weights are on their way while x is normed.
+    # The weights are on their way before x exists.
+    start_next()
     w = tl.load(weight + expert[:, None] * H + column[None, :], mask=mask, other=0.0)
-    value = _normed_row(x, norm_weight, row, eps, H, BLOCK_H)
+    gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
+    wait_for_previous()
+    value = _normed_row(x, gain, row, eps, H, BLOCK_H)
     result = tl.sum(w.to(tl.float32) * value[None, :], axis=1)
     tl.store(logits + row * ROWS + expert, result, mask=expert < ROWS)
     if tl.program_id(0) == 0:
@@ -114,6 +117,8 @@ def _choose_kernel(
     NUM_SHARED: tl.constexpr,
 ):
     """Slots of one token from logits `[M, EXPERTS + 1]`."""
+    start_next()
+    wait_for_previous()
     row = tl.program_id(0) + tl.arange(0, 1)
     expert = tl.arange(0, BLOCK_E)[None, :]
     at = logits + row[:, None] * (EXPERTS + 1)
@@ -139,10 +144,13 @@ def _norm_gate_kernel(
     """normed_x `[M, H]` and the shared expert's logit gate `[M]`, one row per program."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK_H)
-    value = _normed_row(x, norm_weight, row, eps, H, BLOCK_H)
+    start_next()
+    gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
+    w = tl.load(gate_weight + column, mask=column < H, other=0.0).to(tl.float32)
+    wait_for_previous()
+    value = _normed_row(x, gain, row, eps, H, BLOCK_H)
     at = normed_x + row.to(tl.int64) * H + column
     tl.store(at, value.to(x.dtype.element_ty), mask=column < H)
-    w = tl.load(gate_weight + column, mask=column < H, other=0.0).to(tl.float32)
     tl.store(gate + row, tl.sum(w * value, axis=0))
 
 
@@ -164,6 +172,8 @@ def _prefill_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Logits of all experts for BLOCK_M tokens, and their slots."""
+    start_next()
+    wait_for_previous()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     expert = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
@@ -287,6 +297,10 @@ def compile_cases() -> list[CompileCase]:
             arguments,
             tables=("router_decode", "router_prefill"),
             streams={"_decode_logits_kernel": ("weight",), "_prefill_kernel": ("weight",)},
+            early={
+                "_decode_logits_kernel": ("weight", "norm_weight"),
+                "_norm_gate_kernel": ("norm_weight", "gate_weight"),
+            },
         )
     ]
 
