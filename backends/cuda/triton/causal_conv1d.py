@@ -125,6 +125,7 @@ def causal_conv1d(
     tokens, (channels, taps) = x.shape[0], weight.shape
     out = x.new_empty((tokens, channels))
     config = tuned("causal_conv1d", tokens)
+    config["BLOCK_T"] = max(config["BLOCK_T"], triton.next_power_of_2(taps - 1))
     launch(
         _causal_conv1d_kernel,
         (cdiv(tokens, config["BLOCK_T"]), cdiv(channels, config["BLOCK_C"])),

@@ -19,6 +19,7 @@ Below sm_90 and in the interpreter both do nothing.
 """
 
 import triton
+import triton.language as tl  # noqa: F401 (the interpreter demands that a kernel's module has it)
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 

@@ -1,4 +1,4 @@
-"""The gated delta net layer: a decode step in one launch, a prompt in chunks of tokens."""
+"""The gated delta net layer: a token in a step, a prompt in chunks of tokens."""
 
 import torch
 import triton
@@ -7,7 +7,6 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.causal_conv1d import (
     causal_conv1d,
     silu,
-    update_conv_state,
     valid_tokens,
 )
 from et_moe.backends.cuda.triton.compile_case import CompileCase
@@ -30,29 +29,6 @@ def _pin(x):
 
 
 @triton.jit
-def _conv_step(
-    x_ptr,
-    weight_ptr,
-    state_ptr,
-    channel,
-    mask,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """SiLU of the convolution of one token, `fp32 [N]`; with TAPS = 0 a plain load."""
-    x = tl.load(x_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    if TAPS > 0:
-        weight_ptr += channel * TAPS
-        x *= tl.load(weight_ptr + TAPS - 1, mask=mask, other=0.0).to(tl.float32)
-        for i in tl.static_range(TAPS - 1):
-            older = tl.load(state_ptr + i * CHANNELS + channel, mask=mask, other=0.0)
-            weight = tl.load(weight_ptr + i, mask=mask, other=0.0)
-            x += older.to(tl.float32) * weight.to(tl.float32)
-        x = silu(x)
-    return _pin(x)
-
-
-@triton.jit
 def _add_2(a, b, c, d):
     return a + c, b + d
 
@@ -69,80 +45,59 @@ def _step_kernel(
     v_ptr,
     b_ptr,
     a_ptr,
-    conv_weight_ptr,
-    conv_state_ptr,
+    z_ptr,
     a_log_ptr,
     dt_bias_ptr,
     norm_weight_ptr,
     num_tokens_ptr,
     state_ptr,
     out_ptr,
-    KEY_HEADS: tl.constexpr,
+    K_COLUMN: tl.constexpr,
+    V_COLUMN: tl.constexpr,
+    Z_COLUMN: tl.constexpr,
+    B_COLUMN: tl.constexpr,
+    A_COLUMN: tl.constexpr,
     GROUP: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TAPS: tl.constexpr,
-    TAPS_P2: tl.constexpr,
+    GATED: tl.constexpr,
     EPS: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
 ):
-    """One token of one key head and its GROUP value heads, from the projected row to the output.
-
-    A program owns all it writes: its channels of the convolution's state (q and k channels serve
-    every value head of the group) and its heads of the recurrent state, which it reads once, as
-    `[Dk, GROUP * Dv]`, and writes once. With q and k scaled to unit length,
+    """One token of one value head. With q and k scaled to unit length,
 
         delta = beta (v - exp(g) k^T S)
         o = exp(g) q^T S + (q . k) delta
         S <- exp(g) S + k delta^T
 
-    TAPS = 0 leaves out the convolution, the gates and the norm, as in `gated_delta_chunk`. What
-    counts here is latency: loads come first, that of the state before the projected row exists, and
-    products with the state and their norms are reduced together, since every reduction is a
-    barrier.
+    GATED: `b` and `a` are yet to become beta and g, and o is RMS-normed and multiplied by SiLU(z).
+    What counts here is latency: the state is on its way before the token exists, and products with
+    it and their norms are reduced together, since every reduction is a barrier.
     """
-    KEYS: tl.constexpr = KEY_HEADS * DK if TAPS else 0
-    VALUES: tl.constexpr = KEY_HEADS * GROUP * DV if TAPS else 0
-    CHANNELS: tl.constexpr = 2 * KEYS + VALUES
-    HEADS: tl.constexpr = KEY_HEADS * GROUP if TAPS else 0
-    key_head = tl.program_id(0)
+    head = tl.program_id(0)
     dk = tl.arange(0, DK)
-    column = tl.arange(0, COLUMNS)
-    all_k = dk < DK
-    in_group = column < GROUP * DV
-    head = key_head * GROUP + column // DV
-    value = key_head * (GROUP * DV) + column
-    q_channel = key_head * DK + dk
-    v_channel = 2 * KEYS + value
-    state_tile = state_ptr + head[None, :] * (DK * DV) + dk[:, None] * DV + (column % DV)[None, :]
+    dv = tl.arange(0, DV)
+    key = head // GROUP * DK + dk
+    value = head * DV + dv
+    state_tile = state_ptr + head * (DK * DV) + dk[:, None] * DV + dv[None, :]
     start_next()
-    state = tl.load(state_tile, mask=in_group[None, :], other=0.0)
+    state = tl.load(state_tile)
+    if GATED:
+        a_log = tl.load(a_log_ptr + head).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + dv).to(tl.float32)
     wait_for_previous()
-    q = _conv_step(q_ptr, conv_weight_ptr, conv_state_ptr, q_channel, all_k, CHANNELS, TAPS)
-    k = _conv_step(k_ptr, conv_weight_ptr, conv_state_ptr, KEYS + q_channel, all_k, CHANNELS, TAPS)
-    v = _conv_step(v_ptr, conv_weight_ptr, conv_state_ptr, v_channel, in_group, CHANNELS, TAPS)
-    beta = tl.load(b_ptr + CHANNELS + VALUES + head, mask=in_group, other=0.0).to(tl.float32)
-    g = tl.load(a_ptr + CHANNELS + VALUES + HEADS + head, mask=in_group, other=0.0).to(tl.float32)
+    q = _pin(tl.load(q_ptr + key).to(tl.float32))
+    k = _pin(tl.load(k_ptr + K_COLUMN + key).to(tl.float32))
+    v = _pin(tl.load(v_ptr + V_COLUMN + value).to(tl.float32))
+    beta = tl.load(b_ptr + B_COLUMN + head).to(tl.float32)
+    g = tl.load(a_ptr + A_COLUMN + head).to(tl.float32)
     count = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
-    if TAPS > 0:
-        a_log = tl.load(a_log_ptr + head, mask=in_group, other=0.0).to(tl.float32)
-        dt_bias = tl.load(dt_bias_ptr + head, mask=in_group, other=0.0).to(tl.float32)
-        z = tl.load(v_ptr + CHANNELS + value, mask=in_group, other=0.0).to(tl.float32)
-        norm_weight = tl.load(norm_weight_ptr + column % DV).to(tl.float32)
-    if TAPS > 0:
-        beta, g = delta_gates(beta, g, a_log, dt_bias)
+    if GATED:
+        z = tl.load(z_ptr + Z_COLUMN + value).to(tl.float32)
         z = _pin(norm_weight * silu(z))
-        qk = tl.arange(0, 2 * DK)
-        channel = tl.where(qk < DK, qk, KEYS - DK + qk) + key_head * DK
-        update_conv_state(
-            q_ptr, conv_state_ptr, count, channel, qk < 2 * DK, 0, CHANNELS, TAPS, TAPS_P2
-        )
-        update_conv_state(
-            v_ptr, conv_state_ptr, count, v_channel, in_group, 0, CHANNELS, TAPS, TAPS_P2
-        )
-    decay = _pin(tl.exp(g))
-    beta = _pin(beta)
+        beta, g = delta_gates(beta, g, a_log, dt_bias)
+    decay = tl.exp(g)
 
     qq, kk, qk_product = tl.reduce((q * q, k * k, q * k), 0, _add_3)
     q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
@@ -150,46 +105,60 @@ def _step_kernel(
     k_state, q_state = tl.reduce((state * k[:, None], state * q[:, None]), 0, _add_2)
     delta = beta * (v - decay * k_scale * k_state)
     o = q_scale * (decay * q_state + k_scale * qk_product * delta)
-    state = state * decay[None, :] + k[:, None] * (k_scale * delta)[None, :]
-    tl.store(state_tile, state, mask=in_group[None, :] & (count > 0))
-    if TAPS > 0:
-        o = tl.reshape(o, (COLUMNS // DV, DV))
-        o *= tl.rsqrt(tl.sum(o * o, 1) / DV + EPS)[:, None]
-        o = tl.reshape(o, (COLUMNS,)) * z
-    tl.store(out_ptr + value, o.to(out_ptr.dtype.element_ty), mask=in_group)
+    state = state * decay + k[:, None] * (k_scale * delta)[None, :]
+    tl.store(state_tile, state, mask=count > 0)
+    if GATED:
+        o *= tl.rsqrt(tl.sum(o * o, 0) / DV + EPS) * z
+    tl.store(out_ptr + value, o.to(out_ptr.dtype.element_ty))
 
 
 def _step(
-    sources: tuple[torch.Tensor, ...],
-    layer: tuple[torch.Tensor, ...],
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    columns: tuple[int, int],
+    gates: tuple[torch.Tensor, torch.Tensor] | Gating,
     state: torch.Tensor,
     num_tokens: torch.Tensor | None,
-    out: torch.Tensor,
     key_heads: int,
-    taps: int,
-    eps: float,
-) -> None:
+) -> torch.Tensor:
+    """`chunk_gated_delta` of one token."""
     heads, key_dim, value_dim = state.shape
-    group = heads // key_heads
+    out = qkv[0].new_empty((1, heads * value_dim))
+    gated = isinstance(gates, Gating)
+    if gated:
+        a = b = z = gates.projected
+        layer, eps = (gates.a_log, gates.dt_bias, gates.norm_weight), gates.eps
+        z_column = columns[1] + heads * value_dim
+        b_column = z_column + heads * value_dim
+        a_column = b_column + heads
+    else:
+        (a, b), z = gates, qkv[0]
+        layer, eps = (z, z, z), 0.0
+        z_column = b_column = a_column = 0
     launch(
         _step_kernel,
-        (key_heads,),
-        *sources,
+        (heads,),
+        *qkv,
+        b,
+        a,
+        z,
         *layer,
         state if num_tokens is None else num_tokens,
         state,
         out,
-        KEY_HEADS=key_heads,
-        GROUP=group,
+        K_COLUMN=columns[0],
+        V_COLUMN=columns[1],
+        Z_COLUMN=z_column,
+        B_COLUMN=b_column,
+        A_COLUMN=a_column,
+        GROUP=heads // key_heads,
         DK=key_dim,
         DV=value_dim,
-        COLUMNS=triton.next_power_of_2(group * value_dim),
-        TAPS=taps,
-        TAPS_P2=triton.next_power_of_2(max(taps, 1)),
+        GATED=gated,
         EPS=eps,
         HAS_NUM_TOKENS=num_tokens is not None,
         **tuned("gated_delta_step", 1),
     )
+    return out
 
 
 def gated_delta_rule(
@@ -202,13 +171,8 @@ def gated_delta_rule(
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `et_moe.backends.ops.gated_delta_rule`. Dk and Dv are powers of two, at least 16."""
-    if isinstance(v.shape[0], int) and v.shape[0] == 1:
-        out = torch.empty_like(v)
-        _step((q, k, v, beta, g), (q, q, q, q, q), state, num_tokens, out, q.shape[1], 0, 0.0)
-        return out
-    return chunk_gated_delta((q, k, v), (0, 0), (g, beta), state, num_tokens, q.shape[1]).view(
-        v.shape
-    )
+    run = _step if isinstance(v.shape[0], int) and v.shape[0] == 1 else chunk_gated_delta
+    return run((q, k, v), (0, 0), (g, beta), state, num_tokens, q.shape[1]).view(v.shape)
 
 
 def gated_delta_net(
@@ -224,18 +188,13 @@ def gated_delta_net(
 ) -> torch.Tensor:
     """See `et_moe.backends.ops.gated_delta_net`. Dk and Dv are powers of two, at least 16."""
     tokens, (heads, key_dim, value_dim) = projected.shape[0], recurrent_state.shape
-    channels, taps = conv_weight.shape
+    channels = conv_weight.shape[0]
     keys = (channels - heads * value_dim) // 2
-    if isinstance(tokens, int) and tokens == 1:
-        out = projected.new_empty((1, heads * value_dim))
-        layer = (conv_weight, conv_state, a_log, dt_bias, norm_weight)
-        _step((projected,) * 5, layer, recurrent_state, num_tokens, out, keys // key_dim, taps, eps)
-        return out
     qkv = causal_conv1d(projected, conv_weight, conv_state, num_tokens)
     gating = Gating(projected, a_log, dt_bias, norm_weight, eps)
-    return chunk_gated_delta(
-        (qkv, qkv, qkv), (keys, 2 * keys), gating, recurrent_state, num_tokens, keys // key_dim
-    )
+    run = _step if isinstance(tokens, int) and tokens == 1 else chunk_gated_delta
+    columns, key_heads = (keys, 2 * keys), keys // key_dim
+    return run((qkv, qkv, qkv), columns, gating, recurrent_state, num_tokens, key_heads)
 
 
 def _compile_case(
@@ -269,7 +228,7 @@ def _compile_case(
         arguments,
         tables,
         streams=streams,
-        early={"_step_kernel": ("state_ptr",)},
+        early={"_step_kernel": ("state_ptr", "a_log_ptr", "dt_bias_ptr", "norm_weight_ptr")},
     )
 
 
@@ -284,9 +243,18 @@ def compile_cases() -> list[CompileCase]:
 def tune_candidates() -> dict[str, list[dict]]:
     """Configurations worth trying, by table."""
     scan = ((16, 3, 4), (32, 1, 4), (32, 2, 4), (32, 3, 4), (32, 4, 4), (64, 2, 8), (64, 3, 4))
-    conv = ((16, 128, 4), (16, 256, 8), (32, 128, 4), (32, 256, 8), (64, 64, 4), (64, 128, 8))
+    conv = (
+        (4, 64, 2),
+        (4, 128, 4),
+        (16, 128, 4),
+        (16, 256, 8),
+        (32, 128, 4),
+        (32, 256, 8),
+        (64, 64, 4),
+        (64, 128, 8),
+    )
     return {
-        "gated_delta_step": [{"num_warps": w} for w in (8, 16, 32)],
+        "gated_delta_step": [{"num_warps": w} for w in (4, 8, 16)],
         "gated_delta_prepare": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],
         "gated_delta_scan": [{"BLOCK_V": v, "STAGES": s, "num_warps": w} for v, s, w in scan],
         "gated_delta_output": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],
