@@ -124,10 +124,16 @@ def last_calls(launches: list[Launch], decoded: int) -> tuple[list[Launch], list
 
 
 def summarize(launches: list[Launch]) -> dict:
-    """Time per kernel name, the slowest first; microseconds."""
+    """Time per kernel name, the slowest first; microseconds.
+
+    A kernel may start before its predecessor ends, and then waits for it. Its time is what it adds:
+    from the end of all before it, or its own start if that is later, to its own end.
+    """
     times: dict[str, list[float]] = collections.defaultdict(list)
+    ended = 0
     for launch in launches:
-        times[launch.name].append((launch.end - launch.start) / 1e3)
+        times[launch.name].append(max(launch.end - max(launch.start, ended), 0) / 1e3)
+        ended = max(ended, launch.end)
     total = sum(map(sum, times.values()))
     kernels = [
         {"name": name, "launches": len(t), "us": sum(t), "share": sum(t) / total}

@@ -62,6 +62,14 @@ def test_parse_and_summarize(tool):
     assert summary["kernels"][1]["share"] == pytest.approx(0.25)
 
 
+def test_overlapping_kernels_count_once(tool):
+    """The second starts early and waits; the third ends while the second runs."""
+    traced = [(0, 3000, "a"), (1000, 5000, "b"), (2000, 4000, "c"), (5000, 6000, "a")]
+    summary = tool.summarize([tool.Launch(*launch) for launch in traced])
+    assert {k["name"]: k["us"] for k in summary["kernels"]} == {"a": 4.0, "b": 2.0, "c": 0.0}
+    assert summary["kernels_us"] == summary["span_us"] == 6.0
+
+
 @pytest.mark.parametrize("text", ["", "1\t2\tg\n"])
 def test_a_cut_trace_is_refused(tool, text):
     with pytest.raises(tool.ProfileError, match="cut off"):

@@ -156,7 +156,7 @@ def _step(
         GATED=gated,
         EPS=eps,
         HAS_NUM_TOKENS=num_tokens is not None,
-        **tuned("gated_delta_step", 1),
+        **tuned("gated_delta_step", key_dim * value_dim),
     )
     return out
 

@@ -125,8 +125,8 @@ def tune_candidates() -> dict[str, list[dict]]:
         for stages in (2, 3, 4)
     ]
     down = [
-        {"BLOCK_N": n, "STAGES": stages, "num_warps": warps}
-        for n, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
+        {"BLOCK_N": n, "REPEAT": repeat, "STAGES": stages, "num_warps": warps}
+        for n, repeat, warps in ((64, 1, 4), (64, 4, 4), (64, 8, 4), (128, 4, 4), (128, 4, 8))
         for stages in (2, 3, 4)
     ]
     decode = [

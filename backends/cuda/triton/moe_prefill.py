@@ -19,24 +19,46 @@ from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 
+@triton.constexpr_function
+def _step_bytes(group: int, tile: int) -> int:
+    """Bytes of a weight's row per step: both nibbles of one must lie in one group and tile each."""
+    return 32 if group == 32 or tile == 32 else 64
+
+
+@triton.constexpr_function
+def _steps(k: int, group: int, tile: int) -> int:
+    """Steps over k columns."""
+    return (k + 127) // 128 * (64 // _step_bytes(group, tile))
+
+
 @triton.jit
-def _grouped_dot(
+def _weight_scales(rows, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """Scales `[ROWS]` of the low and of the high nibbles of a step, STRIDE from group to group."""
+    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
+    CHUNKS: tl.constexpr = 64 // STEP
+    group = step // CHUNKS * (128 // GROUP) + step % CHUNKS * STEP // GROUP
+    low = tl.load(rows + group * STRIDE)
+    if GROUP == 128:
+        return low, low
+    return low, tl.load(rows + (group + 64 // GROUP) * STRIDE)
+
+
+@triton.jit
+def _grouped_step(
+    acc,
+    step,
     x_rows,
     x_used,
     x_scale_rows,
     weight_rows,
-    weight_scale_rows,
+    weight_scales,
     K: tl.constexpr,
     X_SCALE_STRIDE: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
-    WEIGHT_SCALE_STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """acc[n, m] = sum over k of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
+    """acc[n, m] + the sum over a step's columns of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
 
     Args:
         x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
@@ -45,74 +67,56 @@ def _grouped_dot(
             apart. TILE 0: activations are floats, without scales.
         weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
             columns; WEIGHT_STRIDE bytes on are those of the next block.
-        weight_scale_rows: the same of the scales, WEIGHT_SCALE_STRIDE from group to group.
+        weight_scales: as from `_weight_scales`.
     """
-    # Bytes per step: both nibbles of one step must lie in one group and tile each.
-    STEP: tl.constexpr = 32 if GROUP == 32 or TILE == 32 else 64
+    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
-    STEPS: tl.constexpr = (K + 127) // 128 * CHUNKS
     # Do both nibbles share their scales, hence one accumulator?
     MERGED: tl.constexpr = GROUP == 128 and (TILE == 0 or TILE == 128)
     DOT: tl.constexpr = tl.float32 if TILE == 0 else tl.int32
-    byte = tl.arange(0, STEP)
-    acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
-    # Weight scales are too small for an asynchronous copy: fetch them one step ahead instead.
-    scale_low = tl.load(weight_scale_rows)
-    scale_high = scale_low
-    if GROUP != 128:
-        scale_high = tl.load(weight_scale_rows + (64 // GROUP) * WEIGHT_SCALE_STRIDE)
-    # The number of stages stands here, not at the launch, to have the small loads pipelined too.
-    for step in tl.range(STEPS, num_stages=STAGES):
-        block = step // CHUNKS
-        within = step % CHUNKS * STEP + byte
-        packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
-        packed = packed.to(tl.int8, bitcast=True)
-        column = block * 128 + within
-        x_pointers = x_rows[:, None] + column[None, :]
-        mask_low, mask_high = x_used[:, None], x_used[:, None]
-        if K % 128 != 0:
-            mask_low &= (column < K)[None, :]
-            mask_high &= (column + 64 < K)[None, :]
-        x_low = tl.load(x_pointers, mask=mask_low, other=0)
-        x_high = tl.load(x_pointers + 64, mask=mask_high, other=0)
-        if TILE != 0:
-            tile = block * (128 // TILE) + step % CHUNKS * STEP // TILE
-            a_rows = x_scale_rows + tile * X_SCALE_STRIDE
-            a_low = tl.load(a_rows, mask=x_used, other=0.0)
-            a_high = a_low
-            if TILE != 128:
-                next_tile = (64 // TILE) * X_SCALE_STRIDE
-                a_high = tl.load(a_rows + next_tile, mask=x_used, other=0.0)
-        low, high = low_nibbles(packed), high_nibbles(packed)
+    block = step // CHUNKS
+    within = step % CHUNKS * STEP + tl.arange(0, STEP)
+    packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
+    packed = packed.to(tl.int8, bitcast=True)
+    column = block * 128 + within
+    x_pointers = x_rows[:, None] + column[None, :]
+    mask_low, mask_high = x_used[:, None], x_used[:, None]
+    if K % 128 != 0:
+        mask_low &= (column < K)[None, :]
+        mask_high &= (column + 64 < K)[None, :]
+    x_low = tl.load(x_pointers, mask=mask_low, other=0)
+    x_high = tl.load(x_pointers + 64, mask=mask_high, other=0)
+    if TILE != 0:
+        tile = block * (128 // TILE) + step % CHUNKS * STEP // TILE
+        a_rows = x_scale_rows + tile * X_SCALE_STRIDE
+        a_low = tl.load(a_rows, mask=x_used, other=0.0)
+        a_high = a_low
+        if TILE != 128:
+            a_high = tl.load(a_rows + (64 // TILE) * X_SCALE_STRIDE, mask=x_used, other=0.0)
+    low, high = low_nibbles(packed), high_nibbles(packed)
+    if TILE == 0:
+        TYPE: tl.constexpr = tl.float32 if interpreted() else x_low.dtype
+        low, high = low.to(TYPE), high.to(TYPE)
+        x_low, x_high = x_low.to(TYPE), x_high.to(TYPE)
+    weight_low = weight_scales[0].to(tl.float32) * NIBBLE_SCALE
+    weight_high = weight_scales[1].to(tl.float32) * NIBBLE_SCALE
+    dot = tl.dot(low, x_low.trans(), out_dtype=DOT, input_precision="ieee")
+    if MERGED:
+        dot = tl.dot(high, x_high.trans(), acc=dot, out_dtype=DOT, input_precision="ieee")
         if TILE == 0:
-            TYPE: tl.constexpr = tl.float32 if interpreted() else x_low.dtype
-            low, high = low.to(TYPE), high.to(TYPE)
-            x_low, x_high = x_low.to(TYPE), x_high.to(TYPE)
-        weight_low = scale_low.to(tl.float32) * NIBBLE_SCALE
-        weight_high = scale_high.to(tl.float32) * NIBBLE_SCALE
-        ahead = tl.minimum(step + 1, STEPS - 1)
-        group = ahead // CHUNKS * (128 // GROUP) + ahead % CHUNKS * STEP // GROUP
-        scale_low = tl.load(weight_scale_rows + group * WEIGHT_SCALE_STRIDE)
-        if GROUP != 128:
-            next_high = (group + 64 // GROUP) * WEIGHT_SCALE_STRIDE
-            scale_high = tl.load(weight_scale_rows + next_high)
-        dot = tl.dot(low, x_low.trans(), out_dtype=DOT, input_precision="ieee")
-        if MERGED:
-            dot = tl.dot(high, x_high.trans(), acc=dot, out_dtype=DOT, input_precision="ieee")
-            if TILE == 0:
-                acc += dot * weight_low[:, None]
-            else:
-                acc += dot.to(tl.float32) * (weight_low[:, None] * a_low[None, :])
+            acc += dot * weight_low[:, None]
         else:
-            dot_low = dot.to(tl.float32)
-            dot = tl.dot(high, x_high.trans(), out_dtype=DOT, input_precision="ieee")
-            dot_high = dot.to(tl.float32)
-            if TILE != 0:
-                dot_low, dot_high = dot_low * a_low[None, :], dot_high * a_high[None, :]
-            if GROUP == 128:
-                acc += (dot_low + dot_high) * weight_low[:, None]
-            else:
-                acc += dot_low * weight_low[:, None] + dot_high * weight_high[:, None]
+            acc += dot.to(tl.float32) * (weight_low[:, None] * a_low[None, :])
+    else:
+        dot_low = dot.to(tl.float32)
+        dot = tl.dot(high, x_high.trans(), out_dtype=DOT, input_precision="ieee")
+        dot_high = dot.to(tl.float32)
+        if TILE != 0:
+            dot_low, dot_high = dot_low * a_low[None, :], dot_high * a_high[None, :]
+        if GROUP == 128:
+            acc += (dot_low + dot_high) * weight_low[:, None]
+        else:
+            acc += dot_low * weight_low[:, None] + dot_high * weight_high[:, None]
     return acc
 
 
@@ -144,6 +148,7 @@ def _gate_up_kernel(
     start_next()
     wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
+    STEPS: tl.constexpr = _steps(K, GROUP, TILE)
     PARTS: tl.constexpr = INNER // BLOCK_N
     block = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
@@ -159,22 +164,20 @@ def _gate_up_kernel(
     i = tl.arange(0, 2 * BLOCK_N)
     is_up, n = i // BLOCK_N, i % BLOCK_N
     row_block = (expert * INNER + part * BLOCK_N + n) // 64
-    acc = _grouped_dot(
-        x + token.to(tl.int64) * K,
-        used,
-        token if TILE == 0 else x_scale + token * TILES,
-        w13 + row_block * (TILES * 8192) + is_up * 4096 + n % 64 * 64,
-        w13_scale + row_block * (TILES * (128 // GROUP) * 128) + is_up * 64 + n % 64,
-        K,
-        1,
-        8192,
-        128,
-        GROUP,
-        TILE,
-        2 * BLOCK_N,
-        BLOCK_M,
-        STAGES,
-    )
+    x_rows = x + token.to(tl.int64) * K
+    x_scale_rows = token if TILE == 0 else x_scale + token * TILES
+    weight_rows = w13 + row_block * (TILES * 8192) + is_up * 4096 + n % 64 * 64
+    scale_rows = w13_scale + row_block * (TILES * (128 // GROUP) * 128) + is_up * 64 + n % 64
+    # Weight scales are too small for an asynchronous copy: fetch them one step ahead instead.
+    scales = _weight_scales(scale_rows, 0, 128, GROUP, TILE)
+    acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
+    # The number of stages stands here, not at the launch, to have the small loads pipelined too.
+    for step in tl.range(STEPS, num_stages=STAGES):
+        current = scales
+        scales = _weight_scales(scale_rows, tl.minimum(step + 1, STEPS - 1), 128, GROUP, TILE)
+        acc = _grouped_step(
+            acc, step, x_rows, used, x_scale_rows, weight_rows, current, K, 1, 8192, GROUP, TILE
+        )
     gate, up = acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0).split()
     activated = silu(gate) * up
     column = part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -210,9 +213,13 @@ def _down_kernel(
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REPEAT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The routing weight times w2 of the expert times inner, to `out [pairs, HIDDEN]` by pair.
+
+    A program computes REPEAT times BLOCK_N columns: K is short, so that filling the pipeline anew
+    for every block of columns would cost as much as its products.
 
     out is float32. In bf16 the rounding of the parts would cost as much as that of their sum: 0.29%
     instead of 0.03% against the reference for two slots. Blocks of int16 with a scale would be as
@@ -221,9 +228,9 @@ def _down_kernel(
     start_next()
     wait_for_previous()
     TILES: tl.constexpr = K // 128
-    PARTS: tl.constexpr = HIDDEN_UP // BLOCK_N
+    STEPS: tl.constexpr = _steps(K, GROUP, TILE)
+    PARTS: tl.constexpr = HIDDEN_UP // (BLOCK_N * REPEAT)
     block = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert < 0:
         return
@@ -231,28 +238,33 @@ def _down_kernel(
     row = block.to(tl.int64) * BLOCK_M + m
     pair = tl.load(rows + row).to(tl.int64)
     used = pair >= 0
-    n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight = tl.load(topk_weights + pair, mask=used, other=0.0).to(tl.float32)
+    x_rows = inner + row * K
+    x_scale_rows = m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m
+    n = tl.program_id(0) % PARTS * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
     row_block = (expert * HIDDEN_UP + n) // 64
-    acc = _grouped_dot(
-        inner + row * K,
-        used,
-        m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m,
-        w2 + row_block * (TILES * 4096) + n % 64 * 64,
-        w2_scale + row_block * (TILES * (128 // GROUP) * 64) + n % 64,
-        K,
-        BLOCK_M,
-        4096,
-        64,
-        GROUP,
-        TILE,
-        BLOCK_N,
-        BLOCK_M,
-        STAGES,
-    )
-    acc *= tl.load(topk_weights + pair, mask=used, other=0.0).to(tl.float32)[None, :]
-    mask = used[:, None] & (n < HIDDEN)[None, :]
-    target = out + pair[:, None] * HIDDEN + n[None, :]
-    tl.store(target, acc.trans(), mask=mask)
+    weight_rows = w2 + row_block * (TILES * 4096) + n % 64 * 64
+    scale_rows = w2_scale + row_block * (TILES * (128 // GROUP) * 64) + n % 64
+    NEXT_WEIGHTS: tl.constexpr = BLOCK_N * TILES * 64  # of the next BLOCK_N columns
+    NEXT_SCALES: tl.constexpr = BLOCK_N * TILES * (128 // GROUP)
+    scales = _weight_scales(scale_rows, 0, 64, GROUP, TILE)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # One loop over blocks and steps, so that loads run ahead from block to block.
+    for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
+        step, weights = i % STEPS, weight_rows + i // STEPS * NEXT_WEIGHTS
+        ahead, current = tl.minimum(i + 1, REPEAT * STEPS - 1), scales
+        ahead_rows = scale_rows + ahead // STEPS * NEXT_SCALES
+        scales = _weight_scales(ahead_rows, ahead % STEPS, 64, GROUP, TILE)
+        acc = _grouped_step(
+            *(acc, step, x_rows, used, x_scale_rows, weights, current),
+            *(K, BLOCK_M, 4096, GROUP, TILE),
+        )
+        if step == STEPS - 1:
+            column = n + i // STEPS * BLOCK_N
+            mask = used[:, None] & (column < HIDDEN)[None, :]
+            target = out + pair[:, None] * HIDDEN + column[None, :]
+            tl.store(target, (acc * weight[None, :]).trans(), mask=mask)
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
 
 def _divisor(size: int, block: int) -> int:
@@ -315,9 +327,10 @@ def moe_prefill(
     parts = x.new_empty((tokens * slots, hidden), dtype=torch.float32)
     config = tuned(f"{table}_down", tokens)
     config["BLOCK_N"] = _divisor(hidden_up, config["BLOCK_N"])
+    config["REPEAT"] = _divisor(hidden_up // config["BLOCK_N"], config["REPEAT"])
     launch(
         _down_kernel,
-        (num_blocks * (hidden_up // config["BLOCK_N"]),),
+        (num_blocks * (hidden_up // (config["BLOCK_N"] * config["REPEAT"])),),
         activated,
         inner_scale,
         w2,
