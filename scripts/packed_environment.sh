@@ -12,3 +12,8 @@ for wheel in "$folder"/wheels/*.whl; do
   python3 -m zipfile -e "$wheel" "$packages"
 done
 export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
+# Triton's own assembler may be one that makes wrong code: see `ptxas` in backends/cuda/gpu.py.
+toolkit=${CUDA_HOME:-/usr/local/cuda}/bin/ptxas
+if [ -x "$toolkit" ]; then
+  export TRITON_PTXAS_PATH=${TRITON_PTXAS_PATH:-$toolkit}
+fi

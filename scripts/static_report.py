@@ -1,6 +1,6 @@
 """Compiles every Triton kernel in every tuned configuration for all GPU architectures, and checks
 the machine code: spills, shared memory, tensor-core instructions, width of the weights' loads, and
-what a kernel reads before it has waited for the one before it.
+that nothing is written before the kernel before has ended.
 
     python scripts/static_report.py --write benchmarks/static
 
@@ -35,7 +35,8 @@ from triton.compiler import ASTSource
 from triton.language import target_info
 
 from et_moe.backends.cuda import triton as kernels
-from et_moe.backends.cuda.gpu import ARCHS, GPUS, gpu_for
+from et_moe.backends.cuda.gpu import ARCHS, GPUS, gpu_for, ptxas_environment
+from et_moe.backends.cuda.ptx import load_widths, read_early
 from et_moe.backends.cuda.triton import tuning
 from et_moe.backends.cuda.triton.compile_case import (
     PREFILL_TOKENS,
@@ -77,7 +78,6 @@ class Demands:
     tensor_cores: bool = False
     wgmma: bool = False
     streams: set[str] = dataclasses.field(default_factory=set)
-    early: set[str] = dataclasses.field(default_factory=set)
 
 
 def all_cases() -> list[CompileCase]:
@@ -160,7 +160,6 @@ def _bucket_tokens(entries: list[dict]) -> set[int]:
 def _demand(demands: Demands, case: CompileCase, kernel: str, m: int) -> None:
     demands.cases.add(case.name)
     demands.streams |= set(case.streams.get(kernel, ()))
-    demands.early |= set(case.early.get(kernel, ()))
     if kernel in case.gemms:
         demands.tensor_cores = True
         demands.wgmma |= m == PREFILL_TOKENS
@@ -203,51 +202,6 @@ def all_entries() -> set[tuple[str, str, int]]:
     }
 
 
-def load_widths(ptx: str, parameters: list[str]) -> dict[str, set[int]]:
-    """Pointer parameter -> bytes per thread of the global loads whose address derives from it.
-
-    Follows 64-bit registers from a load's address back to the kernel's parameters.
-    """
-    sources: dict[str, set[str]] = collections.defaultdict(set)
-    origin: dict[str, str] = {}
-    loads: list[tuple[str, int]] = []
-    for line in ptx.splitlines():
-        line = re.sub(r"^\s*@!?%p\d+\s+", "", line.strip())
-        if match := re.match(r"ld\.param\.[bu]64\s+(%rd\d+), \[\S*_param_(\d+)\]", line):
-            index = int(match[2])
-            if index < len(parameters):
-                origin[match[1]] = parameters[index]
-        elif match := re.match(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s.*\[ ?(%rd\d+)", line):
-            loads.append((match[3], int(match[1] or 1) * int(match[2]) // 8))
-        elif match := re.match(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[ ?(%rd\d+).*?\], 0x(\w+)", line):
-            loads.append((match[1], int(match[2], 16)))
-        elif match := re.match(r"[a-z]\S*\s+(%rd\d+), (.*);", line):
-            sources[match[1]] |= set(re.findall(r"%rd\d+", match[2]))
-    widths = collections.defaultdict(set)
-    for register, width in loads:
-        seen, todo = set(), [register]
-        while todo:
-            current = todo.pop()
-            if current not in seen:
-                seen.add(current)
-                todo.extend(sources[current])
-        for parameter in {origin[r] for r in seen if r in origin}:
-            widths[parameter].add(width)
-    return widths
-
-
-def early_accesses(ptx: str, parameters: list[str]) -> list[str] | None:
-    """Pointer parameters read before the kernel waits for the one before it; None: it never waits.
-
-    A store of whatever kind counts as "store".
-    """
-    before, wait, _ = ptx.partition("griddepcontrol.wait")
-    if not wait:
-        return None
-    stores = re.search(r"\b(st\.global|red\.|atom\.)", before)
-    return sorted(load_widths(before, parameters)) + (["store"] if stores else [])
-
-
 def opcodes(cubin: bytes) -> collections.Counter:
     """Machine instructions by opcode, "IMMA", "LDG", ..."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -286,11 +240,12 @@ def compile_job(job: Job) -> dict:
             target = GPUTarget("cuda", capability, 32)
             _compile_for(target)
             compiled = triton.compile(source, target=target, options=dict(job.options))
+        ptx = compiled.asm["ptx"]
+        pointers = [name for name, kind in job.signature if kind != "constexpr"]
+        early = read_early(ptx, pointers)
     except Exception as e:  # any failure to compile is a finding, and the others still count
         return {"error": f"{type(e).__name__}: {str(e)[-400:]}"}
-    ptx = compiled.asm["ptx"]
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
-    pointers = [name for name, kind in job.signature if kind != "constexpr"]
     codes = opcodes(compiled.asm["cubin"])
     tensor = sum(count for code, count in codes.items() if re.fullmatch(r"\w*MMA", code))
     return {
@@ -299,7 +254,7 @@ def compile_job(job: Job) -> dict:
         "shared_memory": compiled.metadata.shared,
         "int8_mma": sorted(set(re.findall(INT8_MMA, ptx))),
         "load_widths": {k: sorted(v) for k, v in load_widths(ptx, pointers).items()},
-        "early": early_accesses(ptx, pointers),
+        "early": None if early is None else sorted(early),
         "instructions": sum(codes.values()) - codes["NOP"],
         "tensor_instructions": tensor,
         "opcodes": dict(codes.most_common(12)),
@@ -321,8 +276,6 @@ def faults(job: Job, demands: Demands, row: dict) -> list[str]:
         found.append("no int8 tensor-core instructions")
     elif wanted and wanted not in row["int8_mma"]:
         found.append(f"no int8 {wanted}")
-    for name in sorted(set(row["early"] or ()) - demands.early):
-        found.append(f"{name} is accessed before the kernel has waited for the one before it")
     for name in sorted(demands.streams):
         widths = row["load_widths"].get(name, [])
         if not widths or min(widths) < 16:
@@ -335,8 +288,9 @@ def _describe(job: Job) -> str:
     return " ".join(blocks + [f"{k}={v}" for k, v in job.options])
 
 
-def _quiet_worker() -> None:
+def _start_worker() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
+    os.environ.update(ptxas_environment())
 
 
 def run(jobs: list[Job], processes: int) -> list[dict]:
@@ -345,7 +299,7 @@ def run(jobs: list[Job], processes: int) -> list[dict]:
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(
-            processes, mp_context=context, initializer=_quiet_worker
+            processes, mp_context=context, initializer=_start_worker
         ) as pool:
             return list(pool.map(compile_job, jobs))
 

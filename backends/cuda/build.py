@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from et_moe.backends.cuda.gpu import cuda_include_dir
-from et_moe.backends.cuda.inductor import HostProgram, UnsupportedOpError, run_body
+from et_moe.backends.cuda.gpu import cuda_include_dir, ptxas
+from et_moe.backends.cuda.host_program import run_body
+from et_moe.backends.cuda.inductor import HostProgram, UnsupportedOpError
 
 MARCH = "x86-64-v3"
 
@@ -99,7 +100,7 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 def toolchain() -> str:
-    """Versions of what `build` uses: the C++ compiler and the CUDA headers.
+    """Versions of what makes code: the C++ compiler, the CUDA headers and the assembler.
 
     Raises:
         RuntimeError: one of them is missing.
@@ -107,7 +108,8 @@ def toolchain() -> str:
     compiler = _run(["g++", "--version"], Path.cwd()).splitlines()[0]
     header = (cuda_include_dir() / "cuda.h").read_text()
     cuda = re.search(r"#define CUDA_VERSION (\d+)", header)
-    return f"{compiler}; CUDA {cuda[1] if cuda else 'unknown'}"
+    assembler = _run([str(ptxas()), "--version"], Path.cwd()).splitlines()[-1]
+    return f"{compiler}; CUDA {cuda[1] if cuda else 'unknown'}; {assembler}"
 
 
 def build(program: HostProgram) -> bytes:

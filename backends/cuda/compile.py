@@ -22,7 +22,8 @@ from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.build import build, toolchain
 from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
 from et_moe.backends.cuda.graphs import input_nodes
-from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate, kernel_calls
+from et_moe.backends.cuda.host_program import kernel_calls
+from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
 from et_moe.backends.cuda.triton.tuning import tuning_target
 from et_moe.backends.method_graph import MethodGraph

@@ -113,6 +113,33 @@ def cuda_include_dir() -> Path:
     raise RuntimeError("no CUDA headers found: install them with `pip install 'et-moe[cuda]'`")
 
 
+def ptxas() -> Path:
+    """The assembler, from the `nvidia-cuda-nvcc` wheel (extra `cuda`).
+
+    Not the one of Triton: 12.8 makes wrong code of matrix products whose left operand is in
+    registers (of the chunked gated delta rule at 32 value columns a head, on an H200; 13.0 does
+    not, nor does 12.8 without optimisation).
+
+    Raises:
+        RuntimeError: the wheel is not installed.
+    """
+    try:
+        import nvidia.cu13
+    except ImportError:
+        folders = []
+    else:
+        folders = [Path(root) / "bin" for root in nvidia.cu13.__path__]
+    for folder in folders:
+        if (folder / "ptxas").is_file():
+            return folder / "ptxas"
+    raise RuntimeError("no ptxas found: install it with `pip install 'et-moe[cuda]'`")
+
+
+def ptxas_environment() -> dict[str, str]:
+    """Makes Triton use `ptxas`, for all architectures."""
+    return dict.fromkeys(("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"), str(ptxas()))
+
+
 def check_versions() -> None:
     """Raises RuntimeError unless torch and triton are versions that `pretend_gpu` knows."""
     found = (torch.__version__, triton.__version__)

@@ -18,6 +18,15 @@ import triton.language as tl
 from torch.fx import GraphModule
 from triton.runtime.jit import JITFunction
 
+from et_moe.backends.cuda import ptx
+from et_moe.backends.cuda.gpu import ptxas_environment
+from et_moe.backends.cuda.host_program import (
+    Accesses,
+    find_dependents,
+    kernel_calls,
+    launch_dependents,
+)
+
 OPTIONS = {
     "aot_inductor.embed_kernel_binary": True,
     "aot_inductor.emit_multi_arch_kernel": False,
@@ -56,6 +65,7 @@ class Kernel:
         sha256: of the binary (a cubin).
         grid: expressions of the sizes of distinct launches, in the host program's terms.
         launches: per call of the method.
+        dependent: whether it may start before the kernel before it ends.
     """
 
     name: str
@@ -69,6 +79,7 @@ class Kernel:
     sha256: str
     grid: list[list[str]]
     launches: int
+    dependent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,29 +93,6 @@ class HostProgram:
 
 class UnsupportedOpError(RuntimeError):
     """The graph has an op that would be a library call at run time."""
-
-
-def run_body(source: str) -> str:
-    """The part of a host program that runs per call."""
-    start = source.index("void AOTInductorModel::run_impl(")
-    return source[start : source.index("} // AOTInductorModel::run_impl", start)]
-
-
-def kernel_calls(source: str) -> Iterator[tuple[str, list[str]]]:
-    """(kernel name, argument expressions) of every launch of a call, in order."""
-    for match in re.finditer(r"^    call_(\w+)\((.*)\);$", run_body(source), re.MULTILINE):
-        yield match[1], _split_arguments(match[2])
-
-
-def _split_arguments(text: str) -> list[str]:
-    arguments, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            arguments.append("")
-        else:
-            arguments[-1] += character
-    return [a.strip() for a in arguments]
 
 
 def _kernel_source(module_source: str, function: str) -> str:
@@ -180,50 +168,6 @@ static void et_moe_check_driver(CUresult error, const char* call) {
 """In place of a check that says neither the call nor the error's name."""
 
 
-_LAUNCH = "static inline void launchKernel("
-
-_LAUNCH_DEPENDENT = """static inline void launchDependentKernel(
-    CUfunction func, uint32_t gridX, uint32_t gridY, uint32_t gridZ, uint32_t numWarps,
-    uint32_t sharedMemBytes, void* args[], cudaStream_t stream) {
-  CUlaunchAttribute attribute{};
-  attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-  attribute.value.programmaticStreamSerializationAllowed = 1;
-  CUlaunchConfig config{};
-  config.gridDimX = gridX;
-  config.gridDimY = gridY;
-  config.gridDimZ = gridZ;
-  config.blockDimX = 32 * numWarps;
-  config.blockDimY = config.blockDimZ = 1;
-  config.sharedMemBytes = sharedMemBytes;
-  config.hStream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  CUDA_DRIVER_CHECK(cuLaunchKernelEx(&config, func, args, nullptr));
-}
-"""
-"""For kernels that wait for their predecessor themselves: see `triton/dependent_launch.py`."""
-
-
-def _launch_dependents(source: str, dependents: set[str]) -> str:
-    """The host program with programmatic dependent launches of the kernels named.
-
-    Raises:
-        RuntimeError: a call begins with one; state may be read before the wait, which is safe only
-            because a kernel that does wait for all of the call before comes first.
-    """
-    first = next(kernel_calls(source))[0]
-    if first in dependents:
-        raise RuntimeError(f"a call begins with {first}, which starts before the call before ends")
-    if dependents:
-        source = source.replace(_LAUNCH, _LAUNCH_DEPENDENT + _LAUNCH, 1)
-    for name in dependents:
-        call = f"launchKernel(kernels_.{name},"
-        if call not in source:
-            raise RuntimeError("torch generates another host program than expected")
-        source = source.replace(call, call.replace("launchKernel", "launchDependentKernel"))
-    return source
-
-
 class _Strict(logging.Handler):
     """Turns a warning of torch's analysis of a kernel into an error."""
 
@@ -274,7 +218,6 @@ class _Collector:
 
     def __init__(self) -> None:
         self.autotuners: dict[str, object] = {}
-        self.dependents: set[str] = set()
         self.program: HostProgram | None = None
 
     def compile_kernels(self, wrapper) -> None:
@@ -287,10 +230,7 @@ class _Collector:
         for value in scope.values():
             if isinstance(value, CachingAutotuner):
                 value.save_gpu_kernel(0, value.launchers[0])
-                name = value.inductor_meta["kernel_name"]
-                self.autotuners[name] = value
-                if "griddepcontrol.wait" in value.launchers[0].bin.asm["ptx"]:
-                    self.dependents.add(name)
+                self.autotuners[value.inductor_meta["kernel_name"]] = value
 
     def take_program(self, graph, wrapper_code, kernel_code, extern_nodes, **_) -> str:
         """In place of calling the C++ compiler."""
@@ -301,19 +241,26 @@ class _Collector:
         calls: dict[str, list[list[str]]] = {}
         for name, arguments in kernel_calls(wrapper_code):
             calls.setdefault(name, []).append(arguments)
+        accesses = {name: self._accesses(name, CudaKernelParamCache.cache[name]) for name in calls}
+        dependents = find_dependents(wrapper_code, accesses)
         binaries, kernels = {}, []
         for name, launches in calls.items():
             parameters = CudaKernelParamCache.cache[name]
             binaries[name] = Path(parameters["cubin_path"]).read_bytes()
-            kernels.append(self._kernel(name, parameters, binaries[name], launches))
+            kernel = self._kernel(name, parameters, binaries[name], launches)
+            kernels.append(dataclasses.replace(kernel, dependent=name in dependents))
         source, count = re.subn(
             r"#define CUDA_DRIVER_CHECK\(EXPR\)(.*\\\n)+.*\n", lambda _: _DRIVER_CHECK, wrapper_code
         )
         if count != 1:
             raise RuntimeError("torch generates another host program than expected")
-        source = _launch_dependents(source, self.dependents & binaries.keys())
-        self.program = HostProgram(source, kernels, binaries)
+        self.program = HostProgram(launch_dependents(source, dependents), kernels, binaries)
         return ""
+
+    def _accesses(self, name: str, parameters: dict) -> Accesses:
+        text, passed = self.autotuners[name].launchers[0].bin.asm["ptx"], parameters["call_args"]
+        early, written = ptx.read_early(text, passed), ptx.written(text, passed)
+        return Accesses(parameters["def_args"], early, written)
 
     def _kernel(
         self, name: str, parameters: dict, binary: bytes, launches: list[list[str]]
@@ -359,9 +306,10 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
     collector, op_class = _Collector(), triton_kernel_wrap.Op
-    folders = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(work / "triton")}
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(work / "triton")}
+    environment |= ptxas_environment()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, folders))
+        stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_strict_kernel_analysis())
         stack.enter_context(triton.knobs.compilation.scope())

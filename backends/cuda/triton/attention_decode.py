@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import launch
 from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
@@ -49,8 +49,6 @@ def _decode_kernel(
     `[SPLITS, Hq, DIM]`. The new token's k and v are used from registers and appended by split 0;
     every other access to the cache is to older rows, so nothing races.
     """
-    start_next()
-    wait_for_previous()
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     column = tl.arange(0, DIM)
@@ -58,8 +56,7 @@ def _decode_kernel(
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
     head = kv_head * GROUP + row
-    # Loads that need no position go first, then the first tiles: q is made ready meanwhile.
-    q, q_partner = load_normed(qkv_ptr + head * (2 * DIM), in_group, q_norm_ptr, HALF, DIM, EPS)
+    # What is cached is on its way before q exists, which is made ready meanwhile.
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     position = tl.load(position_ptr).to(tl.int32)
     length = _split_length(position, SPLITS, BLOCK_N)
@@ -73,6 +70,8 @@ def _decode_kernel(
     k_next = tl.load(k_cache_ptr + tile, mask=inside, other=0.0)
     v_next = tl.load(v_cache_ptr + tile, mask=inside, other=0.0)
     sin, cos = sincos(position.to(tl.float32) * frequency)
+    wait_for_previous()
+    q, q_partner = load_normed(qkv_ptr + head * (2 * DIM), in_group, q_norm_ptr, HALF, DIM, EPS)
     q = rotate(q, q_partner, sin, cos, HALF, DIM)
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -127,13 +126,12 @@ def _combine_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Joins the shares of one query head, BLOCK_D columns, and applies the output gate."""
-    start_next()
-    wait_for_previous()
     head = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.arange(0, SPLITS)
     position = tl.load(position_ptr).to(tl.int32)
     gate = tl.load(qkv_ptr + head * (2 * DIM) + DIM + column).to(tl.float32)
+    wait_for_previous()
     used = (split == 0) | (split * _split_length(position, SPLITS, BLOCK_N) < position)
     slot = split * HEADS + head
     part = tl.load(

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
@@ -35,7 +35,6 @@ def _append_kernel(
     HAS_NUM_TOKENS: tl.constexpr,
 ):
     """One token and group of heads, normed and rotated: k, v to the cache, q `[Hq, T, DIM]`."""
-    start_next()
     wait_for_previous()
     token = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -119,7 +118,6 @@ def _flash_kernel(
     STAGES: tl.constexpr,
 ):
     """BLOCK_M tokens of one query head, causal over the cache, gated. Padding becomes 0."""
-    start_next()
     wait_for_previous()
     head = tl.program_id(0)
     kv_head = head // GROUP

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.tuning import tuned
 
@@ -77,16 +77,12 @@ def _causal_conv1d_kernel(
 
     Only the programs of the first tokens read the state; they also replace it, so nothing races.
     """
-    start_next()
-    wait_for_previous()
     block = tl.program_id(0)
     first = block == 0
     start = block.to(tl.int64) * BLOCK_T
     token = tl.arange(0, BLOCK_T)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < CHANNELS
-    count = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
-    valid = tl.minimum(count - start, BLOCK_T).to(tl.int32)
     tap = tl.arange(0, TAPS_P2)[None, :]
     weight = tl.load(
         weight_ptr + channel[:, None] * TAPS + tap,
@@ -95,16 +91,20 @@ def _causal_conv1d_kernel(
     ).to(tl.float32)
     tile = x_ptr + start * ROW + token[:, None] * ROW + channel[None, :]
     y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    if first:
+        for i in tl.static_range(TAPS - 1):
+            old = state_ptr + (token + i)[:, None] * CHANNELS + channel[None, :]
+            before = (token < TAPS - 1 - i)[:, None] & in_channels[None, :]
+            x = tl.load(old, mask=before, other=0.0).to(tl.float32)
+            y += x * tl.sum(tl.where(tap == i, weight, 0.0), 1)[None, :]
+    wait_for_previous()
+    count = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    valid = tl.minimum(count - start, BLOCK_T).to(tl.int32)
     for i in tl.static_range(TAPS):
         source = token - (TAPS - 1 - i)
         in_x = ((source >= 0) | (not first)) & (source < valid)
         inside = in_x[:, None] & in_channels[None, :]
         x = tl.load(tile - (TAPS - 1 - i) * ROW, mask=inside, other=0.0).to(tl.float32)
-        if i < TAPS - 1:  # noqa: SIM102 (decided by the compiler, `first` by the GPU)
-            if first:
-                old = state_ptr + (token + i)[:, None] * CHANNELS + channel[None, :]
-                before = (source < 0)[:, None] & in_channels[None, :]
-                x += tl.load(old, mask=before, other=0.0).to(tl.float32)
         y += x * tl.sum(tl.where(tap == i, weight, 0.0), 1)[None, :]
     out = out_ptr + start * CHANNELS + token[:, None] * CHANNELS + channel[None, :]
     inside = (token < tokens - start)[:, None] & in_channels[None, :]

@@ -40,8 +40,6 @@ class CompileCase:
         gemms: names of kernel functions that must use int8 tensor-core instructions.
         streams: kernel function name -> its pointer parameters that must be read with 16-byte
             global loads.
-        early: kernel function name -> its pointer parameters, weights or the kernel's own state,
-            that may be read before `dependent_launch.wait_for_previous`.
     """
 
     name: str
@@ -51,7 +49,6 @@ class CompileCase:
     tokens: tuple[int, ...] = (1, PREFILL_TOKENS)
     gemms: frozenset[str] = frozenset()
     streams: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    early: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,25 +1,21 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 From sm_90 on (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization") a
-kernel may let its successor start as soon as all of its own thread blocks have, and a successor
-waits for its predecessor's end where it first needs its results. So launch latency is hidden, and a
-kernel's weights are on their way before its activations exist.
+kernel can let its successor start, and a successor waits for its predecessor's end where it first
+needs its results. So launch latency is hidden, and weights are on their way before the activations
+that they meet exist.
 
-Every kernel of this folder calls both functions, or neither (then it runs after its predecessor's
-end and before its successor's start, as usual). The order of memory accesses stays that of a plain
-sequence of kernels under two rules:
+A kernel calls `wait_for_previous` once, in every thread block that does not return at once; only
+then its successor starts. Hence, when a kernel starts, all kernels but its direct predecessor have
+ended, and before `wait_for_previous` it may read whatever the predecessor does not write. It writes
+nothing before. The lowering checks both in the compiled code (`backends/cuda/host_program.py`), and
+launches a kernel plainly, after its predecessor's end, where its early reads would be too early.
 
-* Before `wait_for_previous` a kernel reads nothing but weights, and state that only it and its own
-  former calls write; it writes nothing. What is read early is checked in the compiled code, see
-  `CompileCase.early`.
-* Every thread block calls `wait_for_previous`. Hence the end of a kernel implies the end of all
-  kernels before it, also of those that its predecessor had not yet waited for.
-
-Below sm_90 and in the interpreter both do nothing.
+Below sm_90 and in the interpreter there is nothing to wait for, and nothing is prefetched.
 """
 
 import triton
-import triton.language as tl  # noqa: F401 (the interpreter demands that a kernel's module has it)
+import triton.language as tl
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
@@ -27,14 +23,25 @@ from et_moe.backends.cuda.triton.dot import interpreted
 
 
 @triton.jit
-def start_next():
-    """Lets the next kernel start once all thread blocks of this one are here."""
+def wait_for_previous():
+    """Returns when all kernels before have ended and what they wrote can be read."""
     if not interpreted() and cuda_capability_geq(9):
+        gdc_wait()
+        # Not before: the successor would take room and bandwidth while it can only wait, and might
+        # start while the predecessor's predecessor still runs.
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_previous():
-    """Returns when all former kernels have ended and what they wrote can be read."""
+def prefetch(start, BYTES: tl.constexpr):
+    """Has one thread request BYTES (a multiple of 16) into the L2 cache."""
     if not interpreted() and cuda_capability_geq(9):
-        gdc_wait()
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+            " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r",
+            [start.to(tl.uint64, bitcast=True), BYTES],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import silu, valid_tokens
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.tuning import tuned
@@ -102,7 +102,6 @@ def _prepare_kernel(
     Scratch is head-major: u `[Hv, chunks * CHUNK, Dv]`, w `[Hv, .., Dk]`, G and 1 / |k|
     `fp32 [Hv, ..]`. RAW_GATES: `b` and `a` are yet to become beta and g.
     """
-    start_next()
     wait_for_previous()
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
     head = tl.program_id(1)
@@ -169,7 +168,6 @@ def _scan_kernel(
 
     Writes the state before every chunk, `states [Hv, chunks, Dk, Dv]`, and replaces u by v'.
     """
-    start_next()
     wait_for_previous()
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
     head = tl.program_id(1)
@@ -235,7 +233,6 @@ def _output_kernel(
     LOG_CHUNK: tl.constexpr,
 ):
     """o of one chunk and value head, if GATED RMS-normed and times SiLU(z). Padding becomes 0."""
-    start_next()
     wait_for_previous()
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
     chunk = tl.program_id(0).to(tl.int64)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.compile_case import PREFILL_TOKENS, CompileCase
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.linear_decode import linear_decode, power_of_two, takes
@@ -54,7 +54,6 @@ def _w4_gemm_kernel(
     unpacked, into the matrix unit. GROUP_M tiles of rows share the weights that L2 holds. q and
     scale have rows for whole tiles of BLOCK_M.
     """
-    start_next()
     wait_for_previous()
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid, width = tl.program_id(0), GROUP_M * tiles_n
@@ -229,7 +228,6 @@ def compile_cases() -> list[CompileCase]:
             tokens=(1,) if name == "lm_head" else (1, PREFILL_TOKENS),
             gemms=frozenset({"_w4_gemm_kernel", "_w4_gemv_kernel"}),
             streams={"_w4_gemm_kernel": ("weight",), "_w4_gemv_kernel": ("weight",)},
-            early={"_w4_gemv_kernel": ("weight", "weight_scale", "norm_weight")},
         )
         for op in (linear_w4a8, linear_w4a16)
         for name, shape in shapes.items()

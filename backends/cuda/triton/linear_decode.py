@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import prefetch, wait_for_previous
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.linear_layout import scale_pair
@@ -42,7 +42,8 @@ def _w4_gemv_kernel(
     flat, rows_n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
     j, steps = tl.arange(0, HALF), tl.arange(0, STEPS)
     first_n = min(tl.program_id(0) * (BLOCK_N * REPEAT), N - BLOCK_N * REPEAT)
-    weight += first_n.to(tl.int64) * (BLOCKS * HALF) + flat[:, None] * HALF + j[None, :]
+    start = weight + first_n.to(tl.int64) * (BLOCKS * HALF)
+    weight = start + (flat[:, None] * HALF + j[None, :])
     weight_scale += (flat % BLOCKS * STEPS)[:, None] * N + (first_n + flat // BLOCKS)[:, None]
     weight_scale += steps[None, :] * N
     out += first_n + rows_n
@@ -50,8 +51,9 @@ def _w4_gemv_kernel(
     at = column[:, None] * (2 * HALF) + j[None, :]
     valid = column[:, None] < BLOCKS
     # All loads are on their way before the first value is needed, the weights' before x exists.
-    start_next()
     w, scales = tl.load(weight), tl.load(weight_scale)
+    if REPEAT > 1:
+        prefetch(start + ROWS * HALF, ROWS * HALF)
     if norm_weight is not None:
         low_gain = tl.load(norm_weight + at, mask=valid, other=0.0)
         high_gain = tl.load(norm_weight + HALF + at, mask=valid, other=0.0)

@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
-from et_moe.backends.cuda.triton.dot import interpreted
+from et_moe.backends.cuda.triton.dependent_launch import prefetch, wait_for_previous
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, dot_bytes
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.quantization import int8_scale, round_int8, silu
@@ -47,14 +46,55 @@ def _pack_int8(x, inverse):
 
 
 @triton.jit
-def _load_scales(scales, offset, valid, next_group, GROUP: tl.constexpr):
-    """Weight scales `float32 [STEPS, ROWS]` of the low and of the high nibbles."""
-    low = tl.load(scales + offset, mask=valid[:, None], other=0.0).to(tl.float32) * NIBBLE_SCALE
+def _quantize_steps(x, limit, TILE: tl.constexpr, WORDS: tl.constexpr):
+    """Activations of the low and the high nibbles of steps, see `_dot_steps`.
+
+    Returns:
+        int8, four in an int32, `[STEPS, 1, WORDS]` each, and their scales, `float32 [STEPS]` each.
+        For TILE 0 the pointers x instead of all these: floats are loaded column by column.
+    """
+    if TILE == 0:
+        return x, x, x, x
+    else:
+        CHUNKS: tl.constexpr = 1 if TILE == 4 * WORDS else 16 // WORDS  # steps that share a scale
+        low, high = _load_words(x, limit, WORDS), _load_words(x + 64, limit - 64, WORDS)
+        amax_low, amax_high = _tile_amax(low, CHUNKS), _tile_amax(high, CHUNKS)
+        if TILE == 128:
+            amax_low = tl.maximum(amax_low, amax_high)
+            amax_high = amax_low
+        inverse_low, scale_low = int8_scale(amax_low, TILE == 128)
+        inverse_high, scale_high = int8_scale(amax_high, TILE == 128)
+        return _pack_int8(low, inverse_low), _pack_int8(high, inverse_high), scale_low, scale_high
+
+
+@triton.jit
+def _load_weights(
+    words,
+    offset,
+    valid,
+    scales,
+    scale_offset,
+    next_group,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Weights of steps, int32 words `[STEPS, ROWS, WORDS]`, and their scales.
+
+    Args:
+        words, offset: the weights, as int32 words, at `offset [STEPS, ROWS]`.
+        valid: `[STEPS]`; what is not counts as zero.
+        scales, scale_offset: scales of the low nibbles at `scale_offset [STEPS, ROWS]`; those of
+            the high ones are next_group further on (if GROUP is not 128).
+    """
+    source = words + offset[:, :, None] + tl.arange(0, WORDS)[None, None, :]
+    packed = tl.load(source, mask=valid[:, None, None], other=0)
+    low = tl.load(scales + scale_offset, mask=valid[:, None], other=0.0).to(tl.float32)
+    low *= NIBBLE_SCALE
     if GROUP == 128:
-        return low, low
-    offset += next_group
-    high = tl.load(scales + offset, mask=valid[:, None], other=0.0).to(tl.float32) * NIBBLE_SCALE
-    return low, high
+        return packed, low, low
+    high = scales + scale_offset + next_group
+    high = tl.load(high, mask=valid[:, None], other=0.0).to(tl.float32) * NIBBLE_SCALE
+    return packed, low, high
 
 
 @triton.jit
@@ -76,13 +116,9 @@ def _dot_float(packed, x, limit, WORDS: tl.constexpr):
 
 @triton.jit
 def _dot_steps(
-    words,
-    offset,
-    x,
+    weights,
+    activations,
     limit,
-    scales,
-    scale_offset,
-    next_group,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -93,57 +129,25 @@ def _dot_steps(
     nibbles are in them: 4 WORDS low ones and as many high ones, which lie 64 columns on.
 
     Args:
-        words, offset: the weights, as int32 words, at `offset [STEPS, ROWS]`.
-        x: `[STEPS]` pointers to the activation of the step's first column.
+        weights: as from `_load_weights`.
+        activations: as from `_quantize_steps`, of pointers `[STEPS]` to each step's first column.
         limit: `[STEPS]`, columns from the first one on that exist; 0 for an unused step.
-        scales, scale_offset: weight scales of the low nibbles at `scale_offset [STEPS, ROWS]`;
-            those of the high ones are next_group further on (if GROUP is not 128).
         TILE: columns that share an activation scale, 32, 64 or 128; 0 for float activations.
     """
-    CHUNKS: tl.constexpr = 1 if TILE == 4 * WORDS else 16 // WORDS  # steps that share a scale
-    valid = limit > 0
-    # The order of these lines counts. Weights are requested at once; the activations arrive before
-    # them (out of the L2 cache) and are quantized meanwhile; weight scales are needed last.
-    if TILE != 0:
-        x_low = _load_words(x, limit, WORDS)
-        x_high = _load_words(x + 64, limit - 64, WORDS)
-    source = words + offset[:, :, None] + tl.arange(0, WORDS)[None, None, :]
-    packed = tl.load(source, mask=valid[:, None, None], other=0)
+    packed, scale_low, scale_high = weights
     if TILE == 0:
-        low_sum, high_sum = _dot_float(packed, x, limit, WORDS)
-        scale_low, scale_high = _load_scales(scales, scale_offset, valid, next_group, GROUP)
+        low_sum, high_sum = _dot_float(packed, activations[0], limit, WORDS)
+        return low_sum * scale_low + high_sum * scale_high
     else:
-        amax_low, amax_high = _tile_amax(x_low, CHUNKS), _tile_amax(x_high, CHUNKS)
-        if TILE == 128:
-            amax_low = tl.maximum(amax_low, amax_high)
-            amax_high = amax_low
-        inverse_low, a_low = int8_scale(amax_low, TILE == 128)
-        inverse_high, a_high = int8_scale(amax_high, TILE == 128)
-        q_low, q_high = _pack_int8(x_low, inverse_low), _pack_int8(x_high, inverse_high)
-        scale_low, scale_high = _load_scales(scales, scale_offset, valid, next_group, GROUP)
+        q_low, q_high, a_low, a_high = activations
         scale_low, scale_high = scale_low * a_low[:, None], scale_high * a_high[:, None]
-        zero = tl.zeros(packed.shape, tl.int32)
-        low = dot_bytes((packed << 4) & _UPPER_NIBBLES, q_low, zero)
+        low = dot_bytes((packed << 4) & _UPPER_NIBBLES, q_low, tl.zeros(packed.shape, tl.int32))
         if TILE == 128 and GROUP == 128:  # one scale for both
             both = dot_bytes(packed & _UPPER_NIBBLES, q_high, low)
             return tl.sum(both, axis=2).to(tl.float32) * scale_low
-        high = dot_bytes(packed & _UPPER_NIBBLES, q_high, zero)
-        low_sum, high_sum = tl.sum(low, axis=2).to(tl.float32), tl.sum(high, axis=2).to(tl.float32)
-    return low_sum * scale_low + high_sum * scale_high
-
-
-@triton.jit
-def _prefetch(start, BYTES: tl.constexpr):
-    """Has one thread request BYTES (a multiple of 16) into the L2 cache; sm_90 and later."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [start.to(tl.uint64, bitcast=True), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+        high = dot_bytes(packed & _UPPER_NIBBLES, q_high, tl.zeros(packed.shape, tl.int32))
+        low_sum = tl.sum(low, axis=2).to(tl.float32)
+        return low_sum * scale_low + tl.sum(high, axis=2).to(tl.float32) * scale_high
 
 
 @triton.jit
@@ -171,12 +175,18 @@ def _decode_gate_up_kernel(
     PREFETCH (sm_90 and later) has the W2_BYTES of the expert's w2 brought into the L2 cache for the
     next kernel, which then is not bound by memory; memory would be idle between the two.
     """
-    start_next()
-    wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
     WORDS: tl.constexpr = 16 if GROUP >= 64 else 8
     CHUNKS: tl.constexpr = 16 // WORDS
+    # Are all activations loaded at once? Then they are quantized while the router runs.
+    AT_ONCE: tl.constexpr = BLOCK_T >= TILES and TILE != 0
     pair = tl.program_id(1)
+    step = tl.arange(0, BLOCK_T * CHUNKS)
+    first = step // CHUNKS * 128 + step % CHUNKS * (WORDS * 4)
+    x += pair // SLOTS * K
+    if AT_ONCE:
+        activations = _quantize_steps(x + first, K - first, TILE, WORDS)
+    wait_for_previous()
     expert = tl.load(topk_ids + pair).to(tl.int64)
     if (expert < 0) | (expert >= EXPERTS):
         return
@@ -187,27 +197,26 @@ def _decode_gate_up_kernel(
     row = i // BLOCK_N * 64 + column % 64 + i % BLOCK_N
     words = w13.to(tl.pointer_type(tl.int32)) + block * (TILES * 2048)
     scales = w13_scale + block * (TILES * (128 // GROUP) * 128)
-    if PREFETCH and not interpreted():
+    if PREFETCH:
         SHARE: tl.constexpr = W2_BYTES // (INNER // BLOCK_N)
-        _prefetch(w2 + expert * W2_BYTES + tl.program_id(0) * SHARE, SHARE)
+        prefetch(w2 + expert * W2_BYTES + tl.program_id(0) * SHARE, SHARE)
     acc = tl.zeros((2 * BLOCK_N,), tl.float32)
     for start in range(0, TILES, BLOCK_T):
-        step = start * CHUNKS + tl.arange(0, BLOCK_T * CHUNKS)
-        tile, chunk = step // CHUNKS, step % CHUNKS
-        first = tile * 128 + chunk * (WORDS * 4)
-        products = _dot_steps(
+        tile, chunk = start + step // CHUNKS, step % CHUNKS
+        limit = K - start * 128 - first
+        weights = _load_weights(
             words,
             (tile * 2048 + chunk * WORDS)[:, None] + (row * 16)[None, :],
-            x + pair // SLOTS * K + first,
-            K - first,
+            limit > 0,
             scales,
             (tile * (128 // GROUP) + chunk)[:, None] * 128 + row[None, :],
             64 // GROUP * 128,
             GROUP,
-            TILE,
             WORDS,
         )
-        acc += tl.sum(products, axis=0)
+        if not AT_ONCE:
+            activations = _quantize_steps(x + start * 128 + first, limit, TILE, WORDS)
+        acc += tl.sum(_dot_steps(weights, activations, limit, GROUP, TILE, WORDS), axis=0)
     gate, up = acc.reshape(2, BLOCK_N).permute(1, 0).split()
     n = column + tl.arange(0, BLOCK_N)
     tl.store(inner + pair * INNER + n, (silu(gate) * up).to(inner.dtype.element_ty))
@@ -235,11 +244,12 @@ def _decode_down_kernel(
     """Weighted sum over the slots of one token for BLOCK_N (at most 64) columns, plus the residual.
 
     inner `[pairs, K]`. The (slot, tile of 128 columns) pairs are one dimension, of which BLOCK_T
-    are loaded at once.
+    are loaded at once; if these are all, they are before `inner` exists.
     """
-    start_next()
-    wait_for_previous()
     TILES: tl.constexpr = K // 128
+    AT_ONCE: tl.constexpr = BLOCK_T >= SLOTS * TILES
+    if not AT_ONCE:
+        wait_for_previous()
     WORDS: tl.constexpr = 8 if GROUP == 32 or TILE == 32 else 16
     CHUNKS: tl.constexpr = 16 // WORDS
     token = tl.program_id(1)
@@ -256,19 +266,22 @@ def _decode_down_kernel(
         valid = (expert >= 0) & (expert < EXPERTS)
         block = (expert * (HIDDEN_UP // 64) + column // 64) * TILES + tile
         first = tile * 128 + chunk * (WORDS * 4)
-        products = _dot_steps(
+        limit = tl.where(valid, K - first, 0)
+        weight = tl.load(topk_weights + pair, mask=valid, other=0.0).to(tl.float32)
+        weights = _load_weights(
             words,
             (block * 1024 + chunk * WORDS)[:, None] + (row * 16)[None, :],
-            inner + pair * K + first,
-            tl.where(valid, K - first, 0),
+            limit > 0,
             w2_scale,
             (block * (128 // GROUP) + chunk * WORDS * 4 // GROUP)[:, None] * 64 + row[None, :],
             64 // GROUP * 64,
             GROUP,
-            TILE,
             WORDS,
         )
-        weight = tl.load(topk_weights + pair, mask=valid, other=0.0).to(tl.float32)
+        if AT_ONCE:
+            wait_for_previous()
+        activations = _quantize_steps(inner + pair * K + first, limit, TILE, WORDS)
+        products = _dot_steps(weights, activations, limit, GROUP, TILE, WORDS)
         acc += tl.sum(products * weight[:, None], axis=0)
     target = token * HIDDEN + column + n
     inside = column + n < HIDDEN

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import launch
@@ -145,7 +145,6 @@ def _gate_up_kernel(
     x `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner `[blocks * BLOCK_M, INNER]`: int8
     with inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or without scales if TILE is 0.
     """
-    start_next()
     wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
     STEPS: tl.constexpr = _steps(K, GROUP, TILE)
@@ -225,7 +224,6 @@ def _down_kernel(
     instead of 0.03% against the reference for two slots. Blocks of int16 with a scale would be as
     exact and half as large, but finding the scales doubles the kernel's instructions.
     """
-    start_next()
     wait_for_previous()
     TILES: tl.constexpr = K // 128
     STEPS: tl.constexpr = _steps(K, GROUP, TILE)

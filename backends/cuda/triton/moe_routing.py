@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.tuning import tuned
 
@@ -38,7 +38,6 @@ def _route_kernel(
     rows `int32 [num_blocks * BLOCK_M]`: pairs, -1 in the unused rows of a block.
     block_experts `int32 [num_blocks]`: -1 for a block that stays empty (its rows are not written).
     """
-    start_next()
     wait_for_previous()
     expert = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
@@ -115,7 +114,6 @@ def _sum_slots_kernel(
     BLOCK: tl.constexpr,
 ):
     """Adds up the slots of a token in order, and the residual: `[T, SLOTS, HIDDEN]` to `[T, H]`."""
-    start_next()
     wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.compile_case import CompileCase
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.tuning import tuned
@@ -72,7 +72,6 @@ def _quantize_kernel(
     x `[rows, COLUMNS]`, twice as wide if GATED; q `int8 [rows, COLUMNS]`;
     scale `float32 [rows, ceil(COLUMNS / TILE)]`.
     """
-    start_next()
     wait_for_previous()
     TILES: tl.constexpr = (COLUMNS + TILE - 1) // TILE
     WIDTH: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.compile_case import CompileCase
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.row_quantization import normed
@@ -93,7 +93,6 @@ def _decode_logits_kernel(
     column = tl.arange(0, BLOCK_H)
     mask = (expert < ROWS)[:, None] & (column < H)[None, :]
     # The weights are on their way before x exists.
-    start_next()
     w = tl.load(weight + expert[:, None] * H + column[None, :], mask=mask, other=0.0)
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     wait_for_previous()
@@ -117,7 +116,6 @@ def _choose_kernel(
     NUM_SHARED: tl.constexpr,
 ):
     """Slots of one token from logits `[M, EXPERTS + 1]`."""
-    start_next()
     wait_for_previous()
     row = tl.program_id(0) + tl.arange(0, 1)
     expert = tl.arange(0, BLOCK_E)[None, :]
@@ -144,7 +142,6 @@ def _norm_gate_kernel(
     """normed_x `[M, H]` and the shared expert's logit gate `[M]`, one row per program."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK_H)
-    start_next()
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     w = tl.load(gate_weight + column, mask=column < H, other=0.0).to(tl.float32)
     wait_for_previous()
@@ -172,7 +169,6 @@ def _prefill_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Logits of all experts for BLOCK_M tokens, and their slots."""
-    start_next()
     wait_for_previous()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     expert = tl.arange(0, BLOCK_E)
@@ -297,10 +293,6 @@ def compile_cases() -> list[CompileCase]:
             arguments,
             tables=("router_decode", "router_prefill"),
             streams={"_decode_logits_kernel": ("weight",), "_prefill_kernel": ("weight",)},
-            early={
-                "_decode_logits_kernel": ("weight", "norm_weight"),
-                "_norm_gate_kernel": ("norm_weight", "gate_weight"),
-            },
         )
     ]
 

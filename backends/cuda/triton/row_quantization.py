@@ -8,7 +8,7 @@ of 0.005%, a thirtieth of what rounding to bf16 costs.
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.quantization import int8_scale, round_int8
 
 
@@ -66,7 +66,6 @@ def quantize_rows_kernel(
     x `[M, K]` -> q int8 `[PLANES, PADDED_M, PADDED_K]`, zero from column K on, and scale fp32
     `[ceil(PADDED_K / TILE), PADDED_M]`, times SCALE_FACTOR. Rows from M on are not written.
     """
-    start_next()
     wait_for_previous()
     row = tl.program_id(0)
     tile = tl.arange(0, TILES)

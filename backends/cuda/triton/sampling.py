@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.compile_case import CompileCase
-from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 
 BLOCK = 1024
@@ -103,7 +103,6 @@ def _block_kernel(
     """Per block of the vocabulary: the largest l = logit / temperature and the lowest id that has
     it, with noise where sampling keeps all tokens; the sum of exp(l - largest l); and the largest l
     of each group of the block. Also sets `count` to zero."""
-    start_next()
     wait_for_previous()
     block = tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -158,7 +157,6 @@ def _collect_kernel(
     GROUP: tl.constexpr,
 ):
     """Appends l, l + noise and id of those tokens of a block that may be kept."""
-    start_next()
     wait_for_previous()
     t, k, p = tl.load(temperature), tl.load(top_k), tl.load(top_p)
     if (t > 0.0) & _is_filtered(k, p, V):
@@ -226,7 +224,6 @@ def _finish_kernel(
     TILE: tl.constexpr,
 ):
     """The token: from the blocks' maxima, or, with top-k or top-p, from the collected tokens."""
-    start_next()
     wait_for_previous()
     b = tl.arange(0, PADDED_BLOCKS)
     value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))

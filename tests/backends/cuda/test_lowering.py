@@ -17,7 +17,7 @@ from lowering_methods import MAX_TOKENS, STATE, VOCABULARY, WEIGHTS, Small, meth
 
 from et_moe.backends.cuda.backend import lower
 from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
-from et_moe.backends.cuda.inductor import kernel_calls, run_body
+from et_moe.backends.cuda.host_program import kernel_calls, run_body
 from et_moe.backends.cuda.inspect import inspect
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, plan_weights
 
