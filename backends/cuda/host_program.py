@@ -60,11 +60,13 @@ class Accesses:
         arguments: of that function, in order.
         early: read before the kernel before has ended; None if the kernel does not wait for it.
         written: stored through.
+        starts_next_early: whether it lets the next kernel start before the one before has ended.
     """
 
     arguments: list[str]
     early: set[str] | None
     written: set[str]
+    starts_next_early: bool = False
 
 
 def _tensors(names: set[str], accesses: Accesses, arguments: list[str]) -> set[str]:
@@ -80,16 +82,29 @@ def _tensors(names: set[str], accesses: Accesses, arguments: list[str]) -> set[s
 
 
 def find_dependents(source: str, kernels: dict[str, Accesses]) -> set[str]:
-    """Kernels that may start before their predecessor ends: in no call does it write what they read
-    early. What comes before the first call is not known."""
+    """Kernels that may start before their predecessor ends: in no call do they read early what may
+    not have been written yet. What comes before the first call is not known."""
     dependents = {name for name, kernel in kernels.items() if kernel.early is not None}
-    fresh = None
+    while True:
+        unsafe = _too_early(source, kernels, dependents)
+        if not unsafe:
+            return dependents
+        dependents -= unsafe
+
+
+def _too_early(source: str, kernels: dict[str, Accesses], dependents: set[str]) -> set[str]:
+    """The dependents that are none, because of kernels that may not have ended when they start."""
+    unsafe, fresh = set(), None  # `fresh`: written by those; None: anything
     for name, arguments in kernel_calls(source):
         kernel = kernels[name]
-        if fresh is None or (kernel.early and fresh & _tensors(kernel.early, kernel, arguments)):
-            dependents.discard(name)
-        fresh = _tensors(kernel.written, kernel, arguments)
-    return dependents
+        if name not in dependents:
+            fresh = set()
+        elif fresh is None or (kernel.early and fresh & _tensors(kernel.early, kernel, arguments)):
+            unsafe.add(name)
+        if not kernel.starts_next_early:
+            fresh = set()
+        fresh = (fresh or set()) | _tensors(kernel.written, kernel, arguments)
+    return unsafe
 
 
 def launch_dependents(source: str, dependents: set[str]) -> str:

@@ -260,7 +260,8 @@ class _Collector:
     def _accesses(self, name: str, parameters: dict) -> Accesses:
         text, passed = self.autotuners[name].launchers[0].bin.asm["ptx"], parameters["call_args"]
         early, written = ptx.read_early(text, passed), ptx.written(text, passed)
-        return Accesses(parameters["def_args"], early, written)
+        starts_next = ptx.starts_next_early(text)
+        return Accesses(parameters["def_args"], early, written, starts_next)
 
     def _kernel(
         self, name: str, parameters: dict, binary: bytes, launches: list[list[str]]

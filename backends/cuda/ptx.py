@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 WAIT = "griddepcontrol.wait"
 """What `triton.dependent_launch.wait_for_previous` becomes."""
 
+_START_NEXT = "griddepcontrol.launch_dependents"
+
 _LOAD = re.compile(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s.*\[ ?(%rd\d+)")
 _COPY = re.compile(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[ ?(%rd\d+).*?\], 0x(\w+)")
 _STORE = re.compile(r"(?:st\.global|red\.|atom\.)[^\[]*\[ ?(%rd\d+)")
@@ -80,3 +82,8 @@ def read_early(ptx: str, parameters: Sequence[str]) -> set[str] | None:
     if stored := written(before, parameters):
         raise ValueError(f"{sorted(stored)} are written before the kernel before has ended")
     return set(load_widths(before, parameters))
+
+
+def starts_next_early(ptx: str) -> bool:
+    """Whether the kernel lets the next one start before it has waited for the one before it."""
+    return _START_NEXT in ptx.partition(WAIT)[0]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.tuning import tuned
 
@@ -77,6 +77,7 @@ def _causal_conv1d_kernel(
 
     Only the programs of the first tokens read the state; they also replace it, so nothing races.
     """
+    start_next()  # of one token this takes less time than the next kernel takes to load its state
     block = tl.program_id(0)
     first = block == 0
     start = block.to(tl.int64) * BLOCK_T

@@ -7,9 +7,11 @@ that they meet exist.
 
 A kernel calls `wait_for_previous` once, in every thread block that does not return at once; only
 then its successor starts. Hence, when a kernel starts, all kernels but its direct predecessor have
-ended, and before `wait_for_previous` it may read whatever the predecessor does not write. It writes
-nothing before. The lowering checks both in the compiled code (`backends/cuda/host_program.py`), and
-launches a kernel plainly, after its predecessor's end, where its early reads would be too early.
+ended, and before `wait_for_previous` it may read whatever the predecessor does not write. (A short
+kernel calls `start_next` before: then its predecessor may still run too when its successor starts.)
+A kernel writes nothing before it waits. The lowering checks all this in the compiled code
+(`backends/cuda/host_program.py`), and launches a kernel plainly, after its predecessor's end, where
+its early reads would be too early.
 
 Below sm_90 and in the interpreter there is nothing to wait for, and nothing is prefetched.
 """
@@ -23,12 +25,18 @@ from et_moe.backends.cuda.triton.dot import interpreted
 
 
 @triton.jit
+def start_next():
+    """Lets the next kernel start once all thread blocks of this one have called it."""
+    if not interpreted() and cuda_capability_geq(9):
+        gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_previous():
     """Returns when all kernels before have ended and what they wrote can be read."""
     if not interpreted() and cuda_capability_geq(9):
         gdc_wait()
-        # Not before: the successor would take room and bandwidth while it can only wait, and might
-        # start while the predecessor's predecessor still runs.
+        # Not before: the successor would take room and bandwidth while it can only wait.
         gdc_launch_dependents()
 
 

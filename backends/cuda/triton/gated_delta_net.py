@@ -71,9 +71,8 @@ def _step_kernel(
         S <- exp(g) S + k delta^T
 
     GATED: `b` and `a` are yet to become beta and g, and o is RMS-normed and multiplied by SiLU(z).
-    What counts here is latency: only q, k and v come from the kernel before, all else is done while
-    that one runs; products with the state and norms are reduced together, since every reduction is
-    a barrier.
+    What counts here is latency: the state is on its way before the token exists, and products with
+    it and their norms are reduced together, since every reduction is a barrier.
     """
     head = tl.program_id(0)
     dk = tl.arange(0, DK)
@@ -82,20 +81,21 @@ def _step_kernel(
     value = head * DV + dv
     state_tile = state_ptr + head * (DK * DV) + dk[:, None] * DV + dv[None, :]
     state = tl.load(state_tile)
-    beta = tl.load(b_ptr + B_COLUMN + head).to(tl.float32)
-    g = tl.load(a_ptr + A_COLUMN + head).to(tl.float32)
     if GATED:
-        z = tl.load(z_ptr + Z_COLUMN + value).to(tl.float32)
-        z = _pin(tl.load(norm_weight_ptr + dv).to(tl.float32) * silu(z))
         a_log = tl.load(a_log_ptr + head).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-        beta, g = delta_gates(beta, g, a_log, dt_bias)
-    decay = tl.exp(g)
+        norm_weight = tl.load(norm_weight_ptr + dv).to(tl.float32)
     wait_for_previous()
     q = _pin(tl.load(q_ptr + key).to(tl.float32))
     k = _pin(tl.load(k_ptr + K_COLUMN + key).to(tl.float32))
     v = _pin(tl.load(v_ptr + V_COLUMN + value).to(tl.float32))
+    beta = tl.load(b_ptr + B_COLUMN + head).to(tl.float32)
+    g = tl.load(a_ptr + A_COLUMN + head).to(tl.float32)
     count = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
+    if GATED:
+        z = _pin(norm_weight * silu(tl.load(z_ptr + Z_COLUMN + value).to(tl.float32)))
+        beta, g = delta_gates(beta, g, a_log, dt_bias)
+    decay = tl.exp(g)
 
     qq, kk, qk_product = tl.reduce((q * q, k * k, q * k), 0, _add_3)
     q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5

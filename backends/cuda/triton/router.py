@@ -49,11 +49,9 @@ def _choose(
     ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0) + tl.zeros_like(row)[:, None]
     weights = tl.zeros((row.shape[0], slot.shape[1]), tl.float32)
     for i in tl.static_range(TOP_K):
-        best = tl.max(probability, axis=1, keep_dims=True)
-        chosen = tl.where(probability == best, expert, BLOCK_E)
-        chosen = tl.min(chosen, axis=1, keep_dims=True)
+        best, chosen = tl.max(probability, axis=1, return_indices=True, keep_dims=True)
         probability = tl.where(expert == chosen, -1.0, probability)
-        # Probabilities that are not numbers equal nothing; the id stays in the table all the same.
+        # Probabilities that are not numbers have no order; the id stays in the table all the same.
         ids = tl.where(slot == i, tl.minimum(chosen, EXPERTS - 1), ids)
         weights = tl.where(slot == i, best, weights)
     weights /= tl.sum(weights, axis=1, keep_dims=True)
