@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.cuda.gpu import gpu_for
+from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
 
 DEMO = REPO / "examples/qwen3_5_moe/demo_checkpoint"
 PYTHON = "3.12"
@@ -45,7 +46,18 @@ MODELS = {
     "tiny": ("float32", (1, 2, 65, 300, 2100)),  # the last needs two calls of prefill
     "demo-float32": ("float32", (1, 17, 130, 700)),
     "demo-bfloat16": ("bfloat16", (1, 17, 130, 700)),
+    "heads": ("bfloat16", ()),  # random, hence without decided tokens: logits only
 }
+"""Name -> dtype, and lengths of the prompts whose next tokens are checked."""
+HEADS = {
+    "hidden_size": 256,
+    "head_dim": 256,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+}
+"""The heads of Qwen3.5-35B-A3B in a small model: kernels are specialised for their sizes."""
 console = Console(stderr=True)
 
 
@@ -120,7 +132,7 @@ def pack_runner(runner: Path, folder: Path) -> Path:
 
 def prompts(model: str, length: int) -> list[list[int]]:
     """Token ids to choose a prompt of: held-out text for the demo model, else random ones."""
-    if model == "tiny":
+    if not model.startswith("demo"):
         rng = np.random.default_rng(length)
         return rng.integers(0, 256, (WINDOWS, length)).tolist()
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
@@ -151,7 +163,7 @@ def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], fold
     """Exports the CUDA program, and asks the fp32 CPU program what it must compute."""
     dtype, lengths = MODELS[name]
     model = ("--model-dir", checkpoint, "--qlinear-group-size", "32")
-    model += ("--max-seq-len", str(max(lengths) + NEW_TOKENS))
+    model += ("--max-seq-len", str(max((SCORED, *lengths)) + NEW_TOKENS))
     with tempfile.TemporaryDirectory() as scratch:
         cpu = Path(scratch, "cpu")
         et_moe("export", *model, "--dtype", "float32", "--output-dir", cpu)
@@ -173,9 +185,10 @@ def pack(folder: Path, runner: Path, archs: list[str]) -> None:
     console.print("wheels packed")
     models = []
     with tempfile.TemporaryDirectory() as scratch:
-        et_moe("make-checkpoint", "--seed", "1", "--output", Path(scratch, "tiny"))
+        make_checkpoint(Path(scratch, "tiny"), seed=1)
+        make_checkpoint(Path(scratch, "heads"), seed=1, overrides=HEADS)
         for name in MODELS:
-            checkpoint = Path(scratch, "tiny") if name == "tiny" else DEMO
+            checkpoint = DEMO if name.startswith("demo") else Path(scratch, name)
             models.append(pack_model(name, checkpoint, binary, archs, folder / "models" / name))
             console.print(f"{name} packed")
     manifest = {

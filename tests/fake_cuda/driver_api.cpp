@@ -234,7 +234,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   return driver_call("cuLaunchKernelEx", kPlain, [&](State& s) {
     for (unsigned i = 0; i < config->numAttrs; ++i)
       if (config->attrs[i].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
-        return s.violation(cudaErrorInvalidValue, "cuLaunchKernelEx: an attribute that is not known");
+        return s.violation(cudaErrorInvalidValue,
+                           "cuLaunchKernelEx: an attribute that is not known");
     const Launch launch{{config->gridDimX, config->gridDimY, config->gridDimZ},
                         {config->blockDimX, config->blockDimY, config->blockDimZ},
                         config->sharedMemBytes,

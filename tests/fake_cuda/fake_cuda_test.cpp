@@ -265,20 +265,12 @@ TEST_F(FakeCuda, GraphsAreRecordedAndReplayed) {
 }
 
 TEST_F(FakeCuda, CapturesForbidAllocationsAndWaits) {
+  void* p = nullptr;
+  char c = 0;
   const std::vector<std::function<void()>> calls = {
-      [] {
-        void* p;
-        cudaMalloc(&p, 1);
-      },
-      [] {
-        void* p;
-        cudaHostAlloc(&p, 1, 0);
-      },
+      [&] { cudaMalloc(&p, 1); }, [&] { cudaHostAlloc(&p, 1, 0); },
       [&] { cudaStreamSynchronize(stream_); }, [] { cudaDeviceSynchronize(); },
-      [&] {
-        char c;
-        cudaMemcpy(&c, device_, 1, cudaMemcpyDeviceToHost);
-      }};
+      [&] { cudaMemcpy(&c, device_, 1, cudaMemcpyDeviceToHost); }};
   for (const auto& forbidden : calls) {
     cudaGraph_t graph = nullptr;
     EXPECT_EQ(capture(forbidden, &graph), cudaErrorStreamCaptureInvalidated);
@@ -287,8 +279,7 @@ TEST_F(FakeCuda, CapturesForbidAllocationsAndWaits) {
     EXPECT_EQ(cudaGetLastError(), cudaErrorStreamCaptureInvalidated);
   }
   cudaGraph_t graph = nullptr;  // a thread of its own may allocate
-  const auto elsewhere = [] {
-    void* p = nullptr;
+  const auto elsewhere = [&p] {
     EXPECT_EQ(cudaMalloc(&p, 1), cudaSuccess);
     EXPECT_EQ(cudaFree(p), cudaSuccess);
   };
@@ -349,6 +340,19 @@ TEST_F(Launches, SizesAreWithinLimits) {
   EXPECT_EQ(launch(device_, 128, 1, 232448), CUDA_SUCCESS);
   EXPECT_EQ(cuFuncSetAttribute(kernel_, kName, 232449), CUDA_ERROR_INVALID_VALUE);
   EXPECT_VIOLATION("cuFuncSetAttribute: k: 232449 bytes of shared memory");
+}
+
+TEST_F(Launches, MayOverlap) {
+  void* pointer = device_;
+  int number = 3;
+  void* arguments[] = {&pointer, &number, &pointer};
+  CUlaunchAttribute attribute{};
+  CUlaunchConfig config{1, 1, 1, 128, 1, 1, 0, stream_, &attribute, 1};
+  attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  EXPECT_EQ(cuLaunchKernelEx(&config, kernel_, arguments, nullptr), CUDA_SUCCESS);
+  attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+  EXPECT_EQ(cuLaunchKernelEx(&config, kernel_, arguments, nullptr), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_VIOLATION("cuLaunchKernelEx: an attribute that is not known");
 }
 
 TEST_F(Launches, FunctionsDieWithTheirModule) {

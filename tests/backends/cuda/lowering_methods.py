@@ -154,6 +154,7 @@ def _launches(folder: Path) -> None:
     graphs = build_graphs(config, Quantization(), torch.bfloat16, 4096)
     code = compile_method(graphs["decode"], plan_weights(graphs), "sm_90")
     report = {"layers": config.layer_types, "launches": code.launches}
+    report["plain"] = [kernel.function for kernel in code.kernels if not kernel.dependent]
     (folder / "launches.json").write_text(json.dumps(report))
 
 

@@ -32,26 +32,6 @@ def test_all_kernels_compile_well():
     assert " 0 faults" in done.stdout
 
 
-PTX = """
-	ld.param.b64 	%rd1, [kernel_param_0];
-	ld.param.b64 	%rd2, [kernel_param_1];
-	ld.param.b64 	%rd3, [kernel_param_2];
-	mad.wide.u32 	%rd4, %r1, 16, %rd1;
-	add.s64 	%rd5, %rd4, 4096;
-	@%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd5 + 0 ];
-	cp.async.cg.shared.global [ %r6 + 0 ], [ %rd4 + 0 ], 0x10, 0x10;
-	ld.global.b64 	%rd6, [ %rd2 + 8 ];
-	shl.b64 	%rd7, %rd6, 2;
-	add.s64 	%rd8, %rd3, %rd7;
-	@!%p2 ld.global.L1::evict_last.v2.b16 { %rs1, %rs2 }, [ %rd8 + 0 ];
-"""
-
-
-def test_load_widths(report):
-    """Widths go to the pointers that an address comes from, not to values loaded on the way."""
-    assert report.load_widths(PTX, ["a", "b", "c"]) == {"a": {16}, "b": {8}, "c": {4}}
-
-
 @pytest.mark.parametrize(
     "change,fault",
     [
