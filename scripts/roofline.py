@@ -104,8 +104,11 @@ def delta_net(m: int, c: ModelConfig, chunk: int = 64) -> list[Kernel]:
     channels, values = c.conv_channels, c.linear_value_width
     projected, state = channels + values + 2 * heads, heads * dk * dv
     if m == 1:
-        moved = 2 * (projected + values) + 8 * state
-        return [Kernel("delta net: step", moved, bf16=8.0 * state)]
+        taps = c.linear_conv_kernel_dim
+        return [
+            Kernel("delta net: convolution", 2 * channels * (3 * taps), bf16=2.0 * channels * taps),
+            Kernel("delta net: step", 2 * (projected + values) + 8 * state, bf16=8.0 * state),
+        ]
     chunks = -(-m // chunk)
     u_w, states = 2 * m * heads * (dk + dv), 2 * chunks * state
     square = 2.0 * m * heads * chunk
