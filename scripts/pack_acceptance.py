@@ -52,6 +52,7 @@ MODELS = {
 HEADS = {
     "hidden_size": 256,
     "head_dim": 256,
+    "num_experts_per_tok": 8,  # all: bf16 and fp32 do not choose different ones
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "moe_intermediate_size": 256,
