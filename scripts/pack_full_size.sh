@@ -11,10 +11,13 @@ folder=${1:?usage: $0 FOLDER [ARCHS]}
 [ -f "$folder/manifest.json" ] || { echo "$folder: not made by pack_acceptance.sh" >&2; exit 2; }
 python=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["python"])' \
   "$folder/manifest.json")
+# What the ExecuTorch wheel's kernels and model import, as far as torch does not bring it.
+mapfile -t peers < <(python -c 'from importlib.metadata import version
+print(*(f"{name}=={version(name)}" for name in ("executorch", "ruamel.yaml", "tabulate")), sep="\n")')
 python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
   --implementation cp --python-version "$python" --platform manylinux_2_28_x86_64 \
-  --dest "$folder/wheels" "executorch==$(python -c 'from importlib.metadata import version as v
-print(v("executorch"))')" flash-linear-attention==0.4.2 fla-core==0.4.2 einops==0.8.2
+  --dest "$folder/wheels" "${peers[@]}" \
+  flash-linear-attention==0.4.2 fla-core==0.4.2 einops==0.8.2
 for activations in int8 bf16; do
   et-moe export --preset 35b --graph-only --backend cuda --cuda-arch "${2:-sm_90}" \
     --moe-activation-dtype "$activations" --max-seq-len 4608 \

@@ -97,7 +97,9 @@ def _step_kernel(
         beta, g = delta_gates(beta, g, a_log, dt_bias)
     decay = tl.exp(g)
 
-    qq, kk, qk_product = tl.reduce((q * q, k * k, q * k), 0, _add_3)
+    # Where a product is an operand of the first sum of two threads, each would fuse its own with
+    # the addition, and their sums would differ in the last bit. Adding 0 takes up the fusion.
+    qq, kk, qk_product = tl.reduce((q * q + 0.0, k * k + 0.0, q * k + 0.0), 0, _add_3)
     q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
     k_scale = tl.rsqrt(kk + 1e-6)
     k_state, q_state = tl.reduce((state * k[:, None], state * q[:, None]), 0, _add_2)
@@ -106,7 +108,7 @@ def _step_kernel(
     state = state * decay + k[:, None] * (k_scale * delta)[None, :]
     tl.store(state_tile, state, mask=count > 0)
     if GATED:
-        o *= tl.rsqrt(tl.sum(o * o, 0) / DV + EPS) * z
+        o *= tl.rsqrt(tl.sum(o * o + 0.0, 0) / DV + EPS) * z
     tl.store(out_ptr + value, o.to(out_ptr.dtype.element_ty))
 
 
