@@ -100,7 +100,8 @@ def test_differing_logits_are_caught(acceptance, models, session, broken):
     with pytest.raises(acceptance.StepFailed, match="2 of 8 checks failed") as failed:
         acceptance.models(session)
     message = failed.value.found["checks"][3]["error"]
-    assert ("of shape" if broken == "shape" else "expected at most 0.01") in message
+    most = f"expected at most {models.TOLERANCES['float32'].relative_error}"
+    assert ("of shape" if broken == "shape" else most) in message
 
 
 def test_a_runner_that_fails_is_an_error_of_each_check(acceptance, session):

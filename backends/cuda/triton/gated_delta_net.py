@@ -232,10 +232,11 @@ def _compile_case(
 
 
 def compile_cases() -> list[CompileCase]:
-    """The gated delta net of Qwen3.5-35B-A3B, and a small one in fp32."""
+    """The gated delta net of Qwen3.5-35B-A3B, and small ones."""
     return [
         _compile_case("qwen3_5_35b", torch.bfloat16, 16, 32, 128),
         _compile_case("small_fp32", torch.float32, 2, 4, 64),
+        _compile_case("narrow", torch.bfloat16, 2, 4, 32),
     ]
 
 
