@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Qwen3.5-35B-A3B at full size on one GPU, in one command: random weights of the true shape, the
-# end-to-end benchmark, the peers, and INT8 against bf16 activations. Takes a folder made by
-# scripts/pack_acceptance.sh and scripts/pack_full_size.sh; needs no network, 40 GB of disk, and a
-# python3 with torch, triton and transformers. Reports go to FOLDER/results.
+# end-to-end benchmark, INT8 against bf16 activations, the peers, and the kernels against those of
+# the ExecuTorch wheel. Takes a folder made by scripts/pack_acceptance.sh and
+# scripts/pack_full_size.sh; needs no network, 40 GB of disk, and a python3 with torch, triton and
+# transformers. Reports go to FOLDER/results.
 # Usage: scripts/gpu_full_size.sh FOLDER
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -32,4 +33,5 @@ python3 scripts/compare_activations.py --bundle "$scratch/bundle" --out "$result
   failed=1
 python3 scripts/bench_peers.py --e2e "$results/e2e.json" --prompts 1600 --out "$results/peers" ||
   failed=1
+python3 scripts/bench_kernels.py --out "$results/kernels" || failed=1
 exit $failed

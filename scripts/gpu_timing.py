@@ -1,17 +1,24 @@
 """How kernels are timed: replayed as a CUDA graph, over inputs that do not fit the L2 cache."""
 
+import contextlib
+import os
 import statistics
 from collections.abc import Callable
 
 import torch
 
+from et_moe.backends.cuda.gpu import ptxas_environment
+
 MAX_COPIES = 32
 
 
 def require_gpu() -> torch.device:
-    """The GPU; exits with a message where there is none."""
+    """The GPU, with kernels assembled as in an exported program; exits with a message where there
+    is none."""
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU found: this script measures on one")
+    with contextlib.suppress(RuntimeError):  # no wheel of it: the environment may name one
+        os.environ.update(ptxas_environment())
     return torch.device("cuda")
 
 
