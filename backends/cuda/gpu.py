@@ -95,19 +95,22 @@ def default_archs() -> list[str]:
     return [gpu_for(arch).arch for arch in found] or list(ARCHS)
 
 
+def _toolkit_folders() -> list[Path]:
+    """Where the `nvidia-*` wheels of CUDA 13 (extra `cuda`) put their files."""
+    try:
+        import nvidia.cu13
+    except ImportError:
+        return []
+    return [Path(root) for root in nvidia.cu13.__path__]
+
+
 def cuda_include_dir() -> Path:
     """Folder of `cuda.h` and `cuda_runtime.h`, from the `nvidia-cuda-*` wheels (extra `cuda`).
 
     Raises:
         RuntimeError: the wheels are not installed.
     """
-    try:
-        import nvidia.cu13
-    except ImportError:
-        folders = []
-    else:
-        folders = [Path(root) / "include" for root in nvidia.cu13.__path__]
-    for folder in folders:
+    for folder in (root / "include" for root in _toolkit_folders()):
         if all((folder / header).is_file() for header in ("cuda.h", "cuda_runtime.h", "nv/target")):
             return folder
     raise RuntimeError("no CUDA headers found: install them with `pip install 'et-moe[cuda]'`")
@@ -123,15 +126,9 @@ def ptxas() -> Path:
     Raises:
         RuntimeError: the wheel is not installed.
     """
-    try:
-        import nvidia.cu13
-    except ImportError:
-        folders = []
-    else:
-        folders = [Path(root) / "bin" for root in nvidia.cu13.__path__]
-    for folder in folders:
-        if (folder / "ptxas").is_file():
-            return folder / "ptxas"
+    for file in (root / "bin/ptxas" for root in _toolkit_folders()):
+        if file.is_file():
+            return file
     raise RuntimeError("no ptxas found: install it with `pip install 'et-moe[cuda]'`")
 
 

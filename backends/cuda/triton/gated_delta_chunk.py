@@ -15,6 +15,7 @@ are exponentiated. Tokens past `num_tokens` have k = v = beta = g = 0, which lea
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
@@ -290,6 +291,34 @@ class Gating:
     eps: float
 
 
+class Gates(NamedTuple):
+    """Arguments of the kernels for gates and norm; any tensors where there is no `Gating`."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    z: torch.Tensor
+    a_log: torch.Tensor
+    dt_bias: torch.Tensor
+    norm_weight: torch.Tensor
+    gated: bool
+    eps: float
+    b_column: int
+    a_column: int
+    z_column: int
+
+
+def find_gates(
+    gates: tuple[torch.Tensor, torch.Tensor] | Gating, channels: int, values: int, heads: int
+) -> Gates:
+    """Of `gates` as in `chunk_gated_delta`; z, b and a lie behind the `channels`."""
+    if isinstance(gates, Gating):
+        projected, layer = gates.projected, (gates.a_log, gates.dt_bias, gates.norm_weight)
+        z, b = channels, channels + values
+        return Gates(projected, projected, projected, *layer, True, gates.eps, b, b + heads, z)
+    g, beta = gates
+    return Gates(beta, g, g, g, g, g, False, 0.0, 0, 0, 0)
+
+
 def chunk_gated_delta(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     columns: tuple[int, int],
@@ -327,21 +356,13 @@ def chunk_gated_delta(
         "LOG_CHUNK": log_chunk,
     }
     num_tokens = state if num_tokens is None else num_tokens
-    gated = isinstance(gates, Gating)
-    if gated:
-        a = b = gates.projected
-        a_log, dt_bias, norm_weight, eps = gates.a_log, gates.dt_bias, gates.norm_weight, gates.eps
-        z_column = columns[1] + values
-        b_column, a_column = z_column + values, z_column + values + heads
-    else:
-        a, b = gates
-        a_log, dt_bias, norm_weight, eps = decay, decay, decay, 0.0
-        z_column = b_column = a_column = 0
-    rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1]}
-    rows |= {"GATE_ROW": b.stride(0), "B_COLUMN": b_column, "A_COLUMN": a_column}
-    arguments = (k, v, b, a, a_log, dt_bias, num_tokens, u, w, decay, k_scale, tokens)
+    found = find_gates(gates, columns[1] + values, values, heads)
+    rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "GATE_ROW": found.b.stride(0)}
+    rows |= {"B_COLUMN": found.b_column, "A_COLUMN": found.a_column, "RAW_GATES": found.gated}
+    arguments = (k, v, found.b, found.a, found.a_log, found.dt_bias, num_tokens)
+    arguments += (u, w, decay, k_scale, tokens)
     config = tuned("gated_delta_prepare", tokens)
-    launch(_prepare_kernel, (chunks, heads), *arguments, RAW_GATES=gated, **shape, **rows, **config)
+    launch(_prepare_kernel, (chunks, heads), *arguments, **shape, **rows, **config)
 
     table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"
     config = tuned(table, tokens)
@@ -350,8 +371,10 @@ def chunk_gated_delta(
     arguments = (k, u, w, decay, k_scale, state, states, num_tokens, tokens)
     launch(_scan_kernel, grid, *arguments, **shape, **config)
 
-    arguments = (q, k, u, decay, k_scale, states, a, norm_weight, num_tokens, out, tokens)
-    rows = {"Z_ROW": a.stride(0), "Z_COLUMN": z_column, "HEADS": heads, "GATED": gated, "EPS": eps}
+    arguments = (q, k, u, decay, k_scale, states, found.z, found.norm_weight, num_tokens)
+    arguments += (out, tokens)
+    rows = {"Z_ROW": found.z.stride(0), "Z_COLUMN": found.z_column, "HEADS": heads}
+    rows |= {"GATED": found.gated, "EPS": found.eps}
     config = tuned("gated_delta_output", tokens)
     launch(_output_kernel, (chunks, heads), *arguments, **shape, **rows, **config)
     return out

@@ -11,7 +11,12 @@ from et_moe.backends.cuda.triton.causal_conv1d import (
 )
 from et_moe.backends.cuda.triton.compile_case import CompileCase
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.gated_delta_chunk import Gating, chunk_gated_delta, delta_gates
+from et_moe.backends.cuda.triton.gated_delta_chunk import (
+    Gating,
+    chunk_gated_delta,
+    delta_gates,
+    find_gates,
+)
 from et_moe.backends.cuda.triton.launch import launch
 from et_moe.backends.cuda.triton.tuning import tuned
 
@@ -122,39 +127,27 @@ def _step(
 ) -> torch.Tensor:
     """`chunk_gated_delta` of one token."""
     heads, key_dim, value_dim = state.shape
-    out = qkv[0].new_empty((1, heads * value_dim))
-    gated = isinstance(gates, Gating)
-    if gated:
-        a = b = z = gates.projected
-        layer, eps = (gates.a_log, gates.dt_bias, gates.norm_weight), gates.eps
-        z_column = columns[1] + heads * value_dim
-        b_column = z_column + heads * value_dim
-        a_column = b_column + heads
-    else:
-        (a, b), z = gates, qkv[0]
-        layer, eps = (z, z, z), 0.0
-        z_column = b_column = a_column = 0
+    values = heads * value_dim
+    out = qkv[0].new_empty((1, values))
+    found = find_gates(gates, columns[1] + values, values, heads)
     launch(
         _step_kernel,
         (heads,),
         *qkv,
-        b,
-        a,
-        z,
-        *layer,
+        *found[:6],
         state if num_tokens is None else num_tokens,
         state,
         out,
         K_COLUMN=columns[0],
         V_COLUMN=columns[1],
-        Z_COLUMN=z_column,
-        B_COLUMN=b_column,
-        A_COLUMN=a_column,
+        Z_COLUMN=found.z_column,
+        B_COLUMN=found.b_column,
+        A_COLUMN=found.a_column,
         GROUP=heads // key_heads,
         DK=key_dim,
         DV=value_dim,
-        GATED=gated,
-        EPS=eps,
+        GATED=found.gated,
+        EPS=found.eps,
         HAS_NUM_TOKENS=num_tokens is not None,
         **tuned("gated_delta_step", key_dim * value_dim),
     )
