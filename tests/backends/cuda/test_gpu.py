@@ -144,12 +144,14 @@ def test_no_nvidia_smi(tmp_path, monkeypatch):
     assert default_archs() == list(ARCHS)
 
 
-def test_missing_headers_are_named(monkeypatch):
+def test_missing_toolkit_is_named(monkeypatch):
     import nvidia.cu13
 
     monkeypatch.setattr(nvidia.cu13, "__path__", ["/nonexistent"])
     with pytest.raises(RuntimeError, match=r"no CUDA headers found: .*et-moe\[cuda\]"):
         toolchain()
+    with pytest.raises(RuntimeError, match=r"no ptxas found: .*et-moe\[cuda\]"):
+        gpu.ptxas()
 
 
 def test_missing_compiler_is_named(monkeypatch, tmp_path):
