@@ -79,7 +79,7 @@ class Kernel:
     sha256: str
     grid: list[list[str]]
     launches: int
-    dependent: bool = False
+    dependent: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +247,8 @@ class _Collector:
         for name, launches in calls.items():
             parameters = CudaKernelParamCache.cache[name]
             binaries[name] = Path(parameters["cubin_path"]).read_bytes()
-            kernel = self._kernel(name, parameters, binaries[name], launches)
-            kernels.append(dataclasses.replace(kernel, dependent=name in dependents))
+            kernel = self._kernel(name, parameters, binaries[name], launches, name in dependents)
+            kernels.append(kernel)
         source, count = re.subn(
             r"#define CUDA_DRIVER_CHECK\(EXPR\)(.*\\\n)+.*\n", lambda _: _DRIVER_CHECK, wrapper_code
         )
@@ -264,7 +264,12 @@ class _Collector:
         return Accesses(parameters["def_args"], early, written, starts_next)
 
     def _kernel(
-        self, name: str, parameters: dict, binary: bytes, launches: list[list[str]]
+        self,
+        name: str,
+        parameters: dict,
+        binary: bytes,
+        launches: list[list[str]],
+        dependent: bool,
     ) -> Kernel:
         jit = self.autotuners[name].fn
         signature = parameters["triton_meta"]["signature"]
@@ -285,6 +290,7 @@ class _Collector:
             sha256=hashlib.sha256(binary).hexdigest(),
             grid=[list(g) for g in dict.fromkeys(map(tuple, grids))],
             launches=len(launches),
+            dependent=dependent,
         )
 
 

@@ -1,0 +1,59 @@
+"""What a kernel reads and writes, and when, told from its PTX."""
+
+import pytest
+
+from et_moe.backends.cuda import ptx
+
+PTX = """
+	ld.param.b64 	%rd1, [kernel_param_0];
+	ld.param.b64 	%rd2, [kernel_param_1];
+	ld.param.b64 	%rd3, [kernel_param_2];
+	mad.wide.u32 	%rd4, %r1, 16, %rd1;
+	add.s64 	%rd5, %rd4, 4096;
+	@%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd5 + 0 ];
+	cp.async.cg.shared.global [ %r6 + 0 ], [ %rd4 + 0 ], 0x10, 0x10;
+	ld.global.b64 	%rd6, [ %rd2 + 8 ];
+	shl.b64 	%rd7, %rd6, 2;
+	add.s64 	%rd8, %rd3, %rd7;
+	@!%p2 ld.global.L1::evict_last.v2.b16 { %rs1, %rs2 }, [ %rd8 + 0 ];
+"""
+
+
+def test_load_widths():
+    """Widths go to the pointers that an address comes from, not to values loaded on the way."""
+    assert ptx.load_widths(PTX, ["a", "b", "c"]) == {"a": {16}, "b": {8}, "c": {4}}
+
+
+PARAMETERS = ["weight", "x", "out"]
+LOAD_WEIGHT = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd4 + 0 ];"
+LOAD_X = "cp.async.cg.shared.global [ %r6 + 0 ], [ %rd5 + 0 ], 0x10, 0x10;"
+STORE = "@%p1 st.global.b32 [ %rd6 + 0 ], { %r9 };"
+ADD = "red.global.add.f32 [%rd6], %f1;"
+WAIT, START = "griddepcontrol.wait; // dummy %r7", "griddepcontrol.launch_dependents; // dummy %r8"
+
+
+def kernel(*lines: str) -> str:
+    """PTX of a kernel with three pointers, which goes through these lines."""
+    head = [f"\tld.param.b64 \t%rd{i + 1}, [kernel_param_{i}];" for i in range(3)]
+    head += [f"\tmad.wide.u32 \t%rd{i + 4}, %r5, 4, %rd{i + 1};" for i in range(3)]
+    return "\n".join([*head, *(f"\t{line}" for line in lines), "\tret;"])
+
+
+def test_accesses():
+    text = kernel(LOAD_WEIGHT, WAIT, START, LOAD_X, STORE)
+    assert ptx.read_early(text, PARAMETERS) == {"weight"}
+    assert ptx.written(text, PARAMETERS) == {"out"}
+    assert ptx.load_widths(text, PARAMETERS) == {"weight": {16}, "x": {16}}
+    assert not ptx.starts_next_early(text)
+    assert ptx.starts_next_early(kernel(START, WAIT, STORE))
+    assert ptx.written(kernel(ADD), PARAMETERS) == {"out"}
+
+
+def test_a_kernel_that_does_not_wait():
+    assert ptx.read_early(kernel(LOAD_X, STORE), PARAMETERS) is None
+
+
+@pytest.mark.parametrize("store", [STORE, ADD])
+def test_writing_before_waiting_is_refused(store):
+    with pytest.raises(ValueError, match=r"\['out'\] are written before"):
+        ptx.read_early(kernel(store, WAIT), PARAMETERS)
