@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from et_moe.backends.cuda.gpu import ptxas_environment
+from et_moe.backends.cuda.triton.launch import dependent_launches
 
 MAX_COPIES = 32
 
@@ -20,6 +21,13 @@ def require_gpu() -> torch.device:
     with contextlib.suppress(RuntimeError):  # no wheel of it: the environment may name one
         os.environ.update(ptxas_environment())
     return torch.device("cuda")
+
+
+def launched_as_in_programs() -> contextlib.AbstractContextManager:
+    """Within it our kernels start as those of an exported program do on this GPU."""
+    if torch.cuda.get_device_capability() >= (9, 0):
+        return dependent_launches()
+    return contextlib.nullcontext()
 
 
 def rotated(make: Callable[[], dict], l2_bytes: int) -> list[dict]:

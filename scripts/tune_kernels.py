@@ -4,7 +4,8 @@
 
 For every table, and every bucket that the cases of its ops look up, each candidate configuration
 (and the one in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are
-compiled first, on all cores, into Triton's cache: that takes longer than the timing.
+compiled first, on all cores, into Triton's cache: that takes longer than the timing. Kernels are
+launched as in a program, where one call's weights are under way before the call before it ends.
 """
 
 import collections
@@ -24,7 +25,7 @@ from unittest import mock
 
 import torch
 import typer
-from gpu_timing import microseconds, require_gpu, rotated
+from gpu_timing import launched_as_in_programs, microseconds, require_gpu, rotated
 
 from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.triton import tuning
@@ -95,7 +96,7 @@ def example(name: str, m: int) -> tuple[CompileCase, dict]:
 def compile_one(table: str, config: dict, name: str, m: int) -> None:
     """Calls an op once; what this GPU cannot run is reported when it is timed."""
     case, arguments = example(name, m)
-    with configured(table, config), contextlib.suppress(Exception):
+    with configured(table, config), launched_as_in_programs(), contextlib.suppress(Exception):
         case.op(**arguments)
 
 
@@ -118,7 +119,7 @@ def best(table: str, value: int, candidates: list[dict], inputs: list) -> tuple[
     for config in [current, *(c for c in candidates if c != current)]:
         total = 0.0
         try:
-            with configured(table, config):
+            with configured(table, config), launched_as_in_programs():
                 for case, sets in inputs:
                     total += microseconds([lambda s=s, c=case: c.op(**s) for s in sets])
         except Exception as e:  # a configuration that this GPU cannot run is only not chosen

@@ -13,11 +13,21 @@ _LOAD = re.compile(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s.*\[ ?(%rd\d+)")
 _COPY = re.compile(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[ ?(%rd\d+).*?\], 0x(\w+)")
 _STORE = re.compile(r"(?:st\.global|red\.|atom\.)[^\[]*\[ ?(%rd\d+)")
 _PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\S*_param_(\d+)\]")
+_ACCESS = re.compile(
+    r"\b(?:(?:ld|st|red|atom)\.(?!\S*(?:shared|param|local|const))"
+    r"|cp\.(?!async\.(?:commit_group|wait_group|wait_all|bulk\.prefetch)))"
+)
+"""Whatever else reaches global memory; a prefetch delivers nothing that could be out of date."""
 _ASSIGNMENT = re.compile(r"[a-z]\S*\s+(%rd\d+), (.*);")
 
 
 class _Kernel:
-    """Follows 64-bit registers from an address back to the kernel's parameters."""
+    """Follows 64-bit registers from an address back to the kernel's parameters.
+
+    Raises:
+        ValueError: an access is of a form that is not known here, or an address (when asked for)
+            comes from no parameter: what it touches cannot be told.
+    """
 
     def __init__(self, ptx: str, parameters: Sequence[str]) -> None:
         self._sources: dict[str, set[str]] = collections.defaultdict(set)
@@ -35,6 +45,8 @@ class _Kernel:
                 self.loads.append((match[1], int(match[2], 16)))
             elif match := _STORE.match(line):
                 self.stores.append(match[1])
+            elif _ACCESS.search(line):
+                raise ValueError(f"unknown access to memory: {line}")
             elif match := _ASSIGNMENT.match(line):
                 self._sources[match[1]] |= set(re.findall(r"%rd\d+", match[2]))
 
@@ -45,7 +57,10 @@ class _Kernel:
             if current not in seen:
                 seen.add(current)
                 todo.extend(self._sources[current])
-        return {self._origin[r] for r in seen if r in self._origin}
+        found = {self._origin[r] for r in seen if r in self._origin}
+        if not found:
+            raise ValueError(f"the address in {register} comes from no parameter")
+        return found
 
 
 def load_widths(ptx: str, parameters: Sequence[str]) -> dict[str, set[int]]:
@@ -74,7 +89,7 @@ def read_early(ptx: str, parameters: Sequence[str]) -> set[str] | None:
         None for a kernel that does not wait.
 
     Raises:
-        ValueError: it writes before it waits.
+        ValueError: it writes before it waits, or what it accesses cannot be told.
     """
     before, wait, _ = ptx.partition(WAIT)
     if not wait:

@@ -65,23 +65,25 @@ def _step_kernel(
     GROUP: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     GATED: tl.constexpr,
     EPS: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
 ):
-    """One token of one value head. With q and k scaled to unit length,
+    """One token of BLOCK_V columns of a value head. With q and k scaled to unit length,
 
         delta = beta (v - exp(g) k^T S)
         o = exp(g) q^T S + (q . k) delta
         S <- exp(g) S + k delta^T
 
-    GATED: `b` and `a` are yet to become beta and g, and o is RMS-normed and multiplied by SiLU(z).
+    GATED: `b` and `a` are yet to become beta and g, and o is RMS-normed and multiplied by SiLU(z),
+    for which BLOCK_V must be the whole head.
     What counts here is latency: the state is on its way before the token exists, and products with
     it and their norms are reduced together, since every reduction is a barrier.
     """
     head = tl.program_id(0)
     dk = tl.arange(0, DK)
-    dv = tl.arange(0, DV)
+    dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     key = head // GROUP * DK + dk
     value = head * DV + dv
     state_tile = state_ptr + head * (DK * DV) + dk[:, None] * DV + dv[None, :]
@@ -130,9 +132,10 @@ def _step(
     values = heads * value_dim
     out = qkv[0].new_empty((1, values))
     found = find_gates(gates, columns[1] + values, values, heads)
+    block = value_dim if found.gated else min(value_dim, 32)
     launch(
         _step_kernel,
-        (heads,),
+        (heads, value_dim // block),
         *qkv,
         *found[:6],
         state if num_tokens is None else num_tokens,
@@ -146,10 +149,11 @@ def _step(
         GROUP=heads // key_heads,
         DK=key_dim,
         DV=value_dim,
+        BLOCK_V=block,
         GATED=found.gated,
         EPS=found.eps,
         HAS_NUM_TOKENS=num_tokens is not None,
-        **tuned("gated_delta_step", key_dim * value_dim),
+        **tuned("gated_delta_step", key_dim * block),
     )
     return out
 
@@ -224,9 +228,31 @@ def _compile_case(
     )
 
 
+def _rule_case() -> CompileCase:
+    key_heads, heads, dim = 16, 32, 128
+
+    def arguments(m, device):
+        def bf16(*shape):
+            return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+        return {
+            "q": bf16(m, key_heads, dim),
+            "k": bf16(m, key_heads, dim),
+            "v": bf16(m, heads, dim),
+            "g": -torch.rand(m, heads, device=device),
+            "beta": torch.rand(m, heads, device=device),
+            "state": torch.zeros(heads, dim, dim, device=device),
+        }
+
+    tables = ("gated_delta_prepare", "gated_delta_scan", "gated_delta_output", "gated_delta_step")
+    streams = {"_step_kernel": ("state_ptr",)}
+    return CompileCase("gated_delta_rule", gated_delta_rule, arguments, tables, streams=streams)
+
+
 def compile_cases() -> list[CompileCase]:
-    """The gated delta net of Qwen3.5-35B-A3B, and small ones."""
+    """The gated delta net of Qwen3.5-35B-A3B, its rule alone, and small ones."""
     return [
+        _rule_case(),
         _compile_case("qwen3_5_35b", torch.bfloat16, 16, 32, 128),
         _compile_case("small_fp32", torch.float32, 2, 4, 64),
         _compile_case("narrow", torch.bfloat16, 2, 4, 32),

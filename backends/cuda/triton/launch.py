@@ -1,10 +1,30 @@
 """How an op of this folder launches a kernel, eagerly, under the interpreter, or while traced."""
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 
 import triton
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
+
+
+_DEPENDENT = contextvars.ContextVar("dependent_launches", default=False)
+
+
+@contextlib.contextmanager
+def dependent_launches() -> Iterator[None]:
+    """Kernels launched eagerly in this block start before their predecessor ends, as those of a
+    program do (see `dependent_launch`); for timing, on sm_90 and later.
+
+    What the lowering proves of a program's calls, the caller answers for: before it waits, no
+    kernel reads what the one launched before it writes. It holds within each op of this folder.
+    """
+    token = _DEPENDENT.set(True)
+    try:
+        yield
+    finally:
+        _DEPENDENT.reset(token)
 
 
 def launch(kernel: Callable, grid: tuple, *args, **kwargs) -> None:
@@ -15,6 +35,9 @@ def launch(kernel: Callable, grid: tuple, *args, **kwargs) -> None:
         grid: one to three sizes; ints or symbolic ints.
         args, kwargs: the kernel's arguments, constexprs and `num_warps` / `num_stages`.
     """
+    if _DEPENDENT.get():
+        kernel[grid](*args, launch_pdl=True, **kwargs)
+        return
     # Under TRITON_INTERPRET=1 the decorator makes another class, which torch cannot wrap.
     runner = wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
     runner[grid](*args, **kwargs)

@@ -133,7 +133,8 @@ def tune_candidates() -> dict[str, list[dict]]:
         {"BLOCK_N": n, "BLOCK_T": tiles, "num_warps": warps}
         for n, tiles, warps in (
             *((8, 16, 4), (8, 16, 8), (16, 8, 4), (16, 16, 4), (16, 16, 8), (16, 32, 8)),
-            *((16, 64, 8), (16, 64, 16), (32, 4, 4), (32, 16, 8), (32, 64, 16), (64, 4, 8)),
+            *((16, 64, 4), (16, 64, 8), (16, 64, 16), (32, 4, 4), (32, 8, 4), (32, 16, 4)),
+            *((32, 16, 8), (32, 64, 8), (32, 64, 16), (64, 4, 4), (64, 4, 8)),
         )
     ]
     prefetch = [{**config, "PREFETCH": on} for config in decode for on in (False, True)]

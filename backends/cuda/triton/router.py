@@ -45,15 +45,19 @@ def _choose(
     probability = tl.div_rn(
         exponential, tl.broadcast_to(tl.sum(exponential, axis=1, keep_dims=True), logits.shape)
     )
-    probability = tl.where(expert < EXPERTS, probability, -1.0)
+    # Probabilities are not negative, so that they have the order of their bits as integers, and for
+    # these a warp finds the largest in one instruction. NaNs come first, whatever their sign.
+    bits = probability.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.where(expert < EXPERTS, bits, -1)
     ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0) + tl.zeros_like(row)[:, None]
-    weights = tl.zeros((row.shape[0], slot.shape[1]), tl.float32)
+    best_bits = tl.zeros((row.shape[0], slot.shape[1]), tl.int32)
     for i in tl.static_range(TOP_K):
-        best, chosen = tl.max(probability, axis=1, return_indices=True, keep_dims=True)
-        probability = tl.where(expert == chosen, -1.0, probability)
-        # Probabilities that are not numbers have no order; the id stays in the table all the same.
-        ids = tl.where(slot == i, tl.minimum(chosen, EXPERTS - 1), ids)
-        weights = tl.where(slot == i, best, weights)
+        best = tl.max(bits, axis=1, keep_dims=True)
+        chosen = tl.min(tl.where(bits == best, expert, BLOCK_E), axis=1, keep_dims=True)
+        bits = tl.where(expert == chosen, -1, bits)
+        ids = tl.where(slot == i, chosen, ids)
+        best_bits = tl.where(slot == i, best, best_bits)
+    weights = best_bits.to(tl.float32, bitcast=True)
     weights /= tl.sum(weights, axis=1, keep_dims=True)
     shared = 1.0 / (1.0 + tl.exp(-gate))
     weights = tl.where(slot < TOP_K, weights, shared[:, None])

@@ -57,3 +57,46 @@ def test_a_kernel_that_does_not_wait():
 def test_writing_before_waiting_is_refused(store):
     with pytest.raises(ValueError, match=r"\['out'\] are written before"):
         ptx.read_early(kernel(store, WAIT), PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        "ld.b32 %r9, [%rd6];",
+        "st.b32 [%rd6], %r9;",
+        "ld.global.nc.b32 %r9, [global_table];",
+        "{ .reg .pred p; @p st.global.b32 [$1], %r9; }",
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [%r1], [%rd6, {%r2, %r3}], [%r4];",
+    ],
+)
+def test_what_is_not_understood_is_refused(access):
+    with pytest.raises(ValueError, match="unknown access to memory"):
+        ptx.read_early(kernel(access, WAIT, STORE), PARAMETERS)
+    with pytest.raises(ValueError, match="unknown access to memory"):
+        ptx.written(kernel(WAIT, access), PARAMETERS)
+
+
+@pytest.mark.parametrize("address", ["mov.b64 %rd9, table;", "cvta.global.u64 %rd9, %rd8;"])
+def test_an_address_from_nowhere_is_refused(address):
+    early = kernel(address, "ld.global.b32 %r9, [ %rd9 + 0 ];", WAIT, STORE)
+    with pytest.raises(ValueError, match="%rd9 comes from no parameter"):
+        ptx.read_early(early, PARAMETERS)
+    with pytest.raises(ValueError, match="%rd9 comes from no parameter"):
+        ptx.written(kernel(address, "st.global.b32 [ %rd9 + 0 ], { %r9 };"), PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r5];",
+        "@%p1 st.shared.b32 [%r5], %r1;",
+        "atom.shared.add.u32 %r1, [%r5], 1;",
+        "ld.param.b32 %r1, [kernel_param_3];",
+        "cp.async.commit_group;",
+        "cp.async.wait_group 0x1;",
+        "{ .reg .pred p; @p cp.async.bulk.prefetch.L2.global [%rd6], 256; mov.b32 %r1, 0; }",
+    ],
+)
+def test_what_reads_no_global_memory_is_passed_over(line):
+    assert ptx.read_early(kernel(line, WAIT, STORE), PARAMETERS) == set()
+    assert ptx.written(kernel(line, STORE), PARAMETERS) == {"out"}

@@ -166,8 +166,10 @@ def test_launches(device):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens,valid", [(1, None), (65, None), (129, None), (193, None), (70, 3)])
-def test_rule(tokens, valid, dtype, device):
-    check("gated_delta_rule", rule_inputs(GROUP_3, tokens, dtype, device), valid)
+@pytest.mark.parametrize("shape", [GROUP_3, (1, 2, 32, 128, 2)])
+def test_rule(shape, tokens, valid, dtype, device):
+    """In one token of the second shape, several programs share a head."""
+    check("gated_delta_rule", rule_inputs(shape, tokens, dtype, device), valid)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
