@@ -14,10 +14,11 @@ _COPY = re.compile(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[ ?(%rd\d+).*?\], 0x(\w+)")
 _STORE = re.compile(r"(?:st\.global|red\.|atom\.)[^\[]*\[ ?(%rd\d+)")
 _PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\S*_param_(\d+)\]")
 _ACCESS = re.compile(
-    r"\b(?:(?:ld|st|red|atom)\.(?!\S*(?:shared|param|local|const))"
+    r"^(?!tcgen05\.).*\b(?:(?:ld|st|red|atom)\.(?!\S*(?:shared|param|local|const))"
     r"|cp\.(?!async\.(?:commit_group|wait_group|wait_all|bulk\.prefetch)))"
 )
-"""Whatever else reaches global memory; a prefetch delivers nothing that could be out of date."""
+"""Whatever else reaches global memory; a prefetch delivers nothing that could be out of date, and
+`tcgen05` reaches tensor and shared memory."""
 _ASSIGNMENT = re.compile(r"[a-z]\S*\s+(%rd\d+), (.*);")
 
 

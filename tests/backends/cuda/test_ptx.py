@@ -94,6 +94,8 @@ def test_an_address_from_nowhere_is_refused(address):
         "ld.param.b32 %r1, [kernel_param_3];",
         "cp.async.commit_group;",
         "cp.async.wait_group 0x1;",
+        "tcgen05.st.sync.aligned.16x32bx2.x64.b32 [%r1], 64, {%r2, %r3};",
+        "tcgen05.wait::st.sync.aligned;",
         "{ .reg .pred p; @p cp.async.bulk.prefetch.L2.global [%rd6], 256; mov.b32 %r1, 0; }",
     ],
 )
