@@ -19,20 +19,21 @@ _ACCESS = re.compile(
 )
 """Whatever else reaches global memory; a prefetch delivers nothing that could be out of date, and
 `tcgen05` reaches tensor and shared memory."""
-_ASSIGNMENT = re.compile(r"[a-z]\S*\s+(%rd\d+), (.*);")
+_ASSIGNMENT = re.compile(r"([a-z]\S*)\s+(\{[^}]*\}|%rd\d+), (.*);")
+_POINTER = re.compile(r"%rd\d+")
 
 
 class _Kernel:
     """Follows 64-bit registers from an address back to the kernel's parameters.
 
     Raises:
-        ValueError: an access is of a form that is not known here, or an address (when asked for)
-            comes from no parameter: what it touches cannot be told.
+        ValueError: an access to memory is of a form that is not known here.
     """
 
     def __init__(self, ptx: str, parameters: Sequence[str]) -> None:
         self._sources: dict[str, set[str]] = collections.defaultdict(set)
         self._origin: dict[str, str] = {}
+        self._lost: set[str] = set()
         self.loads: list[tuple[str, int]] = []
         self.stores: list[str] = []
         for line in ptx.splitlines():
@@ -49,9 +50,18 @@ class _Kernel:
             elif _ACCESS.search(line):
                 raise ValueError(f"unknown access to memory: {line}")
             elif match := _ASSIGNMENT.match(line):
-                self._sources[match[1]] |= set(re.findall(r"%rd\d+", match[2]))
+                self._assign(*match.groups())
 
-    def parameters(self, register: str) -> Iterable[str]:
+    def _assign(self, operation: str, targets: str, sources: str) -> None:
+        # Out of shared memory, or put together from halves, comes what another thread may have had.
+        lost = operation.startswith("ld.") or "{" in sources
+        for target in _POINTER.findall(targets):
+            self._sources[target].update(_POINTER.findall(sources))
+            if lost:
+                self._lost.add(target)
+
+    def parameters(self, register: str) -> set[str] | None:
+        """Those that an address comes from; None where that cannot be told."""
         seen, todo = set(), [register]
         while todo:
             current = todo.pop()
@@ -59,9 +69,15 @@ class _Kernel:
                 seen.add(current)
                 todo.extend(self._sources[current])
         found = {self._origin[r] for r in seen if r in self._origin}
-        if not found:
-            raise ValueError(f"the address in {register} comes from no parameter")
-        return found
+        return None if seen & self._lost or not found else found
+
+    def touched(self, registers: Iterable[str]) -> set[str]:
+        """Parameters that addresses may come from: where that cannot be told, all pointers."""
+        touched = set()
+        for register in registers:
+            found = self.parameters(register)
+            touched |= set(self._origin.values()) if found is None else found
+        return touched
 
 
 def load_widths(ptx: str, parameters: Sequence[str]) -> dict[str, set[int]]:
@@ -72,32 +88,36 @@ def load_widths(ptx: str, parameters: Sequence[str]) -> dict[str, set[int]]:
     """
     kernel, widths = _Kernel(ptx, parameters), collections.defaultdict(set)
     for register, width in kernel.loads:
-        for parameter in kernel.parameters(register):
+        for parameter in kernel.parameters(register) or ():
             widths[parameter].add(width)
     return widths
 
 
 def written(ptx: str, parameters: Sequence[str]) -> set[str]:
-    """Pointer parameters that the kernel stores through."""
+    """Pointer parameters that the kernel may store through."""
     kernel = _Kernel(ptx, parameters)
-    return {parameter for register in kernel.stores for parameter in kernel.parameters(register)}
+    return kernel.touched(kernel.stores)
 
 
 def read_early(ptx: str, parameters: Sequence[str]) -> set[str] | None:
-    """Pointer parameters that the kernel reads before it waits for the one before it.
+    """Pointer parameters that the kernel may read before it waits for the one before it.
 
     Returns:
         None for a kernel that does not wait.
 
     Raises:
-        ValueError: it writes before it waits, or what it accesses cannot be told.
+        ValueError: it writes before it waits, or accesses memory in a way that is not known here.
     """
     before, wait, _ = ptx.partition(WAIT)
     if not wait:
         return None
-    if stored := written(before, parameters):
-        raise ValueError(f"{sorted(stored)} are written before the kernel before has ended")
-    return set(load_widths(before, parameters))
+    # Registers are followed through the whole kernel: a loop may assign one further down.
+    early, whole = _Kernel(before, parameters), _Kernel(ptx, parameters)
+    if early.stores:
+        raise ValueError(
+            f"{sorted(whole.touched(early.stores))} are written before the kernel before has ended"
+        )
+    return whole.touched(register for register, _ in early.loads)
 
 
 def starts_next_early(ptx: str) -> bool:

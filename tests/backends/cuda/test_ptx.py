@@ -76,13 +76,32 @@ def test_what_is_not_understood_is_refused(access):
         ptx.written(kernel(WAIT, access), PARAMETERS)
 
 
-@pytest.mark.parametrize("address", ["mov.b64 %rd9, table;", "cvta.global.u64 %rd9, %rd8;"])
-def test_an_address_from_nowhere_is_refused(address):
-    early = kernel(address, "ld.global.b32 %r9, [ %rd9 + 0 ];", WAIT, STORE)
-    with pytest.raises(ValueError, match="%rd9 comes from no parameter"):
-        ptx.read_early(early, PARAMETERS)
-    with pytest.raises(ValueError, match="%rd9 comes from no parameter"):
-        ptx.written(kernel(address, "st.global.b32 [ %rd9 + 0 ], { %r9 };"), PARAMETERS)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ld.shared.b64 %rd9, [%r5];",
+        "ld.shared.v2.b64 {%rd8, %rd9}, [%r5+16384];",
+        "mov.b64 %rd9, {%r5, %r6};",
+    ],
+)
+@pytest.mark.parametrize("step", ["mov.b64 %rd10, %rd9;", "add.s64 %rd10, %rd9, %rd4;"])
+def test_an_address_of_unknown_origin_may_be_any(address, step):
+    read, store = "ld.global.b32 %r9, [ %rd10 + 0 ];", "st.global.b32 [ %rd10 + 0 ], { %r9 };"
+    assert ptx.read_early(kernel(address, step, read, WAIT), PARAMETERS) == set(PARAMETERS)
+    assert ptx.written(kernel(WAIT, address, step, store), PARAMETERS) == set(PARAMETERS)
+    assert ptx.load_widths(kernel(address, step, read), PARAMETERS) == {}
+
+
+def test_an_address_from_nowhere_may_be_any():
+    store = kernel("mov.b64 %rd9, table;", "st.global.b32 [ %rd9 + 0 ], { %r9 };")
+    assert ptx.written(store, PARAMETERS) == set(PARAMETERS)
+
+
+def test_an_address_that_a_loop_moves_on():
+    """What is added to it further down counts as well."""
+    lines = ("add.s64 %rd9, %rd4, 8;", "ld.global.b32 %r9, [ %rd9 + 0 ];", WAIT)
+    moved = kernel(*lines, "add.s64 %rd9, %rd9, %rd5;", STORE)
+    assert ptx.read_early(moved, PARAMETERS) == {"weight", "x"}
 
 
 @pytest.mark.parametrize(
