@@ -8,7 +8,6 @@ import triton
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
-
 _DEPENDENT = contextvars.ContextVar("dependent_launches", default=False)
 
 
