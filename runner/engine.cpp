@@ -77,7 +77,8 @@ std::vector<int64_t> Engine::generate(const std::vector<int64_t>& prompt,
     const auto count = static_cast<int64_t>(generated.size());
     if (end || count >= limit) break;
     const double start = llm::now_ms();
-    step = model_->run(*session_, &generated.back(), 1, length + count - 1, config.sampling);
+    step = model_->run(*session_, &generated.back(), 1, length + count - 1, config.sampling,
+                       /*more=*/count + 1 < limit);
     stats.aggregate_model_execution_time_ms += llm::now_ms() - start;
   }
   stats.num_generated_tokens = static_cast<int64_t>(generated.size());

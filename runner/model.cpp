@@ -258,7 +258,7 @@ void Model::bind(LoadedMethod& loaded, Session& session) {
 }
 
 Step Model::run(Session& session, const int64_t* tokens, size_t count, int64_t position,
-                const Sampling& sampling) {
+                const Sampling& sampling, bool more) {
   if (count == 0 || count > static_cast<size_t>(info_.max_prefill_tokens)) {
     throw std::runtime_error("a call takes 1 to " + std::to_string(info_.max_prefill_tokens) +
                              " tokens, got " + std::to_string(count));
@@ -288,7 +288,10 @@ Step Model::run(Session& session, const int64_t* tokens, size_t count, int64_t p
   Error error = loaded.method->set_input(EValue(*input), 0);
   if (error == Error::Ok) {
     std::optional<cuda::Context::Scope> scope;
-    if (cuda_) scope.emplace(*cuda_, session.gpu_.get());
+    if (cuda_) {
+      scope.emplace(*cuda_, session.gpu_.get());
+      cuda_->run_ahead = more && position + 1 < info_.max_seq_len;
+    }
     error = loaded.method->execute();
   }
   if (error != Error::Ok) {

@@ -80,10 +80,12 @@ class Model {
 
   /// Feeds `count` tokens that follow the first `position` of the session and draws the next one:
   /// one token through the method `decode`, more through `prefill`.
-  /// Throws std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the
-  /// vocabulary, more tokens than max_seq_len, or a failure of the program.
+  /// `more`: the next call on the session feeds the token drawn by this one, with the same
+  /// sampling, or resets it. Of a CUDA program that call may begin at once. Throws
+  /// std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the vocabulary,
+  /// more tokens than max_seq_len, or a failure of the program.
   Step run(Session& session, const int64_t* tokens, size_t count, int64_t position,
-           const Sampling& sampling);
+           const Sampling& sampling, bool more = false);
 
  private:
   struct LoadedMethod;

@@ -4,6 +4,9 @@
 //   delegate_check sessions MODEL.pte MODEL.ptd GRAPH TOKENS PROMPT...
 //     Two sessions on one load of the weights take turns, token by token; each PROMPT is a JSON
 //     list of ids, and a JSON list of TOKENS ids is printed for each. GRAPH is 0 or 1.
+//   delegate_check ahead MODEL.pte MODEL.ptd GRAPH TOKENS PROMPT
+//     Generates twice with a call on its way beyond the last token, which refuses what it is not
+//     and gives way to a reset; prints the ids of both.
 //   delegate_check faults MODEL.pte MODEL.ptd GRAPH STEP
 //     Loads and generates, once for every STEP-th call of CUDA with that call failing. Each failure
 //     must be an error that names a CUDA error (a failed capture: a message), leave nothing behind,
@@ -12,11 +15,13 @@
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <cstring>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runner/engine.h"
@@ -78,6 +83,36 @@ void sessions(int argc, char** argv) {
   for (const Sequence& s : sequences) std::cout << nlohmann::json(s.generated).dump() << "\n";
 }
 
+void ahead(char** argv) {
+  const auto model = load(argv);
+  const auto session = model->new_session();
+  const int64_t count = std::stol(argv[5]);
+  const Ids prompt = nlohmann::json::parse(argv[6]).get<Ids>();
+  for (int sequence = 0; sequence < 2; ++sequence) {
+    model->reset(*session);
+    const auto run = [&](const Ids& ids, int64_t position) {
+      return model->run(*session, ids.data(), ids.size(), position, {}, /*more=*/true).token;
+    };
+    auto position = static_cast<int64_t>(prompt.size());
+    Ids generated = {run(prompt, 0)};
+    while (static_cast<int64_t>(generated.size()) < count) {
+      generated.push_back(run({generated.back()}, position++));
+    }
+    const int64_t last = generated.back();
+    const std::vector<std::pair<Ids, int64_t>> others = {
+        {{last ^ 1}, position}, {{last}, position - 1}, {prompt, 0}};
+    for (const auto& [ids, at] : others) {
+      try {
+        run(ids, at);
+        throw std::logic_error("a session that runs ahead took another call");
+      } catch (const std::runtime_error& e) {
+        if (!std::strstr(e.what(), "reset it")) throw;
+      }
+    }
+    std::cout << nlohmann::json(generated).dump() << "\n";
+  }
+}
+
 Ids generate(char** argv) {
   et_moe::Engine engine(load(argv));
   et_moe::GenerationConfig config;
@@ -132,6 +167,8 @@ int main(int argc, char** argv) {
   try {
     if (command == "sessions") {
       sessions(argc, argv);
+    } else if (command == "ahead" && argc == 7) {
+      ahead(argv);
     } else if (command == "faults") {
       faults(argv);
     } else {

@@ -30,12 +30,19 @@ std::string sha256(const void* data, size_t size) {
   return text;
 }
 
-std::vector<size_t> staging_offsets(const std::vector<TensorInfo>& inputs) {
+std::vector<size_t> input_offsets(const std::vector<TensorInfo>& inputs) {
   std::vector<size_t> offsets{0};
   for (const TensorInfo& input : inputs) {
     offsets.push_back(offsets.back() + (input.nbytes() + kAlignment - 1) / kAlignment * kAlignment);
   }
   return offsets;
+}
+
+size_t find_position(const MethodInfo& info) {
+  for (size_t i = 1; i < info.inputs.size(); ++i) {
+    if (info.inputs[i].name == "position" && info.inputs[i].nbytes() == kToken) return i;
+  }
+  throw std::runtime_error("the method " + info.method + " has no input position");
 }
 
 }  // namespace
@@ -115,9 +122,8 @@ struct CompiledMethod::Container {
 CompiledMethod::CompiledMethod(Context& context, std::string_view description,
                                const NamedDataMap& data)
     : info_(MethodInfo::parse(description)),
-      offsets_(staging_offsets(info_.inputs)),
-      staging_(offsets_.back() + kToken),
-      inputs_(offsets_.back()) {
+      offsets_(input_offsets(info_.inputs)),
+      position_(find_position(info_)) {
   const CodeInfo& code = info_.code_for(architecture());
   const auto blob = data.get_data(code.data);
   if (!blob.ok() || blob->size() != code.bytes) {
@@ -142,23 +148,22 @@ int64_t CompiledMethod::bucket(int64_t tokens) const {
   return std::min(most, (tokens + step - 1) / step * step);
 }
 
-void CompiledMethod::stage(const std::vector<const void*>& inputs, int64_t tokens, int64_t padded) {
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const size_t size = i == 0 ? static_cast<size_t>(tokens) * kToken : info_.inputs[i].nbytes();
-    std::memcpy(staging_.data() + offsets_[i], inputs[i], size);
-  }
-  std::memset(staging_.data() + offsets_[0] + static_cast<size_t>(tokens) * kToken, 0,
-              static_cast<size_t>(padded - tokens) * kToken);
+int64_t* CompiledMethod::token_of(const Calls::Slot& slot) const {
+  return reinterpret_cast<int64_t*>(slot.memory.data() + offsets_.back());
 }
 
-const std::byte* CompiledMethod::enqueue(Context& context, Session& session, int64_t tokens) {
-  ET_MOE_CUDA(cudaMemcpyAsync(inputs_.data(), staging_.data(), offsets_.back(),
-                              cudaMemcpyHostToDevice, context.stream_.get()));
+const std::byte* CompiledMethod::enqueue(Context& context, Session& session, Calls& calls,
+                                         int64_t tokens) {
+  const cudaStream_t stream = context.stream_.get();
+  const Calls::Slot& slot = calls.slots[calls.last];
+  std::byte* inputs = calls.inputs.data();
+  ET_MOE_CUDA(cudaMemcpyAsync(inputs + offsets_[1], slot.memory.data() + offsets_[1],
+                              offsets_.back() - offsets_[1], cudaMemcpyHostToDevice, stream));
   std::vector<Tensor*> handles;
   for (size_t i = 0; i < info_.inputs.size(); ++i) {
     auto shape = info_.inputs[i].shape;
     if (i == 0) shape[1] = tokens;
-    handles.push_back(view(inputs_.data() + offsets_[i], shape, info_.inputs[i].dtype).release());
+    handles.push_back(view(inputs + offsets_[i], shape, info_.inputs[i].dtype).release());
   }
   for (const TensorInfo& t : info_.state) {
     handles.push_back(view(session.at(t.name), t.shape, t.dtype).release());
@@ -170,56 +175,104 @@ const std::byte* CompiledMethod::enqueue(Context& context, Session& session, int
   int32_t status;
   {
     const ArenaScope scope(context.arena_);
-    status = container_->run(container_->handle, handles.data(), handles.size(), outputs, 2,
-                             context.stream_.get(), nullptr);
+    status = container_->run(container_->handle, handles.data(), handles.size(), outputs, 2, stream,
+                             nullptr);
   }
   for (Tensor* handle : handles) delete handle;  // the code made null those that it took over
   if (status != 0) container_->fail("the code of " + info_.method + " failed");
   const std::unique_ptr<Tensor> token(outputs[0]), logits(outputs[1]);
-  ET_MOE_CUDA(cudaMemcpyAsync(staging_.data() + offsets_.back(),
-                              token->data + token->offset * token->itemsize(), kToken,
-                              cudaMemcpyDeviceToHost, context.stream_.get()));
+  const std::byte* drawn = token->data + token->offset * token->itemsize();
+  ET_MOE_CUDA(cudaMemcpyAsync(inputs, drawn, kToken, cudaMemcpyDeviceToDevice, stream));
+  ET_MOE_CUDA(cudaMemcpyAsync(token_of(slot), drawn, kToken, cudaMemcpyDeviceToHost, stream));
   // The scratch memory goes back here but keeps its content until the next call.
   return logits->data + logits->offset * logits->itemsize();
 }
 
-const std::byte* CompiledMethod::launch(Context& context, Session& session, int64_t tokens) {
-  const Session::Key key{this, tokens};
-  if (!context.use_graphs || capture_failed_ || session.warm_.insert(key).second) {
-    return enqueue(context, session, tokens);
+void CompiledMethod::launch(Context& context, Session& session, Calls& calls, int64_t tokens) {
+  Calls::Slot& slot = calls.slots[calls.last];
+  if (!context.use_graphs || capture_failed_ || calls.warm.insert(tokens).second) {
+    slot.logits = enqueue(context, session, calls, tokens);
+    return slot.done.record(context.stream_);
   }
-  auto found = session.graphs_.find(key);
-  if (found == session.graphs_.end()) {
+  const std::pair<int64_t, int> key{tokens, calls.last};
+  auto found = calls.graphs.find(key);
+  if (found == calls.graphs.end()) {
     try {
       context.arena_.set_frozen(true);
       const std::byte* logits = nullptr;
-      Graph graph =
-          Graph::capture(context.stream_, [&] { logits = enqueue(context, session, tokens); });
+      Graph graph = Graph::capture(context.stream_,
+                                   [&] { logits = enqueue(context, session, calls, tokens); });
       context.arena_.set_frozen(false);
-      found = session.graphs_.emplace(key, Session::Captured{std::move(graph), logits}).first;
+      found = calls.graphs.emplace(key, Calls::Captured{std::move(graph), logits}).first;
     } catch (const std::exception& e) {
       context.arena_.set_frozen(false);
       capture_failed_ = true;
       std::fprintf(stderr, "no CUDA graph for %s, running without: %s\n", info_.method.c_str(),
                    e.what());
-      return enqueue(context, session, tokens);
+      return launch(context, session, calls, tokens);
     }
   }
   found->second.graph.launch(context.stream_);
-  return found->second.logits;
+  slot.logits = found->second.logits;
+  slot.done.record(context.stream_);
+}
+
+void CompiledMethod::start(Context& context, Session& session, Calls& calls,
+                           const std::vector<const void*>& inputs, int64_t tokens) {
+  const int64_t padded = bucket(tokens);
+  std::byte* memory = calls.slots[calls.last].memory.data();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const size_t size = i == 0 ? static_cast<size_t>(tokens) * kToken : info_.inputs[i].nbytes();
+    std::memcpy(memory + offsets_[i], inputs[i], size);
+  }
+  std::memset(memory + static_cast<size_t>(tokens) * kToken, 0,
+              static_cast<size_t>(padded - tokens) * kToken);
+  ET_MOE_CUDA(cudaMemcpyAsync(calls.inputs.data(), memory, static_cast<size_t>(padded) * kToken,
+                              cudaMemcpyHostToDevice, context.stream_.get()));
+  launch(context, session, calls, padded);
+}
+
+void CompiledMethod::start_next(Context& context, Session& session, Calls& calls) {
+  const std::byte* from = calls.slots[calls.last].memory.data();
+  calls.last ^= 1;
+  std::byte* to = calls.slots[calls.last].memory.data();
+  std::memcpy(to + offsets_[1], from + offsets_[1], offsets_.back() - offsets_[1]);
+  ++*reinterpret_cast<int64_t*>(to + offsets_[position_]);
+  launch(context, session, calls, 1);
+  session.ahead_ = &calls;
+}
+
+bool CompiledMethod::is_last(const Calls& calls, const std::vector<const void*>& inputs) const {
+  const std::byte* memory = calls.slots[calls.last].memory.data();
+  for (size_t i = 1; i < inputs.size(); ++i) {
+    if (std::memcmp(memory + offsets_[i], inputs[i], info_.inputs[i].nbytes()) != 0) return false;
+  }
+  return std::memcmp(token_of(calls.slots[calls.last ^ 1]), inputs[0], kToken) == 0;
 }
 
 void CompiledMethod::run(Context& context, const std::vector<const void*>& inputs, int64_t tokens,
                          int64_t* token, float* logits) {
-  const int64_t padded = bucket(tokens);
-  stage(inputs, tokens, padded);
-  const std::byte* device_logits = launch(context, context.session(), padded);
-  if (context.copy_logits) {
-    ET_MOE_CUDA(cudaMemcpyAsync(logits, device_logits, info_.outputs[1].nbytes(),
-                                cudaMemcpyDeviceToHost, context.stream_.get()));
+  Session& session = context.session();
+  Calls& calls = session.calls_.try_emplace(this, offsets_.back()).first->second;
+  if (!session.ahead_) {
+    start(context, session, calls, inputs, tokens);
+  } else if (session.ahead_ != &calls || !is_last(calls, inputs)) {
+    throw std::runtime_error(
+        "the session has gone on from the token it drew, as it was asked to: "
+        "reset it before another call of " +
+        info_.method);
   }
-  context.stream_.synchronize();
-  std::memcpy(token, staging_.data() + offsets_.back(), kToken);
+  session.ahead_ = nullptr;
+  const Calls::Slot& slot = calls.slots[calls.last];
+  if (context.copy_logits) {
+    ET_MOE_CUDA(cudaMemcpyAsync(logits, slot.logits, info_.outputs[1].nbytes(),
+                                cudaMemcpyDeviceToHost, context.stream_.get()));
+    context.stream_.synchronize();
+  } else if (context.run_ahead && info_.inputs[0].shape[1] == 1) {
+    start_next(context, session, calls);
+  }
+  slot.done.synchronize();
+  *token = *token_of(slot);
 }
 
 }  // namespace et_moe::cuda

@@ -49,23 +49,28 @@ class CompiledMethod {
   /// One call. `inputs` are host addresses of the method's runtime inputs in order, `tokens` the
   /// length of the first, which is padded to a bucket where the method takes several lengths.
   /// `token` receives the next token's id, `logits` the logits if the context copies them.
+  /// Throws std::runtime_error if the session runs ahead with another call.
   void run(Context& context, const std::vector<const void*>& inputs, int64_t tokens, int64_t* token,
            float* logits);
 
  private:
   struct Container;
-  /// Copies the staged inputs to the GPU, runs the code, and copies the token back; returns where
-  /// on the GPU the logits are. Everything goes onto the context's stream.
-  const std::byte* enqueue(Context& context, Session& session, int64_t tokens);
-  const std::byte* launch(Context& context, Session& session, int64_t tokens);
+  /// Copies the last slot's inputs but for the tokens to the GPU, runs the code, and copies the
+  /// token back and to where the next call finds it; returns where on the GPU the logits are.
+  /// Everything goes onto the context's stream.
+  const std::byte* enqueue(Context& context, Session& session, Calls& calls, int64_t tokens);
+  void launch(Context& context, Session& session, Calls& calls, int64_t tokens);
   int64_t bucket(int64_t tokens) const;
-  void stage(const std::vector<const void*>& inputs, int64_t tokens, int64_t padded);
+  void start(Context& context, Session& session, Calls& calls,
+             const std::vector<const void*>& inputs, int64_t tokens);
+  void start_next(Context& context, Session& session, Calls& calls);
+  bool is_last(const Calls& calls, const std::vector<const void*>& inputs) const;
+  int64_t* token_of(const Calls::Slot& slot) const;
 
   MethodInfo info_;
   std::unique_ptr<Container> container_;
-  std::vector<size_t> offsets_;  // of the runtime inputs in the staging memory
-  PinnedBuffer staging_;         // inputs, then the token that comes back
-  DeviceBuffer inputs_;
+  std::vector<size_t> offsets_;  // of the runtime inputs in a slot; the end of the last
+  size_t position_;              // which input it is
   bool capture_failed_ = false;
 };
 

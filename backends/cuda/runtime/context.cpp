@@ -6,7 +6,6 @@
 namespace et_moe::cuda {
 namespace {
 
-constexpr size_t kAlignment = 256;
 constexpr char kLayout[] = "et_moe.layout";  // LAYOUT of backends/sealed_file.py
 thread_local Context* active = nullptr;
 
@@ -16,20 +15,6 @@ struct DriverOpened {
 };
 
 }  // namespace
-
-Session::Session(const Stream& stream, const std::vector<TensorInfo>& state) {
-  size_t total = 0;
-  for (const TensorInfo& tensor : state) {
-    offsets_[tensor.name] = total;
-    total += (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  memory_ = DeviceBuffer(total == 0 ? kAlignment : total);
-  reset(stream);
-}
-
-void Session::reset(const Stream& stream) {
-  ET_MOE_CUDA(cudaMemsetAsync(memory_.data(), 0, memory_.size(), stream.get()));
-}
 
 Context::Context() : stream_((DriverOpened(), Stream())) {}
 

@@ -1,51 +1,20 @@
-// What the methods of one program share on the GPU, and the sessions that run on it.
+// What the methods of one program share on the GPU.
 #pragma once
 
 #include <executorch/runtime/core/named_data_map.h>
 
-#include <map>
 #include <memory>
-#include <set>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "backends/cuda/runtime/arena.h"
 #include "backends/cuda/runtime/cuda.h"
 #include "backends/cuda/runtime/device_weights.h"
 #include "backends/cuda/runtime/metadata.h"
+#include "backends/cuda/runtime/session.h"
 
 namespace et_moe::cuda {
 
 class CompiledMethod;
-
-/// The state of one sequence on the GPU (KV cache, convolution and recurrent state), and the graphs
-/// captured on it: a graph has the addresses of its state in it.
-class Session {
- public:
-  /// Allocates the state, zeroed.
-  Session(const Stream& stream, const std::vector<TensorInfo>& state);
-
-  /// Zeroes the state: the next token starts a new sequence.
-  void reset(const Stream& stream);
-
-  /// Address of a state tensor. Throws std::out_of_range for a name that is none.
-  std::byte* at(const std::string& name) const { return memory_.data() + offsets_.at(name); }
-
- private:
-  friend class CompiledMethod;
-  using Key = std::pair<const CompiledMethod*, int64_t>;  // method and length of the token input
-  /// A captured call and where it leaves its logits.
-  struct Captured {
-    Graph graph;
-    const std::byte* logits;
-  };
-
-  std::map<std::string, size_t> offsets_;
-  DeviceBuffer memory_;
-  std::set<Key> warm_;  // run once without a graph
-  std::map<Key, Captured> graphs_;
-};
 
 /// Shared by the methods of a program: weights, scratch memory, stream, and which session runs.
 ///
@@ -83,6 +52,10 @@ class Context {
   bool use_graphs = false;
   /// Whether logits are copied to the method's output, which else stays as it is.
   bool copy_logits = false;
+  /// Whether a call of one token is followed at once by that of the next position, on the token it
+  /// draws and with the same further inputs: the GPU goes on while the caller looks at the token.
+  /// The session then takes that call next, or a reset. Not where logits are copied.
+  bool run_ahead = false;
 
  private:
   friend class CompiledMethod;

@@ -86,6 +86,9 @@ class Event {
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   cudaEvent_t get() const { return event_; }
+  void record(const Stream& stream) const { ET_MOE_CUDA(cudaEventRecord(event_, stream.get())); }
+  /// Returns at once before the first record.
+  void synchronize() const { ET_MOE_CUDA(cudaEventSynchronize(event_)); }
 
  private:
   cudaEvent_t event_ = nullptr;

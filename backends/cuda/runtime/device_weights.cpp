@@ -53,12 +53,11 @@ void copy_pieces(const std::vector<Piece>& pieces, std::atomic<size_t>& next) {
     size_t turn = 0;
     for (size_t i = next++; i < pieces.size(); i = next++, turn ^= 1) {
       std::byte* half = pinned.data() + turn * kPiece;
-      ET_MOE_CUDA(
-          cudaEventSynchronize(done[turn].get()));  // returns at once before the first record
+      done[turn].synchronize();
       std::memcpy(half, pieces[i].from, pieces[i].size);
       ET_MOE_CUDA(cudaMemcpyAsync(pieces[i].to, half, pieces[i].size, cudaMemcpyHostToDevice,
                                   stream.get()));
-      ET_MOE_CUDA(cudaEventRecord(done[turn].get(), stream.get()));
+      done[turn].record(stream);
     }
     stream.synchronize();
   } catch (...) {
