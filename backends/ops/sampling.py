@@ -62,8 +62,8 @@ def sample(
         logits: `float32 [1, V]`.
         temperature: `float32 [1]`, at least 0; 0 is greedy (argmax, ties to the lowest id).
         top_k: `int64 [1]`, 0 keeps all. top_p: `float32 [1]` in (0, 1], 1 keeps all.
-        seed: `int64 [1]`. position: `int64 [1]`, of the token drawn: its noise is a function of
-            seed, position and token id alone.
+        seed: `int64 [1]`. position: `int64 [1]`, of the token before the one drawn: the noise is a
+            function of seed, position and token id alone.
 
     Returns:
         `int64 [1, 1]`.

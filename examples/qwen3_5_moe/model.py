@@ -274,7 +274,7 @@ class Qwen3_5Moe(nn.Module):
 
         Args:
             tokens: `int64 [1, T]`. position: `int64 [1]`, of the first of them.
-            num_tokens: `int64 [1]`, how many are valid (the rest is padding), or None for all.
+            num_tokens: `int64 [1]`, how many are valid (the rest is padding), or None if T is 1.
             temperature, top_k, top_p, seed: as in `ops.sample`.
             state: tensors of `state_spec`, updated in place.
 
@@ -284,9 +284,10 @@ class Qwen3_5Moe(nn.Module):
         x = self.embed_tokens(tokens.view(-1))
         for layer in self.layers:
             x = layer(x, position, num_tokens, state)
-        count = tokens.shape[1] if num_tokens is None else num_tokens
         last = x if num_tokens is None else x.index_select(0, num_tokens - 1)
         # One row: fp32 here keeps logits from being rounded to bfloat16.
         logits = self.lm_head(last.float(), norm=self.norm.weight)
-        token = et.sample(logits, temperature, top_k, top_p, seed, position + count)
+        if num_tokens is not None:
+            position = position + (num_tokens - 1)
+        token = et.sample(logits, temperature, top_k, top_p, seed, position)
         return token, logits
