@@ -8,7 +8,12 @@ from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import launch
-from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
+from et_moe.backends.cuda.triton.rope import (
+    load_frequencies,
+    load_heads,
+    norm_and_rotate,
+    sincos,
+)
 from et_moe.backends.cuda.triton.tuning import tuned
 
 
@@ -56,8 +61,11 @@ def _decode_kernel(
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
     head = kv_head * GROUP + row
+    one = tl.arange(0, 1)
     # What is cached is on its way before q exists, which is made ready meanwhile.
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
+    q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
+    k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
     position = tl.load(position_ptr).to(tl.int32)
     length = _split_length(position, SPLITS, BLOCK_N)
     start = split * length
@@ -71,18 +79,18 @@ def _decode_kernel(
     v_next = tl.load(v_cache_ptr + tile, mask=inside, other=0.0)
     sin, cos = sincos(position.to(tl.float32) * frequency)
     wait_for_previous()
-    q, q_partner = load_normed(qkv_ptr + head * (2 * DIM), in_group, q_norm_ptr, HALF, DIM, EPS)
-    q = rotate(q, q_partner, sin, cos, HALF, DIM)
+    q_heads = load_heads(qkv_ptr + head * (2 * DIM), in_group, HALF, DIM)
+    k_row = qkv_ptr + (2 * KV_HEADS * GROUP + kv_head) * DIM
+    k_heads = load_heads(k_row + one, (one == 0) & (split == 0), HALF, DIM)
+    v_new = tl.load(k_row + KV_HEADS * DIM + column, mask=(split == 0) & (column < DIM))
+    q = norm_and_rotate(q_heads, q_weights, sin, cos, HALF, DIM, EPS)
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     if split == 0:
-        one = tl.arange(0, 1)
-        k_row = qkv_ptr + (2 * KV_HEADS * GROUP + kv_head) * DIM
-        k, k_partner = load_normed(k_row + one, one == 0, k_norm_ptr, HALF, DIM, EPS)
-        v_new = tl.load(k_row + KV_HEADS * DIM + column)
-        k_new = tl.reshape(rotate(k, k_partner, sin, cos, HALF, DIM), (DIM,))
+        k = norm_and_rotate(k_heads, k_weights, sin, cos, HALF, DIM, EPS)
+        k_new = tl.reshape(k, (DIM,))
         k_new = k_new.to(k_cache_ptr.dtype.element_ty)
         append = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS) > 0
         new_row = base + position * DIM + column

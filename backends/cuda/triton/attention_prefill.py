@@ -8,7 +8,12 @@ from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
-from et_moe.backends.cuda.triton.rope import load_frequencies, load_normed, rotate, sincos
+from et_moe.backends.cuda.triton.rope import (
+    load_frequencies,
+    load_heads,
+    norm_and_rotate,
+    sincos,
+)
 from et_moe.backends.cuda.triton.tuning import tuned
 
 
@@ -35,26 +40,30 @@ def _append_kernel(
     HAS_NUM_TOKENS: tl.constexpr,
 ):
     """One token and group of heads, normed and rotated: k, v to the cache, q `[Hq, T, DIM]`."""
-    wait_for_previous()
     token = tl.program_id(0)
     kv_head = tl.program_id(1)
-    if token >= valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS):
-        return
-    position = tl.load(position_ptr) + token
     column = tl.arange(0, DIM)
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
     one = tl.arange(0, 1)
+    # All but qkv is loaded before qkv exists, and all of qkv before any of it is needed.
+    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    position = tl.load(position_ptr) + token
+    q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
+    k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     sin, cos = sincos(position.to(tl.float32) * frequency)
+    wait_for_previous()
+    if token >= valid:
+        return
     token_ptr = qkv_ptr + token.to(tl.int64) * (2 * KV_HEADS * (GROUP + 1) * DIM)
     head = kv_head * GROUP + row
-    q, q_partner = load_normed(token_ptr + head * (2 * DIM), in_group, q_norm_ptr, HALF, DIM, EPS)
-    q = rotate(q, q_partner, sin, cos, HALF, DIM)
     k_row = token_ptr + (2 * KV_HEADS * GROUP + kv_head) * DIM
-    k, k_partner = load_normed(k_row + one, one == 0, k_norm_ptr, HALF, DIM, EPS)
-    k = rotate(k, k_partner, sin, cos, HALF, DIM)
+    q_heads = load_heads(token_ptr + head * (2 * DIM), in_group, HALF, DIM)
+    k_heads = load_heads(k_row + one, one == 0, HALF, DIM)
     v = tl.load(k_row + KV_HEADS * DIM + column)
+    q = norm_and_rotate(q_heads, q_weights, sin, cos, HALF, DIM, EPS)
+    k = norm_and_rotate(k_heads, k_weights, sin, cos, HALF, DIM, EPS)
     q_tile = (head.to(tl.int64) * tokens + token)[:, None] * DIM + column[None, :]
     tl.store(q_ptr + q_tile, (q * SCALE_LOG2).to(q_ptr.dtype.element_ty), mask=in_group[:, None])
     cache_row = (kv_head.to(tl.int64) * CAPACITY + position) * DIM + column
@@ -118,23 +127,28 @@ def _flash_kernel(
     STAGES: tl.constexpr,
 ):
     """BLOCK_M tokens of one query head, causal over the cache, gated. Padding becomes 0."""
-    wait_for_previous()
     head = tl.program_id(0)
     kv_head = head // GROUP
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, DIM)
     valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
+    position = tl.load(position_ptr).to(tl.int32)
+    inside = (row < valid - start)[:, None]
+    ROW: tl.constexpr = 2 * (HEADS + HEADS // GROUP) * DIM
+    qkv_ptr += start.to(tl.int64) * ROW + head * (2 * DIM) + DIM
+    gate_tile = qkv_ptr + row[:, None] * ROW + column[None, :]
+    if BLOCK_M <= 32:  # more rows of it would take registers that the products need
+        gate = tl.load(gate_tile, mask=inside, other=0.0)
+    wait_for_previous()
     out_ptr += start.to(tl.int64) * (HEADS * DIM) + head * DIM
     out_tile = out_ptr + row[:, None] * (HEADS * DIM) + column[None, :]
     in_out = (row < tokens - start)[:, None]
     if start >= valid:
         tl.store(out_tile, tl.zeros((BLOCK_M, DIM), out_ptr.dtype.element_ty), mask=in_out)
         return
-    inside = (row < valid - start)[:, None]
     q_ptr += (head.to(tl.int64) * tokens + start) * DIM
     q = tl.load(q_ptr + row[:, None] * DIM + column[None, :], mask=inside, other=0.0)
-    position = tl.load(position_ptr).to(tl.int32)
     k_ptr = k_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
     v_ptr = v_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
     end = position + tl.minimum(start + BLOCK_M, valid)
@@ -161,11 +175,9 @@ def _flash_kernel(
         top, total, acc = _flash_tile(
             q, k_ptr, v_ptr, first, position + start + row, end, top, total, acc, DIM, BLOCK_N, True
         )
-    ROW: tl.constexpr = 2 * (HEADS + HEADS // GROUP) * DIM
-    qkv_ptr += start.to(tl.int64) * ROW + head * (2 * DIM) + DIM
-    gate_tile = qkv_ptr + row[:, None] * ROW + column[None, :]
-    gate = tl.load(gate_tile, mask=inside, other=0.0).to(tl.float32)
-    o = acc / total[:, None] * tl.sigmoid(gate)
+    if BLOCK_M > 32:
+        gate = tl.load(gate_tile, mask=inside, other=0.0)
+    o = acc / total[:, None] * tl.sigmoid(gate.to(tl.float32))
     tl.store(out_tile, tl.where(inside, o, 0.0).to(out_ptr.dtype.element_ty), mask=in_out)
 
 

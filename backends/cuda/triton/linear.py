@@ -93,7 +93,8 @@ def _w4_gemm_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def _check(x, weight, scale, group_size, norm_weight, residual) -> None:
+def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
+    """Raises ValueError unless the arguments of `linear_w4a8` or `linear_w4a16` fit each other."""
     (n, packed), k = weight.shape, x.shape[1]
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, expected one of {GROUP_SIZES}")
@@ -110,7 +111,7 @@ def _check(x, weight, scale, group_size, norm_weight, residual) -> None:
 
 
 def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
-    _check(x, weight, scale, group_size, norm_weight, residual)
+    check_linear(x, weight, scale, group_size, norm_weight, residual)
     (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
     x = x.contiguous()
     if isinstance(m, int) and m == 1 and takes(k):
@@ -236,12 +237,23 @@ def compile_cases() -> list[CompileCase]:
 
 def tune_candidates() -> dict[str, list[dict]]:
     """Configurations worth trying, by tuning table; `linear_gemv` is looked up by N."""
-    blocks = ((16, 32, 2), (16, 32, 4), (16, 64, 4), (32, 64, 4), (32, 128, 4), (32, 128, 8))
-    blocks += ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))
+    few = (
+        (16, 16, 2),
+        (16, 32, 2),
+        (16, 32, 4),
+        (16, 64, 4),
+        (32, 32, 4),
+        (64, 16, 4),
+        (64, 32, 4),
+    )
+    some = ((32, 64, 4), (64, 64, 4))
+    many = ((32, 128, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))
     gemm = [
         {"BLOCK_M": m, "BLOCK_N": n, "GROUP_M": 8, "STAGES": stages, "num_warps": warps}
+        # Small tiles have few bytes under way per stage.
+        for blocks, depths in ((few, (3, 5)), (some, (3, 4)), (many, (2, 3, 4)))
         for m, n, warps in blocks
-        for stages in (2, 3, 4)
+        for stages in depths
     ]
     gemv = [
         {"BLOCK_ROWS": rows, "REPEAT": repeat, "num_warps": warps}

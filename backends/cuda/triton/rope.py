@@ -28,24 +28,18 @@ def sincos(x):
 
 
 @triton.jit
-def load_normed(
-    row_ptr, mask, weight_ptr, HALF: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr
-):
-    """RMSNorm (zero-centred weight) of the heads at `row_ptr [M]`, for a rotation by `rotate`.
+def load_heads(row_ptr, mask, HALF: tl.constexpr, DIM: tl.constexpr):
+    """The heads at `row_ptr [M]`, for `norm_and_rotate`: `[M, DIM]` twice.
 
     Returns:
-        The normed heads and, column by column, what each is paired with: `fp32 [M, DIM]` twice.
+        The heads and, column by column, what each is rotated with (itself where with nothing).
     """
     column = tl.arange(0, DIM)
     partner = tl.where(column < HALF, column + HALF, column)
     partner = tl.where((column >= HALF) & (column < 2 * HALF), column - HALF, partner)
     rows = mask[:, None]
-    x = tl.load(row_ptr[:, None] + column[None, :], mask=rows, other=0.0).to(tl.float32)
-    y = tl.load(row_ptr[:, None] + partner[None, :], mask=rows, other=0.0).to(tl.float32)
-    x_weight = 1.0 + tl.load(weight_ptr + column).to(tl.float32)
-    y_weight = 1.0 + tl.load(weight_ptr + partner).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)[:, None]
-    return x * scale * x_weight[None, :], y * scale * y_weight[None, :]
+    x = tl.load(row_ptr[:, None] + column[None, :], mask=rows, other=0.0)
+    return x, tl.load(row_ptr[:, None] + partner[None, :], mask=rows, other=0.0)
 
 
 @triton.jit
@@ -57,8 +51,21 @@ def load_frequencies(inv_freq_ptr, HALF: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def rotate(x, partner, sin, cos, HALF: tl.constexpr, DIM: tl.constexpr):
-    """Rotates the first 2 * HALF columns of heads from `load_normed`."""
-    column = tl.arange(0, DIM)
-    sin = tl.where(column < HALF, -sin, sin)
+def norm_and_rotate(
+    heads, weights, sin, cos, HALF: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr
+):
+    """RMSNorm of heads, with a zero-centred weight, then rotation of their first 2 * HALF columns.
+
+    Args:
+        heads: as from `load_heads`; weights: likewise, a single row of them.
+        sin, cos: `[DIM]`, of position * frequency.
+
+    Returns:
+        `fp32 [M, DIM]`.
+    """
+    x, partner = heads[0].to(tl.float32), heads[1].to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)[:, None]
+    x = x * scale * (1.0 + weights[0].to(tl.float32))
+    partner = partner * scale * (1.0 + weights[1].to(tl.float32))
+    sin = tl.where(tl.arange(0, DIM) < HALF, -sin, sin)
     return x * cos[None, :] + partner * sin[None, :]
