@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
+import peer_attention
 import roofline
 import torch
 
@@ -22,13 +23,18 @@ WHEEL = "executorch.backends.cuda.triton.kernels"
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One implementation: `call(**arguments(m))`, for those m that `takes` accepts."""
+    """One implementation: `call(**arguments(m))`, for those m that `takes` accepts.
+
+    Attributes:
+        peer: of the wheel; part: does only a part of what the subject is.
+    """
 
     name: str
     call: Callable
     arguments: Callable[[int], dict]
     takes: Callable[[int], bool] = lambda m: True
     peer: bool = False
+    part: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +186,8 @@ def delta_rule(device: torch.device, wheel: ModuleType | None) -> Subject:
 
 
 def attend(device: torch.device, wheel: ModuleType | None) -> Subject:
-    """One token after 4095 cached ones, else m tokens into an empty cache. The wheel's attends
-    only; RoPE, QK-norm, the cache and the output gate are further kernels there."""
+    """One token after 4095 cached ones, else m tokens into an empty cache. The wheel's kernels only
+    attend; RoPE, QK-norm, the cache and the output gate its module leaves to torch's compiler."""
     c, capacity = CONFIG, 4096
     heads, kv, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
@@ -206,14 +212,25 @@ def attend(device: torch.device, wheel: ModuleType | None) -> Subject:
             "enable_gqa": True,
         }
 
+    def between(m: int) -> dict:
+        first = capacity - 1 if m == 1 else 0
+        return {
+            "qkv": bf16(m, 2 * (heads + kv) * dim, device=device),
+            "input_pos": torch.arange(first, first + m, device=device),
+            "k_cache": bf16(1, kv, capacity, dim, device=device),
+            "v_cache": bf16(1, kv, capacity, dim, device=device),
+        }
+
     contenders = [Contender("attention", attention, ours)]
     if wheel:
+        one, many = wheel.sdpa_decode_splitk, wheel.sdpa
         contenders += [
-            Contender(
-                "sdpa_decode_splitk", wheel.sdpa_decode_splitk, theirs, lambda m: m == 1, True
-            ),
-            Contender("sdpa", wheel.sdpa, theirs, lambda m: m > 1, peer=True),
+            Contender("sdpa_decode_splitk", one, theirs, lambda m: m == 1, peer=True, part=True),
+            Contender("sdpa", many, theirs, lambda m: m > 1, peer=True, part=True),
         ]
+        if module := peer_attention.load(c, capacity, device):
+            name, takes = "attention of its Qwen3.5 module", peer_attention.TOKENS.__contains__
+            contenders.append(Contender(name, module, between, takes, peer=True))
     return Subject(
         "attention", lambda m: roofline.attention(m, c, capacity - 1 if m == 1 else 0), contenders
     )

@@ -30,6 +30,11 @@ def launched_as_in_programs() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def rotations(size: int, l2_bytes: int) -> int:
+    """Copies of `size` bytes that are together three times as large as the L2 cache; a few only."""
+    return min(MAX_COPIES, -(-3 * l2_bytes // max(size, 1)))
+
+
 def rotated(make: Callable[[], dict], l2_bytes: int) -> list[dict]:
     """Argument sets to cycle through, together at least three times as large as the L2 cache.
 
@@ -42,9 +47,8 @@ def rotated(make: Callable[[], dict], l2_bytes: int) -> list[dict]:
         return isinstance(value, torch.Tensor) and value.nbytes <= l2_bytes // 2
 
     size = sum(value.nbytes for value in first.values() if small(value))
-    copies = min(MAX_COPIES, -(-3 * l2_bytes // max(size, 1)))
     sets = [first]
-    for _ in range(copies - 1):
+    for _ in range(rotations(size, l2_bytes) - 1):
         made = make()
         sets.append({k: v if small(v) else first[k] for k, v in made.items()})
     return sets

@@ -59,7 +59,7 @@ def _quantize_shapes(um: ModuleType, model: nn.Module, group: int) -> None:
                 parent.register_buffer(f"{name}_scale", scale)
 
 
-def _fill(um: ModuleType, model: nn.Module, c: ModelConfig) -> None:
+def fill(um: ModuleType, model: nn.Module, c: ModelConfig) -> None:
     """Random weights; zero state; what the modules compute from the configuration."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dtype == torch.int8:
@@ -78,11 +78,9 @@ def _fill(um: ModuleType, model: nn.Module, c: ModelConfig) -> None:
             module.inv_freq = inverse.to(module.inv_freq.device)
 
 
-def build(
-    um: ModuleType, c: ModelConfig, max_seq_len: int, device: torch.device, group: int = GROUP
-) -> nn.Module:
-    """The wheel's model of a shape, with random weights, in the dtypes that its export gives it."""
-    config = um.Qwen35MoEConfig(
+def model_config(um: ModuleType, c: ModelConfig, max_seq_len: int) -> object:
+    """The wheel's own configuration of a shape."""
+    return um.Qwen35MoEConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         num_hidden_layers=c.num_hidden_layers,
@@ -104,11 +102,17 @@ def build(
         max_seq_len=max_seq_len,
         layer_types=list(c.layer_types),
     )
+
+
+def build(
+    um: ModuleType, c: ModelConfig, max_seq_len: int, device: torch.device, group: int = GROUP
+) -> nn.Module:
+    """The wheel's model of a shape, with random weights, in the dtypes that its export gives it."""
     with torch.device("meta"):
-        model = um.Qwen35MoE(config).to(torch.bfloat16)
+        model = um.Qwen35MoE(model_config(um, c, max_seq_len)).to(torch.bfloat16)
         _quantize_shapes(um, model, group)
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    _fill(um, model, c)
+    fill(um, model, c)
     return model
 
 

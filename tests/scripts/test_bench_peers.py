@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from et_moe.backends.ops.attention import attention as ops_attention
 from et_moe.examples.qwen3_5_moe.config import ConfigError, parse_config
 
 SHAPE = {
@@ -123,6 +124,43 @@ def test_the_wheels_model_runs_in_both_phases(wheel_model):
             tool.set_mode(um, model, phase, activations)
             token = tool.call(model, c, phase, 16, device)()
             assert token.shape == (1, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_wheels_attention_does_what_ours_does(wheel_model, monkeypatch, tokens, compiled):
+    """But for its sdpa, which needs a GPU and has torch's in its place."""
+    import peer_attention
+
+    def sdpa(q, k, v, attn_mask, enable_gqa=True):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa
+        )
+
+    kernels = sys.modules["executorch.backends.cuda.triton.kernels.sdpa"]
+    monkeypatch.setattr(kernels, "sdpa", sdpa)
+    monkeypatch.setattr(kernels, "sdpa_decode_splitk", sdpa)
+    monkeypatch.setattr(peer_attention, "COMPILER", {"backend": "aot_eager"})
+    _, um, _, c = wheel_model
+    module = peer_attention.ModuleAttention(um, c, 16, torch.device("cpu"), compiled)
+    heads, kv, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    qkv = torch.randn(tokens, 2 * (heads + kv) * dim).bfloat16()
+    caches = [torch.randn(1, kv, 16, dim).bfloat16() for _ in range(2)]
+    expected_caches = [cache[0].clone() for cache in caches]
+    first = 15 if tokens == 1 else 0
+    out = module(qkv, torch.arange(first, first + tokens), *caches)
+    layer = module.layer
+    expected = ops_attention(
+        qkv,
+        layer.q_norm.weight,
+        layer.k_norm.weight,
+        layer.rotary_emb.inv_freq,
+        *expected_caches,
+        torch.tensor([first]),
+    )
+    torch.testing.assert_close(out[0], expected, atol=0.02, rtol=0.02)
+    for cache, other in zip(caches, expected_caches, strict=True):
+        torch.testing.assert_close(cache[0], other, atol=0.02, rtol=0.02)
 
 
 def test_gguf_holds_the_tensors_of_the_shape(bench, tmp_path):
