@@ -58,6 +58,65 @@ def update_conv_state(
 
 
 @triton.jit
+def conv_window(
+    weight_ptr,
+    state_ptr,
+    n,
+    own_n,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
+):
+    """Taps and earlier inputs `[TAPS_P2, N]` of one token's columns n `[N]`, where own_n is set.
+
+    For `store_convolved`, once the token's own inputs are known. Columns from CHANNELS on get 0.
+    """
+    tap = tl.arange(0, TAPS_P2)[:, None]
+    inside = (own_n & (n < CHANNELS))[None, :]
+    taps = weight_ptr + n[None, :] * TAPS + tap
+    earlier = state_ptr + tap * CHANNELS + n[None, :]
+    return (
+        tl.load(taps, mask=inside & (tap < TAPS), other=0.0),
+        tl.load(earlier, mask=inside & (tap < TAPS - 1), other=0.0),
+    )
+
+
+@triton.jit
+def store_convolved(
+    x,
+    taps,
+    earlier,
+    state_ptr,
+    out_ptr,
+    n,
+    own_n,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
+):
+    """`causal_conv1d` of one token, with what `conv_window` gave: out, and the state in place.
+
+    x fp32 `[N]` is rounded to out's dtype first; its columns from CHANNELS on stay what they are.
+    One tile has all inputs and each is stored from where it is: to move a vector to another layout
+    takes two barriers.
+    """
+    tap = tl.arange(0, TAPS_P2)[:, None]
+    now = tap == TAPS - 1
+    x = x.to(out_ptr.dtype.element_ty).to(tl.float32)
+    inputs = tl.where(now, x[None, :], earlier.to(tl.float32))
+    y = silu(tl.sum(inputs * taps.to(tl.float32), axis=0))
+    out = out_ptr + n
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=own_n & (n < CHANNELS))
+    others = now & (own_n & (n >= CHANNELS))[None, :]
+    out = tl.broadcast_to(out[None, :], inputs.shape)
+    tl.store(out, inputs.to(out_ptr.dtype.element_ty), mask=others)
+    tl.debug_barrier()  # every warp of this program has read the old state
+    shifted = state_ptr + (tap - 1) * CHANNELS + n[None, :]
+    inside = (own_n & (n < CHANNELS))[None, :] & (tap > 0) & (tap < TAPS)
+    tl.store(shifted, inputs.to(state_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _causal_conv1d_kernel(
     x_ptr,
     weight_ptr,

@@ -18,9 +18,17 @@ from et_moe.backends.cuda.triton.gated_delta_chunk import (
     find_gates,
 )
 from et_moe.backends.cuda.triton.launch import launch
+from et_moe.backends.cuda.triton.linear import check_linear
+from et_moe.backends.cuda.triton.linear_decode import linear_decode
 from et_moe.backends.cuda.triton.tuning import tuned
 
-__all__ = ["causal_conv1d", "compile_cases", "gated_delta_net", "gated_delta_rule"]
+__all__ = [
+    "causal_conv1d",
+    "compile_cases",
+    "gated_delta_net",
+    "gated_delta_net_projected",
+    "gated_delta_rule",
+]
 
 
 @triton.jit
@@ -172,6 +180,20 @@ def gated_delta_rule(
     return run((q, k, v), (0, 0), (g, beta), state, num_tokens, q.shape[1]).view(v.shape)
 
 
+def _behind_convolution(
+    qkv: torch.Tensor,
+    channels: int,
+    gating: Gating,
+    state: torch.Tensor,
+    num_tokens: torch.Tensor | None,
+) -> torch.Tensor:
+    """What `gated_delta_net` makes of its convolution, the first channels of qkv's rows."""
+    tokens, (heads, key_dim, value_dim) = qkv.shape[0], state.shape
+    keys = (channels - heads * value_dim) // 2
+    run = _step if isinstance(tokens, int) and tokens == 1 else chunk_gated_delta
+    return run((qkv, qkv, qkv), (keys, 2 * keys), gating, state, num_tokens, keys // key_dim)
+
+
 def gated_delta_net(
     projected: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -184,14 +206,56 @@ def gated_delta_net(
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `et_moe.backends.ops.gated_delta_net`. Dk and Dv are powers of two, at least 16."""
-    tokens, (heads, key_dim, value_dim) = projected.shape[0], recurrent_state.shape
-    channels = conv_weight.shape[0]
-    keys = (channels - heads * value_dim) // 2
     qkv = causal_conv1d(projected, conv_weight, conv_state, num_tokens)
     gating = Gating(projected, a_log, dt_bias, norm_weight, eps)
-    run = _step if isinstance(tokens, int) and tokens == 1 else chunk_gated_delta
-    columns, key_heads = (keys, 2 * keys), keys // key_dim
-    return run((qkv, qkv, qkv), columns, gating, recurrent_state, num_tokens, key_heads)
+    return _behind_convolution(qkv, conv_weight.shape[0], gating, recurrent_state, num_tokens)
+
+
+def gated_delta_net_projected(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    input_norm_weight: torch.Tensor | None,
+    input_eps: float,
+    planes: int,
+    conv_weight: torch.Tensor,
+    a_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """A projection of one token x `[1, K]` and `gated_delta_net`: two launches, of which the first
+    ends with the convolution.
+
+    Args:
+        x, weight, scale, group_size, input_norm_weight, input_eps: as `linear_w4a8` (planes 1) or
+            `linear_w4a16` (2) takes them, K one that `linear_decode.takes`.
+        conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, eps: as
+            `gated_delta_net` takes them.
+
+    Returns:
+        `[1, V]` in x's dtype, as from the two ops.
+
+    Raises:
+        ValueError: the projection's arguments do not fit each other.
+    """
+    check_linear(x, weight, scale, group_size, input_norm_weight, None)
+    projected = linear_decode(
+        x.contiguous(),
+        weight,
+        scale,
+        group_size,
+        input_norm_weight,
+        input_eps,
+        None,
+        planes,
+        (conv_weight, conv_state),
+    )
+    gating = Gating(projected, a_log, dt_bias, norm_weight, eps)
+    return _behind_convolution(projected, conv_weight.shape[0], gating, recurrent_state, None)
 
 
 def _compile_case(
@@ -228,6 +292,36 @@ def _compile_case(
     )
 
 
+def _projected_case(planes: int) -> CompileCase:
+    net, hidden = _compile_case("", torch.bfloat16, 16, 32, 128).arguments, 2048
+
+    def arguments(m, device):
+        given = net(m, device)
+        n = given.pop("projected").shape[1]
+        del given["num_tokens"]
+        return given | {
+            "x": torch.randn((m, hidden), device=device).bfloat16(),
+            "weight": torch.randint(0, 256, (n, hidden // 2), dtype=torch.uint8, device=device),
+            # Two bf16 of 2^-7 in an int32.
+            "scale": torch.full((hidden // 256, n), 0x3C003C00, dtype=torch.int32, device=device),
+            "group_size": 128,
+            "input_norm_weight": torch.randn(hidden, device=device).bfloat16(),
+            "input_eps": 1e-6,
+            "planes": planes,
+            "eps": 1e-6,
+        }
+
+    return CompileCase(
+        f"gated_delta_net_projected/w4a{8 * planes}",
+        gated_delta_net_projected,
+        arguments,
+        tables=("linear_gemv", "gated_delta_step"),
+        tokens=(1,),
+        gemms=frozenset({"_w4_gemv_kernel"}),
+        streams={"_w4_gemv_kernel": ("weight",), "_step_kernel": ("state_ptr",)},
+    )
+
+
 def _rule_case() -> CompileCase:
     key_heads, heads, dim = 16, 32, 128
 
@@ -250,8 +344,10 @@ def _rule_case() -> CompileCase:
 
 
 def compile_cases() -> list[CompileCase]:
-    """The gated delta net of Qwen3.5-35B-A3B, its rule alone, and small ones."""
+    """The gated delta net of Qwen3.5-35B-A3B, with its projection, its rule alone; small ones."""
     return [
+        _projected_case(1),
+        _projected_case(2),
         _rule_case(),
         _compile_case("qwen3_5_35b", torch.bfloat16, 16, 32, 128),
         _compile_case("small_fp32", torch.float32, 2, 4, 64),

@@ -1,9 +1,11 @@
-"""A linear layer with INT4 weights on one row: all of it in one launch."""
+"""A linear layer with INT4 weights on one row: all of it in one launch, a convolution behind it
+included."""
 
 import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.causal_conv1d import conv_window, store_convolved
 from et_moe.backends.cuda.triton.dependent_launch import prefetch, wait_for_previous
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import cdiv, launch
@@ -19,9 +21,14 @@ def _w4_gemv_kernel(
     weight,
     weight_scale,
     residual,
+    conv_weight,
+    conv_state,
     out,
     eps,
     N,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
     BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -35,6 +42,7 @@ def _w4_gemv_kernel(
     multiplied with all of x as `[128, COLUMNS]`, column c holding block c (the matrix unit computes
     eight columns anyway), and of a weight's row the column of its own block is kept. So the work
     spreads over the whole of K and every byte of the weight is read once, in order.
+    With conv_weight the row is one token, whose first CHANNELS columns are convolved over time.
     """
     HALF: tl.constexpr = 128
     ROWS: tl.constexpr = BLOCK_N * BLOCKS
@@ -46,7 +54,7 @@ def _w4_gemv_kernel(
     weight = start + (flat[:, None] * HALF + j[None, :])
     weight_scale += (flat % BLOCKS * STEPS)[:, None] * N + (first_n + flat // BLOCKS)[:, None]
     weight_scale += steps[None, :] * N
-    out += first_n + rows_n
+    target = out + (first_n + rows_n)
     column = tl.arange(0, COLUMNS)
     at = column[:, None] * (2 * HALF) + j[None, :]
     valid = column[:, None] < BLOCKS
@@ -58,6 +66,12 @@ def _w4_gemv_kernel(
     if norm_weight is not None:
         low_gain = tl.load(norm_weight + at, mask=valid, other=0.0)
         high_gain = tl.load(norm_weight + HALF + at, mask=valid, other=0.0)
+    if conv_weight is not None:
+        n = first_n + tl.arange(0, BLOCK_N * REPEAT)
+        # Columns that the last program shares with its neighbour are the neighbour's.
+        own_n = n >= tl.program_id(0) * (BLOCK_N * REPEAT)
+        taps, earlier = conv_window(conv_weight, conv_state, n, own_n, CHANNELS, TAPS, TAPS_P2)
+        row = tl.zeros((BLOCK_N, REPEAT), tl.float32)
     wait_for_previous()
     low = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     high = tl.load(x + HALF + at, mask=valid, other=0.0).to(tl.float32)
@@ -95,11 +109,17 @@ def _w4_gemv_kernel(
         y = tl.sum(tl.reshape(y, (BLOCK_N, BLOCKS)), axis=1)
         if residual is not None:
             y += addend.to(tl.float32)
-        tl.store(out + i * BLOCK_N, y.to(out.dtype.element_ty))
+        if conv_weight is None:
+            tl.store(target + i * BLOCK_N, y.to(out.dtype.element_ty))
+        else:
+            row = tl.where(tl.arange(0, REPEAT)[None, :] == i, y[:, None], row)
         if i + 1 < REPEAT:
             w, scales = next_w, next_scales
             if residual is not None:
                 addend = next_addend
+    if conv_weight is not None:
+        row = tl.reshape(tl.trans(row), (BLOCK_N * REPEAT,))
+        store_convolved(row, taps, earlier, conv_state, out, n, own_n, CHANNELS, TAPS, TAPS_P2)
 
 
 def power_of_two(limit: int) -> int:
@@ -121,12 +141,20 @@ def linear_decode(
     eps: float,
     residual: torch.Tensor | None,
     planes: int,
+    conv: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[1, K]`, for K that it `takes`."""
+    """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[1, K]`, for K that it `takes`.
+
+    Args:
+        conv: weight `[C, W]` and state `[W-1, C]`, updated in place, of a `causal_conv1d` which
+            takes the place of the first C columns, or None.
+    """
     n, blocks = weight.shape[0], weight.shape[1] // 128
     config = tuned("linear_gemv", n)
     block_n = min(config.pop("BLOCK_ROWS") // blocks, power_of_two(n))
     repeat = min(config.pop("REPEAT"), power_of_two(n // block_n))
+    conv_weight, conv_state = (None, None) if conv is None else conv
+    channels, taps = (0, 1) if conv_weight is None else conv_weight.shape
     out = x.new_empty((1, n))
     launch(
         _w4_gemv_kernel,
@@ -136,9 +164,14 @@ def linear_decode(
         weight,
         scale,
         residual,
+        conv_weight,
+        conv_state,
         out,
         eps,
         n,
+        CHANNELS=channels,
+        TAPS=taps,
+        TAPS_P2=triton.next_power_of_2(taps),
         BLOCKS=blocks,
         COLUMNS=max(blocks, 8),
         GROUP=group_size,

@@ -1,0 +1,98 @@
+"""A gated delta net of one token with its projection, against the ops' references and kernels."""
+
+import pytest
+import torch
+from test_gated_delta_net import GROUP_3, STATES, TOLERANCE, clone, net_inputs, relative_error
+
+from et_moe.backends import ops
+from et_moe.backends.cuda.triton import gated_delta_net as kernels
+from et_moe.backends.cuda.triton import linear, linear_decode
+from et_moe.backends.cuda.triton.compile_case import record_launches
+
+OPS = ["linear_w4a8", "linear_w4a16"]
+TAPS_2, TAPS_3 = (2, 1, 16, 32, 2), (1, 2, 16, 16, 3)
+
+
+class Layer:
+    """A random projection and the net behind it; each way to run them has states of its own."""
+
+    def __init__(self, shape, op, k, group, dtype, device, norm=True) -> None:
+        net = net_inputs(shape, 1, dtype, device)
+        n = net.pop("projected").shape[1]
+        bundle = [t.to(device) for t in ops.quantize_w4(torch.randn(n, k) / k**0.5, group)]
+        self.bundle, self.packed = bundle, linear.prepack_linear(*bundle, group)
+        self.norm = torch.randn(k).to(device, dtype) if norm else None
+        self.op, self.group, self.k = op, group, k
+        self.fused, self.composed, self.reference = net, clone(net), clone(net)
+
+    def run_fused(self, x: torch.Tensor) -> torch.Tensor:
+        planes = 1 + OPS.index(self.op)
+        return kernels.gated_delta_net_projected(
+            x, *self.packed, self.group, self.norm, 1e-5, planes, **self.fused, eps=1e-4
+        )
+
+    def run_composed(self, x: torch.Tensor) -> torch.Tensor:
+        """By the kernels of the two ops."""
+        y = getattr(linear, self.op)(x, *self.packed, self.group, self.norm, 1e-5)
+        return kernels.gated_delta_net(y, **self.composed, eps=1e-4)
+
+    def run_reference(self, x: torch.Tensor) -> torch.Tensor:
+        y = getattr(ops, self.op)(x, *self.bundle, self.group, self.norm, 1e-5)
+        return ops.gated_delta_net(y, **self.reference, eps=1e-4)
+
+
+def check(layer: Layer, steps: int = 4) -> None:
+    """Tokens one after the other: results, and the states that they leave."""
+    weight = layer.fused["conv_weight"]
+    dtype = weight.dtype
+    tolerance = max(TOLERANCE[dtype], 1e-5 if layer.op == "linear_w4a8" else 5e-4)
+    for _ in range(steps):
+        x = torch.randn(1, layer.k).to(weight)
+        got, expected = layer.run_fused(x), layer.run_reference(x)
+        assert got.dtype == dtype and got.shape == expected.shape
+        assert relative_error(got, expected) < tolerance
+        # Of the same roundings: only the order of the convolution's sum is another.
+        assert relative_error(got, layer.run_composed(x)) < min(1e-3, TOLERANCE[dtype])
+        for name in STATES:
+            assert relative_error(layer.fused[name], layer.reference[name]) < tolerance, name
+        assert torch.equal(layer.fused["conv_state"], layer.composed["conv_state"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("group", ops.GROUP_SIZES)
+@pytest.mark.parametrize("shape", [GROUP_3, TAPS_2, TAPS_3])
+def test_sizes(shape, group, op, device):
+    """No number of columns here is a multiple of a program's, nor is that of the channels."""
+    check(Layer(shape, op, 256, group, torch.float32, device))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("rows,repeat", [(16, 1), (32, 2), (32, 4), (128, 1)])
+def test_several_blocks_per_program(rows, repeat, op, monkeypatch, device):
+    config = {"BLOCK_ROWS": rows, "REPEAT": repeat, "num_warps": 4}
+    monkeypatch.setattr(linear_decode, "tuned", lambda table, m: dict(config))
+    check(Layer(GROUP_3, op, 512, 128, torch.float32, device, norm=False))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bf16(op, device):
+    check(Layer(GROUP_3, op, 512, 64, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeatable_in_two_launches(op, device):
+    layer = Layer(GROUP_3, op, 256, 32, torch.bfloat16, device)
+    before, x = clone(layer.fused), torch.randn(1, 256).to(layer.norm)
+    with record_launches(run=True) as launches:
+        first = layer.run_fused(x)
+    assert len(launches) == 2
+    after, layer.fused = layer.fused, before
+    assert torch.equal(first, layer.run_fused(x))
+    for name in STATES:
+        assert torch.equal(after[name], layer.fused[name])
+
+
+def test_wrong_arguments(device):
+    layer = Layer(GROUP_3, "linear_w4a8", 256, 64, torch.float32, device)
+    with pytest.raises(ValueError, match="x of 512 columns"):
+        layer.run_fused(torch.randn(1, 512, device=device))
