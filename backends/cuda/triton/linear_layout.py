@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.launch import cdiv
+from et_moe.backends.cuda.triton.prepack import ZERO_BYTE, pack_nibbles
 
 LAYOUT_VERSION = 2
 """Version of what `prepack_linear` makes."""
@@ -33,16 +34,12 @@ def prepack_linear(
     Returns:
         `uint8 [N, K'/2]` and `int32 [steps, N]`.
     """
-    rows, k = weight.shape[0], 2 * weight.shape[1]
+    k = 2 * weight.shape[1]
     padding = -k % 64
     half = half_block(k + padding)
-    packed = weight.new_empty(rows, (k + padding) // 2)
-    for source, target in zip(weight.split(8192), packed.split(8192), strict=True):
-        # A bundle stores value + 8; flipping the top bit of that makes two's complement of it.
-        nibbles = torch.stack(((source & 0xF) ^ 8, (source >> 4) ^ 8), dim=-1).flatten(-2)
-        nibbles = torch.nn.functional.pad(nibbles, (0, padding))
-        low, high = nibbles.unflatten(-1, (-1, 2, half)).unbind(-2)
-        target.copy_((low | (high << 4)).flatten(-2))
+    if padding:
+        weight = torch.nn.functional.pad(weight, (0, padding // 2), value=ZERO_BYTE)
+    packed = pack_nibbles(weight.unflatten(-1, (-1, half))).flatten(1)
     scale = torch.nn.functional.pad(scale, (0, cdiv(k + padding, group_size) - scale.shape[1]))
     step = min(half, group_size)
     groups = torch.arange(0, k + padding, step, device=scale.device) // group_size

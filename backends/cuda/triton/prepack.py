@@ -9,36 +9,69 @@ contiguous memory.
 
 import torch
 
+from et_moe.backends.threads import worker_threads
+
 PREPACK_VERSION = 1
 """Changes whenever the layout of `prepack_experts` does; files of prepacked weights record it."""
 
 ROWS = 64
 COLUMNS = 128
+ZERO_BYTE = 0x88
+"""Two weights of zero in a bundle."""
+
+_PIECE = 1 << 20
+"""Bytes packed at a time: their temporaries stay in the cache."""
 
 
 def _ceil(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _pad(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Zero-pads the last two dimensions."""
+def _pack_piece(halves: torch.Tensor, out: torch.Tensor) -> None:
+    # Byte i of a half has columns that become the same nibble of bytes 2i and 2i + 1 of the run:
+    # of one little-endian word.
+    words = halves.to(torch.int16, memory_format=torch.contiguous_format)
+    words |= words << 4
+    words &= 0x0F0F
+    packed = torch.add(words[0], words[1], alpha=16, out=out.view(torch.int16))
+    # A zero of the bundle is nibble 8; flipping the top bit makes two's complement of it.
+    packed ^= 0x8888 - (1 << 16)
+
+
+def pack_nibbles(runs: torch.Tensor) -> torch.Tensor:
+    """Reorders the columns of an INT4 weight of a bundle within runs of bytes.
+
+    Args:
+        runs: `uint8 [N, ..., B]` with any strides; byte i of a run has column 2i in its low and
+            column 2i + 1 in its high nibble, as value + 8.
+
+    Returns:
+        `uint8 [N, ..., B]`, contiguous; byte j of a run has column j in its low and column j + B
+        in its high nibble, in two's complement.
+    """
+    out = torch.empty(runs.shape, dtype=torch.uint8, device=runs.device)
+    if runs.is_meta:
+        return out
+    rows = max(1, _PIECE * len(runs) // max(1, runs.numel()))
+    halves = runs.unflatten(-1, (2, -1)).movedim(-2, 0)
+    with worker_threads() as pool:
+        list(pool.map(_pack_piece, halves.split(rows, dim=1), out.split(rows)))
+    return out
+
+
+def _pad(x: torch.Tensor, rows: int, columns: int, value: int = 0) -> torch.Tensor:
+    """Pads the last two dimensions with `value`."""
     if x.shape[-2:] == (rows, columns):
         return x
-    out = x.new_zeros((*x.shape[:-2], rows, columns))
+    out = x.new_full((*x.shape[:-2], rows, columns), value)
     out[..., : x.shape[-2], : x.shape[-1]] = x
     return out
 
 
-def _pack_blocks(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """`uint8 [..., N, K/2]` of a bundle to `uint8 [..., rows/64, columns/128, 64, 64]`."""
-    # A zero of the bundle is nibble 8; flipping the top bit of each makes two's complement of it.
-    padded = _pad(weight ^ 0x88, rows, columns // 2)
-    blocks = padded.unflatten(-1, (-1, COLUMNS // 2)).unflatten(-3, (-1, ROWS)).transpose(-3, -2)
-    first, second = blocks.split(COLUMNS // 4, dim=-1)
-    out = blocks.new_empty(blocks.shape)
-    torch.bitwise_or(first & 0xF, second << 4, out=out[..., 0::2])
-    torch.bitwise_or(first >> 4, second & 0xF0, out=out[..., 1::2])
-    return out
+def _blocks(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`uint8 [..., N, K/2]` of a bundle as `uint8 [..., rows/64, columns/128, 64, 64]`, a view."""
+    padded = _pad(weight, rows, columns // 2, ZERO_BYTE)
+    return padded.unflatten(-1, (-1, COLUMNS // 2)).unflatten(-3, (-1, ROWS)).transpose(-3, -2)
 
 
 def _scale_blocks(scale: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
@@ -96,13 +129,13 @@ def prepack_experts(
             f"got {tuple(w2.shape)}"
         )
     hidden_up, inner_up = _ceil(hidden, COLUMNS), _ceil(inner, COLUMNS)
-    gate_up = _pack_blocks(w13.unflatten(1, (2, -1)), inner_up, hidden_up)
+    gate_up = _blocks(w13.unflatten(1, (2, -1)), inner_up, hidden_up)
     gate_up_scale = _scale_blocks(
         w13_scale.unflatten(1, (2, -1)), inner_up, hidden_up // group_size
     )
     return (
-        gate_up.permute(0, 2, 3, 1, 4, 5).contiguous(),
+        pack_nibbles(gate_up.permute(0, 2, 3, 1, 4, 5)),
         gate_up_scale.permute(0, 2, 3, 1, 4).contiguous(),
-        _pack_blocks(w2, hidden_up, inner_up),
+        pack_nibbles(_blocks(w2, hidden_up, inner_up)),
         _scale_blocks(w2_scale, hidden_up, inner_up // group_size),
     )

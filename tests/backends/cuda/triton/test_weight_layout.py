@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from et_moe.backends import ops
+from et_moe.backends.cuda.triton import prepack
 from et_moe.backends.cuda.triton.prepack import PREPACK_VERSION, prepack_experts
 
 SHAPES = [(3, 256, 128, 128), (2, 64, 32, 32), (2, 320, 192, 64), (1, 96, 160, 32)]
@@ -51,6 +52,14 @@ def test_experts_are_independent():
     slices = [prepack_experts(*(w[i : i + 1] for w in weights), 128) for i in range(3)]
     for tensor, parts in zip(whole, zip(*slices, strict=True), strict=True):
         assert torch.equal(tensor, torch.cat(parts))
+
+
+def test_pieces_make_up_the_whole(monkeypatch):
+    weights = experts(5, 256, 128, 128)
+    whole = prepack_experts(*weights, 128)
+    monkeypatch.setattr(prepack, "_PIECE", 2 * weights[0][0].numel())
+    for tensor, expected in zip(prepack_experts(*weights, 128), whole, strict=True):
+        assert torch.equal(tensor, expected)
 
 
 def test_version_is_recorded():
