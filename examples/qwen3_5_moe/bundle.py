@@ -17,6 +17,7 @@ from torch import Tensor
 
 from et_moe.backends import ops
 from et_moe.backends.atomic_file import write_file
+from et_moe.backends.threads import write_behind
 from et_moe.examples.qwen3_5_moe.checkpoint import (
     Checkpoint,
     Parts,
@@ -192,7 +193,7 @@ def write_shard(path: Path, group: Mapping[str, Tensor]) -> None:
 def write_bundle(
     source: WeightSource, destination: Path, progress: Callable[[], None] = lambda: None
 ) -> None:
-    """Writes `source` to a new directory, one group in memory; `config.json` comes last.
+    """Writes `source` to a new directory, two groups in memory; `config.json` comes last.
 
     Args:
         destination: created; must not hold a bundle or checkpoint already.
@@ -204,12 +205,17 @@ def write_bundle(
     count = source.config.num_hidden_layers + 2
     weight_map: dict[str, str] = {}
     total = 0
-    for i, group in enumerate(source.groups(), start=1):
-        shard = f"model-{i:05d}-of-{count:05d}.safetensors"
+
+    def write(numbered: tuple[int, dict[str, Tensor]]) -> None:
+        nonlocal total
+        number, group = numbered
+        shard = f"model-{number:05d}-of-{count:05d}.safetensors"
         write_shard(destination / shard, group)
-        weight_map |= dict.fromkeys(group, shard)
+        weight_map.update(dict.fromkeys(group, shard))
         total += sum(t.nbytes for t in group.values())
         progress()
+
+    write_behind(enumerate(source.groups(), start=1), write)
     copy_files(source.directory, destination, COPIED_FILES)
     write_json(
         destination / "model.safetensors.index.json",

@@ -1,7 +1,7 @@
 """Exports the model: graphs to `model.pte`, weights to `model.ptd`, the tokenizer beside them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch.export import Dim
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
+from et_moe.backends.threads import write_behind
 from et_moe.examples.qwen3_5_moe.bundle import (
     BUNDLE_VERSION,
     TOKENIZER_FILES,
@@ -208,13 +209,20 @@ def write_weights(
     output: Path,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
-    """Writes `model.ptd`, one group of tensors in memory, and the tokenizer's files."""
+    """Writes `model.ptd`, two groups of tensors in memory, and the tokenizer's files."""
     output.mkdir(parents=True, exist_ok=True)
     with PtdWriter(output / "model.ptd", plan.spec, plan.layout) as writer:
-        for names, group in zip(parameter_groups(plan.spec), source.groups(), strict=True):
-            for name, tensor in plan.pack({name: group.pop(name) for name in names}):
+
+        def packed() -> Iterator[list[tuple[str, Tensor]]]:
+            for names, group in zip(parameter_groups(plan.spec), source.groups(), strict=True):
+                yield list(plan.pack({name: group.pop(name) for name in names}))
+
+        def write(tensors: list[tuple[str, Tensor]]) -> None:
+            for name, tensor in tensors:
                 writer.write(name, tensor)
             progress("weights")
+
+        write_behind(packed(), write)
     copy_files(source.directory, output, TOKENIZER_FILES)
 
 

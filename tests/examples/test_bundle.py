@@ -290,6 +290,28 @@ def test_full_disk_while_exporting(
     assert files_of(tmp_path) == written
 
 
+def test_a_source_that_fails(tiny_bundle: Path, lowered, tmp_path: Path, monkeypatch) -> None:
+    """While a group is being written: its error is raised, and nothing unfinished is left."""
+    monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
+    source = Bundle(tiny_bundle)
+
+    class Failing:
+        directory, config, quantization = tiny_bundle, source.config, source.quantization
+
+        def groups(self):
+            groups = source.groups()
+            yield next(groups)
+            yield next(groups)
+            raise ConfigError("the third group")
+
+    with pytest.raises(ConfigError, match="the third group"):
+        write_bundle(Failing(), tmp_path / "b")
+    assert [*files_of(tmp_path / "b")] == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2)]
+    with pytest.raises(ConfigError, match="the third group"):
+        exporter.export(Failing(), tmp_path / "e", OPTIONS)
+    assert not files_of(tmp_path / "e")
+
+
 def test_output_that_cannot_be_written(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(exporter, "build_graphs", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").write_text("")
