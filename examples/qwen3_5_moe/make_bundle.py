@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from et_moe.backends.threads import worker_threads
 from et_moe.examples.qwen3_5_moe.bundle import (
     parameter_groups,
     parameter_spec,
@@ -43,15 +44,18 @@ class RandomWeights:
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
         spec = parameter_spec(self.config, self.quantization, torch.bfloat16)
-        for names in parameter_groups(spec):
-            yield {name: self._tensor(name, *spec[name]) for name in names}
+        with worker_threads() as pool:
+            for names in parameter_groups(spec):
+                tensors = pool.map(lambda name: self._tensor(name, *spec[name]), names)
+                yield dict(zip(names, tensors, strict=True))
 
     def _tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = numpy.random.Generator(numpy.random.SFC64(list(digest)))
         if not dtype.is_floating_point:
-            data = numpy.frombuffer(generator.bytes(torch.Size(shape).numel()), dtype=numpy.uint8)
-            return torch.from_numpy(data.copy()).view(dtype).reshape(shape)
+            size = torch.Size(shape).numel()
+            words = generator.integers(0, 1 << 64, -(-size // 8), dtype=numpy.uint64)
+            return torch.from_numpy(words.view(numpy.uint8)[:size]).view(dtype).reshape(shape)
         if name.endswith(".inv_freq"):
             return inverse_frequencies(self.config)
         uniform = torch.from_numpy(generator.random(shape, dtype=numpy.float32))
@@ -68,7 +72,7 @@ class RandomWeights:
 
 
 def make_bundle(output: Path, preset: str, seed: int, layers: int | None = None) -> None:
-    """Writes a random bundle in the format of `write_bundle`, one layer in memory.
+    """Writes a random bundle in the format of `write_bundle`, two layers in memory.
 
     Args:
         output: directory to create; must not hold a config.json.

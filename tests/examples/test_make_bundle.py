@@ -1,13 +1,15 @@
 """Random bundles: readable, seeded, and with activations that stay finite."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from et_moe.backends import ops
 from et_moe.examples.qwen3_5_moe.bundle import Bundle
 from et_moe.examples.qwen3_5_moe.config import ConfigError
-from et_moe.examples.qwen3_5_moe.make_bundle import make_bundle
+from et_moe.examples.qwen3_5_moe.make_bundle import WEIGHT_RMS, make_bundle
 from et_moe.examples.qwen3_5_moe.model import Qwen3_5Moe
 
 
@@ -24,6 +26,25 @@ def test_same_seed_same_bytes_whatever_the_number_of_layers(tmp_path: Path) -> N
     for name, tensor in b.items():
         assert torch.equal(tensor, a[name]), name
     assert not torch.equal(b["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path: Path, monkeypatch) -> None:
+    for cores in (1, 5):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        make_bundle(tmp_path / f"{cores}", "tiny", 3, layers=2)
+    a, b = (_weights(tmp_path / name) for name in "15")
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_values_are_spread(tmp_path: Path) -> None:
+    """Every byte of an INT4 weight occurs; dequantized weights have the published scale."""
+    make_bundle(tmp_path, "tiny", 3, layers=1)
+    weights = _weights(tmp_path)
+    name = "layers.0.mlp.experts.w13"
+    counts = torch.bincount(weights[name].flatten().long(), minlength=256)
+    assert (counts - counts.float().mean()).abs().max() < counts.float().mean() / 2
+    rms = ops.dequantize_w4(weights[name], weights[f"{name}_scale"], 128).square().mean().sqrt()
+    assert abs(rms / WEIGHT_RMS - 1) < 0.1
 
 
 def test_an_existing_bundle_is_kept(tmp_path: Path) -> None:
