@@ -89,8 +89,9 @@ class Memory:
 
     def check(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, what: str) -> None:
         """Raises IndexError if an address, where the mask is set, is not all in one allocation."""
-        touched = np.broadcast_to(pointers, mask.shape)[mask] if mask is not None else pointers
-        touched = touched.reshape(-1)
+        if mask is not None:  # a mask that was made from a scalar may be of integers
+            pointers = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)]
+        touched = pointers.reshape(-1)
         i = np.searchsorted(self._begin, touched, side="right")
         inside = i > 0
         inside[inside] = touched[inside] + np.uint64(itemsize) <= self._end[i[inside] - 1]
