@@ -132,6 +132,22 @@ def delta_net(m: int, c: ModelConfig, chunk: int = 64) -> list[Kernel]:
     ]
 
 
+def projected_delta_net(m: int, c: ModelConfig) -> list[Kernel]:
+    """`delta_net` with the projection in front of it, which in decode ends with the convolution."""
+    width = c.conv_channels + c.linear_value_width + 2 * c.linear_num_value_heads
+    projection, net = linear("in_proj", m, c.hidden_size, width, False), delta_net(m, c)
+    if m > 1 or len(projection) > 1:
+        return projection + net
+    own_columns = 2 * 2 * c.conv_channels  # the convolution's input and output need no memory
+    fused = dataclasses.replace(
+        projection[0],
+        name="in_proj, convolution",
+        bytes=projection[0].bytes + net[0].bytes - own_columns,
+        bf16=net[0].bf16,
+    )
+    return [fused, *net[1:]]
+
+
 def attention(m: int, c: ModelConfig, context: int) -> list[Kernel]:
     """`attention`: m tokens after `context` cached ones."""
     heads, kv, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -154,9 +170,9 @@ def layer(kind: str, m: int, c: ModelConfig, context: int = 0) -> list[Kernel]:
     """A decoder layer, `kind` as in `ModelConfig.layer_types`."""
     hidden = c.hidden_size
     if kind == "linear_attention":
-        width = c.conv_channels + c.linear_value_width + 2 * c.linear_num_value_heads
-        mixer = linear("in_proj", m, hidden, width, False) + delta_net(m, c)
-        mixer += linear("out_proj", m, c.linear_value_width, hidden, True)
+        mixer = projected_delta_net(m, c) + linear(
+            "out_proj", m, c.linear_value_width, hidden, True
+        )
     else:
         queries = c.num_attention_heads * c.head_dim
         width = 2 * queries + 2 * c.num_key_value_heads * c.head_dim

@@ -33,10 +33,11 @@ SMALL = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 
-# The same with the smallest sizes that the CUDA kernels take.
+# The same with the smallest sizes that the CUDA kernels take; the hidden size is the smallest for
+# which linear layers of one token are computed in one launch.
 SMALL_FOR_CUDA = {
     "vocab_size": 264,
-    "hidden_size": 64,
+    "hidden_size": 256,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,

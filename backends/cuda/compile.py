@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from et_moe.backends import ops
 from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.build import build, toolchain
+from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.host_program import kernel_calls
@@ -80,6 +81,7 @@ def _retarget(
     """The graph on `cuda:0`, ops replaced by the functions that launch their kernels."""
     device = torch.device("cuda", 0)
     module = GraphModule(torch.nn.Module(), copy.deepcopy(graph.program.graph))
+    fuse(module.graph)
     names = iter(input_nodes(graph))
     inputs = []
     for node in list(module.graph.nodes):

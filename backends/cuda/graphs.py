@@ -28,6 +28,13 @@ def input_nodes(graph: MethodGraph) -> dict[str, Node]:
     return dict(zip(names, nodes, strict=True))
 
 
+def op_arguments(node: Node) -> dict[str, object]:
+    """Arguments of an op's call by name, those that it leaves out included."""
+    schema = node.target._schema.arguments
+    given = zip((argument.name for argument in schema), node.args, strict=False)
+    return {**{a.name: a.default_value for a in schema}, **dict(given), **node.kwargs}
+
+
 def output_values(graph: MethodGraph) -> list[torch.Tensor]:
     """Fake tensors of the method's results."""
     return [node.meta["val"] for node in graph.program.graph.output_node().args[0]]

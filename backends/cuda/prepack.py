@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch.fx import Node
 
-from et_moe.backends.cuda.graphs import input_nodes
+from et_moe.backends.cuda.graphs import input_nodes, op_arguments
 from et_moe.backends.cuda.triton import linear, moe
 from et_moe.backends.method_graph import MethodGraph
 
@@ -84,11 +84,6 @@ class WeightPlan:
             yield name, tensor
 
 
-def _arguments(node: Node) -> dict[str, object]:
-    names = [argument.name for argument in node.target._schema.arguments]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def _groups(graph: MethodGraph, weights: Mapping[Node, str]) -> Iterator[_Group]:
     for node in graph.program.graph.nodes:
         if getattr(node.target, "namespace", None) != "et_moe":
@@ -96,7 +91,7 @@ def _groups(graph: MethodGraph, weights: Mapping[Node, str]) -> Iterator[_Group]
         packer = _PACKERS.get(node.target._opname)
         if packer is None:
             continue
-        arguments = _arguments(node)
+        arguments = op_arguments(node)
         sources = [arguments[name] for name in packer.arguments]
         if unknown := [str(n) for n in sources if n not in weights]:
             raise ValueError(f"{node.name}: {unknown[0]} is not a weight of the method")

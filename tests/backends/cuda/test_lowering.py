@@ -213,7 +213,7 @@ def test_launches_of_a_decoded_token(tmp_path_factory):
     """The 35B model is ten times these four layers; its embedding, head and sampler come once."""
     report = json.loads((_run("launches", tmp_path_factory) / "launches.json").read_text())
     assert report["layers"] == ["linear_attention"] * 3 + ["full_attention"]
-    assert 10 * report["launches"] <= 400
+    assert 10 * report["launches"] <= 360
     own = [name for name in report["plain"] if not name.startswith("triton_")]
     assert own == ["_embedding_kernel"], "these kernels wait for their predecessor's end to start"
 

@@ -1,20 +1,23 @@
 """The cost model's launch counts against the launches that the model really makes."""
 
+import copy
 import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx import GraphModule
 
 from et_moe.backends.cuda.compile import triton_ops
-from et_moe.backends.cuda.triton.compile_case import record_launches
-from et_moe.backends.cuda.triton.linear import prepack_linear
-from et_moe.backends.cuda.triton.moe import prepack_experts
-from et_moe.examples.qwen3_5_moe import model as qwen
+from et_moe.backends.cuda.fusion import fuse
+from et_moe.backends.cuda.graphs import input_nodes
+from et_moe.backends.cuda.prepack import plan_weights
+from et_moe.backends.cuda.triton.compile_case import Launch, record_launches
 from et_moe.examples.qwen3_5_moe.config import parse_config
+from et_moe.examples.qwen3_5_moe.export import build_graphs
+from et_moe.examples.qwen3_5_moe.model import Quantization
 
 SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "roofline.py"
 CONFIG = parse_config(
@@ -49,55 +52,30 @@ def roofline():
     del sys.modules["roofline"]
 
 
-def prepacked_model(device: torch.device) -> qwen.Qwen3_5Moe:
-    """A random model whose weights are in the kernels' layouts."""
-    quantization = qwen.Quantization(group_size=32)
-    model = qwen.Qwen3_5Moe(CONFIG, quantization, torch.float32).to(device)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.normal_(std=0.02)
-        else:
-            parameter.random_(0, 100)
-    for module in model.modules():
-        if isinstance(module, qwen.Linear):
-            names, pack = ("weight", "scale"), prepack_linear
-        elif isinstance(module, qwen.Experts):
-            names, pack = ("w13", "w13_scale", "w2", "w2_scale"), prepack_experts
-        else:
-            continue
-        packed = pack(*(getattr(module, n).data for n in names), 32)
-        for name, tensor in zip(names, packed, strict=True):
-            setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
-    return model
+def launches(method: str, tokens: int) -> list[Launch]:
+    """What a method's graph launches for some tokens."""
+    graphs = build_graphs(CONFIG, Quantization(group_size=32), torch.float32, 32)
+    graph, spec = copy.deepcopy(graphs[method].program.graph), plan_weights(graphs).spec
+    values = {}
+    for name, node in input_nodes(graphs[method]).items():
+        dtype, shape = spec.get(name, (node.meta["val"].dtype, node.meta["val"].shape))
+        values[node.name] = torch.zeros((1, tokens) if name == "tokens" else shape, dtype=dtype)
+        if name == "num_tokens":
+            values[node.name].fill_(tokens)
+    fuse(graph)
+    for node in graph.nodes:
+        if getattr(node.target, "namespace", None) == "et_moe":
+            node.target = triton_ops()[node.target._opname]
+    inputs = [values.get(node.name) for node in graph.nodes if node.op == "placeholder"]
+    with record_launches() as recorded:
+        GraphModule(torch.nn.Module(), graph)(*inputs)
+    return recorded
 
 
-@pytest.mark.parametrize("tokens", [1, 18])
-def test_launches(tokens, roofline, monkeypatch, device):
-    monkeypatch.setattr(qwen, "et", SimpleNamespace(**triton_ops()))
-    with torch.no_grad():
-        model = prepacked_model(device)
-    state = {
-        name: torch.zeros(shape, dtype=dtype, device=device)
-        for name, (dtype, shape) in model.state_spec(32).items()
-    }
-
-    def scalar(value, dtype=torch.int64):
-        return torch.tensor([value], dtype=dtype, device=device)
-
-    with torch.no_grad(), record_launches(run=True) as launches:
-        token, logits = model(
-            torch.randint(0, 300, (1, tokens), device=device),
-            scalar(0),
-            None if tokens == 1 else scalar(tokens),
-            scalar(0.8, torch.float32),
-            scalar(5),
-            scalar(0.9, torch.float32),
-            scalar(1),
-            state,
-        )
-    assert 0 <= int(token) < 300 and torch.isfinite(logits).all()
-    expected = roofline.model(tokens, CONFIG)
-    assert len(launches) == len(expected), [x.name for x in launches]
+@pytest.mark.parametrize(("method", "tokens"), [("decode", 1), ("prefill", 18)])
+def test_launches(method, tokens, roofline):
+    recorded = launches(method, tokens)
+    assert len(recorded) == len(roofline.model(tokens, CONFIG)), [x.name for x in recorded]
 
 
 def test_a_layer_of_decode_has_at_most_ten_launches(roofline):

@@ -1,0 +1,81 @@
+"""Which ops are computed together; that results stay the same is tested in test_graph_execution."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim, export
+
+from et_moe.backends.cuda.fusion import fuse
+from et_moe.backends.cuda.triton.gated_delta_net import gated_delta_net_projected
+
+HEADS, DIM, TAPS, GROUP = 2, 16, 4, 32
+CHANNELS = 3 * HEADS * DIM
+WIDTH = CHANNELS + HEADS * DIM + 2 * HEADS
+
+
+class Net(nn.Module):
+    """A projection and a gated delta net."""
+
+    def __init__(self, op: str = "linear_w4a8", residual: bool = False, shared: bool = False):
+        super().__init__()
+        self.op, self.residual, self.shared = op, residual, shared
+
+    def forward(self, x, residual, num_tokens, linear, net, state):
+        op = getattr(torch.ops.et_moe, self.op)
+        weights = linear[:1] if self.op == "linear" else (*linear, GROUP)
+        y = op(x, *weights, eps=1e-5, residual=residual if self.residual else None)
+        out = torch.ops.et_moe.gated_delta_net(y, *net, *state, 1e-4, num_tokens)
+        return out, y.sum() if self.shared else None
+
+
+def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, dynamic=False):
+    """Targets of the graph's nodes, and keyword arguments of the fused one if there is one."""
+    with FakeTensorMode():
+        weight = torch.empty((WIDTH, k // 2), dtype=torch.uint8)
+        if model.op == "linear":
+            weight = torch.empty((WIDTH, k))
+        arguments = (
+            torch.empty(tokens, k),
+            torch.empty(tokens, WIDTH),
+            torch.empty(1, dtype=torch.int64) if num_tokens else None,
+            (weight, torch.empty((WIDTH, k // GROUP), dtype=torch.bfloat16)),
+            (torch.empty(CHANNELS, TAPS), torch.empty(HEADS), torch.empty(HEADS), torch.empty(DIM)),
+            (torch.empty(TAPS - 1, CHANNELS), torch.empty(HEADS, DIM, DIM)),
+        )
+    rows = {0: Dim("T", min=2, max=64)} if dynamic else None
+    shapes = (rows, rows, None, (None,) * 2, (None,) * 4, (None,) * 2)
+    graph = export(model, arguments, dynamic_shapes=shapes).graph
+    fuse(graph)
+    graph.lint()
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    return next((n.kwargs for n in calls if n.target is gated_delta_net_projected), None), calls
+
+
+@pytest.mark.parametrize(("op", "planes"), [("linear_w4a8", 1), ("linear_w4a16", 2)])
+def test_one_token(op, planes):
+    kwargs, calls = fused(Net(op))
+    assert len(calls) == 1
+    assert kwargs["planes"] == planes and kwargs["group_size"] == GROUP
+    assert kwargs["input_norm_weight"] is None
+    assert (kwargs["input_eps"], kwargs["eps"]) == (1e-5, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (Net(), {"tokens": 2}),
+        (Net(), {"tokens": 8, "dynamic": True}),
+        (Net(), {"num_tokens": True}),
+        (Net(), {"k": 128}),
+        (Net(residual=True), {}),
+        (Net(shared=True), {}),
+        (Net("linear"), {}),
+    ],
+    ids=["tokens", "symbolic", "padding", "columns", "residual", "other user", "not quantized"],
+)
+def test_left_alone(model, options):
+    kwargs, calls = fused(model, **options)
+    assert kwargs is None
+    targets = [str(node.target) for node in calls]
+    assert f"et_moe.{model.op}.default" in targets and "et_moe.gated_delta_net.default" in targets
