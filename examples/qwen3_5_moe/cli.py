@@ -85,7 +85,7 @@ def quantize(
         ScaleMethod, typer.Option(help="INT4 scales: least squared error, or max|w| / 7.")
     ] = ScaleMethod.MSE,
 ) -> None:
-    """Quantizes a checkpoint to a bundle, one layer in memory."""
+    """Quantizes a checkpoint to a bundle, layer by layer."""
     from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint, write_bundle
     from et_moe.examples.qwen3_5_moe.model import Quantization
 
