@@ -1,26 +1,13 @@
 """The gated delta net layer: a token in a step, a prompt in chunks of tokens."""
 
 import torch
-import triton
-import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d import (
-    causal_conv1d,
-    silu,
-    valid_tokens,
-)
+from et_moe.backends.cuda.triton.causal_conv1d import causal_conv1d
 from et_moe.backends.cuda.triton.compile_case import CompileCase
-from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.gated_delta_chunk import (
-    Gating,
-    chunk_gated_delta,
-    delta_gates,
-    find_gates,
-)
-from et_moe.backends.cuda.triton.launch import launch
+from et_moe.backends.cuda.triton.gated_delta_chunk import Gating, chunk_gated_delta
+from et_moe.backends.cuda.triton.gated_delta_step import step_gated_delta
 from et_moe.backends.cuda.triton.linear import check_linear
 from et_moe.backends.cuda.triton.linear_decode import linear_decode
-from et_moe.backends.cuda.triton.tuning import tuned
 
 __all__ = [
     "causal_conv1d",
@@ -29,141 +16,6 @@ __all__ = [
     "gated_delta_net_projected",
     "gated_delta_rule",
 ]
-
-
-@triton.jit
-def _pin(x):
-    """The vector x, computed once.
-
-    The compiler would compute a vector anew for every layout in which it meets a matrix, loads
-    included; it seldom does so through a reduction.
-    """
-    return tl.sum(x[None, :], 0)
-
-
-@triton.jit
-def _add_2(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _add_3(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def _step_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    b_ptr,
-    a_ptr,
-    z_ptr,
-    a_log_ptr,
-    dt_bias_ptr,
-    norm_weight_ptr,
-    num_tokens_ptr,
-    state_ptr,
-    out_ptr,
-    K_COLUMN: tl.constexpr,
-    V_COLUMN: tl.constexpr,
-    Z_COLUMN: tl.constexpr,
-    B_COLUMN: tl.constexpr,
-    A_COLUMN: tl.constexpr,
-    GROUP: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    GATED: tl.constexpr,
-    EPS: tl.constexpr,
-    HAS_NUM_TOKENS: tl.constexpr,
-):
-    """One token of BLOCK_V columns of a value head. With q and k scaled to unit length,
-
-        delta = beta (v - exp(g) k^T S)
-        o = exp(g) q^T S + (q . k) delta
-        S <- exp(g) S + k delta^T
-
-    GATED: `b` and `a` are yet to become beta and g, and o is RMS-normed and multiplied by SiLU(z),
-    for which BLOCK_V must be the whole head.
-    What counts here is latency: the state is on its way before the token exists, and products with
-    it and their norms are reduced together, since every reduction is a barrier.
-    """
-    head = tl.program_id(0)
-    dk = tl.arange(0, DK)
-    dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    key = head // GROUP * DK + dk
-    value = head * DV + dv
-    state_tile = state_ptr + head * (DK * DV) + dk[:, None] * DV + dv[None, :]
-    state = tl.load(state_tile)
-    if GATED:
-        a_log = tl.load(a_log_ptr + head).to(tl.float32)
-        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-        norm_weight = tl.load(norm_weight_ptr + dv).to(tl.float32)
-    wait_for_previous()
-    q = _pin(tl.load(q_ptr + key).to(tl.float32))
-    k = _pin(tl.load(k_ptr + K_COLUMN + key).to(tl.float32))
-    v = _pin(tl.load(v_ptr + V_COLUMN + value).to(tl.float32))
-    beta = tl.load(b_ptr + B_COLUMN + head).to(tl.float32)
-    g = tl.load(a_ptr + A_COLUMN + head).to(tl.float32)
-    count = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
-    if GATED:
-        z = _pin(norm_weight * silu(tl.load(z_ptr + Z_COLUMN + value).to(tl.float32)))
-        beta, g = delta_gates(beta, g, a_log, dt_bias)
-    decay = tl.exp(g)
-
-    # Where a product is an operand of the first sum of two threads, each would fuse its own with
-    # the addition, and their sums would differ in the last bit. Adding 0 takes up the fusion.
-    qq, kk, qk_product = tl.reduce((q * q + 0.0, k * k + 0.0, q * k + 0.0), 0, _add_3)
-    q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
-    k_scale = tl.rsqrt(kk + 1e-6)
-    k_state, q_state = tl.reduce((state * k[:, None], state * q[:, None]), 0, _add_2)
-    delta = beta * (v - decay * k_scale * k_state)
-    o = q_scale * (decay * q_state + k_scale * qk_product * delta)
-    state = state * decay + k[:, None] * (k_scale * delta)[None, :]
-    tl.store(state_tile, state, mask=count > 0)
-    if GATED:
-        o *= tl.rsqrt(tl.sum(o * o + 0.0, 0) / DV + EPS) * z
-    tl.store(out_ptr + value, o.to(out_ptr.dtype.element_ty))
-
-
-def _step(
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    columns: tuple[int, int],
-    gates: tuple[torch.Tensor, torch.Tensor] | Gating,
-    state: torch.Tensor,
-    num_tokens: torch.Tensor | None,
-    key_heads: int,
-) -> torch.Tensor:
-    """`chunk_gated_delta` of one token."""
-    heads, key_dim, value_dim = state.shape
-    values = heads * value_dim
-    out = qkv[0].new_empty((1, values))
-    found = find_gates(gates, columns[1] + values, values, heads)
-    block = value_dim if found.gated else min(value_dim, 32)
-    launch(
-        _step_kernel,
-        (heads, value_dim // block),
-        *qkv,
-        *found[:6],
-        state if num_tokens is None else num_tokens,
-        state,
-        out,
-        K_COLUMN=columns[0],
-        V_COLUMN=columns[1],
-        Z_COLUMN=found.z_column,
-        B_COLUMN=found.b_column,
-        A_COLUMN=found.a_column,
-        GROUP=heads // key_heads,
-        DK=key_dim,
-        DV=value_dim,
-        BLOCK_V=block,
-        GATED=found.gated,
-        EPS=found.eps,
-        HAS_NUM_TOKENS=num_tokens is not None,
-        **tuned("gated_delta_step", key_dim * block),
-    )
-    return out
 
 
 def gated_delta_rule(
@@ -176,7 +28,7 @@ def gated_delta_rule(
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `et_moe.backends.ops.gated_delta_rule`. Dk and Dv are powers of two, at least 16."""
-    run = _step if isinstance(v.shape[0], int) and v.shape[0] == 1 else chunk_gated_delta
+    run = step_gated_delta if isinstance(v.shape[0], int) and v.shape[0] == 1 else chunk_gated_delta
     return run((q, k, v), (0, 0), (g, beta), state, num_tokens, q.shape[1]).view(v.shape)
 
 
@@ -190,7 +42,7 @@ def _behind_convolution(
     """What `gated_delta_net` makes of its convolution, the first channels of qkv's rows."""
     tokens, (heads, key_dim, value_dim) = qkv.shape[0], state.shape
     keys = (channels - heads * value_dim) // 2
-    run = _step if isinstance(tokens, int) and tokens == 1 else chunk_gated_delta
+    run = step_gated_delta if isinstance(tokens, int) and tokens == 1 else chunk_gated_delta
     return run((qkv, qkv, qkv), (keys, 2 * keys), gating, state, num_tokens, keys // key_dim)
 
 
