@@ -5,38 +5,21 @@ namespace et_moe::cpu {
 
 namespace {
 
-// p[i] = softmax(logits)[i].
-void softmax(const float* logits, int64_t n, float* p) {
-  float largest = logits[0];
-  for (int64_t i = 1; i < n; ++i) largest = std::max(largest, logits[i]);
-  f32x8 total = {};
-  for_lanes(n, [&](int64_t i, int64_t count) {
-    // exp(-inf) in the lanes past the end.
-    f32x8 v = load(logits + i, count) - largest;
-    for (int64_t lane = count; lane < kLanes; ++lane) v[lane] = -INFINITY;
-    const f32x8 e = exp(v);
-    store(p + i, e, count);
-    total += e;
-  });
-  const float inverse = sum(total);
-  for (int64_t i = 0; i < n; ++i) p[i] /= inverse;
-}
-
-// Whether probability a comes before b; NaN, which only a broken model has, before all others.
+// Whether logit a comes before b; NaN, which only a broken model has, before all others.
 bool precedes(float a, float b) { return a > b || (a != a && b == b); }
 
-// The routed experts of one token in order of falling probability; uses up `p`.
-void select(float* p, int64_t experts, int64_t top_k, float* weights, int32_t* ids) {
+// The routed experts of one token in order of falling logit, and the softmax of their logits.
+void select(const float* logits, int64_t experts, int64_t top_k, float* weights, int32_t* ids) {
+  for (int64_t e = 0; e < experts; ++e) {
+    if (e >= top_k && !precedes(logits[e], logits[ids[top_k - 1]])) continue;
+    int64_t j = std::min(e, top_k - 1);
+    for (; j > 0 && precedes(logits[e], logits[ids[j - 1]]); --j) ids[j] = ids[j - 1];
+    ids[j] = static_cast<int32_t>(e);
+  }
   float total = 0.0f;
   for (int64_t j = 0; j < top_k; ++j) {
-    int64_t best = 0;
-    for (int64_t e = 1; e < experts; ++e) {
-      if (precedes(p[e], p[best])) best = e;
-    }
-    weights[j] = p[best];
-    ids[j] = static_cast<int32_t>(best);
-    total += p[best];
-    p[best] = -1.0f;
+    weights[j] = std::exp(logits[ids[j]] - logits[ids[0]]);
+    total += weights[j];
   }
   for (int64_t j = 0; j < top_k; ++j) weights[j] /= total;
 }
@@ -60,7 +43,7 @@ class Router {
     if (packed == nullptr || logits == nullptr) return;
     normalize(x, norm_weight, eps, MutableFloats(normed), packed);
     multiply(packed, valid, logits);
-    op_.parallel(valid, experts_ * (top_k_ + 16), [&](int64_t first, int64_t last) {
+    op_.parallel(valid, experts_ * 4, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
         route(logits + t * rows, weights + t * slots, ids + t * slots);
       }
@@ -100,8 +83,7 @@ class Router {
     });
   }
 
-  void route(float* logits, float* weights, int32_t* ids) {
-    softmax(logits, experts_, logits);
+  void route(const float* logits, float* weights, int32_t* ids) {
     select(logits, experts_, top_k_, weights, ids);
     const float gate = 1.0f / (1.0f + std::exp(-logits[experts_]));
     for (int64_t j = 0; j < num_shared_; ++j) {

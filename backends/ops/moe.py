@@ -37,7 +37,10 @@ def moe_router(
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMSNorm, router logits, softmax, top-k, renormalisation, and the shared expert's gate.
+    """RMSNorm, router logits, top-k, softmax over these, and the shared expert's gate.
+
+    That is the softmax over all experts, its top-k and their renormalisation, but that logits which
+    differ stay apart where their probabilities do not.
 
     Args:
         x: float `[T, H]`, before the norm.
@@ -49,20 +52,19 @@ def moe_router(
 
     Returns:
         x normed `[T, H]` (x's dtype); topk_weights `float32 [T, top_k + num_shared]`, routed first,
-        in order of falling probability (ties: lower id first), renormalised to sum 1, then
-        sigmoid(shared gate) num_shared times; topk_ids `int32` of the same shape. Padding rows have
-        id -1 and weight 0.
+        in order of falling logit (NaNs before all others; ties: lower id first), the softmax of
+        their logits, then sigmoid(shared gate) num_shared times; topk_ids `int32` of the same
+        shape. Padding rows have id -1 and weight 0.
     """
     normed = rms_norm(x, norm_weight, eps)
     logits = normed.float() @ weight.float().T
     experts = weight.shape[0] - 1
-    probabilities = logits[:, :experts].softmax(-1)
-    values, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    values, ids = logits[:, :experts].sort(dim=-1, descending=True, stable=True)
     values, ids = values[:, :top_k], ids[:, :top_k]
     shared_ids = torch.arange(experts, experts + num_shared, device=x.device)
     weights = torch.cat(
         (
-            values / values.sum(-1, keepdim=True),
+            values.softmax(-1),
             logits[:, experts:].sigmoid().expand(-1, num_shared),
         ),
         dim=-1,

@@ -20,6 +20,12 @@ MAX_DECODE_TOKENS = 16
 
 
 @triton.jit
+def _flip(bits):
+    """The bits of a float, as integers that have the order of floats; and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def _choose(
     logits,
     gate,
@@ -32,32 +38,33 @@ def _choose(
     TOP_K: tl.constexpr,
     NUM_SHARED: tl.constexpr,
 ):
-    """Softmax, top-k, renormalisation; writes all slots of some rows.
+    """Top-k and softmax over its logits; writes all slots of some rows.
 
-    logits: fp32 `[R, E']`, -inf from EXPERTS on. gate: fp32 `[R]`, before the sigmoid.
+    logits: fp32 `[R, E']`, of which those from EXPERTS on are not read. gate: fp32 `[R]`, before
+    the sigmoid.
     row: int `[R]`; valid: whether it is a token and not padding; inside: whether it exists.
     """
     SLOTS: tl.constexpr = TOP_K + NUM_SHARED
     slot = tl.arange(0, triton.next_power_of_2(SLOTS))[None, :]
     BLOCK_E: tl.constexpr = logits.shape[1]
+    LEAST: tl.constexpr = -0x80000000
     expert = tl.arange(0, BLOCK_E)[None, :]
-    exponential = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
-    probability = tl.div_rn(
-        exponential, tl.broadcast_to(tl.sum(exponential, axis=1, keep_dims=True), logits.shape)
-    )
-    # Probabilities are not negative, so that they have the order of their bits as integers, and for
-    # these a warp finds the largest in one instruction. NaNs come first, whatever their sign.
-    bits = probability.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    bits = tl.where(expert < EXPERTS, bits, -1)
+    # Integers, of which a warp finds the largest in one instruction: NaNs come first, whatever
+    # their sign, and adding 0 makes equals of zeros.
+    keys = tl.where(logits == logits, _flip((logits + 0.0).to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+    keys = tl.where(expert < EXPERTS, keys, LEAST)
     ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0) + tl.zeros_like(row)[:, None]
-    best_bits = tl.zeros((row.shape[0], slot.shape[1]), tl.int32)
+    best_keys = tl.full((row.shape[0], slot.shape[1]), LEAST, tl.int32)
     for i in tl.static_range(TOP_K):
-        best = tl.max(bits, axis=1, keep_dims=True)
-        chosen = tl.min(tl.where(bits == best, expert, BLOCK_E), axis=1, keep_dims=True)
-        bits = tl.where(expert == chosen, -1, bits)
+        best = tl.max(keys, axis=1, keep_dims=True)
+        chosen = tl.min(tl.where(keys == best, expert, BLOCK_E), axis=1, keep_dims=True)
+        keys = tl.where(expert == chosen, LEAST, keys)
         ids = tl.where(slot == i, chosen, ids)
-        best_bits = tl.where(slot == i, best, best_bits)
-    weights = best_bits.to(tl.float32, bitcast=True)
+        best_keys = tl.where(slot == i, best, best_keys)
+        if i == 0:
+            largest = _flip(best).to(tl.float32, bitcast=True)
+    weights = tl.exp(_flip(best_keys).to(tl.float32, bitcast=True) - largest)
+    weights = tl.where(slot < TOP_K, weights, 0.0)
     weights /= tl.sum(weights, axis=1, keep_dims=True)
     shared = 1.0 / (1.0 + tl.exp(-gate))
     weights = tl.where(slot < TOP_K, weights, shared[:, None])
@@ -122,7 +129,7 @@ def _choose_kernel(
     row = tl.program_id(0) + tl.arange(0, 1)
     expert = tl.arange(0, BLOCK_E)[None, :]
     at = logits + row[:, None] * (EXPERTS + 1)
-    values = tl.load(at + expert, mask=expert < EXPERTS, other=float("-inf"))
+    values = tl.load(at + expert, mask=expert < EXPERTS)
     gate = tl.load(logits + row * (EXPERTS + 1) + EXPERTS)
     valid = row >= 0
     if num_tokens is not None:
@@ -187,7 +194,7 @@ def _prefill_kernel(
             w = tl.load(weight + column, mask=column < H, other=0.0)
             tokens = tl.load(x_rows + column, mask=column < H, other=0.0)
         acc += dot(w, tl.trans(tokens), normed_x)
-    logits = tl.where((expert < EXPERTS)[None, :], tl.trans(acc), float("-inf"))
+    logits = tl.trans(acc)
     inside = row < M
     valid = inside
     if num_tokens is not None:

@@ -108,6 +108,15 @@ def test_router_breaks_ties_by_the_lower_id(harness: Harness) -> None:
     harness.compare("moe_router", [[x, torch.zeros(32), weight, 5, 1]])
 
 
+def test_router_orders_by_logits(harness: Harness) -> None:
+    """Also those whose probabilities are all 0, among them -inf; zeros of both signs are equal."""
+    rows = [0.0, -0.0, 500.0, 300.0, 400.0, -float("inf"), -300.0, -0.0, -400.0, -float("inf"), 1.0]
+    args = [torch.ones(2, 1), torch.zeros(1), torch.tensor(rows)[:, None], 10, 1, 0.0]
+    ids = harness.run("moe_router", [args])[0][0].tensors[2]
+    assert ids.tolist() == [[2, 4, 3, 0, 1, 7, 6, 8, 5, 9, 10]] * 2
+    harness.compare("moe_router", [args])
+
+
 def test_router_with_weights_of_another_dtype(harness: Harness) -> None:
     x, norm = normal(4, 40, dtype=torch.bfloat16, seed=1), normal(40, seed=2)
     harness.compare("moe_router", [[x, norm, normal(17, 40, seed=3), 4, 1]])

@@ -76,8 +76,30 @@ def test_padding(m, valid, device):
 @pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-30, 1e4, 1e15])
 def test_extreme_rows(m, scale, device):
     x, norm, weight = inputs(m, device)
-    args = (x * scale, norm, weight * 100)  # one probability is 1, most others underflow
+    args = (x * scale, norm, weight * 100)  # one weight is 1, most others underflow
     check(moe_router(*args, 4, 1), ops.moe_router(*args, 4, 1))
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_order_of_what_is_hardly_a_number(m, device):
+    """NaNs first, infinities in their place; zeros of both signs are equal, denormals are not."""
+    rows = [0.0, -0.0, 1e-43, -1e-43, float("inf"), -float("inf"), float("nan"), -0.0, 0.0]
+    weight = torch.tensor([*rows, -float("nan"), 1.0, 0.0], device=device)[:, None]
+    args = (torch.ones(m, 1, device=device), torch.zeros(1, device=device), weight)
+    got, expected = moe_router(*args, 11, 1, eps=0.0), ops.moe_router(*args, 11, 1, eps=0.0)
+    assert expected[2][0].tolist() == [6, 9, 4, 10, 2, 0, 1, 7, 8, 3, 5, 11]
+    assert torch.equal(got[2], expected[2])
+    assert got[1][:, :11].isnan().all() and expected[1][:, :11].isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_equal_probabilities_of_unequal_logits(m, device):
+    """Far below the largest logit, probabilities are 0; the order of the logits counts."""
+    weight = torch.arange(-1000.0, 1001, 100, device=device)[:, None]
+    args = (torch.ones(m, 1, device=device), torch.zeros(1, device=device), weight)
+    got = moe_router(*args, 5, 1, eps=0.0)
+    check(got, ops.moe_router(*args, 5, 1, eps=0.0))
+    assert got[2][0].tolist() == [19, 18, 17, 16, 15, 20]
 
 
 @pytest.mark.parametrize("m", [1, 33])
