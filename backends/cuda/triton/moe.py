@@ -137,7 +137,18 @@ def tune_candidates() -> dict[str, list[dict]]:
             *((32, 16, 8), (32, 64, 8), (32, 64, 16), (64, 4, 4), (64, 4, 8)),
         )
     ]
-    prefetch = [{**config, "PREFETCH": on} for config in decode for on in (False, True)]
+    prefetch = [
+        {**config, "LANES": lanes, "PREFETCH": on}
+        for config in decode
+        for lanes in (4, 8)
+        for on in (False, True)
+    ]
+    decode = [
+        {**config, "LANES": lanes}
+        for config in decode
+        for lanes in (1, 2, 4, 8)
+        if 8 <= config["BLOCK_T"] * lanes // config["num_warps"] <= 32
+    ]
     tables = {"moe_sum_slots": [{"BLOCK": b, "num_warps": b // 256} for b in (512, 1024, 2048)]}
     for op in ("moe_w4a8", "moe_w4a16"):
         tables[f"{op}_route"] = route
