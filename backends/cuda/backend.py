@@ -37,7 +37,7 @@ from et_moe.backends.cuda.graphs import DTYPE_NAMES, bounds, input_nodes, output
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, WeightPlan, plan_weights
 from et_moe.backends.method_graph import MethodGraph
 
-FORMAT = 1
+FORMAT = 2
 """Version of the delegate's JSON."""
 
 ALIGNMENT = 256
@@ -134,7 +134,9 @@ def describe(
 
     Tensors are objects with `name`, `dtype` and `shape`; where a dimension varies from call to call
     `shape` has its upper bounds and `min_shape` its lower ones. The code takes `inputs`, `state`
-    and `weights` in this order and returns `outputs`.
+    and `weights` in this order, then `drawn`, `int64 [2]`, and returns `outputs`. The token of a
+    call at position p is in drawn[p % 2], too; a method of one token leaves `tokens` and `position`
+    as the next call takes them.
     """
     nodes = input_nodes(graph)
     return {

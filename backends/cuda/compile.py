@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from et_moe.backends import ops
 from et_moe.backends.cuda import triton as kernels
@@ -26,6 +27,7 @@ from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.host_program import kernel_calls
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
+from et_moe.backends.cuda.triton.hand_over import _hand_over_kernel, hand_over
 from et_moe.backends.cuda.triton.tuning import tuning_target
 from et_moe.backends.method_graph import MethodGraph
 
@@ -83,13 +85,14 @@ def _retarget(
     module = GraphModule(torch.nn.Module(), copy.deepcopy(graph.program.graph))
     fuse(module.graph)
     names = iter(input_nodes(graph))
-    inputs = []
+    inputs, nodes = [], {}
     for node in list(module.graph.nodes):
         if node.op == "placeholder":
             if (value := node.meta["val"]) is None:
                 module.graph.erase_node(node)
                 continue
-            dtype, shape = plan.spec.get(next(names), (value.dtype, value.shape))
+            nodes[name := next(names)] = node
+            dtype, shape = plan.spec.get(name, (value.dtype, value.shape))
             with value.fake_mode:
                 node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
             inputs.append(node.meta["val"])
@@ -106,26 +109,51 @@ def _retarget(
             node.target = functions[op]
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
+    inputs.append(_end_with_hand_over(module.graph, nodes))
     module.recompile()
     return module, inputs
 
 
-def check_in_place(source: str, graph: MethodGraph) -> None:
-    """Raises RuntimeError unless every state tensor is passed to ops' kernels, and to them only.
+def _end_with_hand_over(graph: Graph, inputs: Mapping[str, Node]) -> torch.Tensor:
+    """Adds the call of `hand_over` to a graph with these inputs; returns the input `drawn` that the
+    graph has now behind all others."""
+    tokens, last = inputs["tokens"], list(inputs.values())[-1]
+    with graph.inserting_after(last):
+        drawn = graph.placeholder("drawn")
+    with tokens.meta["val"].fake_mode:
+        value = torch.empty(2, dtype=torch.int64, device=tokens.meta["val"].device)
+    drawn.meta["val"] = value
+    end = graph.output_node()
+    one = isinstance(count := tokens.meta["val"].shape[1], int) and count == 1
+    arguments = (end.args[0][0], inputs["position"], drawn, tokens if one else None)
+    with graph.inserting_before(end):
+        graph.call_function(hand_over, arguments)
+    return value
 
-    A copy of a state tensor, before or after an op updates it, would be a kernel of Inductor's.
+
+def check_in_place(source: str, graph: MethodGraph) -> None:
+    """Raises RuntimeError unless every tensor that is updated is passed to ops' kernels: state to
+    them only, and `drawn` and the inputs that are handed over to the kernel that does it.
+
+    A copy of such a tensor, before or after it is updated, would be a kernel of Inductor's.
     """
-    count = len(graph.inputs)
-    state = {f"arg{count + i}_1": name for i, name in enumerate(graph.state)}
-    untouched = dict(state)
-    for kernel, arguments in kernel_calls(source):
-        for argument, name in state.items():
-            if any(argument in a.replace("(", " ").replace(",", " ").split() for a in arguments):
-                if kernel.startswith("triton_"):
-                    raise RuntimeError(f"state {name} is copied by generated kernel {kernel}")
-                untouched.pop(argument, None)
-    if untouched:
-        raise RuntimeError(f"state {sorted(untouched.values())} is used by no kernel")
+    names = [*graph.inputs, *graph.state, *graph.weights, "drawn"]
+    passed = {name: f"arg{i}_1" for i, name in enumerate(names)}
+    calls = [
+        (kernel, {word for a in arguments for word in re.findall(r"\w+", a)})
+        for kernel, arguments in kernel_calls(source)
+    ]
+    for kernel, words in calls:
+        for name in graph.state:
+            if kernel.startswith("triton_") and passed[name] in words:
+                raise RuntimeError(f"state {name} is copied by generated kernel {kernel}")
+    used = set().union(*(words for _, words in calls))
+    if unused := sorted(name for name in graph.state if passed[name] not in used):
+        raise RuntimeError(f"state {unused} is used by no kernel")
+    handed = [words for kernel, words in calls if kernel.startswith(_hand_over_kernel.__name__)]
+    wanted = {passed[name] for name in ("position", "drawn")}
+    if len(handed) != 1 or not wanted <= handed[0]:
+        raise RuntimeError("the token is not handed over in place")
 
 
 def _sources_digest() -> str:
@@ -197,8 +225,9 @@ def compile_method(
 ) -> CompiledMethod:
     """Compiles one method for one architecture; no GPU, driver or CUDA toolkit is needed.
 
-    The code takes the method's inputs, state and weights (prepacked, see `plan`) as CUDA tensors in
-    that order, contiguous and aligned to 16 bytes, and updates state in place.
+    The code takes the method's inputs, state and weights (prepacked, see `plan`) and `drawn` of
+    `triton.hand_over` as CUDA tensors in that order, contiguous and aligned to 16 bytes. It updates
+    in place state and what `hand_over` writes.
 
     Args:
         arch: one of `gpu.ARCHS`; kernels are tuned for the first GPU of that architecture there.

@@ -72,19 +72,27 @@ bool Memory::free(void* address) {
 }
 
 void* Memory::allocate_pinned(size_t size) {
-  if (size == 0) return nullptr;
-  void* address = std::calloc(size, 1);
-  if (!address) return nullptr;
-  if (filling_ != 0) std::memset(address, filling_, size);
+  void* device = allocate(size);
+  if (!device) return nullptr;
+  used_ -= size;
+  std::byte* address = at(device);
   pinned_.emplace(reinterpret_cast<uintptr_t>(address), size);
   return address;
 }
 
 bool Memory::free_pinned(void* address) {
   if (!address) return true;
-  if (pinned_.erase(reinterpret_cast<uintptr_t>(address)) == 0) return false;
-  std::free(address);
+  const auto found = pinned_.find(reinterpret_cast<uintptr_t>(address));
+  if (found == pinned_.end()) return false;
+  used_ += found->second;
+  free(device_address(address));
+  pinned_.erase(found);
   return true;
+}
+
+void* Memory::device_address(const void* pinned) const {
+  if (!is_pinned(pinned)) return nullptr;
+  return reinterpret_cast<void*>(kBase + (static_cast<const std::byte*>(pinned) - alias_));
 }
 
 bool Memory::is_device(const void* address) const {

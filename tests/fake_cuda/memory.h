@@ -22,8 +22,11 @@ class Memory {
   void* allocate(size_t size);
   /// False for an address that is not the start of a live allocation.
   bool free(void* address);
+  /// Host memory, and what kernels know it as.
   void* allocate_pinned(size_t size);
   bool free_pinned(void* address);
+  /// Null for an address that is not in live page-locked memory.
+  void* device_address(const void* pinned) const;
   size_t used() const { return used_; }
 
   bool is_device(const void* address) const;

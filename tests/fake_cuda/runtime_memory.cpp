@@ -188,6 +188,14 @@ cudaError_t cudaHostAlloc(void** address, size_t size, unsigned) {
   });
 }
 
+cudaError_t cudaHostGetDevicePointer(void** device, void* address, unsigned) {
+  return runtime_call("cudaHostGetDevicePointer", kPlain, [&](State& s) {
+    *device = s.memory.device_address(address);
+    if (*device) return cudaSuccess;
+    return s.violation(cudaErrorInvalidValue, "cudaHostGetDevicePointer: not page-locked memory");
+  });
+}
+
 cudaError_t cudaFreeHost(void* address) {
   return runtime_call("cudaFreeHost", kReleases | kUnsafeInCapture, [&](State& s) {
     return free_memory(s, "cudaFreeHost", [&] { return s.memory.free_pinned(address); });

@@ -148,22 +148,14 @@ int64_t CompiledMethod::bucket(int64_t tokens) const {
   return std::min(most, (tokens + step - 1) / step * step);
 }
 
-int64_t* CompiledMethod::token_of(const Calls::Slot& slot) const {
-  return reinterpret_cast<int64_t*>(slot.memory.data() + offsets_.back());
-}
-
 const std::byte* CompiledMethod::enqueue(Context& context, Session& session, Calls& calls,
                                          int64_t tokens) {
-  const cudaStream_t stream = context.stream_.get();
-  const Calls::Slot& slot = calls.slots[calls.last];
-  std::byte* inputs = calls.inputs.data();
-  ET_MOE_CUDA(cudaMemcpyAsync(inputs + offsets_[1], slot.memory.data() + offsets_[1],
-                              offsets_.back() - offsets_[1], cudaMemcpyHostToDevice, stream));
   std::vector<Tensor*> handles;
   for (size_t i = 0; i < info_.inputs.size(); ++i) {
     auto shape = info_.inputs[i].shape;
     if (i == 0) shape[1] = tokens;
-    handles.push_back(view(inputs + offsets_[i], shape, info_.inputs[i].dtype).release());
+    handles.push_back(
+        view(calls.inputs.data() + offsets_[i], shape, info_.inputs[i].dtype).release());
   }
   for (const TensorInfo& t : info_.state) {
     handles.push_back(view(session.at(t.name), t.shape, t.dtype).release());
@@ -171,31 +163,28 @@ const std::byte* CompiledMethod::enqueue(Context& context, Session& session, Cal
   for (const TensorInfo& t : info_.weights) {
     handles.push_back(view(context.weights_->at(t.name), t.shape, t.dtype).release());
   }
+  handles.push_back(view(calls.drawn.device_data(), {2}, info_.outputs[0].dtype).release());
   Tensor* outputs[2] = {};
   int32_t status;
   {
     const ArenaScope scope(context.arena_);
-    status = container_->run(container_->handle, handles.data(), handles.size(), outputs, 2, stream,
-                             nullptr);
+    status = container_->run(container_->handle, handles.data(), handles.size(), outputs, 2,
+                             context.stream_.get(), nullptr);
   }
   for (Tensor* handle : handles) delete handle;  // the code made null those that it took over
   if (status != 0) container_->fail("the code of " + info_.method + " failed");
   const std::unique_ptr<Tensor> token(outputs[0]), logits(outputs[1]);
-  const std::byte* drawn = token->data + token->offset * token->itemsize();
-  ET_MOE_CUDA(cudaMemcpyAsync(inputs, drawn, kToken, cudaMemcpyDeviceToDevice, stream));
-  ET_MOE_CUDA(cudaMemcpyAsync(token_of(slot), drawn, kToken, cudaMemcpyDeviceToHost, stream));
   // The scratch memory goes back here but keeps its content until the next call.
   return logits->data + logits->offset * logits->itemsize();
 }
 
 void CompiledMethod::launch(Context& context, Session& session, Calls& calls, int64_t tokens) {
-  Calls::Slot& slot = calls.slots[calls.last];
+  const Event& done = calls.done[calls.position & 1];
   if (!context.use_graphs || capture_failed_ || calls.warm.insert(tokens).second) {
-    slot.logits = enqueue(context, session, calls, tokens);
-    return slot.done.record(context.stream_);
+    calls.logits = enqueue(context, session, calls, tokens);
+    return done.record(context.stream_);
   }
-  const std::pair<int64_t, int> key{tokens, calls.last};
-  auto found = calls.graphs.find(key);
+  auto found = calls.graphs.find(tokens);
   if (found == calls.graphs.end()) {
     try {
       context.arena_.set_frozen(true);
@@ -203,7 +192,7 @@ void CompiledMethod::launch(Context& context, Session& session, Calls& calls, in
       Graph graph = Graph::capture(context.stream_,
                                    [&] { logits = enqueue(context, session, calls, tokens); });
       context.arena_.set_frozen(false);
-      found = calls.graphs.emplace(key, Calls::Captured{std::move(graph), logits}).first;
+      found = calls.graphs.emplace(tokens, Calls::Captured{std::move(graph), logits}).first;
     } catch (const std::exception& e) {
       context.arena_.set_frozen(false);
       capture_failed_ = true;
@@ -213,41 +202,35 @@ void CompiledMethod::launch(Context& context, Session& session, Calls& calls, in
     }
   }
   found->second.graph.launch(context.stream_);
-  slot.logits = found->second.logits;
-  slot.done.record(context.stream_);
+  calls.logits = found->second.logits;
+  done.record(context.stream_);
 }
 
 void CompiledMethod::start(Context& context, Session& session, Calls& calls,
                            const std::vector<const void*>& inputs, int64_t tokens) {
   const int64_t padded = bucket(tokens);
-  std::byte* memory = calls.slots[calls.last].memory.data();
+  std::byte* memory = calls.staging.data();
   for (size_t i = 0; i < inputs.size(); ++i) {
     const size_t size = i == 0 ? static_cast<size_t>(tokens) * kToken : info_.inputs[i].nbytes();
     std::memcpy(memory + offsets_[i], inputs[i], size);
   }
   std::memset(memory + static_cast<size_t>(tokens) * kToken, 0,
               static_cast<size_t>(padded - tokens) * kToken);
-  ET_MOE_CUDA(cudaMemcpyAsync(calls.inputs.data(), memory, static_cast<size_t>(padded) * kToken,
-                              cudaMemcpyHostToDevice, context.stream_.get()));
+  std::memcpy(&calls.position, inputs[position_], kToken);
+  // Not in the graph, see backends/cuda/triton/hand_over.py.
+  ET_MOE_CUDA(cudaMemcpyAsync(calls.inputs.data(), memory, offsets_.back(), cudaMemcpyHostToDevice,
+                              context.stream_.get()));
   launch(context, session, calls, padded);
 }
 
-void CompiledMethod::start_next(Context& context, Session& session, Calls& calls) {
-  const std::byte* from = calls.slots[calls.last].memory.data();
-  calls.last ^= 1;
-  std::byte* to = calls.slots[calls.last].memory.data();
-  std::memcpy(to + offsets_[1], from + offsets_[1], offsets_.back() - offsets_[1]);
-  ++*reinterpret_cast<int64_t*>(to + offsets_[position_]);
-  launch(context, session, calls, 1);
-  session.ahead_ = &calls;
-}
-
 bool CompiledMethod::is_last(const Calls& calls, const std::vector<const void*>& inputs) const {
-  const std::byte* memory = calls.slots[calls.last].memory.data();
   for (size_t i = 1; i < inputs.size(); ++i) {
-    if (std::memcmp(memory + offsets_[i], inputs[i], info_.inputs[i].nbytes()) != 0) return false;
+    const void* expected = i == position_ ? static_cast<const void*>(&calls.position)
+                                          : calls.staging.data() + offsets_[i];
+    if (std::memcmp(expected, inputs[i], info_.inputs[i].nbytes()) != 0) return false;
   }
-  return std::memcmp(token_of(calls.slots[calls.last ^ 1]), inputs[0], kToken) == 0;
+  const int64_t token = calls.token(calls.position - 1);
+  return std::memcmp(&token, inputs[0], kToken) == 0;
 }
 
 void CompiledMethod::run(Context& context, const std::vector<const void*>& inputs, int64_t tokens,
@@ -263,16 +246,18 @@ void CompiledMethod::run(Context& context, const std::vector<const void*>& input
         info_.method);
   }
   session.ahead_ = nullptr;
-  const Calls::Slot& slot = calls.slots[calls.last];
+  const int64_t position = calls.position;
   if (context.copy_logits) {
-    ET_MOE_CUDA(cudaMemcpyAsync(logits, slot.logits, info_.outputs[1].nbytes(),
+    ET_MOE_CUDA(cudaMemcpyAsync(logits, calls.logits, info_.outputs[1].nbytes(),
                                 cudaMemcpyDeviceToHost, context.stream_.get()));
     context.stream_.synchronize();
   } else if (context.run_ahead && info_.inputs[0].shape[1] == 1) {
-    start_next(context, session, calls);
+    ++calls.position;
+    launch(context, session, calls, 1);
+    session.ahead_ = &calls;
   }
-  slot.done.synchronize();
-  *token = *token_of(slot);
+  calls.done[position & 1].synchronize();
+  *token = calls.token(position);
 }
 
 }  // namespace et_moe::cuda

@@ -55,21 +55,20 @@ class CompiledMethod {
 
  private:
   struct Container;
-  /// Copies the last slot's inputs but for the tokens to the GPU, runs the code, and copies the
-  /// token back and to where the next call finds it; returns where on the GPU the logits are.
-  /// Everything goes onto the context's stream.
+  /// Runs the code on the inputs that are on the GPU; returns where its logits are.
   const std::byte* enqueue(Context& context, Session& session, Calls& calls, int64_t tokens);
+  /// Starts the call at calls.position, as a graph if it may be one.
   void launch(Context& context, Session& session, Calls& calls, int64_t tokens);
-  int64_t bucket(int64_t tokens) const;
+  /// Brings inputs to the GPU and starts the call.
   void start(Context& context, Session& session, Calls& calls,
              const std::vector<const void*>& inputs, int64_t tokens);
-  void start_next(Context& context, Session& session, Calls& calls);
+  /// Whether these inputs are those of the last call that was started, one that runs ahead.
   bool is_last(const Calls& calls, const std::vector<const void*>& inputs) const;
-  int64_t* token_of(const Calls::Slot& slot) const;
+  int64_t bucket(int64_t tokens) const;
 
   MethodInfo info_;
   std::unique_ptr<Container> container_;
-  std::vector<size_t> offsets_;  // of the runtime inputs in a slot; the end of the last
+  std::vector<size_t> offsets_;  // of the runtime inputs in their memory; the end of the last
   size_t position_;              // which input it is
   bool capture_failed_ = false;
 };

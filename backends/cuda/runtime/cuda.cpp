@@ -81,7 +81,11 @@ DeviceBuffer::~DeviceBuffer() {
 }
 
 PinnedBuffer::PinnedBuffer(size_t size) {
-  ET_MOE_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&data_), size, cudaHostAllocDefault));
+  ET_MOE_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&data_), size, cudaHostAllocMapped));
+  const cudaError_t error =
+      cudaHostGetDevicePointer(reinterpret_cast<void**>(&device_data_), data_, 0);
+  if (error != cudaSuccess) cudaFreeHost(data_);
+  check(error, "cudaHostGetDevicePointer");
 }
 
 PinnedBuffer::~PinnedBuffer() { cudaFreeHost(data_); }

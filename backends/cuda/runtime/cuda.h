@@ -51,7 +51,7 @@ class DeviceBuffer {
   size_t size_ = 0;
 };
 
-/// Page-locked host memory.
+/// Page-locked host memory, which kernels reach, too.
 class PinnedBuffer {
  public:
   explicit PinnedBuffer(size_t size);
@@ -59,9 +59,12 @@ class PinnedBuffer {
   PinnedBuffer& operator=(const PinnedBuffer&) = delete;
   ~PinnedBuffer();
   std::byte* data() const { return data_; }
+  /// Its address in kernels.
+  std::byte* device_data() const { return device_data_; }
 
  private:
   std::byte* data_ = nullptr;
+  std::byte* device_data_ = nullptr;
 };
 
 /// A stream that does not wait for the default stream.

@@ -8,7 +8,7 @@
 namespace et_moe::cuda {
 namespace {
 
-constexpr int kFormat = 1;
+constexpr int kFormat = 2;
 
 int32_t parse_dtype(const std::string& name) {
   static const std::map<std::string, int32_t> dtypes = {

@@ -21,12 +21,12 @@ Session::Session(const Stream& stream, const std::vector<TensorInfo>& state) {
 
 Session::~Session() {
   // What still runs uses the memory that is freed here.
-  if (ahead_) cudaEventSynchronize(ahead_->slots[ahead_->last].done.get());
+  if (ahead_) cudaEventSynchronize(ahead_->done[ahead_->position & 1].get());
 }
 
 void Session::reset(const Stream& stream) {
-  // A token that nobody asked for in the end is waited for: its slot is about to be used again.
-  if (Calls* calls = std::exchange(ahead_, nullptr)) calls->slots[calls->last].done.synchronize();
+  // A token that nobody asked for in the end is waited for: its inputs are about to be overwritten.
+  if (Calls* calls = std::exchange(ahead_, nullptr)) calls->done[calls->position & 1].synchronize();
   ET_MOE_CUDA(cudaMemsetAsync(memory_.data(), 0, memory_.size(), stream.get()));
 }
 

@@ -17,30 +17,29 @@ namespace et_moe::cuda {
 class CompiledMethod;
 
 /// What the calls of one method on one session keep: inputs, drawn tokens, graphs.
-///
-/// Two slots take turns, so that a call can wait on the stream for the one before it to end: the
-/// host then does not touch the memory of either.
 struct Calls {
-  struct Slot {
-    explicit Slot(size_t inputs) : memory(inputs + sizeof(int64_t)) {}
-    PinnedBuffer memory;  // inputs at the offsets of the method, then the token that comes back
-    Event done;
-    const std::byte* logits = nullptr;  // where on the GPU the call leaves them
-  };
-  /// A captured call and where it leaves its logits.
+  /// A captured call and where on the GPU it leaves its logits.
   struct Captured {
     Graph graph;
     const std::byte* logits;
   };
 
   /// `size`: of the inputs in bytes.
-  explicit Calls(size_t size) : slots{Slot(size), Slot(size)}, inputs(size) {}
+  explicit Calls(size_t size) : staging(size), inputs(size), drawn(2 * sizeof(int64_t)) {}
 
-  Slot slots[2];
-  int last = 0;                                        // slot of the last call
-  DeviceBuffer inputs;                                 // at the same offsets
-  std::set<int64_t> warm;                              // lengths run once without a graph
-  std::map<std::pair<int64_t, int>, Captured> graphs;  // by length and slot
+  /// The token that the call at a position drew, once it is done.
+  int64_t token(int64_t position) const {
+    return reinterpret_cast<const int64_t*>(drawn.data())[position & 1];
+  }
+
+  PinnedBuffer staging;                // inputs on their way to the GPU
+  DeviceBuffer inputs;                 // a call of one token leaves here those of the next
+  PinnedBuffer drawn;                  // the tokens of the last two positions, by position % 2
+  Event done[2];                       // of the calls that draw them
+  int64_t position = 0;                // of the last call that was started
+  const std::byte* logits = nullptr;   // where on the GPU it leaves them
+  std::set<int64_t> warm;              // lengths run once without a graph
+  std::map<int64_t, Captured> graphs;  // by length
 };
 
 /// KV cache, convolution and recurrent state of a sequence, and the graphs captured on them: a
