@@ -3,7 +3,8 @@
 # end-to-end benchmark, INT8 against bf16 activations, the peers, and the kernels against those of
 # the ExecuTorch wheel. Takes a folder made by scripts/pack_acceptance.sh and
 # scripts/pack_full_size.sh; needs no network, 40 GB of disk, and a python3 with torch, triton and
-# transformers. Reports go to FOLDER/results.
+# transformers. With FOLDER/llama-bench (scripts/peer_llama_cpp.py says how it is built) llama.cpp is
+# a peer, too, for 20 GB more. Reports go to FOLDER/results.
 # Usage: scripts/gpu_full_size.sh FOLDER
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -31,7 +32,11 @@ python3 scripts/bench_e2e.py --runner "$folder/bin/qwen3_5_moe_runner" --model-d
   --out "$results/e2e" || failed=1
 python3 scripts/compare_activations.py --bundle "$scratch/bundle" --out "$results/activations" ||
   failed=1
-python3 scripts/bench_peers.py --e2e "$results/e2e.json" --prompts 1600 --out "$results/peers" ||
-  failed=1
+llama=()
+if [ -x "$folder/llama-bench" ]; then
+  llama=(--llama-bench "$folder/llama-bench" --gguf "$scratch/model.gguf")
+fi
+python3 scripts/bench_peers.py --e2e "$results/e2e.json" --prompts 1600 --out "$results/peers" \
+  "${llama[@]}" || failed=1
 python3 scripts/bench_kernels.py --out "$results/kernels" || failed=1
 exit $failed
