@@ -58,62 +58,64 @@ def update_conv_state(
 
 
 @triton.jit
-def conv_window(
-    weight_ptr,
-    state_ptr,
-    n,
-    own_n,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    TAPS_P2: tl.constexpr,
-):
-    """Taps and earlier inputs `[TAPS_P2, N]` of one token's columns n `[N]`, where own_n is set.
+def store_copied(target, value, mask, COPIES: tl.constexpr):
+    """`tl.store` of vectors `[N]` that a sum along rows of COPIES threads left in each of them.
 
-    For `store_convolved`, once the token's own inputs are known. Columns from CHANNELS on get 0.
+    The first thread of a row stores: to move a vector to where vectors are stored from would take
+    two barriers.
     """
-    tap = tl.arange(0, TAPS_P2)[:, None]
-    inside = (own_n & (n < CHANNELS))[None, :]
-    taps = weight_ptr + n[None, :] * TAPS + tap
-    earlier = state_ptr + tap * CHANNELS + n[None, :]
-    return (
-        tl.load(taps, mask=inside & (tap < TAPS), other=0.0),
-        tl.load(earlier, mask=inside & (tap < TAPS - 1), other=0.0),
-    )
+    copy = tl.arange(0, COPIES)[None, :]
+    # Addresses that differ by copy, and the hint: one copy per thread, as the sum has left them.
+    target = tl.max_contiguous(target[:, None] + copy, (1, 1))
+    value = tl.broadcast_to(value[:, None], target.shape)
+    tl.store(target, value, mask=mask[:, None] & (copy == 0))
+
+
+@triton.jit
+def conv_window(weight_ptr, state_ptr, n, own_n, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
+    """TAPS taps and TAPS - 1 earlier inputs, vectors `[N]`, of one token's columns n `[N]`.
+
+    For `store_convolved`, once the token's own inputs are known. Only where own_n is set; columns
+    from CHANNELS on get 0.
+    """
+    inside = own_n & (n < CHANNELS)
+    taps, earlier = (), ()
+    for tap in tl.static_range(TAPS):
+        taps += (tl.load(weight_ptr + n * TAPS + tap, mask=inside, other=0.0),)
+    for tap in tl.static_range(TAPS - 1):
+        earlier += (tl.load(state_ptr + tap * CHANNELS + n, mask=inside, other=0.0),)
+    return taps, earlier
 
 
 @triton.jit
 def store_convolved(
     x,
-    taps,
-    earlier,
+    window,
     state_ptr,
     out_ptr,
     n,
     own_n,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
-    TAPS_P2: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """`causal_conv1d` of one token, with what `conv_window` gave: out, and the state in place.
 
-    x fp32 `[N]` is rounded to out's dtype first; its columns from CHANNELS on stay what they are.
-    One tile has all inputs and each is stored from where it is: to move a vector to another layout
-    takes two barriers.
+    x `[N]` is of out's dtype; its columns from CHANNELS on are stored as they are. All are vectors,
+    since those are loaded in the layout that x has. COPIES as `store_copied` takes it.
     """
-    tap = tl.arange(0, TAPS_P2)[:, None]
-    now = tap == TAPS - 1
-    x = x.to(out_ptr.dtype.element_ty).to(tl.float32)
-    inputs = tl.where(now, x[None, :], earlier.to(tl.float32))
-    y = silu(tl.sum(inputs * taps.to(tl.float32), axis=0))
-    out = out_ptr + n
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=own_n & (n < CHANNELS))
-    others = now & (own_n & (n >= CHANNELS))[None, :]
-    out = tl.broadcast_to(out[None, :], inputs.shape)
-    tl.store(out, inputs.to(out_ptr.dtype.element_ty), mask=others)
+    taps, earlier = window
+    inside = own_n & (n < CHANNELS)
+    y = x.to(tl.float32) * taps[TAPS - 1].to(tl.float32)
+    for tap in tl.static_range(TAPS - 1):
+        y += earlier[tap].to(tl.float32) * taps[tap].to(tl.float32)
+    y = tl.where(n < CHANNELS, silu(y).to(x.dtype), x)
+    store_copied(out_ptr + n, y, own_n, COPIES)
     tl.debug_barrier()  # every warp of this program has read the old state
-    shifted = state_ptr + (tap - 1) * CHANNELS + n[None, :]
-    inside = (own_n & (n < CHANNELS))[None, :] & (tap > 0) & (tap < TAPS)
-    tl.store(shifted, inputs.to(state_ptr.dtype.element_ty), mask=inside)
+    for tap in tl.static_range(TAPS - 1):
+        value = earlier[tap + 1] if tap + 1 < TAPS - 1 else x
+        value = value.to(state_ptr.dtype.element_ty)
+        store_copied(state_ptr + tap * CHANNELS + n, value, inside, COPIES)
 
 
 @triton.jit

@@ -169,7 +169,6 @@ def _projected_case(planes: int) -> CompileCase:
         arguments,
         tables=("linear_gemv", "gated_delta_step"),
         tokens=(1,),
-        gemms=frozenset({"_w4_gemv_kernel"}),
         streams={"_w4_gemv_kernel": ("weight",), "_step_kernel": ("state_ptr",)},
     )
 

@@ -50,3 +50,19 @@ def dot_bytes(a, b, c):
     return tl.inline_asm_elementwise(
         "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def pack_bytes(a, b, c, d):
+    """The low bytes of four int32 as one int32, a's the lowest."""
+    if interpreted():
+        return (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 low, high; prmt.b32 low, $1, $2, 0x0040; prmt.b32 high, $3, $4, 0x0040;"
+        " prmt.b32 $0, low, high, 0x5410; }",
+        "=r,r,r,r,r",
+        [a, b, c, d],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )

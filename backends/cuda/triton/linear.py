@@ -1,4 +1,4 @@
-"""Linear layers with INT4 weights on the tensor cores; contracts in `et_moe.backends.ops.linear`.
+"""Linear layers with INT4 weights; contracts in `et_moe.backends.ops.linear`.
 
 W4A8 and W4A16 are the same integer arithmetic, rescaled into fp32 once per K-step. W4A8 quantizes a
 row to INT8 in tiles of 128 columns (`ACTIVATION_TILE`), W4A16 to 15 bits, as two INT8 planes (see
@@ -227,7 +227,7 @@ def compile_cases() -> list[CompileCase]:
             arguments(*shape),
             tables=(op.__name__, "linear_gemv"),
             tokens=(1,) if name == "lm_head" else (1, PREFILL_TOKENS),
-            gemms=frozenset({"_w4_gemm_kernel", "_w4_gemv_kernel"}),
+            gemms=frozenset({"_w4_gemm_kernel"}),
             streams={"_w4_gemm_kernel": ("weight",), "_w4_gemv_kernel": ("weight",)},
         )
         for op in (linear_w4a8, linear_w4a16)
@@ -256,8 +256,9 @@ def tune_candidates() -> dict[str, list[dict]]:
         for stages in depths
     ]
     gemv = [
-        {"BLOCK_ROWS": rows, "REPEAT": repeat, "num_warps": warps}
-        for rows, warps in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
-        for repeat in (1, 2, 4, 8)
+        {"BLOCK_ROWS": rows, "SPAN": span, "REPEAT": repeat, "num_warps": warps}
+        for rows, warps in ((128, 4), (256, 4), (256, 8))
+        for span in (1, 2)
+        for repeat in (1, 8)
     ]
     return {"linear_w4a8": gemm, "linear_w4a16": gemm, "linear_gemv": gemv}

@@ -1,17 +1,54 @@
 """A linear layer with INT4 weights on one row: all of it in one launch, a convolution behind it
-included."""
+included.
+
+What counts is the time from the row's arrival to the result: the weights are on their way before,
+into the registers where they are used. To bring them to the matrix unit would take shared memory
+and barriers; instead each thread forms dot products of four bytes, and the row, which is small, is
+brought to where the weights are.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d import conv_window, store_convolved
+from et_moe.backends.cuda.triton.causal_conv1d import conv_window, store_convolved, store_copied
 from et_moe.backends.cuda.triton.dependent_launch import prefetch, wait_for_previous
-from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
+from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, dot_bytes, pack_bytes
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.linear_layout import scale_pair
-from et_moe.backends.cuda.triton.row_quantization import normed, plane_dot, quantized
+from et_moe.backends.cuda.triton.row_quantization import normed, plane_of, quantized
 from et_moe.backends.cuda.triton.tuning import tuned
+
+
+@triton.jit
+def _quarters(words):
+    """int32 `[A, B, 4 C]` -> four `[A, B, C]`, word 4 c + i of a row in the i-th of them."""
+    shape: tl.constexpr = (words.shape[0], words.shape[1], words.shape[2] // 4, 2, 2)
+    even, odd = tl.reshape(words, shape).split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    return first, second, third, fourth
+
+
+@triton.jit
+def _halves(r, PLANE: tl.constexpr, PLANES: tl.constexpr, RUNS: tl.constexpr, SPAN: tl.constexpr):
+    """Quantized tiles r `[2 RUNS SPAN, 128]` -> what meets low and what meets high nibbles.
+
+    Each is four `[RUNS, 1, 8 SPAN]` as from `_quarters`, of words of four bytes of the plane.
+    """
+    bytes4 = _quarters(tl.reshape(plane_of(r, PLANE, PLANES), (2, RUNS * SPAN, 128)))
+    words = pack_bytes(bytes4[0], bytes4[1], bytes4[2], bytes4[3])
+    words = tl.reshape(words, (RUNS, SPAN, 2, 32)).permute(0, 1, 3, 2)
+    low, high = tl.reshape(words, (RUNS, 1, 32 * SPAN, 2)).split()
+    return _quarters(low), _quarters(high)
+
+
+@triton.jit
+def _dot(w, q, d):
+    """d + the dot products of bytes of the words in w and q, four tensors each."""
+    for i in tl.static_range(4):
+        d = dot_bytes(w[i], q[i], d)
+    return d
 
 
 @triton.jit
@@ -28,9 +65,8 @@ def _w4_gemv_kernel(
     N,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
-    TAPS_P2: tl.constexpr,
     BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUP: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -38,88 +74,81 @@ def _w4_gemv_kernel(
 ):
     """A linear layer on one row in one launch: RMSNorm, quantization, product, residual.
 
-    K is BLOCKS blocks of 256 columns, the weight a flat `[N BLOCKS, 128]` of bytes. All of it is
-    multiplied with all of x as `[128, COLUMNS]`, column c holding block c (the matrix unit computes
-    eight columns anyway), and of a weight's row the column of its own block is kept. So the work
-    spreads over the whole of K and every byte of the weight is read once, in order.
+    K is BLOCKS blocks of 256 columns, and a row of the weight RUNS runs of SPAN blocks. A thread
+    has pieces of 16 bytes: 16 columns of the first half of a block in the low nibbles, 16 of the
+    second in the high ones. Threads go first along a run, then along N, then along the runs: with
+    at least as many pieces in BLOCK_N runs as threads, no result needs more than one warp, and a
+    thread meets 32 columns of x per run. So a small SPAN takes few shuffles and many registers.
     With conv_weight the row is one token, whose first CHANNELS columns are convolved over time.
     """
     HALF: tl.constexpr = 128
-    ROWS: tl.constexpr = BLOCK_N * BLOCKS
-    STEPS: tl.constexpr = HALF // GROUP
-    flat, rows_n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    j, steps = tl.arange(0, HALF), tl.arange(0, STEPS)
-    first_n = min(tl.program_id(0) * (BLOCK_N * REPEAT), N - BLOCK_N * REPEAT)
-    start = weight + first_n.to(tl.int64) * (BLOCKS * HALF)
-    weight = start + (flat[:, None] * HALF + j[None, :])
-    weight_scale += (flat % BLOCKS * STEPS)[:, None] * N + (first_n + flat // BLOCKS)[:, None]
-    weight_scale += steps[None, :] * N
-    target = out + (first_n + rows_n)
-    column = tl.arange(0, COLUMNS)
-    at = column[:, None] * (2 * HALF) + j[None, :]
-    valid = column[:, None] < BLOCKS
+    RUNS: tl.constexpr = BLOCKS // SPAN
+    PIECES: tl.constexpr = SPAN * (HALF // 16)
+    WORDS: tl.constexpr = BLOCK_N * BLOCKS * (HALF // 4)
+    UPPER: tl.constexpr = -0x0F0F0F10  # 0xF0F0F0F0
+    rows_n, run = tl.arange(0, BLOCK_N), tl.arange(0, RUNS)[:, None, None]
+    row, piece = rows_n[None, :, None], tl.arange(0, PIECES)[None, None, :]
+    word = tl.arange(0, 4 * PIECES)[None, None, :]
+    # Columns that the last program shares with its neighbour are the neighbour's.
+    own_n = tl.program_id(0) * (BLOCK_N * REPEAT)
+    first_n = min(own_n, N - BLOCK_N * REPEAT)
+    weight = weight.to(tl.pointer_type(tl.int32)) + first_n.to(tl.int64) * (BLOCKS * HALF // 4)
+    if REPEAT > 1:
+        prefetch(weight + WORDS, 4 * WORDS)
+    weight += (row * RUNS + run) * (4 * PIECES) + word
+    part = (run * PIECES + piece) * 16 // GROUP
+    # The hint keeps the scales in the layout of the weights, though along N they are contiguous.
+    weight_scale = tl.max_contiguous(weight_scale + (part * N + (first_n + row)), (1, 1, 1))
+    at = tl.arange(0, 2 * BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     # All loads are on their way before the first value is needed, the weights' before x exists.
     # The weights are read once: what kernels hand on stays in the L2 cache instead.
     w, scales = tl.load(weight, eviction_policy="evict_first"), tl.load(weight_scale)
-    if REPEAT > 1:
-        prefetch(start + ROWS * HALF, ROWS * HALF)
     if norm_weight is not None:
-        low_gain = tl.load(norm_weight + at, mask=valid, other=0.0)
-        high_gain = tl.load(norm_weight + HALF + at, mask=valid, other=0.0)
+        gain = tl.load(norm_weight + at)
+    n = first_n + rows_n
     if conv_weight is not None:
-        n = first_n + tl.arange(0, BLOCK_N * REPEAT)
-        # Columns that the last program shares with its neighbour are the neighbour's.
-        own_n = n >= tl.program_id(0) * (BLOCK_N * REPEAT)
-        taps, earlier = conv_window(conv_weight, conv_state, n, own_n, CHANNELS, TAPS, TAPS_P2)
-        row = tl.zeros((BLOCK_N, REPEAT), tl.float32)
+        window = conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
     wait_for_previous()
-    low = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    high = tl.load(x + HALF + at, mask=valid, other=0.0).to(tl.float32)
+    value = tl.load(x + at).to(tl.float32)
     if residual is not None:
-        residual += first_n + rows_n
-        addend = tl.load(residual)
+        addend = tl.load(residual + n)
     if norm_weight is not None:
-        squares = tl.sum(tl.sum(low * low + high * high, axis=1), axis=0)
-        mean = squares / (BLOCKS * 2 * HALF)
-        low = normed(low, low_gain, mean, eps, x.dtype.element_ty)
-        high = normed(high, high_gain, mean, eps, x.dtype.element_ty)
-    low, low_scale = quantized(low, PLANES)
-    high, high_scale = quantized(high, PLANES)
-    low_scale, high_scale = low_scale * NIBBLE_SCALE, high_scale * NIBBLE_SCALE
+        squares = tl.sum(tl.reshape(value * value, (BLOCKS * 2 * HALF,)), axis=0)
+        value = normed(value, gain, squares / (BLOCKS * 2 * HALF), eps, x.dtype.element_ty)
+    r, x_scale = quantized(value, PLANES)
+    x_scale = tl.reshape(x_scale * NIBBLE_SCALE, (RUNS, SPAN, 1, 2))
+    x_scale = tl.broadcast_to(x_scale, (RUNS, SPAN, PIECES // SPAN, 2))
+    low_scale, high_scale = tl.reshape(x_scale, (RUNS, 1, PIECES, 2)).split()
+    q_low, q_high = _halves(r, 0, PLANES, RUNS, SPAN)
+    if PLANES == 2:
+        q0_low, q0_high = _halves(r, 1, PLANES, RUNS, SPAN)
 
-    own = (flat % BLOCKS)[:, None] == column[None, :]
     for i in tl.static_range(REPEAT):
         if i + 1 < REPEAT:
-            next_w = tl.load(weight + (i + 1) * (ROWS * HALF), eviction_policy="evict_first")
+            next_w = tl.load(weight + (i + 1) * WORDS, eviction_policy="evict_first")
             next_scales = tl.load(weight_scale + (i + 1) * BLOCK_N)
-            if residual is not None:
-                next_addend = tl.load(residual + (i + 1) * BLOCK_N)
-        w = w.to(tl.int8, bitcast=True)
-        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in tl.static_range(STEPS):
-            # Of x the columns of one step remain: that is cheaper than to cut the weights up.
-            within = (j // GROUP == step)[None, :]
-            pair = tl.sum(tl.where(steps[None, :] == step, scales, 0), axis=1)
-            low_group, high_group = scale_pair(pair)
-            d = plane_dot(low_nibbles(w), tl.where(within, low, 0), PLANES)
-            acc += d.to(tl.float32) * low_scale[None, :] * low_group[:, None]
-            d = plane_dot(high_nibbles(w), tl.where(within, high, 0), PLANES)
-            acc += d.to(tl.float32) * high_scale[None, :] * high_group[:, None]
-        y = tl.sum(tl.where(own, acc, 0.0), axis=1)
-        y = tl.sum(tl.reshape(y, (BLOCK_N, BLOCKS)), axis=1)
+        zero = tl.zeros((RUNS, BLOCK_N, PIECES), tl.int32)
+        w_low, w_high = _quarters((w << 4) & UPPER), _quarters(w & UPPER)
+        low, high = _dot(w_low, q_low, zero), _dot(w_high, q_high, zero)
+        if PLANES == 2:
+            low, high = _dot(w_low, q0_low, low << 7), _dot(w_high, q0_high, high << 7)
+        low_group, high_group = scale_pair(scales)
+        y = low.to(tl.float32) * (low_group * low_scale)
+        y += high.to(tl.float32) * (high_group * high_scale)
+        y = tl.sum(tl.sum(y, axis=0), axis=1)
         if residual is not None:
             y += addend.to(tl.float32)
+        y = y.to(out.dtype.element_ty)
         if conv_weight is None:
-            tl.store(target + i * BLOCK_N, y.to(out.dtype.element_ty))
+            store_copied(out + n, y, n >= 0, PIECES)
         else:
-            row = tl.where(tl.arange(0, REPEAT)[None, :] == i, y[:, None], row)
+            store_convolved(y, window, conv_state, out, n, n >= own_n, CHANNELS, TAPS, PIECES)
         if i + 1 < REPEAT:
-            w, scales = next_w, next_scales
+            w, scales, n = next_w, next_scales, n + BLOCK_N
             if residual is not None:
-                addend = next_addend
-    if conv_weight is not None:
-        row = tl.reshape(tl.trans(row), (BLOCK_N * REPEAT,))
-        store_convolved(row, taps, earlier, conv_state, out, n, own_n, CHANNELS, TAPS, TAPS_P2)
+                addend = tl.load(residual + n)
+            if conv_weight is not None:
+                window = conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
 
 
 def power_of_two(limit: int) -> int:
@@ -171,9 +200,8 @@ def linear_decode(
         n,
         CHANNELS=channels,
         TAPS=taps,
-        TAPS_P2=triton.next_power_of_2(taps),
         BLOCKS=blocks,
-        COLUMNS=max(blocks, 8),
+        SPAN=min(config.pop("SPAN"), blocks),
         GROUP=group_size,
         PLANES=planes,
         BLOCK_N=block_n,

@@ -30,20 +30,14 @@ def quantized(x, PLANES: tl.constexpr):
 
 @triton.jit
 def plane_of(r, PLANE: tl.constexpr, PLANES: tl.constexpr):
-    """INT8 plane of quantized values, of which the low 15 bits count: r, or q1 (0) or q0 (1)."""
+    """int32 whose low byte is an INT8 plane of quantized values r: r itself, or q1 (0) or q0 (1).
+
+    Of r, as from `quantized`, the low 8 or 15 bits count.
+    """
     if PLANES == 1:
-        return r.to(tl.int8)
+        return r
     high = ((r + 64) << 10) >> 17
-    return (high if PLANE == 0 else r - (high << 7)).to(tl.int8)
-
-
-@triton.jit
-def plane_dot(weights, r, PLANES: tl.constexpr):
-    """int8 weights `[N, K]` @ r^T, quantized values r int32 `[M, K]`: int32 `[N, M]`."""
-    d = tl.dot(weights, tl.trans(plane_of(r, 0, PLANES)), out_dtype=tl.int32)
-    if PLANES == 2:
-        d = tl.dot(weights, tl.trans(plane_of(r, 1, PLANES)), d << 7, out_dtype=tl.int32)
-    return d
+    return high if PLANE == 0 else r - (high << 7)
 
 
 @triton.jit
@@ -78,5 +72,5 @@ def quantize_rows_kernel(
     r, tile_scale = quantized(value, PLANES)
     for plane in tl.static_range(PLANES):
         target = q + (plane * PADDED_M + row).to(tl.int64) * PADDED_K + column
-        tl.store(target, plane_of(r, plane, PLANES), mask=column < PADDED_K)
+        tl.store(target, plane_of(r, plane, PLANES).to(tl.int8), mask=column < PADDED_K)
     tl.store(scale + tile * PADDED_M + row, tile_scale * SCALE_FACTOR, mask=tile * TILE < PADDED_K)

@@ -67,9 +67,9 @@ def test_sizes(shape, group, op, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("rows,repeat", [(16, 1), (32, 2), (32, 4), (128, 1)])
-def test_several_blocks_per_program(rows, repeat, op, monkeypatch, device):
-    config = {"BLOCK_ROWS": rows, "REPEAT": repeat, "num_warps": 4}
+@pytest.mark.parametrize("rows,span,repeat", [(16, 1, 1), (32, 2, 2), (32, 1, 4), (128, 4, 1)])
+def test_several_blocks_per_program(rows, span, repeat, op, monkeypatch, device):
+    config = {"BLOCK_ROWS": rows, "SPAN": span, "REPEAT": repeat, "num_warps": 4}
     monkeypatch.setattr(linear_decode, "tuned", lambda table, m: dict(config))
     check(Layer(GROUP_3, op, 512, 128, torch.float32, device, norm=False))
 

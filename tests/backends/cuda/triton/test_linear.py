@@ -65,11 +65,21 @@ def test_outputs(m, n, device):
     assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
 
 
-def test_several_blocks_per_program(monkeypatch, device):
-    config = {"BLOCK_ROWS": 32, "REPEAT": 4, "num_warps": 4}
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("group", ops.GROUP_SIZES)
+@pytest.mark.parametrize("span", [1, 2, 4])
+def test_several_blocks_per_program(span, group, name, monkeypatch, device):
+    config = {"BLOCK_ROWS": 32, "SPAN": span, "REPEAT": 4, "num_warps": 4}
     monkeypatch.setattr(linear_decode, "tuned", lambda table, m: dict(config))
-    got, expected = run("linear_w4a8", torch.randn(1, 512, device=device), 150, 128, device)
-    assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
+    got, expected = run(name, torch.randn(1, 1024, device=device), 150, group, device)
+    assert relative_error(got, expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("k", [256, 8192])
+def test_shortest_and_longest_row(k, device):
+    x, norm = torch.randn(1, k, device=device).bfloat16(), torch.randn(k, device=device).bfloat16()
+    got, expected = run("linear_w4a8", x, 24, 128, device, norm_weight=norm, eps=1e-5)
+    assert relative_error(got, expected) < 4e-3
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
