@@ -219,5 +219,6 @@ def dot_steps(weights, activations, GROUP: tl.constexpr, TILE: tl.constexpr):
 def sum_rows(products):
     """`float32 [ROWS]` from `[ROWS / LANES, STEPS, LANES, QUADS]`."""
     ROWS: tl.constexpr = products.shape[0] * products.shape[2]
-    columns: tl.constexpr = products.shape[1] * products.shape[3]
-    return tl.sum(products.permute(0, 2, 1, 3).reshape(ROWS, columns), axis=1)
+    # One dimension after the other: across warps, Triton 3.6 adds up wrongly what a reshape has put
+    # together of several dimensions, if lanes then hold it out of order.
+    return tl.sum(tl.sum(products, axis=1), axis=2).reshape(ROWS)

@@ -8,10 +8,11 @@ from et_moe.backends.cuda.triton.hand_over import hand_over
 
 @pytest.mark.parametrize("position", [0, 1, 6, 2**33 + 1])
 @pytest.mark.parametrize("one", [False, True])
-def test_hand_over(position: int, one: bool) -> None:
-    drawn, at = torch.tensor([-1, -1]), torch.tensor([position])
-    tokens = torch.tensor([[3]]) if one else None
-    hand_over(torch.tensor([[248319]]), at, drawn, tokens)
+def test_hand_over(position: int, one: bool, device: torch.device) -> None:
+    drawn = torch.tensor([-1, -1], device=device)
+    at = torch.tensor([position], device=device)
+    tokens = torch.tensor([[3]], device=device) if one else None
+    hand_over(torch.tensor([[248319]], device=device), at, drawn, tokens)
     other = -1
     assert drawn.tolist() == ([other, 248319] if position % 2 else [248319, other])
     assert at.item() == position + one
