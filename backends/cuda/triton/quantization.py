@@ -16,16 +16,6 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer,
 
 
 @triton.jit
-def _reciprocal(x):
-    """1 / x of float32, correctly rounded."""
-    if interpreted():
-        return 1.0 / x
-    return tl.inline_asm_elementwise(
-        "rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def int8_scale(amax, EXACT: tl.constexpr = True):
     """(127 / amax, amax / 127), or zeros where amax counts as zero.
 
@@ -34,7 +24,7 @@ def int8_scale(amax, EXACT: tl.constexpr = True):
     """
     zero = amax < _ZERO_AMAX
     safe = tl.where(zero, 1.0, amax)
-    inverse = 127.0 * (_reciprocal(safe) if EXACT else 1.0 / safe)
+    inverse = 127.0 * (tl.div_rn(1.0, safe) if EXACT else 1.0 / safe)
     return tl.where(zero, 0.0, inverse), tl.where(zero, 0.0, amax * (1.0 / 127.0))
 
 

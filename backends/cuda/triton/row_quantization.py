@@ -9,32 +9,14 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.quantization import int8_scale, round_int8
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """fp32 x, rounded to DTYPE, as fp32."""
-    if interpreted() or tl.bfloat16 != DTYPE:
-        return x.to(DTYPE).to(tl.float32)
-    # Two at a time: a single one would be converted by the slow unit that computes square roots.
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2;"
-        " shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000; }",
-        "=f,=f,f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=2,
-    )
 
 
 @triton.jit
 def normed(x, norm_weight, mean_square, eps, DTYPE: tl.constexpr):
     """fp32 x -> x * rsqrt(mean_square + eps) * (1 + norm_weight), rounded to DTYPE, as fp32."""
     y = x * tl.rsqrt(mean_square + eps) * (1.0 + norm_weight.to(tl.float32))
-    return _rounded(y, DTYPE)
+    return y.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
