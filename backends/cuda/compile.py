@@ -28,6 +28,7 @@ from et_moe.backends.cuda.host_program import kernel_calls
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
 from et_moe.backends.cuda.triton.hand_over import _hand_over_kernel, hand_over
+from et_moe.backends.cuda.triton.launch import is_one
 from et_moe.backends.cuda.triton.tuning import tuning_target
 from et_moe.backends.method_graph import MethodGraph
 
@@ -124,8 +125,8 @@ def _end_with_hand_over(graph: Graph, inputs: Mapping[str, Node]) -> torch.Tenso
         value = torch.empty(2, dtype=torch.int64, device=tokens.meta["val"].device)
     drawn.meta["val"] = value
     end = graph.output_node()
-    one = isinstance(count := tokens.meta["val"].shape[1], int) and count == 1
-    arguments = (end.args[0][0], inputs["position"], drawn, tokens if one else None)
+    next_tokens = tokens if is_one(tokens.meta["val"].shape[1]) else None
+    arguments = (end.args[0][0], inputs["position"], drawn, next_tokens)
     with graph.inserting_before(end):
         graph.call_function(hand_over, arguments)
     return value
@@ -151,8 +152,10 @@ def check_in_place(source: str, graph: MethodGraph) -> None:
     if unused := sorted(name for name in graph.state if passed[name] not in used):
         raise RuntimeError(f"state {unused} is used by no kernel")
     handed = [words for kernel, words in calls if kernel.startswith(_hand_over_kernel.__name__)]
-    wanted = {passed[name] for name in ("position", "drawn")}
-    if len(handed) != 1 or not wanted <= handed[0]:
+    wanted = ["position", "drawn"]
+    if is_one(input_nodes(graph)["tokens"].meta["val"].shape[1]):
+        wanted.append("tokens")
+    if len(handed) != 1 or not {passed[name] for name in wanted} <= handed[0]:
         raise RuntimeError("the token is not handed over in place")
 
 

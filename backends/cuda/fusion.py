@@ -4,6 +4,7 @@ from torch.fx import Graph, Node
 
 from et_moe.backends.cuda.graphs import op_arguments
 from et_moe.backends.cuda.triton.gated_delta_net import gated_delta_net_projected
+from et_moe.backends.cuda.triton.launch import is_one
 from et_moe.backends.cuda.triton.linear_decode import takes
 
 PLANES = {"linear_w4a8": 1, "linear_w4a16": 2}
@@ -23,8 +24,7 @@ def _projection(net: Node) -> Node | None:
         return None
     given = op_arguments(linear)
     tokens, k = given["x"].meta["val"].shape
-    one = isinstance(tokens, int) and tokens == 1
-    return linear if one and given["residual"] is None and takes(k) else None
+    return linear if is_one(tokens) and given["residual"] is None and takes(k) else None
 
 
 def fuse(graph: Graph) -> None:

@@ -15,7 +15,6 @@ namespace {
 
 using executorch::runtime::NamedDataMap;
 
-constexpr size_t kAlignment = 256;
 constexpr size_t kToken = sizeof(int64_t);
 
 std::string sha256(const void* data, size_t size) {
@@ -28,14 +27,6 @@ std::string sha256(const void* data, size_t size) {
     text += digits;
   }
   return text;
-}
-
-std::vector<size_t> input_offsets(const std::vector<TensorInfo>& inputs) {
-  std::vector<size_t> offsets{0};
-  for (const TensorInfo& input : inputs) {
-    offsets.push_back(offsets.back() + (input.nbytes() + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  return offsets;
 }
 
 size_t find_position(const MethodInfo& info) {
@@ -122,7 +113,7 @@ struct CompiledMethod::Container {
 CompiledMethod::CompiledMethod(Context& context, std::string_view description,
                                const NamedDataMap& data)
     : info_(MethodInfo::parse(description)),
-      offsets_(input_offsets(info_.inputs)),
+      offsets_(aligned_offsets(info_.inputs)),
       position_(find_position(info_)) {
   const CodeInfo& code = info_.code_for(architecture());
   const auto blob = data.get_data(code.data);
@@ -179,7 +170,7 @@ const std::byte* CompiledMethod::enqueue(Context& context, Session& session, Cal
 }
 
 void CompiledMethod::launch(Context& context, Session& session, Calls& calls, int64_t tokens) {
-  const Event& done = calls.done[calls.position & 1];
+  const Event& done = calls.done(calls.position);
   if (!context.use_graphs || capture_failed_ || calls.warm.insert(tokens).second) {
     calls.logits = enqueue(context, session, calls, tokens);
     return done.record(context.stream_);
@@ -256,7 +247,7 @@ void CompiledMethod::run(Context& context, const std::vector<const void*>& input
     launch(context, session, calls, 1);
     session.ahead_ = &calls;
   }
-  calls.done[position & 1].synchronize();
+  calls.done(position).synchronize();
   *token = calls.token(position);
 }
 

@@ -13,7 +13,6 @@ namespace {
 using executorch::runtime::FreeableBuffer;
 using executorch::runtime::NamedDataMap;
 
-constexpr size_t kAlignment = 256;
 constexpr size_t kPiece = size_t{16} << 20;  // bytes copied at a time
 constexpr size_t kThreads = 8;
 
@@ -95,12 +94,12 @@ void copy_all(const std::vector<Piece>& pieces) {
 
 DeviceWeights::DeviceWeights(const NamedDataMap& data, const std::vector<TensorInfo>& tensors) {
   std::vector<FreeableBuffer> sources;
-  size_t total = 0;
-  for (const TensorInfo& tensor : tensors) {
-    sources.push_back(find(data, tensor));
-    offsets_[tensor.name] = total;
-    total += (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
+  const std::vector<size_t> offsets = aligned_offsets(tensors);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    sources.push_back(find(data, tensors[i]));
+    offsets_[tensors[i].name] = offsets[i];
   }
+  const size_t total = offsets.back();
   const MemoryInfo memory = memory_info();
   if (total > memory.free) {
     throw std::runtime_error("too little GPU memory: the weights need " +

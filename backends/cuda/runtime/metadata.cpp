@@ -37,6 +37,15 @@ size_t TensorInfo::nbytes() const {
   return static_cast<size_t>(count);
 }
 
+std::vector<size_t> aligned_offsets(const std::vector<TensorInfo>& tensors) {
+  std::vector<size_t> offsets{0};
+  for (const TensorInfo& tensor : tensors) {
+    const size_t blocks = (tensor.nbytes() + kTensorAlignment - 1) / kTensorAlignment;
+    offsets.push_back(offsets.back() + blocks * kTensorAlignment);
+  }
+  return offsets;
+}
+
 MethodInfo MethodInfo::parse(std::string_view text) {
   try {
     const auto json = nlohmann::json::parse(text);

@@ -1,32 +1,25 @@
 #include "backends/cuda/runtime/session.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace et_moe::cuda {
-namespace {
-
-constexpr size_t kAlignment = 256;
-
-}  // namespace
 
 Session::Session(const Stream& stream, const std::vector<TensorInfo>& state) {
-  size_t total = 0;
-  for (const TensorInfo& tensor : state) {
-    offsets_[tensor.name] = total;
-    total += (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  memory_ = DeviceBuffer(total == 0 ? kAlignment : total);
+  const std::vector<size_t> offsets = aligned_offsets(state);
+  for (size_t i = 0; i < state.size(); ++i) offsets_[state[i].name] = offsets[i];
+  memory_ = DeviceBuffer(std::max(kTensorAlignment, offsets.back()));
   reset(stream);
 }
 
 Session::~Session() {
   // What still runs uses the memory that is freed here.
-  if (ahead_) cudaEventSynchronize(ahead_->done[ahead_->position & 1].get());
+  if (ahead_) cudaEventSynchronize(ahead_->done(ahead_->position).get());
 }
 
 void Session::reset(const Stream& stream) {
   // A token that nobody asked for in the end is waited for: its inputs are about to be overwritten.
-  if (Calls* calls = std::exchange(ahead_, nullptr)) calls->done[calls->position & 1].synchronize();
+  if (Calls* calls = std::exchange(ahead_, nullptr)) calls->done(calls->position).synchronize();
   ET_MOE_CUDA(cudaMemsetAsync(memory_.data(), 0, memory_.size(), stream.get()));
 }
 

@@ -32,14 +32,19 @@ struct Calls {
     return reinterpret_cast<const int64_t*>(drawn.data())[position & 1];
   }
 
+  /// Recorded behind the call at a position.
+  const Event& done(int64_t position) const { return done_[position & 1]; }
+
   PinnedBuffer staging;                // inputs on their way to the GPU
   DeviceBuffer inputs;                 // a call of one token leaves here those of the next
   PinnedBuffer drawn;                  // the tokens of the last two positions, by position % 2
-  Event done[2];                       // of the calls that draw them
   int64_t position = 0;                // of the last call that was started
   const std::byte* logits = nullptr;   // where on the GPU it leaves them
   std::set<int64_t> warm;              // lengths run once without a graph
   std::map<int64_t, Captured> graphs;  // by length
+
+ private:
+  Event done_[2];
 };
 
 /// KV cache, convolution and recurrent state of a sequence, and the graphs captured on them: a

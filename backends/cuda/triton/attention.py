@@ -7,6 +7,7 @@ import torch
 from et_moe.backends.cuda.triton.attention_decode import attention_decode
 from et_moe.backends.cuda.triton.attention_prefill import attention_prefill
 from et_moe.backends.cuda.triton.compile_case import CompileCase
+from et_moe.backends.cuda.triton.launch import is_one
 
 
 def attention(
@@ -35,7 +36,7 @@ def attention(
         "HAS_NUM_TOKENS": num_tokens is not None,
     }
     inputs = (*inputs, position if num_tokens is None else num_tokens)
-    if isinstance(tokens, int) and tokens == 1:
+    if is_one(tokens):
         return attention_decode(inputs, shape)
     return attention_prefill(inputs, shape)
 

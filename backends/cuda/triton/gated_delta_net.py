@@ -6,7 +6,8 @@ from et_moe.backends.cuda.triton.causal_conv1d import causal_conv1d
 from et_moe.backends.cuda.triton.compile_case import CompileCase
 from et_moe.backends.cuda.triton.gated_delta_chunk import Gating, chunk_gated_delta
 from et_moe.backends.cuda.triton.gated_delta_step import step_gated_delta
-from et_moe.backends.cuda.triton.linear import check_linear
+from et_moe.backends.cuda.triton.launch import is_one
+from et_moe.backends.cuda.triton.linear import check_linear, example_weight
 from et_moe.backends.cuda.triton.linear_decode import linear_decode
 
 __all__ = [
@@ -28,7 +29,7 @@ def gated_delta_rule(
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `et_moe.backends.ops.gated_delta_rule`. Dk and Dv are powers of two, at least 16."""
-    run = step_gated_delta if isinstance(v.shape[0], int) and v.shape[0] == 1 else chunk_gated_delta
+    run = step_gated_delta if is_one(v.shape[0]) else chunk_gated_delta
     return run((q, k, v), (0, 0), (g, beta), state, num_tokens, q.shape[1]).view(v.shape)
 
 
@@ -40,9 +41,9 @@ def _behind_convolution(
     num_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
     """What `gated_delta_net` makes of its convolution, the first channels of qkv's rows."""
-    tokens, (heads, key_dim, value_dim) = qkv.shape[0], state.shape
+    heads, key_dim, value_dim = state.shape
     keys = (channels - heads * value_dim) // 2
-    run = step_gated_delta if isinstance(tokens, int) and tokens == 1 else chunk_gated_delta
+    run = step_gated_delta if is_one(qkv.shape[0]) else chunk_gated_delta
     return run((qkv, qkv, qkv), (keys, 2 * keys), gating, state, num_tokens, keys // key_dim)
 
 
@@ -153,10 +154,7 @@ def _projected_case(planes: int) -> CompileCase:
         del given["num_tokens"]
         return given | {
             "x": torch.randn((m, hidden), device=device).bfloat16(),
-            "weight": torch.randint(0, 256, (n, hidden // 2), dtype=torch.uint8, device=device),
-            # Two bf16 of 2^-7 in an int32.
-            "scale": torch.full((hidden // 256, n), 0x3C003C00, dtype=torch.int32, device=device),
-            "group_size": 128,
+            **example_weight(n, hidden, device),
             "input_norm_weight": torch.randn(hidden, device=device).bfloat16(),
             "input_eps": 1e-6,
             "planes": planes,
@@ -220,7 +218,7 @@ def tune_candidates() -> dict[str, list[dict]]:
         (64, 128, 8),
     )
     return {
-        "gated_delta_step": [{"num_warps": w} for w in (4, 8, 16)],
+        "gated_delta_step": [{"num_warps": w} for w in (2, 4, 8, 16)],
         "gated_delta_prepare": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],
         "gated_delta_scan": [{"BLOCK_V": v, "STAGES": s, "num_warps": w} for v, s, w in scan],
         "gated_delta_output": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],

@@ -12,6 +12,8 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.dot import interpreted
 
 NIBBLE_SCALE = tl.constexpr(0.0625)
+UPPER_NIBBLES = tl.constexpr(-0x0F0F0F10)
+"""0xF0F0F0F0: of the four bytes of an int32."""
 
 
 @triton.jit

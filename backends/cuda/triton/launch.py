@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 
+import torch
 import triton
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
@@ -40,6 +41,11 @@ def launch(kernel: Callable, grid: tuple, *args, **kwargs) -> None:
     # Under TRITON_INTERPRET=1 the decorator makes another class, which torch cannot wrap.
     runner = wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
     runner[grid](*args, **kwargs)
+
+
+def is_one(size: int | torch.SymInt) -> bool:
+    """Whether a dimension is 1 in every call; a symbolic one never is."""
+    return isinstance(size, int) and size == 1
 
 
 def cdiv(a: int, b: int) -> int:

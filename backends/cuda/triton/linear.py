@@ -12,7 +12,7 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.compile_case import PREFILL_TOKENS, CompileCase
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
-from et_moe.backends.cuda.triton.launch import cdiv, launch
+from et_moe.backends.cuda.triton.launch import cdiv, is_one, launch
 from et_moe.backends.cuda.triton.linear_decode import linear_decode, power_of_two, takes
 from et_moe.backends.cuda.triton.linear_layout import (
     LAYOUT_VERSION,
@@ -114,7 +114,7 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
     check_linear(x, weight, scale, group_size, norm_weight, residual)
     (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
     x = x.contiguous()
-    if isinstance(m, int) and m == 1 and takes(k):
+    if is_one(m) and takes(k):
         return linear_decode(x, weight, scale, group_size, norm_weight, eps, residual, planes)
     config = tuned(f"linear_w4a{8 * planes}", m)
     block_m = config["BLOCK_M"]
@@ -194,6 +194,16 @@ def linear_w4a16(
     return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=2)
 
 
+def example_weight(n: int, k: int, device: torch.device) -> dict:
+    """Weight, scale and group_size of a linear layer for compile cases."""
+    return {
+        "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
+        # Two bf16 of 2^-7 in an int32.
+        "scale": torch.full((k // 256, n), 0x3C003C00, dtype=torch.int32, device=device),
+        "group_size": 128,
+    }
+
+
 def compile_cases() -> list[CompileCase]:
     """The linear layers of Qwen3.5-35B-A3B."""
 
@@ -204,10 +214,7 @@ def compile_cases() -> list[CompileCase]:
 
             return {
                 "x": bf16(m, k).to(dtype),
-                "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
-                # Two bf16 of 2^-7 in an int32.
-                "scale": torch.full((k // 256, n), 0x3C003C00, dtype=torch.int32, device=device),
-                "group_size": 128,
+                **example_weight(n, k, device),
                 "norm_weight": bf16(k) if norm else None,
                 "residual": bf16(m, n) if residual else None,
             }

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import conv_window, store_convolved, store_copied
 from et_moe.backends.cuda.triton.dependent_launch import prefetch, wait_for_previous
-from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, dot_bytes, pack_bytes
+from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, UPPER_NIBBLES, dot_bytes, pack_bytes
 from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.linear_layout import scale_pair
 from et_moe.backends.cuda.triton.row_quantization import normed, plane_of, quantized
@@ -85,7 +85,6 @@ def _w4_gemv_kernel(
     RUNS: tl.constexpr = BLOCKS // SPAN
     PIECES: tl.constexpr = SPAN * (HALF // 16)
     WORDS: tl.constexpr = BLOCK_N * BLOCKS * (HALF // 4)
-    UPPER: tl.constexpr = -0x0F0F0F10  # 0xF0F0F0F0
     rows_n, run = tl.arange(0, BLOCK_N), tl.arange(0, RUNS)[:, None, None]
     row, piece = rows_n[None, :, None], tl.arange(0, PIECES)[None, None, :]
     word = tl.arange(0, 4 * PIECES)[None, None, :]
@@ -128,7 +127,7 @@ def _w4_gemv_kernel(
             next_w = tl.load(weight + (i + 1) * WORDS, eviction_policy="evict_first")
             next_scales = tl.load(weight_scale + (i + 1) * BLOCK_N)
         zero = tl.zeros((RUNS, BLOCK_N, PIECES), tl.int32)
-        w_low, w_high = _quarters((w << 4) & UPPER), _quarters(w & UPPER)
+        w_low, w_high = _quarters((w << 4) & UPPER_NIBBLES), _quarters(w & UPPER_NIBBLES)
         low, high = _dot(w_low, q_low, zero), _dot(w_high, q_high, zero)
         if PLANES == 2:
             low, high = _dot(w_low, q0_low, low << 7), _dot(w_high, q0_high, high << 7)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.dot import interpreted
-from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, dot_bytes
+from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, UPPER_NIBBLES, dot_bytes
 from et_moe.backends.cuda.triton.quantization import int8_scale, round_int8
 
 QUADS = tl.constexpr(4)
@@ -23,7 +23,6 @@ _WORDS = tl.constexpr(4)
 # 0x8B400000; 0x80808080 is added to avoid borrows, and taken from each byte again.
 _BYTES_BIAS = tl.constexpr(-0x0ABF7F80)
 _BYTES_SIGN = tl.constexpr(-0x7F7F7F80)
-_UPPER_NIBBLES = tl.constexpr(-0x0F0F0F10)  # 0xF0F0F0F0
 
 
 @triton.jit
@@ -186,7 +185,7 @@ def _dot_int8(packed, q_low, q_high):
         low = dot_bytes(q_low[i], tl.full(low.shape, -0x07070708, tl.int32), low)  # times -8
     for i in tl.static_range(4):
         low = dot_bytes(_biased_low_nibbles(weights[i]), q_low[i], low)
-        high = dot_bytes(weights[i] & _UPPER_NIBBLES, q_high[i], high)
+        high = dot_bytes(weights[i] & UPPER_NIBBLES, q_high[i], high)
     return low, high
 
 
