@@ -2,16 +2,17 @@
 
 #include <algorithm>
 
+#include "backends/cuda/runtime/alignment.h"
+
 namespace et_moe::cuda {
 namespace {
 
-constexpr size_t kAlignment = 256;
 constexpr size_t kChunk = size_t{32} << 20;  // asking CUDA is slow: ask for more than is needed
 
 }  // namespace
 
 Arena::Block Arena::allocate(size_t size) {
-  size = std::max(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment);
+  size = aligned(std::max(size, kAlignment));
   auto block = std::find_if(free_.begin(), free_.end(),
                             [size](const auto& entry) { return entry.second >= size; });
   if (block == free_.end()) {

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "backends/cuda/runtime/alignment.h"
 #include "backends/cuda/runtime/tensor.h"
 
 namespace et_moe::cuda {
@@ -40,8 +41,7 @@ size_t TensorInfo::nbytes() const {
 std::vector<size_t> aligned_offsets(const std::vector<TensorInfo>& tensors) {
   std::vector<size_t> offsets{0};
   for (const TensorInfo& tensor : tensors) {
-    const size_t blocks = (tensor.nbytes() + kTensorAlignment - 1) / kTensorAlignment;
-    offsets.push_back(offsets.back() + blocks * kTensorAlignment);
+    offsets.push_back(offsets.back() + aligned(tensor.nbytes()));
   }
   return offsets;
 }

@@ -17,8 +17,6 @@ struct TensorInfo {
   size_t nbytes() const;
 };
 
-constexpr size_t kTensorAlignment = 256;  // ALIGNMENT of backends/cuda/backend.py
-
 /// Where in one piece of memory each tensor begins, and behind the last one its size.
 std::vector<size_t> aligned_offsets(const std::vector<TensorInfo>& tensors);
 

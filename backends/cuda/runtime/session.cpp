@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <utility>
 
+#include "backends/cuda/runtime/alignment.h"
+
 namespace et_moe::cuda {
 
 Session::Session(const Stream& stream, const std::vector<TensorInfo>& state) {
   const std::vector<size_t> offsets = aligned_offsets(state);
   for (size_t i = 0; i < state.size(); ++i) offsets_[state[i].name] = offsets[i];
-  memory_ = DeviceBuffer(std::max(kTensorAlignment, offsets.back()));
+  memory_ = DeviceBuffer(std::max(kAlignment, offsets.back()));
   reset(stream);
 }
 
