@@ -64,14 +64,14 @@ def router(m: int, c: ModelConfig) -> list[Kernel]:
     hidden, rows = c.hidden_size, c.num_experts + 1
     slots = 8 * m * (c.num_experts_per_tok + c.shared_experts)
     weights, operations = 2 * rows * hidden, 2.0 * m * rows * hidden
+    choose = Kernel("router: choose", 4 * m * rows + slots)
     if m <= DECODE_TOKENS:
-        return [
-            Kernel("router: logits", weights + 4 * m * hidden + 4 * m * rows, bf16=operations),
-            Kernel("router: choose", 4 * m * rows + slots),
-        ]
+        logits = Kernel("router: logits", weights + 4 * m * (hidden + rows), bf16=operations)
+        return [logits, choose]
     return [
-        Kernel("router: norm", 4 * m * hidden),
-        Kernel("router", weights + 2 * m * hidden + slots, bf16=operations),
+        Kernel("router: norm, gate", 4 * m * hidden),
+        Kernel("router: logits", weights + 2 * m * hidden + 4 * m * rows, bf16=operations),
+        choose,
     ]
 
 
@@ -93,8 +93,8 @@ def experts(m: int, c: ModelConfig, group: int = 128) -> list[Kernel]:
         Kernel("experts: route", 8 * pairs),
         Kernel("experts: quantize", 3 * m * hidden),
         Kernel("experts: gate, up", 2 * matrix + m * hidden + pairs * inner, 2 * operations),
-        Kernel("experts: down", matrix + pairs * inner + 4 * pairs * hidden, operations),
-        Kernel("experts: sum", 4 * pairs * hidden + 4 * m * hidden),
+        Kernel("experts: down", matrix + pairs * inner + 2 * pairs * hidden, operations),
+        Kernel("experts: sum", 2 * pairs * hidden + 4 * m * hidden),
     ]
 
 

@@ -196,6 +196,45 @@ def _gate_up_kernel(
 
 
 @triton.jit
+def _unit(bound):
+    """A power of two u for each bound, with bound < 2^15 u, and 1 / u.
+
+    Quotients by u of what the bound holds for fit fp16, and keep its 11 bits down to 2^-29 of the
+    bound. NaN and infinity take the largest u.
+    """
+    bits = bound.to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 15 << 23), 254 << 23) - (14 << 23)
+    return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest_parts(
+    x_scale_rows,
+    x_used,
+    scales,
+    weight,
+    K: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """What w2 times inner times the routing weight can be at most, for each row `[BLOCK_M]`.
+
+    x_scale_rows, x_used, TILE: as `_grouped_step` takes them. scales: pointer to the SCALES weight
+    scales of the columns that the program computes.
+    """
+    tile = tl.arange(0, triton.next_power_of_2(K // TILE))
+    inside = x_used[None, :] & (tile < K // TILE)[:, None]
+    at = x_scale_rows[None, :] + tile[:, None] * X_SCALE_STRIDE
+    x_scale = tl.max(tl.load(at, mask=inside, other=0.0), axis=0)
+    i = tl.arange(0, triton.next_power_of_2(SCALES))
+    weight_scale = tl.load(scales + i, mask=i < SCALES, other=0.0).to(tl.float32)
+    # |inner| is at most 127 scales, a weight 8.
+    largest = x_scale * tl.max(tl.abs(weight_scale), axis=0) * (127.0 * 8.0 * K)
+    return largest * tl.abs(weight)
+
+
+@triton.jit
 def _down_kernel(
     inner,
     inner_scale,
@@ -205,6 +244,7 @@ def _down_kernel(
     rows,
     block_experts,
     out,
+    unit,
     K: tl.constexpr,
     HIDDEN: tl.constexpr,
     HIDDEN_UP: tl.constexpr,
@@ -220,9 +260,9 @@ def _down_kernel(
     A program computes REPEAT times BLOCK_N columns: K is short, so that filling the pipeline anew
     for every block of columns would cost as much as its products.
 
-    out is float32. In bf16 the rounding of the parts would cost as much as that of their sum: 0.29%
-    instead of 0.03% against the reference for two slots. Blocks of int16 with a scale would be as
-    exact and half as large, but finding the scales doubles the kernel's instructions.
+    out is float32, or float16 in units of `unit float32 [pairs, PARTS]`, a power of two for each of
+    the PARTS programs that share a row, which needs TILE. (Rounding to bf16 would cost as much as
+    that of the sum.)
     """
     wait_for_previous()
     TILES: tl.constexpr = K // 128
@@ -245,6 +285,14 @@ def _down_kernel(
     scale_rows = w2_scale + row_block * (TILES * (128 // GROUP) * 64) + n % 64
     NEXT_WEIGHTS: tl.constexpr = BLOCK_N * TILES * 64  # of the next BLOCK_N columns
     NEXT_SCALES: tl.constexpr = BLOCK_N * TILES * (128 // GROUP)
+    if unit is not None:
+        first = tl.program_id(0) % PARTS * (BLOCK_N * REPEAT) // 64
+        first_scale = w2_scale + (expert * HIDDEN_UP // 64 + first) * (TILES * (128 // GROUP) * 64)
+        SCALES: tl.constexpr = max(BLOCK_N * REPEAT, 64) * TILES * (128 // GROUP)
+        largest = _largest_parts(x_scale_rows, used, first_scale, weight, K, BLOCK_M, TILE, SCALES)
+        row_unit, inverse = _unit(largest)
+        tl.store(unit + pair * PARTS + tl.program_id(0) % PARTS, row_unit, mask=used)
+        weight *= inverse
     scales = _weight_scales(scale_rows, 0, 64, GROUP, TILE)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # One loop over blocks and steps, so that loads run ahead from block to block.
@@ -261,7 +309,8 @@ def _down_kernel(
             column = n + i // STEPS * BLOCK_N
             mask = used[:, None] & (column < HIDDEN)[None, :]
             target = out + pair[:, None] * HIDDEN + column[None, :]
-            tl.store(target, (acc * weight[None, :]).trans(), mask=mask)
+            result = (acc * weight[None, :]).to(out.dtype.element_ty)
+            tl.store(target, result.trans(), mask=mask)
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
 
@@ -322,13 +371,18 @@ def moe_prefill(
         BLOCK_M=block_m,
         **config,
     )
-    parts = x.new_empty((tokens * slots, hidden), dtype=torch.float32)
     config = tuned(f"{table}_down", tokens)
     config["BLOCK_N"] = _divisor(hidden_up, config["BLOCK_N"])
     config["REPEAT"] = _divisor(hidden_up // config["BLOCK_N"], config["REPEAT"])
+    span = config["BLOCK_N"] * config["REPEAT"]
+    programs = hidden_up // span
+    # 0.02% of error, which only a result in fp32 would show.
+    half = int8 and x.element_size() == 2
+    parts = x.new_empty((tokens * slots, hidden), dtype=torch.float16 if half else torch.float32)
+    unit = parts.new_empty((tokens * slots, programs), dtype=torch.float32) if half else None
     launch(
         _down_kernel,
-        (num_blocks * (hidden_up // (config["BLOCK_N"] * config["REPEAT"])),),
+        (num_blocks * programs,),
         activated,
         inner_scale,
         w2,
@@ -337,6 +391,7 @@ def moe_prefill(
         rows,
         block_experts,
         parts,
+        unit,
         K=inner,
         HIDDEN=hidden,
         HIDDEN_UP=hidden_up,
@@ -346,5 +401,5 @@ def moe_prefill(
         **config,
     )
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sum_slots(parts, topk_ids, residual, experts, out)
+    sum_slots(parts, unit, span, topk_ids, residual, experts, out)
     return out

@@ -105,25 +105,34 @@ def route(
 @triton.jit
 def _sum_slots_kernel(
     parts,
+    unit,
     topk_ids,
     residual,
     out,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    UNITS: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adds up the slots of a token in order, and the residual: `[T, SLOTS, HIDDEN]` to `[T, H]`."""
     wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    span = tl.program_id(1) * (BLOCK // SPAN) + tl.arange(0, BLOCK // SPAN)
+    column = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     inside = column < HIDDEN
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK // SPAN, SPAN), tl.float32)
     for slot in tl.static_range(SLOTS):
         expert = tl.load(topk_ids + token * SLOTS + slot)
         # Skipped slots were never written.
         mask = inside & (expert >= 0) & (expert < EXPERTS)
-        total += tl.load(parts + (token * SLOTS + slot) * HIDDEN + column, mask=mask, other=0.0)
+        pair = token * SLOTS + slot
+        part = tl.load(parts + pair * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+        if unit is not None:
+            used = (span < UNITS) & (expert >= 0) & (expert < EXPERTS)
+            part *= tl.load(unit + pair * UNITS + span, mask=used, other=0.0)[:, None]
+        total += part
     if residual is not None:
         total += tl.load(residual + token * HIDDEN + column, mask=inside).to(tl.float32)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=inside)
@@ -131,6 +140,8 @@ def _sum_slots_kernel(
 
 def sum_slots(
     parts: torch.Tensor,
+    unit: torch.Tensor | None,
+    span: int,
     topk_ids: torch.Tensor,
     residual: torch.Tensor | None,
     experts: int,
@@ -139,22 +150,28 @@ def sum_slots(
     """out = the sum of `parts [T * SLOTS, H]` over the slots of each token, in order, + residual.
 
     Args:
-        parts: float32; rows of slots whose id is outside 0..experts-1 are left out.
+        parts: rows of slots whose id is outside 0..experts-1 are left out.
+        unit: `float32 [T * SLOTS, N]`, N * span >= H, what parts are multiples of; None for 1.
+        span: columns with the same unit, a power of two.
         topk_ids: integer `[T, SLOTS]`.
         residual, out: `[T, H]`.
     """
     tokens, slots = topk_ids.shape
     hidden = parts.shape[1]
     config = tuned("moe_sum_slots", tokens)
+    config["BLOCK"] = max(config["BLOCK"], span)
     launch(
         _sum_slots_kernel,
         (tokens, cdiv(hidden, config["BLOCK"])),
         parts,
+        unit,
         topk_ids.contiguous(),
         None if residual is None else residual.contiguous(),
         out,
         EXPERTS=experts,
         SLOTS=slots,
         HIDDEN=hidden,
+        UNITS=1 if unit is None else unit.shape[1],
+        SPAN=span,
         **config,
     )

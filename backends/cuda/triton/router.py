@@ -1,8 +1,8 @@
 """The router of the mixture of experts; the contract is `ops.moe_router`.
 
-A few rows: logits over many programs, each of which norms the row anew, then one program per row
-that chooses. Many rows: the norm and the shared expert's gate row by row, then tiles of tokens
-that take the logits of all experts on tensor cores and choose at once.
+A few rows: logits over many programs, each of which norms the row anew. Many rows: the norm and the
+shared expert's gate row by row, then the logits on tensor cores. Behind both, one program per row
+chooses.
 """
 
 import torch
@@ -23,55 +23,6 @@ MAX_DECODE_TOKENS = 16
 def _flip(bits):
     """The bits of a float, as integers that have the order of floats; and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _choose(
-    logits,
-    gate,
-    row,
-    valid,
-    inside,
-    topk_weights,
-    topk_ids,
-    EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_SHARED: tl.constexpr,
-):
-    """Top-k and softmax over its logits; writes all slots of some rows.
-
-    logits: fp32 `[R, E']`, of which those from EXPERTS on are not read. gate: fp32 `[R]`, before
-    the sigmoid.
-    row: int `[R]`; valid: whether it is a token and not padding; inside: whether it exists.
-    """
-    SLOTS: tl.constexpr = TOP_K + NUM_SHARED
-    slot = tl.arange(0, triton.next_power_of_2(SLOTS))[None, :]
-    BLOCK_E: tl.constexpr = logits.shape[1]
-    LEAST: tl.constexpr = -0x80000000
-    expert = tl.arange(0, BLOCK_E)[None, :]
-    # Integers, of which a warp finds the largest in one instruction: NaNs come first, whatever
-    # their sign, and adding 0 makes equals of zeros.
-    keys = tl.where(logits == logits, _flip((logits + 0.0).to(tl.int32, bitcast=True)), 0x7FFFFFFF)
-    keys = tl.where(expert < EXPERTS, keys, LEAST)
-    ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0) + tl.zeros_like(row)[:, None]
-    best_keys = tl.full((row.shape[0], slot.shape[1]), LEAST, tl.int32)
-    for i in tl.static_range(TOP_K):
-        best = tl.max(keys, axis=1, keep_dims=True)
-        chosen = tl.min(tl.where(keys == best, expert, BLOCK_E), axis=1, keep_dims=True)
-        keys = tl.where(expert == chosen, LEAST, keys)
-        ids = tl.where(slot == i, chosen, ids)
-        best_keys = tl.where(slot == i, best, best_keys)
-        if i == 0:
-            largest = _flip(best).to(tl.float32, bitcast=True)
-    weights = tl.exp(_flip(best_keys).to(tl.float32, bitcast=True) - largest)
-    weights = tl.where(slot < TOP_K, weights, 0.0)
-    weights /= tl.sum(weights, axis=1, keep_dims=True)
-    shared = 1.0 / (1.0 + tl.exp(-gate))
-    weights = tl.where(slot < TOP_K, weights, shared[:, None])
-    at = row.to(tl.int64)[:, None] * SLOTS + slot
-    mask = inside[:, None] & (slot < SLOTS)
-    tl.store(topk_weights + at, tl.where(valid[:, None], weights, 0.0), mask=mask)
-    tl.store(topk_ids + at, tl.where(valid[:, None], ids, -1), mask=mask)
 
 
 @triton.jit
@@ -124,17 +75,43 @@ def _choose_kernel(
     TOP_K: tl.constexpr,
     NUM_SHARED: tl.constexpr,
 ):
-    """Slots of one token from logits `[M, EXPERTS + 1]`."""
+    """Top-k and softmax over its logits: all slots of one token, from logits `[M, EXPERTS + 1]`.
+
+    The last logit is that of the shared experts' gate.
+    """
     wait_for_previous()
-    row = tl.program_id(0) + tl.arange(0, 1)
-    expert = tl.arange(0, BLOCK_E)[None, :]
-    at = logits + row[:, None] * (EXPERTS + 1)
+    SLOTS: tl.constexpr = TOP_K + NUM_SHARED
+    LEAST: tl.constexpr = -0x80000000
+    row = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    slot = tl.arange(0, triton.next_power_of_2(SLOTS))
+    at = logits + row.to(tl.int64) * (EXPERTS + 1)
     values = tl.load(at + expert, mask=expert < EXPERTS)
-    gate = tl.load(logits + row * (EXPERTS + 1) + EXPERTS)
+    gate = tl.load(at + EXPERTS)
     valid = row >= 0
     if num_tokens is not None:
         valid = row < tl.load(num_tokens)
-    _choose(values, gate, row, valid, row >= 0, topk_weights, topk_ids, EXPERTS, TOP_K, NUM_SHARED)
+    # Integers, of which a warp finds the largest in one instruction: NaNs come first, whatever
+    # their sign, and adding 0 makes equals of zeros.
+    keys = tl.where(values == values, _flip((values + 0.0).to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+    keys = tl.where(expert < EXPERTS, keys, LEAST)
+    ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0)
+    best_keys = tl.full(slot.shape, LEAST, tl.int32)
+    for i in tl.static_range(TOP_K):
+        best = tl.max(keys, axis=0)
+        chosen = tl.min(tl.where(keys == best, expert, BLOCK_E), axis=0)
+        keys = tl.where(expert == chosen, LEAST, keys)
+        ids = tl.where(slot == i, chosen, ids)
+        best_keys = tl.where(slot == i, best, best_keys)
+        if i == 0:
+            largest = _flip(best).to(tl.float32, bitcast=True)
+    weights = tl.exp(_flip(best_keys).to(tl.float32, bitcast=True) - largest)
+    weights = tl.where(slot < TOP_K, weights, 0.0)
+    weights /= tl.sum(weights, axis=0)
+    weights = tl.where(slot < TOP_K, weights, 1.0 / (1.0 + tl.exp(-gate)))
+    at = row.to(tl.int64) * SLOTS + slot
+    tl.store(topk_weights + at, tl.where(valid, weights, 0.0), mask=slot < SLOTS)
+    tl.store(topk_ids + at, tl.where(valid, ids, -1), mask=slot < SLOTS)
 
 
 @triton.jit
@@ -143,12 +120,13 @@ def _norm_gate_kernel(
     norm_weight,
     gate_weight,
     normed_x,
-    gate,
+    logits,
     eps,
+    ROWS: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """normed_x `[M, H]` and the shared expert's logit gate `[M]`, one row per program."""
+    """normed_x `[M, H]` and the gate's logit, the last of `[M, ROWS]`, one row per program."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK_H)
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
@@ -157,34 +135,29 @@ def _norm_gate_kernel(
     value = _normed_row(x, gain, row, eps, H, BLOCK_H)
     at = normed_x + row.to(tl.int64) * H + column
     tl.store(at, value.to(x.dtype.element_ty), mask=column < H)
-    tl.store(gate + row, tl.sum(w * value, axis=0))
+    tl.store(logits + row * ROWS + ROWS - 1, tl.sum(w * value, axis=0))
 
 
 @triton.jit
-def _prefill_kernel(
+def _prefill_logits_kernel(
     normed_x,
     weight,
-    gate,
-    num_tokens,
-    topk_weights,
-    topk_ids,
+    logits,
     M,
+    ROWS: tl.constexpr,
     H: tl.constexpr,
-    EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Logits of all experts for BLOCK_M tokens, and their slots."""
+    """logits `[M, ROWS]` of BLOCK_E experts, all but the last row of weight, and BLOCK_M tokens."""
     wait_for_previous()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    expert = tl.arange(0, BLOCK_E)
+    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
     # Rows past the end repeat the last one; their results are not used.
     x_rows = normed_x + tl.minimum(row, M - 1).to(tl.int64)[:, None] * H
-    weight += tl.minimum(expert, EXPERTS)[:, None] * H
+    weight += tl.minimum(expert, ROWS - 1)[:, None] * H
     acc = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
     for start in range(0, H, BLOCK_K):
         column = start + k[None, :]
@@ -194,13 +167,8 @@ def _prefill_kernel(
             w = tl.load(weight + column, mask=column < H, other=0.0)
             tokens = tl.load(x_rows + column, mask=column < H, other=0.0)
         acc += dot(w, tl.trans(tokens), normed_x)
-    logits = tl.trans(acc)
-    inside = row < M
-    valid = inside
-    if num_tokens is not None:
-        valid = row < tl.load(num_tokens)
-    shared = tl.load(gate + row, mask=inside, other=0.0)
-    _choose(logits, shared, row, valid, inside, topk_weights, topk_ids, EXPERTS, TOP_K, NUM_SHARED)
+    at = logits + row.to(tl.int64)[:, None] * ROWS + expert[None, :]
+    tl.store(at, tl.trans(acc), mask=(row < M)[:, None] & (expert < ROWS - 1)[None, :])
 
 
 def moe_router(
@@ -212,69 +180,40 @@ def moe_router(
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ops.moe_router` in two launches."""
+    """`ops.moe_router` in two launches for a few rows, else three."""
     (m, hidden), experts = x.shape, weight.shape[0] - 1
     if not 0 < top_k <= experts:
         raise ValueError(f"top_k {top_k} of {experts} experts: expected 1..{experts}")
     x, weight = x.contiguous(), weight.contiguous()
     normed_x = torch.empty_like(x)
-    topk_weights = x.new_empty((m, top_k + num_shared), dtype=torch.float32)
-    topk_ids = x.new_empty((m, top_k + num_shared), dtype=torch.int32)
-    block_h = triton.next_power_of_2(hidden)
-    choice = {
-        "EXPERTS": experts,
-        "BLOCK_E": triton.next_power_of_2(experts),
-        "TOP_K": top_k,
-        "NUM_SHARED": num_shared,
-    }
+    logits = x.new_empty((m, experts + 1), dtype=torch.float32)
+    shape = {"ROWS": experts + 1, "H": hidden}
+    norm = {"BLOCK_H": triton.next_power_of_2(hidden)}
     if isinstance(m, int) and m <= MAX_DECODE_TOKENS:
         config = tuned("router_decode", m)
-        logits = x.new_empty((m, experts + 1), dtype=torch.float32)
-        launch(
-            _decode_logits_kernel,
-            (cdiv(experts + 1, config["BLOCK_E"]), m),
-            x,
-            norm_weight,
-            weight,
-            normed_x,
-            logits,
-            eps,
-            ROWS=experts + 1,
-            H=hidden,
-            BLOCK_H=block_h,
-            **config,
-        )
-        slots = (logits, num_tokens, topk_weights, topk_ids)
-        launch(_choose_kernel, (m,), *slots, **choice, num_warps=1)
-        return normed_x, topk_weights, topk_ids
-    config = tuned("router_prefill", m)
-    gate = x.new_empty((m,), dtype=torch.float32)
+        grid = (cdiv(experts + 1, config["BLOCK_E"]), m)
+        arguments = (x, norm_weight, weight, normed_x, logits, eps)
+        launch(_decode_logits_kernel, grid, *arguments, **shape, **norm, **config)
+    else:
+        arguments = (x, norm_weight, weight.select(0, experts), normed_x, logits, eps)
+        launch(_norm_gate_kernel, (m,), *arguments, **shape, **norm, num_warps=4)
+        config = tuned("router_prefill", m)
+        grid = (cdiv(m, config["BLOCK_M"]), cdiv(experts, config["BLOCK_E"]))
+        launch(_prefill_logits_kernel, grid, normed_x, weight, logits, m, **shape, **config)
+    topk_weights = x.new_empty((m, top_k + num_shared), dtype=torch.float32)
+    topk_ids = x.new_empty((m, top_k + num_shared), dtype=torch.int32)
     launch(
-        _norm_gate_kernel,
+        _choose_kernel,
         (m,),
-        x,
-        norm_weight,
-        weight.select(0, experts),
-        normed_x,
-        gate,
-        eps,
-        H=hidden,
-        BLOCK_H=block_h,
-        num_warps=4,
-    )
-    launch(
-        _prefill_kernel,
-        (cdiv(m, config["BLOCK_M"]),),
-        normed_x,
-        weight,
-        gate,
+        logits,
         num_tokens,
         topk_weights,
         topk_ids,
-        m,
-        H=hidden,
-        **choice,
-        **config,
+        EXPERTS=experts,
+        BLOCK_E=triton.next_power_of_2(experts),
+        TOP_K=top_k,
+        NUM_SHARED=num_shared,
+        num_warps=1,
     )
     return normed_x, topk_weights, topk_ids
 
@@ -301,7 +240,7 @@ def compile_cases() -> list[CompileCase]:
             moe_router,
             arguments,
             tables=("router_decode", "router_prefill"),
-            streams={"_decode_logits_kernel": ("weight",), "_prefill_kernel": ("weight",)},
+            streams={"_decode_logits_kernel": ("weight",), "_prefill_logits_kernel": ("weight",)},
         )
     ]
 
@@ -313,10 +252,9 @@ def tune_candidates() -> dict[str, list[dict]]:
             {"BLOCK_E": e, "num_warps": w, "num_stages": 1} for e in (1, 2, 4) for w in (2, 4, 8)
         ],
         "router_prefill": [
-            {"BLOCK_M": m, "BLOCK_K": k, "num_warps": w, "num_stages": s}
-            for m in (16, 32, 64)
-            for k in (32, 64)
-            for w in (4, 8)
-            for s in (2, 3, 4)
+            {"BLOCK_E": e, "BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
+            for e, m in ((64, 16), (64, 32), (64, 64), (128, 32), (128, 64))
+            for k in (64, 128)
+            for stages in (3, 4)
         ],
     }

@@ -37,7 +37,7 @@ def test_rows(m, device):
     args = inputs(m, device)
     with record_launches(run=True) as launches:
         got = moe_router(*args, 4, 1)
-    assert len(launches) == 2
+    assert len(launches) == (2 if m <= 16 else 3)
     check(got, ops.moe_router(*args, 4, 1))
 
 
