@@ -6,12 +6,8 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.launch import cdiv, launch
+from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
-
-
-@triton.jit
-def silu(x):
-    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit

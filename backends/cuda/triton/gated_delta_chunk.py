@@ -21,10 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d import silu, valid_tokens
+from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import dot
 from et_moe.backends.cuda.triton.launch import cdiv, launch
+from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
 
 LOG_CHUNK = {2: 6, 4: 5}
@@ -61,10 +62,11 @@ def _unit_lower_inverse(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """
     row = tl.arange(0, 1 << LOG_SIZE)[:, None]
     column = tl.arange(0, 1 << LOG_SIZE)[None, :]
-    highest = row ^ column  # its highest bit tells at which level two indices part
-    x = tl.where(row == column, 1.0, 0.0) - tl.where(highest == 1, a, 0.0)
+    x = tl.where(row == column, 1.0, 0.0) - tl.where(row ^ column == 1, a, 0.0)
+    a = a.to(DTYPE)
     for level in range(1, LOG_SIZE):  # a loop at run time: unrolled, it takes twice the registers
-        between = tl.where(highest >> level == 1, a, 0.0).to(DTYPE)
+        # The level at which two indices part is that of the highest bit in which they differ.
+        between = tl.where((row >> level) ^ (column >> level) == 1, a, 0.0)
         xb = tl.dot(x.to(DTYPE), between, input_precision="tf32x3")
         x -= tl.dot(xb.to(DTYPE), x.to(DTYPE), input_precision="tf32x3")
     return x
@@ -115,8 +117,9 @@ def _prepare_kernel(
     dv = tl.arange(0, DV)
     is_valid = token < valid
     inside = is_valid[:, None]
-    k_tile = k_ptr + start * K_ROW + (K_COLUMN + head // GROUP * DK)
-    k = tl.load(k_tile + token[:, None] * K_ROW + dk[None, :], mask=inside, other=0.0)
+    k_column = K_COLUMN + head // GROUP * DK + dk
+    k_tile = k_ptr + start * K_ROW + token[:, None] * K_ROW + k_column[None, :]
+    k = tl.load(k_tile, mask=inside, other=0.0)
     gate = start * GATE_ROW + token * GATE_ROW + head
     beta = tl.load(b_ptr + gate + B_COLUMN, mask=is_valid, other=0.0).to(tl.float32)
     g = tl.load(a_ptr + gate + A_COLUMN, mask=is_valid, other=0.0).to(tl.float32)
@@ -138,8 +141,9 @@ def _prepare_kernel(
     t = _unit_lower_inverse(a, LOG_CHUNK, half) * beta[None, :]
     w = dot(t * (tl.exp(decay) * k_scale)[None, :], k, w_ptr)
     tl.store(w_ptr + row * DK + token[:, None] * DK + dk[None, :], w.to(w_ptr.dtype.element_ty))
-    v_tile = v_ptr + start * V_ROW + (V_COLUMN + head * DV)
-    v = tl.load(v_tile + token[:, None] * V_ROW + dv[None, :], mask=inside, other=0.0)
+    v_column = V_COLUMN + head * DV + dv
+    v_tile = v_ptr + start * V_ROW + token[:, None] * V_ROW + v_column[None, :]
+    v = tl.load(v_tile, mask=inside, other=0.0)
     u = dot(t, v, u_ptr)
     tl.store(u_ptr + row * DV + token[:, None] * DV + dv[None, :], u.to(u_ptr.dtype.element_ty))
 
@@ -261,10 +265,14 @@ def _output_kernel(
     seen = token[:, None] >= token[None, :]
     p = dot(q, tl.trans(k), q_ptr) * k_scale[None, :]
     p *= tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf")))
-    state_tile = (head * chunks + chunk) * (DK * DV) + dk[:, None] * DV + dv[None, :]
-    o = dot(q, tl.load(states_ptr + state_tile), q_ptr) * tl.exp(decay)[:, None]
-    v = tl.load(v_ptr + row * DV + token[:, None] * DV + dv[None, :])
-    o = (o + dot(p, v, v_ptr)) * q_scale[:, None]
+    halves = ()
+    for i in tl.static_range(2):  # fewer registers, hence three programs on an SM instead of two
+        column = tl.arange(i * DV // 2, (i + 1) * DV // 2)[None, :]
+        state_tile = (head * chunks + chunk) * (DK * DV) + dk[:, None] * DV + column
+        half = dot(q, tl.load(states_ptr + state_tile), q_ptr) * tl.exp(decay)[:, None]
+        v = tl.load(v_ptr + row * DV + token[:, None] * DV + column)
+        halves += (half + dot(p, v, v_ptr),)
+    o = tl.join(halves[0], halves[1]).permute(0, 2, 1).reshape(CHUNK, DV) * q_scale[:, None]
     if GATED:
         z_tile = start * Z_ROW + (Z_COLUMN + head * DV) + token[:, None] * Z_ROW + dv[None, :]
         z = tl.load(z_ptr + z_tile, mask=inside, other=0.0).to(tl.float32)

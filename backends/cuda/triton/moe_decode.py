@@ -20,7 +20,7 @@ from et_moe.backends.cuda.triton.moe_decode_dot import (
     rows_of,
     sum_rows,
 )
-from et_moe.backends.cuda.triton.quantization import silu
+from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 

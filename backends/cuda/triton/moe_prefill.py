@@ -14,7 +14,8 @@ from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import launch
 from et_moe.backends.cuda.triton.moe_routing import route, sum_slots
-from et_moe.backends.cuda.triton.quantization import int8_scale, quantize_int8, round_int8, silu
+from et_moe.backends.cuda.triton.quantization import int8_scale, quantize_int8, round_int8
+from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 

@@ -8,6 +8,7 @@ from et_moe.backends.cuda.triton.compile_case import CompileCase
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.dot import interpreted
 from et_moe.backends.cuda.triton.launch import cdiv, launch
+from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
@@ -36,23 +37,6 @@ def round_int8(x):
     # A plain addition could be fused with the multiplication before it, which breaks ties.
     return tl.inline_asm_elementwise(
         "add.rn.f32 $0, $1, 0f4B400000;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def silu(x):
-    """x * sigmoid(x) of float32, within a few units in the last place."""
-    if interpreted():
-        return x / (1.0 + tl.exp(-x))
-    # exp and the reciprocal without their care for denormals: five instructions instead of twenty.
-    return x * tl.inline_asm_elementwise(
-        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
-        " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-        "=f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
     )
 
 
