@@ -120,13 +120,11 @@ def tune_candidates() -> dict[str, list[dict]]:
         for chunk, warps in ((512, 4), (1024, 4), (2048, 8))
     ]
     gate_up = [
-        {"BLOCK_N": n, "STAGES": stages, "num_warps": warps}
-        for n, warps in ((64, 4), (64, 8), (128, 8))
-        for stages in (2, 3, 4)
+        {"STAGES": stages, "num_warps": warps} for warps in (2, 4, 8) for stages in (2, 3, 4)
     ]
     down = [
         {"BLOCK_N": n, "REPEAT": repeat, "STAGES": stages, "num_warps": warps}
-        for n, repeat, warps in ((64, 1, 4), (64, 4, 4), (64, 8, 4), (128, 4, 4), (128, 4, 8))
+        for n, repeat, warps in ((64, 4, 4), (64, 8, 4), (128, 4, 4), (128, 8, 4), (128, 4, 8))
         for stages in (2, 3, 4)
     ]
     decode = [

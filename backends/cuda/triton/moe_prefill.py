@@ -33,15 +33,57 @@ def _steps(k: int, group: int, tile: int) -> int:
 
 
 @triton.jit
-def _weight_scales(rows, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """Scales `[ROWS]` of the low and of the high nibbles of a step, STRIDE from group to group."""
+def _row_scales(scales, NEXT: tl.constexpr, SPANS: tl.constexpr):
+    """Scales `[SPANS, 64]` of spans of 64 rows, NEXT apart. scales: pointers to those of the first.
+
+    Span by span, since the compiler has each thread load the scales of its own rows of a product
+    if they are fewer than threads; more it would pass through shared memory, in every step.
+    """
+    tl.static_assert(SPANS <= 2)
+    if SPANS == 1:
+        return tl.load(scales)[None, :]
+    else:
+        return tl.join(tl.load(scales), tl.load(scales + NEXT)).trans()
+
+
+@triton.jit
+def _weight_scales(
+    scales,
+    step,
+    STRIDE: tl.constexpr,
+    NEXT: tl.constexpr,
+    SPANS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`_row_scales` of the low and of the high nibbles of a step, STRIDE from group to group."""
     STEP: tl.constexpr = _step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
     group = step // CHUNKS * (128 // GROUP) + step % CHUNKS * STEP // GROUP
-    low = tl.load(rows + group * STRIDE)
+    low = _row_scales(scales + group * STRIDE, NEXT, SPANS)
     if GROUP == 128:
         return low, low
-    return low, tl.load(rows + (group + 64 // GROUP) * STRIDE)
+    return low, _row_scales(scales + (group + 64 // GROUP) * STRIDE, NEXT, SPANS)
+
+
+@triton.jit
+def _load_x(x_rows, x_used, column, K: tl.constexpr):
+    """Activations `[BLOCK_M, columns]`."""
+    mask = x_used[:, None]
+    if K % 128 != 0:
+        mask &= (column < K)[None, :]
+    return tl.load(x_rows[:, None] + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _product(w, x, acc):
+    """w x^T of integers or floats, as SPANS of 64 rows like acc `[SPANS, 64, BLOCK_M]`."""
+    DOT: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
+    if x.dtype != tl.int8:
+        TYPE: tl.constexpr = tl.float32 if interpreted() else x.dtype
+        w, x = w.to(TYPE), x.to(TYPE)
+    d = tl.dot(w, x.trans(), out_dtype=DOT, input_precision="ieee")
+    return d.reshape(acc.shape).to(tl.float32)
 
 
 @triton.jit
@@ -59,66 +101,46 @@ def _grouped_step(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """acc[n, m] + the sum over a step's columns of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
+    """acc + the sum over a step's columns of weight[n, k] x[m, k], `float32 [SPANS, 64, BLOCK_M]`.
 
     Args:
         x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
             the others count as zeros. (Any row would do, but many blocks would read the same one.)
         x_scale_rows: the same of their scales, one per TILE (32, 64 or 128) columns, X_SCALE_STRIDE
             apart. TILE 0: activations are floats, without scales.
-        weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
+        weight_rows: `[SPANS * 64]` pointers to the 64 bytes of each row in its first block of 128
             columns; WEIGHT_STRIDE bytes on are those of the next block.
         weight_scales: as from `_weight_scales`.
     """
     STEP: tl.constexpr = _step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
-    # Do both nibbles share their scales, hence one accumulator?
-    MERGED: tl.constexpr = GROUP == 128 and (TILE == 0 or TILE == 128)
-    DOT: tl.constexpr = tl.float32 if TILE == 0 else tl.int32
     block = step // CHUNKS
     within = step % CHUNKS * STEP + tl.arange(0, STEP)
     packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
     packed = packed.to(tl.int8, bitcast=True)
-    column = block * 128 + within
-    x_pointers = x_rows[:, None] + column[None, :]
-    mask_low, mask_high = x_used[:, None], x_used[:, None]
-    if K % 128 != 0:
-        mask_low &= (column < K)[None, :]
-        mask_high &= (column + 64 < K)[None, :]
-    x_low = tl.load(x_pointers, mask=mask_low, other=0)
-    x_high = tl.load(x_pointers + 64, mask=mask_high, other=0)
+    low, high = low_nibbles(packed), high_nibbles(packed)
+    weight_low = (weight_scales[0].to(tl.float32) * NIBBLE_SCALE)[:, :, None]
+    weight_high = (weight_scales[1].to(tl.float32) * NIBBLE_SCALE)[:, :, None]
     if TILE != 0:
         tile = block * (128 // TILE) + step % CHUNKS * STEP // TILE
         a_rows = x_scale_rows + tile * X_SCALE_STRIDE
-        a_low = tl.load(a_rows, mask=x_used, other=0.0)
+        a_low = tl.load(a_rows, mask=x_used, other=0.0)[None, None, :]
+    if GROUP == 128 and (TILE == 0 or TILE == 128):
+        # Both nibbles share their scales: one product of twice as many columns.
+        both = tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], 128)
+        d = _product(both, _load_x(x_rows, x_used, block * 128 + tl.arange(0, 128), K), acc)
+        return acc + d * (weight_low if TILE == 0 else weight_low * a_low)
+    d_low = _product(low, _load_x(x_rows, x_used, block * 128 + within, K), acc)
+    d_high = _product(high, _load_x(x_rows, x_used, block * 128 + 64 + within, K), acc)
+    if TILE != 0:
         a_high = a_low
         if TILE != 128:
-            a_high = tl.load(a_rows + (64 // TILE) * X_SCALE_STRIDE, mask=x_used, other=0.0)
-    low, high = low_nibbles(packed), high_nibbles(packed)
-    if TILE == 0:
-        TYPE: tl.constexpr = tl.float32 if interpreted() else x_low.dtype
-        low, high = low.to(TYPE), high.to(TYPE)
-        x_low, x_high = x_low.to(TYPE), x_high.to(TYPE)
-    weight_low = weight_scales[0].to(tl.float32) * NIBBLE_SCALE
-    weight_high = weight_scales[1].to(tl.float32) * NIBBLE_SCALE
-    dot = tl.dot(low, x_low.trans(), out_dtype=DOT, input_precision="ieee")
-    if MERGED:
-        dot = tl.dot(high, x_high.trans(), acc=dot, out_dtype=DOT, input_precision="ieee")
-        if TILE == 0:
-            acc += dot * weight_low[:, None]
-        else:
-            acc += dot.to(tl.float32) * (weight_low[:, None] * a_low[None, :])
-    else:
-        dot_low = dot.to(tl.float32)
-        dot = tl.dot(high, x_high.trans(), out_dtype=DOT, input_precision="ieee")
-        dot_high = dot.to(tl.float32)
-        if TILE != 0:
-            dot_low, dot_high = dot_low * a_low[None, :], dot_high * a_high[None, :]
-        if GROUP == 128:
-            acc += (dot_low + dot_high) * weight_low[:, None]
-        else:
-            acc += dot_low * weight_low[:, None] + dot_high * weight_high[:, None]
-    return acc
+            a_rows += 64 // TILE * X_SCALE_STRIDE
+            a_high = tl.load(a_rows, mask=x_used, other=0.0)[None, None, :]
+        d_low, d_high = d_low * a_low, d_high * a_high
+    if GROUP == 128:
+        return acc + (d_low + d_high) * weight_low
+    return acc + d_low * weight_low + d_high * weight_high
 
 
 @triton.jit
@@ -138,10 +160,9 @@ def _gate_up_kernel(
     TILE: tl.constexpr,
     INNER_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """silu(gate) * up of a block of pairs and BLOCK_N of the INNER columns.
+    """silu(gate) * up of a block of pairs and 64 of the INNER columns.
 
     x `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner `[blocks * BLOCK_M, INNER]`: int8
     with inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or without scales if TILE is 0.
@@ -149,7 +170,7 @@ def _gate_up_kernel(
     wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
     STEPS: tl.constexpr = _steps(K, GROUP, TILE)
-    PARTS: tl.constexpr = INNER // BLOCK_N
+    PARTS: tl.constexpr = INNER // 64
     block = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -160,36 +181,35 @@ def _gate_up_kernel(
     used = pair >= 0
     token = tl.maximum(pair, 0) // SLOTS
 
-    # Rows of the product: BLOCK_N of gate, then BLOCK_N of up.
-    i = tl.arange(0, 2 * BLOCK_N)
-    is_up, n = i // BLOCK_N, i % BLOCK_N
-    row_block = (expert * INNER + part * BLOCK_N + n) // 64
     x_rows = x + token.to(tl.int64) * K
     x_scale_rows = token if TILE == 0 else x_scale + token * TILES
-    weight_rows = w13 + row_block * (TILES * 8192) + is_up * 4096 + n % 64 * 64
-    scale_rows = w13_scale + row_block * (TILES * (128 // GROUP) * 128) + is_up * 64 + n % 64
+    # Rows of the product: 64 of gate, then 64 of up.
+    row_block = expert * PARTS + part
+    weight_rows = w13 + row_block * (TILES * 8192) + tl.arange(0, 128) * 64
+    scale_rows = w13_scale + row_block * (TILES * (128 // GROUP) * 128) + tl.arange(0, 64)
     # Weight scales are too small for an asynchronous copy: fetch them one step ahead instead.
-    scales = _weight_scales(scale_rows, 0, 128, GROUP, TILE)
-    acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
+    scales = _weight_scales(scale_rows, 0, 128, 64, 2, GROUP, TILE)
+    acc = tl.zeros((2, 64, BLOCK_M), tl.float32)
     # The number of stages stands here, not at the launch, to have the small loads pipelined too.
     for step in tl.range(STEPS, num_stages=STAGES):
         current = scales
-        scales = _weight_scales(scale_rows, tl.minimum(step + 1, STEPS - 1), 128, GROUP, TILE)
+        ahead = tl.minimum(step + 1, STEPS - 1)
+        scales = _weight_scales(scale_rows, ahead, 128, 64, 2, GROUP, TILE)
         acc = _grouped_step(
             acc, step, x_rows, used, x_scale_rows, weight_rows, current, K, 1, 8192, GROUP, TILE
         )
-    gate, up = acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0).split()
+    gate, up = acc.permute(1, 2, 0).split()
     activated = silu(gate) * up
-    column = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = part * 64 + tl.arange(0, 64)
     target = inner + row[:, None] * INNER + column[None, :]
     if TILE == 0:
         result = activated.to(inner.dtype.element_ty).trans()
         tl.store(target, result, mask=used[:, None])
     else:
-        BLOCK_TILES: tl.constexpr = BLOCK_N // INNER_TILE
+        BLOCK_TILES: tl.constexpr = 64 // INNER_TILE
         tiles = activated.reshape(BLOCK_TILES, INNER_TILE, BLOCK_M)
         inverse, scale = int8_scale(tl.max(tl.abs(tiles), axis=1), EXACT=False)
-        q = round_int8(tiles * inverse[:, None, :]).to(tl.int8).reshape(BLOCK_N, BLOCK_M)
+        q = round_int8(tiles * inverse[:, None, :]).to(tl.int8).reshape(64, BLOCK_M)
         tl.store(target, q.trans(), mask=used[:, None])
         tile = (block * PARTS + part) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
         m = tl.arange(0, BLOCK_M)
@@ -280,28 +300,28 @@ def _down_kernel(
     weight = tl.load(topk_weights + pair, mask=used, other=0.0).to(tl.float32)
     x_rows = inner + row * K
     x_scale_rows = m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m
-    n = tl.program_id(0) % PARTS * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
-    row_block = (expert * HIDDEN_UP + n) // 64
-    weight_rows = w2 + row_block * (TILES * 4096) + n % 64 * 64
-    scale_rows = w2_scale + row_block * (TILES * (128 // GROUP) * 64) + n % 64
-    NEXT_WEIGHTS: tl.constexpr = BLOCK_N * TILES * 64  # of the next BLOCK_N columns
-    NEXT_SCALES: tl.constexpr = BLOCK_N * TILES * (128 // GROUP)
+    part = tl.program_id(0) % PARTS
+    n = part * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
+    SPANS: tl.constexpr = BLOCK_N // 64
+    SPAN_SCALES: tl.constexpr = TILES * (128 // GROUP) * 64
+    span = (expert * PARTS + part) * (SPANS * REPEAT)
+    weight_rows = w2 + (expert * HIDDEN_UP + n) // 64 * (TILES * 4096) + n % 64 * 64
+    part_scales = w2_scale + span * SPAN_SCALES
     if unit is not None:
-        first = tl.program_id(0) % PARTS * (BLOCK_N * REPEAT) // 64
-        first_scale = w2_scale + (expert * HIDDEN_UP // 64 + first) * (TILES * (128 // GROUP) * 64)
-        SCALES: tl.constexpr = max(BLOCK_N * REPEAT, 64) * TILES * (128 // GROUP)
-        largest = _largest_parts(x_scale_rows, used, first_scale, weight, K, BLOCK_M, TILE, SCALES)
+        SCALES: tl.constexpr = SPANS * REPEAT * SPAN_SCALES
+        largest = _largest_parts(x_scale_rows, used, part_scales, weight, K, BLOCK_M, TILE, SCALES)
         row_unit, inverse = _unit(largest)
-        tl.store(unit + pair * PARTS + tl.program_id(0) % PARTS, row_unit, mask=used)
+        tl.store(unit + pair * PARTS + part, row_unit, mask=used)
         weight *= inverse
-    scales = _weight_scales(scale_rows, 0, 64, GROUP, TILE)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scale_rows = part_scales + tl.arange(0, 64)
+    scales = _weight_scales(scale_rows, 0, 64, SPAN_SCALES, SPANS, GROUP, TILE)
+    acc = tl.zeros((SPANS, 64, BLOCK_M), tl.float32)
     # One loop over blocks and steps, so that loads run ahead from block to block.
     for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
-        step, weights = i % STEPS, weight_rows + i // STEPS * NEXT_WEIGHTS
+        step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * 64)
         ahead, current = tl.minimum(i + 1, REPEAT * STEPS - 1), scales
-        ahead_rows = scale_rows + ahead // STEPS * NEXT_SCALES
-        scales = _weight_scales(ahead_rows, ahead % STEPS, 64, GROUP, TILE)
+        ahead_rows = scale_rows + ahead // STEPS * (SPANS * SPAN_SCALES)
+        scales = _weight_scales(ahead_rows, ahead % STEPS, 64, SPAN_SCALES, SPANS, GROUP, TILE)
         acc = _grouped_step(
             *(acc, step, x_rows, used, x_scale_rows, weights, current),
             *(K, BLOCK_M, 4096, GROUP, TILE),
@@ -310,9 +330,9 @@ def _down_kernel(
             column = n + i // STEPS * BLOCK_N
             mask = used[:, None] & (column < HIDDEN)[None, :]
             target = out + pair[:, None] * HIDDEN + column[None, :]
-            result = (acc * weight[None, :]).to(out.dtype.element_ty)
-            tl.store(target, result.trans(), mask=mask)
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            result = acc.reshape(BLOCK_N, BLOCK_M) * weight[None, :]
+            tl.store(target, result.to(out.dtype.element_ty).trans(), mask=mask)
+            acc = tl.zeros((SPANS, 64, BLOCK_M), tl.float32)
 
 
 def _divisor(size: int, block: int) -> int:
@@ -351,10 +371,9 @@ def moe_prefill(
         source, scale = quantize_int8(source, tile)
         inner_scale = scale.new_empty((num_blocks, inner // inner_tile, block_m))
     config = tuned(f"{table}_gate_up", tokens)
-    config["BLOCK_N"] = _divisor(inner, config["BLOCK_N"])
     launch(
         _gate_up_kernel,
-        (num_blocks * (inner // config["BLOCK_N"]),),
+        (num_blocks * (inner // 64),),
         source,
         scale,
         w13,
