@@ -33,37 +33,26 @@ def _steps(k: int, group: int, tile: int) -> int:
 
 
 @triton.jit
-def _row_scales(scales, NEXT: tl.constexpr, SPANS: tl.constexpr):
-    """Scales `[SPANS, 64]` of spans of 64 rows, NEXT apart. scales: pointers to those of the first.
+def _weight_scales(rows, odd, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """Scales `float32 [ROWS]` of the low and of the high nibbles of a step.
 
-    Span by span, since the compiler has each thread load the scales of its own rows of a product
-    if they are fewer than threads; more it would pass through shared memory, in every step.
+    rows: pointers to the int32 that hold the bf16 scales of each row and of its neighbour, STRIDE
+    from group to group. (An asynchronous copy takes four bytes at least; loads into registers
+    would be waited for by the fence in front of every product.) odd: whether it is the upper one.
     """
-    tl.static_assert(SPANS <= 2)
-    if SPANS == 1:
-        return tl.load(scales)[None, :]
-    else:
-        return tl.join(tl.load(scales), tl.load(scales + NEXT)).trans()
-
-
-@triton.jit
-def _weight_scales(
-    scales,
-    step,
-    STRIDE: tl.constexpr,
-    NEXT: tl.constexpr,
-    SPANS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """`_row_scales` of the low and of the high nibbles of a step, STRIDE from group to group."""
     STEP: tl.constexpr = _step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
     group = step // CHUNKS * (128 // GROUP) + step % CHUNKS * STEP // GROUP
-    low = _row_scales(scales + group * STRIDE, NEXT, SPANS)
+    low = _upper_or_lower(tl.load(rows + group * STRIDE), odd)
     if GROUP == 128:
         return low, low
-    return low, _row_scales(scales + (group + 64 // GROUP) * STRIDE, NEXT, SPANS)
+    return low, _upper_or_lower(tl.load(rows + (group + 64 // GROUP) * STRIDE), odd)
+
+
+@triton.jit
+def _upper_or_lower(pair, upper):
+    """One of two bf16 in an int32, as float32."""
+    return tl.where(upper, pair & -0x10000, pair << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -76,14 +65,13 @@ def _load_x(x_rows, x_used, column, K: tl.constexpr):
 
 
 @triton.jit
-def _product(w, x, acc):
-    """w x^T of integers or floats, as SPANS of 64 rows like acc `[SPANS, 64, BLOCK_M]`."""
+def _product(w, x):
+    """w x^T of integers or floats, as floats."""
     DOT: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
     if x.dtype != tl.int8:
         TYPE: tl.constexpr = tl.float32 if interpreted() else x.dtype
         w, x = w.to(TYPE), x.to(TYPE)
-    d = tl.dot(w, x.trans(), out_dtype=DOT, input_precision="ieee")
-    return d.reshape(acc.shape).to(tl.float32)
+    return tl.dot(w, x.trans(), out_dtype=DOT, input_precision="ieee").to(tl.float32)
 
 
 @triton.jit
@@ -101,14 +89,14 @@ def _grouped_step(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """acc + the sum over a step's columns of weight[n, k] x[m, k], `float32 [SPANS, 64, BLOCK_M]`.
+    """acc + the sum over a step's columns of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
 
     Args:
         x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
             the others count as zeros. (Any row would do, but many blocks would read the same one.)
         x_scale_rows: the same of their scales, one per TILE (32, 64 or 128) columns, X_SCALE_STRIDE
             apart. TILE 0: activations are floats, without scales.
-        weight_rows: `[SPANS * 64]` pointers to the 64 bytes of each row in its first block of 128
+        weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
             columns; WEIGHT_STRIDE bytes on are those of the next block.
         weight_scales: as from `_weight_scales`.
     """
@@ -119,24 +107,24 @@ def _grouped_step(
     packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
     packed = packed.to(tl.int8, bitcast=True)
     low, high = low_nibbles(packed), high_nibbles(packed)
-    weight_low = (weight_scales[0].to(tl.float32) * NIBBLE_SCALE)[:, :, None]
-    weight_high = (weight_scales[1].to(tl.float32) * NIBBLE_SCALE)[:, :, None]
+    weight_low = (weight_scales[0] * NIBBLE_SCALE)[:, None]
+    weight_high = (weight_scales[1] * NIBBLE_SCALE)[:, None]
     if TILE != 0:
         tile = block * (128 // TILE) + step % CHUNKS * STEP // TILE
         a_rows = x_scale_rows + tile * X_SCALE_STRIDE
-        a_low = tl.load(a_rows, mask=x_used, other=0.0)[None, None, :]
+        a_low = tl.load(a_rows, mask=x_used, other=0.0)[None, :]
     if GROUP == 128 and (TILE == 0 or TILE == 128):
         # Both nibbles share their scales: one product of twice as many columns.
         both = tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], 128)
-        d = _product(both, _load_x(x_rows, x_used, block * 128 + tl.arange(0, 128), K), acc)
+        d = _product(both, _load_x(x_rows, x_used, block * 128 + tl.arange(0, 128), K))
         return acc + d * (weight_low if TILE == 0 else weight_low * a_low)
-    d_low = _product(low, _load_x(x_rows, x_used, block * 128 + within, K), acc)
-    d_high = _product(high, _load_x(x_rows, x_used, block * 128 + 64 + within, K), acc)
+    d_low = _product(low, _load_x(x_rows, x_used, block * 128 + within, K))
+    d_high = _product(high, _load_x(x_rows, x_used, block * 128 + 64 + within, K))
     if TILE != 0:
         a_high = a_low
         if TILE != 128:
             a_rows += 64 // TILE * X_SCALE_STRIDE
-            a_high = tl.load(a_rows, mask=x_used, other=0.0)[None, None, :]
+            a_high = tl.load(a_rows, mask=x_used, other=0.0)[None, :]
         d_low, d_high = d_low * a_low, d_high * a_high
     if GROUP == 128:
         return acc + (d_low + d_high) * weight_low
@@ -186,19 +174,17 @@ def _gate_up_kernel(
     # Rows of the product: 64 of gate, then 64 of up.
     row_block = expert * PARTS + part
     weight_rows = w13 + row_block * (TILES * 8192) + tl.arange(0, 128) * 64
-    scale_rows = w13_scale + row_block * (TILES * (128 // GROUP) * 128) + tl.arange(0, 64)
-    # Weight scales are too small for an asynchronous copy: fetch them one step ahead instead.
-    scales = _weight_scales(scale_rows, 0, 128, 64, 2, GROUP, TILE)
-    acc = tl.zeros((2, 64, BLOCK_M), tl.float32)
+    scale_rows = w13_scale.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128) // 2
+    scale_rows += row_block * (TILES * (128 // GROUP) * 64)
+    odd = tl.arange(0, 128) % 2 == 1
+    acc = tl.zeros((128, BLOCK_M), tl.float32)
     # The number of stages stands here, not at the launch, to have the small loads pipelined too.
     for step in tl.range(STEPS, num_stages=STAGES):
-        current = scales
-        ahead = tl.minimum(step + 1, STEPS - 1)
-        scales = _weight_scales(scale_rows, ahead, 128, 64, 2, GROUP, TILE)
+        scales = _weight_scales(scale_rows, odd, step, 64, GROUP, TILE)
         acc = _grouped_step(
-            acc, step, x_rows, used, x_scale_rows, weight_rows, current, K, 1, 8192, GROUP, TILE
+            acc, step, x_rows, used, x_scale_rows, weight_rows, scales, K, 1, 8192, GROUP, TILE
         )
-    gate, up = acc.permute(1, 2, 0).split()
+    gate, up = acc.reshape(2, 64, BLOCK_M).permute(1, 2, 0).split()
     activated = silu(gate) * up
     column = part * 64 + tl.arange(0, 64)
     target = inner + row[:, None] * INNER + column[None, :]
@@ -302,37 +288,35 @@ def _down_kernel(
     x_scale_rows = m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m
     part = tl.program_id(0) % PARTS
     n = part * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
-    SPANS: tl.constexpr = BLOCK_N // 64
-    SPAN_SCALES: tl.constexpr = TILES * (128 // GROUP) * 64
-    span = (expert * PARTS + part) * (SPANS * REPEAT)
+    SCALES: tl.constexpr = TILES * (128 // GROUP)  # of a column
     weight_rows = w2 + (expert * HIDDEN_UP + n) // 64 * (TILES * 4096) + n % 64 * 64
-    part_scales = w2_scale + span * SPAN_SCALES
+    part_scales = w2_scale + (expert * PARTS + part) * (BLOCK_N * REPEAT * SCALES)
     if unit is not None:
-        SCALES: tl.constexpr = SPANS * REPEAT * SPAN_SCALES
-        largest = _largest_parts(x_scale_rows, used, part_scales, weight, K, BLOCK_M, TILE, SCALES)
+        COUNT: tl.constexpr = BLOCK_N * REPEAT * SCALES
+        largest = _largest_parts(x_scale_rows, used, part_scales, weight, K, BLOCK_M, TILE, COUNT)
         row_unit, inverse = _unit(largest)
         tl.store(unit + pair * PARTS + part, row_unit, mask=used)
         weight *= inverse
-    scale_rows = part_scales + tl.arange(0, 64)
-    scales = _weight_scales(scale_rows, 0, 64, SPAN_SCALES, SPANS, GROUP, TILE)
-    acc = tl.zeros((SPANS, 64, BLOCK_M), tl.float32)
+    i = tl.arange(0, BLOCK_N)
+    scale_rows = part_scales.to(tl.pointer_type(tl.int32)) + (i // 64 * (SCALES * 32) + i % 64 // 2)
+    odd = i % 2 == 1
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # One loop over blocks and steps, so that loads run ahead from block to block.
     for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
         step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * 64)
-        ahead, current = tl.minimum(i + 1, REPEAT * STEPS - 1), scales
-        ahead_rows = scale_rows + ahead // STEPS * (SPANS * SPAN_SCALES)
-        scales = _weight_scales(ahead_rows, ahead % STEPS, 64, SPAN_SCALES, SPANS, GROUP, TILE)
+        block_scales = scale_rows + i // STEPS * (BLOCK_N * SCALES // 2)
+        scales = _weight_scales(block_scales, odd, step, 32, GROUP, TILE)
         acc = _grouped_step(
-            *(acc, step, x_rows, used, x_scale_rows, weights, current),
+            *(acc, step, x_rows, used, x_scale_rows, weights, scales),
             *(K, BLOCK_M, 4096, GROUP, TILE),
         )
         if step == STEPS - 1:
             column = n + i // STEPS * BLOCK_N
             mask = used[:, None] & (column < HIDDEN)[None, :]
             target = out + pair[:, None] * HIDDEN + column[None, :]
-            result = acc.reshape(BLOCK_N, BLOCK_M) * weight[None, :]
-            tl.store(target, result.to(out.dtype.element_ty).trans(), mask=mask)
-            acc = tl.zeros((SPANS, 64, BLOCK_M), tl.float32)
+            result = (acc * weight[None, :]).to(out.dtype.element_ty)
+            tl.store(target, result.trans(), mask=mask)
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
 
 def _divisor(size: int, block: int) -> int:
