@@ -265,14 +265,19 @@ def _output_kernel(
     seen = token[:, None] >= token[None, :]
     p = dot(q, tl.trans(k), q_ptr) * k_scale[None, :]
     p *= tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf")))
-    halves = ()
-    for i in tl.static_range(2):  # fewer registers, hence three programs on an SM instead of two
-        column = tl.arange(i * DV // 2, (i + 1) * DV // 2)[None, :]
+    # In parts of the columns: fewer registers, hence three programs on an SM instead of two.
+    PARTS: tl.constexpr = 2 if DV >= 128 else 1
+    parts = ()
+    for i in tl.static_range(PARTS):
+        column = tl.arange(i * DV // PARTS, (i + 1) * DV // PARTS)[None, :]
         state_tile = (head * chunks + chunk) * (DK * DV) + dk[:, None] * DV + column
-        half = dot(q, tl.load(states_ptr + state_tile), q_ptr) * tl.exp(decay)[:, None]
+        part = dot(q, tl.load(states_ptr + state_tile), q_ptr) * tl.exp(decay)[:, None]
         v = tl.load(v_ptr + row * DV + token[:, None] * DV + column)
-        halves += (half + dot(p, v, v_ptr),)
-    o = tl.join(halves[0], halves[1]).permute(0, 2, 1).reshape(CHUNK, DV) * q_scale[:, None]
+        parts += (part + dot(p, v, v_ptr),)
+    o = parts[0]
+    if PARTS == 2:
+        o = tl.join(o, parts[1]).permute(0, 2, 1).reshape(CHUNK, DV)
+    o *= q_scale[:, None]
     if GATED:
         z_tile = start * Z_ROW + (Z_COLUMN + head * DV) + token[:, None] * Z_ROW + dv[None, :]
         z = tl.load(z_ptr + z_tile, mask=inside, other=0.0).to(tl.float32)

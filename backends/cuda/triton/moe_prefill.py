@@ -10,125 +10,13 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.dot import interpreted
-from et_moe.backends.cuda.triton.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.launch import launch
+from et_moe.backends.cuda.triton.moe_grouped_step import grouped_step, steps, weight_scales
 from et_moe.backends.cuda.triton.moe_routing import route, sum_slots
 from et_moe.backends.cuda.triton.quantization import int8_scale, quantize_int8, round_int8
 from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
-
-
-@triton.constexpr_function
-def _step_bytes(group: int, tile: int) -> int:
-    """Bytes of a weight's row per step: both nibbles of one must lie in one group and tile each."""
-    return 32 if group == 32 or tile == 32 else 64
-
-
-@triton.constexpr_function
-def _steps(k: int, group: int, tile: int) -> int:
-    """Steps over k columns."""
-    return (k + 127) // 128 * (64 // _step_bytes(group, tile))
-
-
-@triton.jit
-def _weight_scales(rows, odd, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """Scales `float32 [ROWS]` of the low and of the high nibbles of a step.
-
-    rows: pointers to the int32 that hold the bf16 scales of each row and of its neighbour, STRIDE
-    from group to group. (An asynchronous copy takes four bytes at least; loads into registers
-    would be waited for by the fence in front of every product.) odd: whether it is the upper one.
-    """
-    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
-    CHUNKS: tl.constexpr = 64 // STEP
-    group = step // CHUNKS * (128 // GROUP) + step % CHUNKS * STEP // GROUP
-    low = _upper_or_lower(tl.load(rows + group * STRIDE), odd)
-    if GROUP == 128:
-        return low, low
-    return low, _upper_or_lower(tl.load(rows + (group + 64 // GROUP) * STRIDE), odd)
-
-
-@triton.jit
-def _upper_or_lower(pair, upper):
-    """One of two bf16 in an int32, as float32."""
-    return tl.where(upper, pair & -0x10000, pair << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_x(x_rows, x_used, column, K: tl.constexpr):
-    """Activations `[BLOCK_M, columns]`."""
-    mask = x_used[:, None]
-    if K % 128 != 0:
-        mask &= (column < K)[None, :]
-    return tl.load(x_rows[:, None] + column[None, :], mask=mask, other=0)
-
-
-@triton.jit
-def _product(w, x):
-    """w x^T of integers or floats, as floats."""
-    DOT: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
-    if x.dtype != tl.int8:
-        TYPE: tl.constexpr = tl.float32 if interpreted() else x.dtype
-        w, x = w.to(TYPE), x.to(TYPE)
-    return tl.dot(w, x.trans(), out_dtype=DOT, input_precision="ieee").to(tl.float32)
-
-
-@triton.jit
-def _grouped_step(
-    acc,
-    step,
-    x_rows,
-    x_used,
-    x_scale_rows,
-    weight_rows,
-    weight_scales,
-    K: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    WEIGHT_STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """acc + the sum over a step's columns of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
-
-    Args:
-        x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
-            the others count as zeros. (Any row would do, but many blocks would read the same one.)
-        x_scale_rows: the same of their scales, one per TILE (32, 64 or 128) columns, X_SCALE_STRIDE
-            apart. TILE 0: activations are floats, without scales.
-        weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
-            columns; WEIGHT_STRIDE bytes on are those of the next block.
-        weight_scales: as from `_weight_scales`.
-    """
-    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
-    CHUNKS: tl.constexpr = 64 // STEP
-    block = step // CHUNKS
-    within = step % CHUNKS * STEP + tl.arange(0, STEP)
-    packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
-    packed = packed.to(tl.int8, bitcast=True)
-    low, high = low_nibbles(packed), high_nibbles(packed)
-    weight_low = (weight_scales[0] * NIBBLE_SCALE)[:, None]
-    weight_high = (weight_scales[1] * NIBBLE_SCALE)[:, None]
-    if TILE != 0:
-        tile = block * (128 // TILE) + step % CHUNKS * STEP // TILE
-        a_rows = x_scale_rows + tile * X_SCALE_STRIDE
-        a_low = tl.load(a_rows, mask=x_used, other=0.0)[None, :]
-    if GROUP == 128 and (TILE == 0 or TILE == 128):
-        # Both nibbles share their scales: one product of twice as many columns.
-        both = tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], 128)
-        d = _product(both, _load_x(x_rows, x_used, block * 128 + tl.arange(0, 128), K))
-        return acc + d * (weight_low if TILE == 0 else weight_low * a_low)
-    d_low = _product(low, _load_x(x_rows, x_used, block * 128 + within, K))
-    d_high = _product(high, _load_x(x_rows, x_used, block * 128 + 64 + within, K))
-    if TILE != 0:
-        a_high = a_low
-        if TILE != 128:
-            a_rows += 64 // TILE * X_SCALE_STRIDE
-            a_high = tl.load(a_rows, mask=x_used, other=0.0)[None, :]
-        d_low, d_high = d_low * a_low, d_high * a_high
-    if GROUP == 128:
-        return acc + (d_low + d_high) * weight_low
-    return acc + d_low * weight_low + d_high * weight_high
 
 
 @triton.jit
@@ -157,7 +45,7 @@ def _gate_up_kernel(
     """
     wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
-    STEPS: tl.constexpr = _steps(K, GROUP, TILE)
+    STEPS: tl.constexpr = steps(K, GROUP, TILE)
     PARTS: tl.constexpr = INNER // 64
     block = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
@@ -180,8 +68,8 @@ def _gate_up_kernel(
     acc = tl.zeros((128, BLOCK_M), tl.float32)
     # The number of stages stands here, not at the launch, to have the small loads pipelined too.
     for step in tl.range(STEPS, num_stages=STAGES):
-        scales = _weight_scales(scale_rows, odd, step, 64, GROUP, TILE)
-        acc = _grouped_step(
+        scales = weight_scales(scale_rows, odd, step, 64, GROUP, TILE)
+        acc = grouped_step(
             acc, step, x_rows, used, x_scale_rows, weight_rows, scales, K, 1, 8192, GROUP, TILE
         )
     gate, up = acc.reshape(2, 64, BLOCK_M).permute(1, 2, 0).split()
@@ -227,7 +115,7 @@ def _largest_parts(
 ):
     """What w2 times inner times the routing weight can be at most, for each row `[BLOCK_M]`.
 
-    x_scale_rows, x_used, TILE: as `_grouped_step` takes them. scales: pointer to the SCALES weight
+    x_scale_rows, x_used, TILE: as `grouped_step` takes them. scales: pointer to the SCALES weight
     scales of the columns that the program computes.
     """
     tile = tl.arange(0, triton.next_power_of_2(K // TILE))
@@ -273,7 +161,7 @@ def _down_kernel(
     """
     wait_for_previous()
     TILES: tl.constexpr = K // 128
-    STEPS: tl.constexpr = _steps(K, GROUP, TILE)
+    STEPS: tl.constexpr = steps(K, GROUP, TILE)
     PARTS: tl.constexpr = HIDDEN_UP // (BLOCK_N * REPEAT)
     block = tl.program_id(0) // PARTS
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -305,8 +193,8 @@ def _down_kernel(
     for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
         step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * 64)
         block_scales = scale_rows + i // STEPS * (BLOCK_N * SCALES // 2)
-        scales = _weight_scales(block_scales, odd, step, 32, GROUP, TILE)
-        acc = _grouped_step(
+        scales = weight_scales(block_scales, odd, step, 32, GROUP, TILE)
+        acc = grouped_step(
             *(acc, step, x_rows, used, x_scale_rows, weights, scales),
             *(K, BLOCK_M, 4096, GROUP, TILE),
         )
