@@ -23,3 +23,9 @@ def rounded(x, like):
 def dot(a, b, like):
     """a @ b with operands rounded to the element type of `like`: bf16, or fp32 as three tf32."""
     return tl.dot(rounded(a, like), rounded(b, like), input_precision="tf32x3")
+
+
+@triton.jit
+def add_dot(a, b, sum, like):
+    """sum + a @ b, likewise."""
+    return tl.dot(rounded(a, like), rounded(b, like), sum, input_precision="tf32x3")

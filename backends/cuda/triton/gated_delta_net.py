@@ -132,7 +132,7 @@ def _compile_case(
             "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
         }
 
-    tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_output", "gated_delta_step")
+    tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_norm", "gated_delta_step")
     scan = "gated_delta_scan_fp32" if dtype == torch.float32 else "gated_delta_scan"
     streams = {"_step_kernel": ("state_ptr",)}
     tables = (*tables, scan)
@@ -187,7 +187,7 @@ def _rule_case() -> CompileCase:
             "state": torch.zeros(heads, dim, dim, device=device),
         }
 
-    tables = ("gated_delta_prepare", "gated_delta_scan", "gated_delta_output", "gated_delta_step")
+    tables = ("gated_delta_prepare", "gated_delta_scan", "gated_delta_step")
     streams = {"_step_kernel": ("state_ptr",)}
     return CompileCase("gated_delta_rule", gated_delta_rule, arguments, tables, streams=streams)
 
@@ -221,6 +221,6 @@ def tune_candidates() -> dict[str, list[dict]]:
         "gated_delta_step": [{"num_warps": w} for w in (2, 4, 8, 16)],
         "gated_delta_prepare": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],
         "gated_delta_scan": [{"BLOCK_V": v, "STAGES": s, "num_warps": w} for v, s, w in scan],
-        "gated_delta_output": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],
+        "gated_delta_norm": [{"ROWS": r, "num_warps": 4} for r in (16, 32, 64)],
         "causal_conv1d": [{"BLOCK_T": t, "BLOCK_C": c, "num_warps": w} for t, c, w in conv],
     }

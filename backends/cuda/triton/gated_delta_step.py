@@ -6,7 +6,8 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.gated_delta_chunk import Gating, delta_gates, find_gates
+from et_moe.backends.cuda.triton.gated_delta_chunk import Gating, find_gates
+from et_moe.backends.cuda.triton.gated_delta_prepare import delta_gates
 from et_moe.backends.cuda.triton.launch import launch
 from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
