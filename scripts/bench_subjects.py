@@ -179,10 +179,7 @@ def delta_rule(device: torch.device, wheel: ModuleType | None) -> Subject:
             Contender("chunk_gated_delta_rule", many, theirs, lambda m: m > 1, peer=True)
         )
 
-    def cost(m: int) -> list[roofline.Kernel]:
-        return roofline.delta_net(m, c)[1:]  # without the convolution
-
-    return Subject("delta rule", cost, contenders)
+    return Subject("delta rule", lambda m: roofline.delta_rule(m, c), contenders)
 
 
 def attend(device: torch.device, wheel: ModuleType | None) -> Subject:

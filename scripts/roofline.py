@@ -98,37 +98,42 @@ def experts(m: int, c: ModelConfig, group: int = 128) -> list[Kernel]:
     ]
 
 
-def delta_net(m: int, c: ModelConfig, chunk: int = 64) -> list[Kernel]:
-    """`gated_delta_net`: convolution, delta rule, gated norm."""
+def delta_rule(m: int, c: ModelConfig, chunk: int = 64) -> list[Kernel]:
+    """`gated_delta_rule`; of one token with the gates and the norm of the layer."""
     heads, dk, dv = c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim
-    channels, values = c.conv_channels, c.linear_value_width
-    projected, state = channels + values + 2 * heads, heads * dk * dv
+    channels, values, state = c.conv_channels, c.linear_value_width, heads * dk * dv
     if m == 1:
-        taps = c.linear_conv_kernel_dim
-        return [
-            Kernel("delta net: convolution", 2 * channels * (3 * taps), bf16=2.0 * channels * taps),
-            Kernel("delta net: step", 2 * (projected + values) + 8 * state, bf16=8.0 * state),
-        ]
-    chunks = -(-m // chunk)
-    u_w, states = 2 * m * heads * (dk + dv), 2 * chunks * state
+        outside = 2 * (channels + 2 * values + 2 * heads)
+        return [Kernel("delta net: step", outside + 8 * state, bf16=8.0 * state)]
     square = 2.0 * m * heads * chunk
+    prepared = 3 * square + 12 * m * heads
     return [
-        Kernel("delta net: convolution", 4 * m * channels, bf16=2.0 * m * channels * 4),
         Kernel(
             "delta net: prepare",
-            2 * m * (channels - c.linear_key_width) + u_w,
-            bf16=square * (3 * dk + dv),
+            4 * m * (c.linear_key_width + heads) + prepared,
+            bf16=square * (2 * dk + 4 * chunk),
         ),
         Kernel(
             "delta net: scan",
-            u_w + 2 * m * c.linear_key_width + states + 8 * state,
-            bf16=4.0 * m * state,
+            2 * m * (channels + values) + prepared + 8 * state,
+            bf16=6.0 * m * state + square * 3 * dv,
         ),
-        Kernel(
-            "delta net: output",
-            2 * m * (2 * c.linear_key_width + 3 * values) + states,
-            bf16=2.0 * m * state + square * (dk + dv),
-        ),
+    ]
+
+
+def delta_net(m: int, c: ModelConfig) -> list[Kernel]:
+    """`gated_delta_net`: convolution, delta rule, gated norm."""
+    channels, taps = c.conv_channels, c.linear_conv_kernel_dim
+    if m == 1:
+        moved = 2 * channels * (3 * taps)
+        return [
+            Kernel("delta net: convolution", moved, bf16=2.0 * channels * taps),
+            *delta_rule(m, c),
+        ]
+    return [
+        Kernel("delta net: convolution", 4 * m * channels, bf16=2.0 * m * channels * taps),
+        *delta_rule(m, c),
+        Kernel("delta net: norm", 6 * m * c.linear_value_width),
     ]
 
 

@@ -30,8 +30,25 @@ from et_moe.backends.cuda.triton.launch import cdiv, launch
 from et_moe.backends.cuda.triton.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
 
-LOG_CHUNK = {2: 6, 4: 5}
+LOG_CHUNK = {2: 6, 4: 4}
 """Base-2 logarithm of the tokens of a chunk, by bytes of an element: fp32 takes more registers."""
+
+
+@triton.jit
+def _chunk(state, k, q, v, squares, factors, token, like, CHUNK: tl.constexpr):
+    """The state after a chunk, and its o; both transposed.
+
+    squares: tile pointers to its first square. The product with v comes first, since it is the only
+    one that need not wait for the last product of the chunk before.
+    """
+    change = dot(tl.trans(v), tl.trans(tl.load(squares)), like)
+    known = dot(state, tl.trans(k), like)
+    change = add_dot(known, tl.trans(tl.load(squares + CHUNK * CHUNK)), change, like)
+    o = dot(state, tl.trans(q), like) * tl.load(factors + token)[None, :]
+    o = add_dot(change, tl.trans(tl.load(squares + 2 * CHUNK * CHUNK)), o, like)
+    change *= tl.load(factors + CHUNK + token)[None, :]
+    state = add_dot(change, k, state * tl.load(factors + 3 * CHUNK - 1), like)
+    return state, tl.trans(o)
 
 
 @triton.jit
@@ -62,16 +79,16 @@ def _scan_kernel(
 
     Everything is transposed, value columns by tokens or keys: then what a product leaves in
     registers is where the next one, of which it is the left operand, needs it, a warp never waits
-    for another, and only what `prepare_kernel` and the convolution made goes through shared memory.
+    for another, and only what other kernels made goes through shared memory.
     """
     wait_for_previous()
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
     head = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
     token = tl.arange(0, CHUNK)
     dk = tl.arange(0, DK)
-    first = head * tl.cdiv(tokens, CHUNK).to(tl.int64)
+    chunk = head * tl.cdiv(tokens, CHUNK).to(tl.int64)
     in_qk = token[:, None] * K_ROW + dk[None, :]
     in_v = token[:, None] * V_ROW + column[None, :]
     in_out = token[:, None] * (HEADS * DV) + column[None, :]
@@ -80,31 +97,30 @@ def _scan_kernel(
     k_ptr += K_COLUMN + head // GROUP * DK
     v_ptr += V_COLUMN + head * DV
     out_ptr += head * DV
-    squares_ptr += first * (SQUARES * CHUNK * CHUNK)
-    factors_ptr += first * (FACTORS * CHUNK)
+    squares_ptr += chunk * (SQUARES * CHUNK * CHUNK)
+    factors_ptr += chunk * (FACTORS * CHUNK)
     in_state = head * (DK * DV) + dk[:, None] * DV + column[None, :]
     state = tl.trans(tl.load(state_ptr + in_state))
-    for start in tl.range(0, valid, CHUNK, num_stages=STAGES):
-        inside = (start + token < valid)[:, None]
-        k = tl.load(k_ptr + in_qk, mask=inside, other=0.0)
-        q = tl.load(q_ptr + in_qk, mask=inside, other=0.0)
-        v = tl.load(v_ptr + in_v, mask=inside, other=0.0)
-        known = dot(state, tl.trans(k), k_ptr)
-        change = dot(tl.trans(v), tl.trans(tl.load(squares_ptr + in_square)), v_ptr)
-        erase = tl.load(squares_ptr + CHUNK * CHUNK + in_square)
-        change = add_dot(known, tl.trans(erase), change, v_ptr)
-        o = dot(state, tl.trans(q), q_ptr) * tl.load(factors_ptr + token)[None, :]
-        p = tl.load(squares_ptr + 2 * CHUNK * CHUNK + in_square)
-        o = add_dot(change, tl.trans(p), o, v_ptr)
-        change *= tl.load(factors_ptr + CHUNK + token)[None, :]
-        state = add_dot(change, k, state * tl.load(factors_ptr + 3 * CHUNK - 1), k_ptr)
-        tl.store(out_ptr + in_out, tl.trans(o).to(out_ptr.dtype.element_ty), mask=inside)
+    whole = valid // CHUNK * CHUNK
+    for _ in tl.range(0, whole, CHUNK, num_stages=STAGES):
+        k, q, v = tl.load(k_ptr + in_qk), tl.load(q_ptr + in_qk), tl.load(v_ptr + in_v)
+        squares = squares_ptr + in_square
+        state, o = _chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty))
         k_ptr += CHUNK * K_ROW
         q_ptr += CHUNK * K_ROW
         v_ptr += CHUNK * V_ROW
         squares_ptr += SQUARES * CHUNK * CHUNK
         out_ptr += CHUNK * HEADS * DV
         factors_ptr += FACTORS * CHUNK
+    if whole < valid:
+        inside = (whole + token < valid)[:, None]
+        k = tl.load(k_ptr + in_qk, mask=inside, other=0.0)
+        q = tl.load(q_ptr + in_qk, mask=inside, other=0.0)
+        v = tl.load(v_ptr + in_v, mask=inside, other=0.0)
+        squares = squares_ptr + in_square
+        state, o = _chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(state_ptr + in_state, tl.trans(state))
 
 
@@ -228,7 +244,7 @@ def chunk_gated_delta(
 
     table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"
     config = tuned(table, tokens)
-    config["BLOCK_V"] = min(config["BLOCK_V"], value_dim)
+    config["BLOCK_V"] = min(config["BLOCK_V"], max(value_dim // 2, 16))
     grid = (value_dim // config["BLOCK_V"], heads)
     rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "HEADS": heads, "DV": value_dim}
     arguments = (q, k, v, squares, factors, state, num_tokens, out)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d import valid_tokens
 from et_moe.backends.cuda.triton.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.dot import dot
+from et_moe.backends.cuda.triton.dot import dot, interpreted
 
 SQUARES = tl.constexpr(3)
 """Matrices `[CHUNK, CHUNK]` of a chunk: T beta, -T beta exp(G) / |k|, P."""
@@ -37,23 +37,49 @@ def _keep_and_add(beta_1, g_1, beta_2, g_2):
 
 
 @triton.jit
+def exp2(x):
+    """2^x of float32, within a few units in the last place, without care for denormals."""
+    if interpreted():
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _double_blocks(x, a, level, DTYPE: tl.constexpr):
+    """With x the inverses of the diagonal blocks of 2^level rows of I + a: those of twice as many.
+
+    inv([[P, 0], [B, Q]]) = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]], for all blocks at once: with X the
+    inverse of the block diagonal and B what lies between, X <- X - X B X. Entries of a and, the
+    delta rule being a contraction, of X are at most 1, so fp16 operands are as good as tf32 and
+    twice as fast. x and a may be batches.
+    """
+    # The level at which two indices part is that of the highest bit in which they differ.
+    index = tl.arange(0, x.shape[-1]) >> level
+    between = tl.where(index[:, None] ^ index[None, :] == 1, a, 0.0).to(DTYPE)
+    xb = tl.dot(x.to(DTYPE), between, input_precision="tf32x3")
+    return x - tl.dot(xb.to(DTYPE), x.to(DTYPE), input_precision="tf32x3")
+
+
+@triton.jit
 def _unit_lower_inverse(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """(I + a)^-1 for a strictly lower triangular `a`, doubling the size of inverted blocks.
 
-    inv([[P, 0], [B, Q]]) = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]], for all blocks of a size at once:
-    with X the inverse of the block diagonal and B what lies between, X <- X - X B X. Entries of a
-    and, the delta rule being a contraction, of X are at most 1, so fp16 operands are as good as
-    tf32 and twice as fast.
+    Blocks of 16 first, each on warps of its own, which need not wait for others.
     """
-    row = tl.arange(0, 1 << LOG_SIZE)[:, None]
-    column = tl.arange(0, 1 << LOG_SIZE)[None, :]
-    x = tl.where(row == column, 1.0, 0.0) - tl.where(row ^ column == 1, a, 0.0)
-    a = a.to(DTYPE)
-    for level in range(1, LOG_SIZE):  # a loop at run time: unrolled, it takes twice the registers
-        # The level at which two indices part is that of the highest bit in which they differ.
-        between = tl.where((row >> level) ^ (column >> level) == 1, a, 0.0)
-        xb = tl.dot(x.to(DTYPE), between, input_precision="tf32x3")
-        x -= tl.dot(xb.to(DTYPE), x.to(DTYPE), input_precision="tf32x3")
+    SIZE: tl.constexpr = 1 << LOG_SIZE
+    BLOCKS: tl.constexpr = SIZE // 16
+    i, block = tl.arange(0, 16), tl.arange(0, BLOCKS)
+    on_diagonal = (block[:, None] == block[None, :])[:, None, :, None]
+    small = tl.sum(tl.where(on_diagonal, a.reshape(BLOCKS, 16, BLOCKS, 16), 0.0), 2)
+    x = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    x = x - tl.where(i[:, None] ^ i[None, :] == 1, small, 0.0)
+    for level in tl.static_range(1, 4):
+        x = _double_blocks(x, small, level, DTYPE)
+    x = tl.where(on_diagonal, x[:, :, None, :], 0.0).reshape(SIZE, SIZE)
+    for level in tl.static_range(4, LOG_SIZE):
+        x = _double_blocks(x, a, level, DTYPE)
     return x
 
 
@@ -125,13 +151,13 @@ def prepare_kernel(
     squares_ptr += chunk * (SQUARES * CHUNK * CHUNK)
     square = squares_ptr + token[:, None] * CHUNK + token[None, :]
     element: tl.constexpr = squares_ptr.dtype.element_ty
-    between = decay[:, None] - decay[None, :]
     past, seen = token[:, None] > token[None, :], token[:, None] >= token[None, :]
-    p = dot(q, tl.trans(k), q_ptr) * q_scale[:, None] * k_scale[None, :]
-    p *= tl.exp(tl.where(seen, between, float("-inf")))
+    between = (decay[:, None] - decay[None, :]) * 1.4426950408889634
+    between = exp2(tl.where(seen, between, float("-inf"))) * k_scale[None, :]
+    p = dot(q, tl.trans(k), q_ptr) * q_scale[:, None] * between
     tl.store(square + 2 * CHUNK * CHUNK, p.to(element))
-    a = dot(k, tl.trans(k), k_ptr) * (beta * k_scale)[:, None] * k_scale[None, :]
-    a *= tl.exp(tl.where(past, between, float("-inf")))
+    a = dot(k, tl.trans(k), k_ptr) * (beta * k_scale)[:, None] * between
+    a = tl.where(past, a, 0.0)
     t = _unit_lower_inverse(a, LOG_CHUNK, tl.float32 if element == tl.float32 else tl.float16)
     t *= beta[None, :]
     tl.store(square, t.to(element))
