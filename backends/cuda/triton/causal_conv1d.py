@@ -130,15 +130,15 @@ def _causal_conv1d_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A [BLOCK_T, BLOCK_C] tile of the output; BLOCK_T is at least TAPS - 1.
+    """BLOCK_T tokens of BLOCK_C channels of the output; BLOCK_T is at least TAPS - 1.
 
-    Only the programs of the first tokens read the state; they also replace it, so nothing races.
+    A thread owns channels, and their inputs meet TAPS outputs in its registers. Only the programs
+    of the first tokens read the state; they also replace it, so nothing races.
     """
     start_next()  # of one token this takes less time than the next kernel takes to load its state
     block = tl.program_id(0)
     first = block == 0
     start = block.to(tl.int64) * BLOCK_T
-    token = tl.arange(0, BLOCK_T)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < CHANNELS
     tap = tl.arange(0, TAPS_P2)[None, :]
@@ -147,26 +147,32 @@ def _causal_conv1d_kernel(
         mask=in_channels[:, None] & (tap < TAPS),
         other=0.0,
     ).to(tl.float32)
-    tile = x_ptr + start * ROW + token[:, None] * ROW + channel[None, :]
-    y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    if first:
-        for i in tl.static_range(TAPS - 1):
-            old = state_ptr + (token + i)[:, None] * CHANNELS + channel[None, :]
-            before = (token < TAPS - 1 - i)[:, None] & in_channels[None, :]
-            x = tl.load(old, mask=before, other=0.0).to(tl.float32)
-            y += x * tl.sum(tl.where(tap == i, weight, 0.0), 1)[None, :]
+    taps, window = (), ()
+    for i in tl.static_range(TAPS):
+        taps += (tl.sum(tl.where(tap == i, weight, 0.0), 1),)
+    for i in tl.static_range(TAPS - 1):
+        old = tl.load(state_ptr + i * CHANNELS + channel, mask=in_channels & first, other=0.0)
+        window += (old,)
     wait_for_previous()
     count = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
     valid = tl.minimum(count - start, BLOCK_T).to(tl.int32)
-    for i in tl.static_range(TAPS):
-        source = token - (TAPS - 1 - i)
-        in_x = ((source >= 0) | (not first)) & (source < valid)
-        inside = in_x[:, None] & in_channels[None, :]
-        x = tl.load(tile - (TAPS - 1 - i) * ROW, mask=inside, other=0.0).to(tl.float32)
-        y += x * tl.sum(tl.where(tap == i, weight, 0.0), 1)[None, :]
-    out = out_ptr + start * CHANNELS + token[:, None] * CHANNELS + channel[None, :]
-    inside = (token < tokens - start)[:, None] & in_channels[None, :]
-    tl.store(out, silu(y).to(out_ptr.dtype.element_ty), mask=inside)
+    tile = x_ptr + start * ROW + channel
+    inputs = ()
+    for i in tl.static_range(BLOCK_T + TAPS - 1):
+        inside = in_channels & (i - (TAPS - 1) < valid)
+        if i < TAPS - 1:
+            inside = inside & (not first)
+        x = tl.load(tile + (i - (TAPS - 1)) * ROW, mask=inside, other=0.0)
+        if i < TAPS - 1:
+            x = tl.where(first, window[i], x)
+        inputs += (x,)
+    out = out_ptr + start * CHANNELS + channel
+    for i in tl.static_range(BLOCK_T):
+        y = tl.zeros((BLOCK_C,), tl.float32)
+        for j in tl.static_range(TAPS):
+            y += inputs[i + j].to(tl.float32) * taps[j]
+        inside = in_channels & (i < tokens - start)
+        tl.store(out + i * CHANNELS, silu(y).to(out_ptr.dtype.element_ty), mask=inside)
     if first:
         update_conv_state(
             x_ptr, state_ptr, count, channel, in_channels, ROW, CHANNELS, TAPS, TAPS_P2

@@ -206,17 +206,8 @@ def compile_cases() -> list[CompileCase]:
 
 def tune_candidates() -> dict[str, list[dict]]:
     """Configurations worth trying, by table."""
-    scan = ((16, 3, 4), (32, 1, 4), (32, 2, 4), (32, 3, 4), (32, 4, 4), (64, 2, 8), (64, 3, 4))
-    conv = (
-        (4, 64, 2),
-        (4, 128, 4),
-        (16, 128, 4),
-        (16, 256, 8),
-        (32, 128, 4),
-        (32, 256, 8),
-        (64, 64, 4),
-        (64, 128, 8),
-    )
+    scan = ((16, 2, 4), (32, 2, 4), (32, 3, 4), (64, 2, 4), (64, 2, 8), (64, 3, 4))
+    conv = ((4, 64, 2), (8, 256, 1), (8, 512, 2), (8, 1024, 4), (16, 256, 1), (16, 512, 2))
     return {
         "gated_delta_step": [{"num_warps": w} for w in (2, 4, 8, 16)],
         "gated_delta_prepare": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],

@@ -117,11 +117,13 @@ def _sum_slots_kernel(
     BLOCK: tl.constexpr,
 ):
     """Adds up the slots of a token in order, and the residual: `[T, SLOTS, HIDDEN]` to `[T, H]`."""
-    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     span = tl.program_id(1) * (BLOCK // SPAN) + tl.arange(0, BLOCK // SPAN)
     column = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     inside = column < HIDDEN
+    if residual is not None:
+        before = tl.load(residual + token * HIDDEN + column, mask=inside)
+    wait_for_previous()
     total = tl.zeros((BLOCK // SPAN, SPAN), tl.float32)
     for slot in tl.static_range(SLOTS):
         expert = tl.load(topk_ids + token * SLOTS + slot)
@@ -134,7 +136,7 @@ def _sum_slots_kernel(
             part *= tl.load(unit + pair * UNITS + span, mask=used, other=0.0)[:, None]
         total += part
     if residual is not None:
-        total += tl.load(residual + token * HIDDEN + column, mask=inside).to(tl.float32)
+        total += before.to(tl.float32)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=inside)
 
 
