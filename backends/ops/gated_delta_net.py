@@ -134,8 +134,8 @@ def gated_delta_net(
         num_tokens: `int64 [1]` or None for T; later rows are padding and their output is undefined.
 
     Returns:
-        `[T, V]` in projected's dtype. Intermediates stay in fp32 (the convolution's output may be
-        rounded to projected's dtype).
+        `[T, V]` in projected's dtype. Intermediates stay in fp32 (what the convolution and the rule
+        give may be rounded to projected's dtype).
     """
     tokens, channels = projected.shape[0], conv_weight.shape[0]
     heads, key_dim, value_dim = recurrent_state.shape

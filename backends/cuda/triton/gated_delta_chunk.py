@@ -9,10 +9,11 @@ all tokens of a chunk solve a unit lower triangular system:
     o = exp(G) q S + P v'
     S <- exp(G_last) S + (exp(G_last - G) k)^T v'
 
-`prepare_kernel` makes T beta and P of all chunks at once. `_scan_kernel` carries the state from
-chunk to chunk and makes o on its way; `_norm_kernel` is what a layer adds to o. q and k are never
-normalised in memory: their norms are factors of rows and columns. Only differences G_i - G_j <= 0
-are exponentiated. Tokens past `num_tokens` have k = v = beta = g = 0, which leaves S alone.
+`prepare_kernel` makes what is multiplied with v, k S and v' of all chunks at once. `_scan_kernel`
+carries the state from chunk to chunk and makes o on its way; `_norm_kernel` is what a layer adds to
+o, which is rounded to the dtype of q in between. q and k are never normalised in memory: their
+norms are factors of rows and columns. Only differences G_i - G_j <= 0 are exponentiated. Tokens
+past `num_tokens` have k = v = beta = g = 0, which leaves S alone.
 """
 
 import dataclasses
