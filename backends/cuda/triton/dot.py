@@ -26,6 +26,6 @@ def dot(a, b, like):
 
 
 @triton.jit
-def add_dot(a, b, sum, like):
-    """sum + a @ b, likewise."""
-    return tl.dot(rounded(a, like), rounded(b, like), sum, input_precision="tf32x3")
+def add_dot(a, b, acc, like):
+    """acc + a @ b, likewise."""
+    return tl.dot(rounded(a, like), rounded(b, like), acc, input_precision="tf32x3")

@@ -237,10 +237,10 @@ def chunk_gated_delta(
     num_tokens = state if num_tokens is None else num_tokens
     found = find_gates(gates, columns[1] + values, values, heads)
     rows = {"GATE_ROW": found.b.stride(0), "B_COLUMN": found.b_column, "A_COLUMN": found.a_column}
+    rows |= {"RAW_GATES": found.gated}
     arguments = (q, k, found.b, found.a, found.a_log, found.dt_bias, num_tokens)
     arguments += (squares, factors)
     config = tuned("gated_delta_prepare", tokens)
-    rows |= {"RAW_GATES": found.gated}
     launch(prepare_kernel, (chunks, heads), *arguments, tokens, **shape, **rows, **config)
 
     table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"

@@ -37,7 +37,7 @@ def _keep_and_add(beta_1, g_1, beta_2, g_2):
 
 
 @triton.jit
-def exp2(x):
+def _exp2(x):
     """2^x of float32, within a few units in the last place, without care for denormals."""
     if interpreted():
         return tl.exp2(x)
@@ -84,7 +84,7 @@ def _unit_lower_inverse(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def inverse_norm(x):
+def _inverse_norm(x):
     """1 / |x| of each row."""
     x = x.to(tl.float32)
     return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
@@ -141,7 +141,7 @@ def prepare_kernel(
     gate = (tl.where(is_valid, beta, 0.0), tl.where(is_valid, g, 0.0))
     beta, decay = tl.associative_scan(gate, 0, _keep_and_add)
     last = tl.sum(tl.where(token == CHUNK - 1, decay, 0.0))
-    k_scale, q_scale = inverse_norm(k), inverse_norm(q) * DK**-0.5
+    k_scale, q_scale = _inverse_norm(k), _inverse_norm(q) * DK**-0.5
     chunk = head * tl.cdiv(tokens, CHUNK).to(tl.int64) + tl.program_id(0)
     factors = factors_ptr + chunk * (FACTORS * CHUNK) + token
     tl.store(factors, tl.exp(decay) * q_scale)
@@ -152,8 +152,8 @@ def prepare_kernel(
     square = squares_ptr + token[:, None] * CHUNK + token[None, :]
     element: tl.constexpr = squares_ptr.dtype.element_ty
     past, seen = token[:, None] > token[None, :], token[:, None] >= token[None, :]
-    between = (decay[:, None] - decay[None, :]) * 1.4426950408889634
-    between = exp2(tl.where(seen, between, float("-inf"))) * k_scale[None, :]
+    between = (decay[:, None] - decay[None, :]) * 1.4426950408889634  # log2(e)
+    between = _exp2(tl.where(seen, between, float("-inf"))) * k_scale[None, :]
     p = dot(q, tl.trans(k), q_ptr) * q_scale[:, None] * between
     tl.store(square + 2 * CHUNK * CHUNK, p.to(element))
     a = dot(k, tl.trans(k), k_ptr) * (beta * k_scale)[:, None] * between
