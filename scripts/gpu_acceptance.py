@@ -156,7 +156,7 @@ def kernel_benchmark(session: Session) -> dict:
     """Quick form of `bench_kernels.py`."""
     tokens = "1,1024" if session.quick else "1,16,128,1600"
     flags = ("--tokens", tokens, "--seconds", f"{max(session.left() - 10, 1):.0f}")
-    found, output = _benchmark(session, "scripts/bench_kernels.py", *flags)
+    found, output = _benchmark(session, "benchmarks/kernels.py", *flags)
     broken = [r for r in found["rows"] if "error" in r and not r["peer"]]
     if broken:
         first = broken[0]
@@ -172,7 +172,7 @@ def demo_benchmark(session: Session) -> dict:
     program = session.folder / "models/demo-bfloat16"
     found, _ = _benchmark(
         session,
-        "scripts/bench_e2e.py",
+        "benchmarks/e2e.py",
         *("--program", f"int8={program}", "--runner", session.runner),
         *("--model-dir", REPO / "examples/qwen3_5_moe/demo_checkpoint"),
         *("--prompts", "128" if session.quick else "128,512", "--new-tokens", "64"),

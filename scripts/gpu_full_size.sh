@@ -3,7 +3,7 @@
 # end-to-end benchmark, INT8 against bf16 activations, the peers, and the kernels against those of
 # the ExecuTorch wheel. Takes a folder made by scripts/pack_acceptance.sh and
 # scripts/pack_full_size.sh; needs no network, 40 GB of disk, and a python3 with torch, triton and
-# transformers. With FOLDER/llama-bench (scripts/peer_llama_cpp.py says how it is built) llama.cpp is
+# transformers. With FOLDER/llama-bench (benchmarks/peer_llama_cpp.py says how it is built) llama.cpp is
 # a peer, too, for 20 GB more. Reports go to FOLDER/results.
 # Usage: scripts/gpu_full_size.sh FOLDER
 set -euo pipefail
@@ -15,7 +15,7 @@ if [ ! -f "$folder/full_size/int8/model.pte" ]; then
 fi
 . "$repo/scripts/packed_environment.sh"
 cd "$repo"
-et_moe() { python3 -m et_moe.examples.qwen3_5_moe.cli "$@"; }
+et_moe() { python3 -m et_moe.pipeline.cli "$@"; }
 scratch=$folder/scratch results=$folder/results
 mkdir -p "$scratch" "$results"
 
@@ -27,16 +27,16 @@ for activations in int8 bf16; do  # they differ in the code, not in the weights
 done
 
 failed=0
-python3 scripts/bench_e2e.py --runner "$folder/bin/qwen3_5_moe_runner" --model-dir "$scratch/bundle" \
+python3 -m et_moe.benchmarks.e2e --runner "$folder/bin/qwen3_5_moe_runner" --model-dir "$scratch/bundle" \
   --program "int8=$folder/full_size/int8" --program "bf16=$folder/full_size/bf16" \
   --out "$results/e2e" || failed=1
-python3 scripts/compare_activations.py --bundle "$scratch/bundle" --out "$results/activations" ||
+python3 -m et_moe.benchmarks.activations --bundle "$scratch/bundle" --out "$results/activations" ||
   failed=1
 llama=()
 if [ -x "$folder/llama-bench" ]; then
   llama=(--llama-bench "$folder/llama-bench" --gguf "$scratch/model.gguf")
 fi
-python3 scripts/bench_peers.py --e2e "$results/e2e.json" --prompts 1600 --out "$results/peers" \
+python3 -m et_moe.benchmarks.peers --e2e "$results/e2e.json" --prompts 1600 --out "$results/peers" \
   "${llama[@]}" || failed=1
-python3 scripts/bench_kernels.py --out "$results/kernels" || failed=1
+python3 -m et_moe.benchmarks.kernels --out "$results/kernels" || failed=1
 exit $failed

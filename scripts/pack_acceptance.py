@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.cuda.gpu import gpu_for
-from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
+from et_moe.pipeline.make_checkpoint import make_checkpoint
 
 DEMO = REPO / "examples/qwen3_5_moe/demo_checkpoint"
 PYTHON = "3.12"
@@ -77,7 +77,7 @@ def run(command: Sequence[str | Path]) -> str:
 
 def et_moe(*arguments: str | Path) -> None:
     """The command line, in a process of its own."""
-    run([sys.executable, "-m", "et_moe.examples.qwen3_5_moe.cli", *arguments])
+    run([sys.executable, "-m", "et_moe.pipeline.cli", *arguments])
 
 
 def requirements(pyproject: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
+from et_moe.pipeline.make_checkpoint import make_checkpoint
 
 Tensors = dict[str, Tensor]
 
@@ -122,7 +122,7 @@ def assert_equal(actual: list[Tensors], expected: list[Tensors]) -> None:
 
 def assert_mutations_are_survived(kind: str, directory: Path, count: int, *files: str) -> None:
     """`count` damaged copies of each file are read or refused by name; see the script."""
-    script = Path(__file__).with_name("examples") / "mutate_checkpoint.py"
+    script = Path(__file__).with_name("pipeline") / "mutate_checkpoint.py"
     command = [sys.executable, script, kind, directory, str(count), *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"

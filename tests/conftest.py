@@ -36,9 +36,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path) -> Path:
     """The bundle of `tiny_checkpoint`: INT4 in groups of 32, INT8 embedding."""
-    from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint, write_bundle
-    from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
-    from et_moe.examples.qwen3_5_moe.model import Quantization
+    from et_moe.examples.qwen3_5_moe.graph import Quantization
+    from et_moe.pipeline.bundle import QuantizedCheckpoint, write_bundle
+    from et_moe.pipeline.checkpoint import Checkpoint
 
     directory = tiny_checkpoint.with_name("bundle")
     source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), Quantization("4w", 32, "8w"))
@@ -49,8 +49,8 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_program(tiny_bundle: Path) -> Path:
     """What `et-moe export` makes of `tiny_bundle` for the CPU, with a context of 32 tokens."""
-    from et_moe.examples.qwen3_5_moe.bundle import Bundle
-    from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
+    from et_moe.pipeline.bundle import Bundle
+    from et_moe.pipeline.export import ExportOptions, export
 
     directory = tiny_bundle.with_name("program")
     export(Bundle(tiny_bundle), directory, ExportOptions(max_seq_len=32))

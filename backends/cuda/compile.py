@@ -27,8 +27,8 @@ from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.host_program import kernel_calls
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
-from et_moe.backends.cuda.triton.hand_over import _hand_over_kernel, hand_over
-from et_moe.backends.cuda.triton.launch import is_one
+from et_moe.backends.cuda.triton.common.launch import is_one
+from et_moe.backends.cuda.triton.hand_over.op import _hand_over_kernel, hand_over
 from et_moe.backends.cuda.triton.tuning import tuning_target
 from et_moe.backends.method_graph import MethodGraph
 
@@ -64,7 +64,7 @@ class CompiledMethod:
 def triton_ops() -> dict[str, Callable]:
     """Op name -> the function that launches its Triton kernels, same signature as the contract."""
     functions = {}
-    for info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
         module = importlib.import_module(info.name)
         for name in ops.__all__:
             function = vars(module).get(name)

@@ -3,9 +3,9 @@
 from torch.fx import Graph, Node
 
 from et_moe.backends.cuda.graphs import op_arguments
-from et_moe.backends.cuda.triton.gated_delta_net import gated_delta_net_projected
-from et_moe.backends.cuda.triton.launch import is_one
-from et_moe.backends.cuda.triton.linear_decode import takes
+from et_moe.backends.cuda.triton.common.launch import is_one
+from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net_projected
+from et_moe.backends.cuda.triton.linear.decode import takes
 
 PLANES = {"linear_w4a8": 1, "linear_w4a16": 2}
 

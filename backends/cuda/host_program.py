@@ -49,7 +49,7 @@ _LAUNCH_DEPENDENT = """static inline void launchDependentKernel(
   CUDA_DRIVER_CHECK(cuLaunchKernelEx(&config, func, args, nullptr));
 }
 """
-"""For kernels that wait for their predecessor themselves: see `triton/dependent_launch.py`."""
+"""For kernels that wait for their predecessor themselves: `triton/common/dependent_launch.py`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from torch.fx import Node
 
 from et_moe.backends.cuda.graphs import input_nodes, op_arguments
-from et_moe.backends.cuda.triton import linear, moe
+from et_moe.backends.cuda.triton.linear import op as linear
+from et_moe.backends.cuda.triton.moe import op as moe
 from et_moe.backends.method_graph import MethodGraph
 
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]

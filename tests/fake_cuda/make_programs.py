@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from checkpoints import SMALL_FOR_CUDA
 
-from et_moe.examples.qwen3_5_moe import export
-from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint
-from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
-from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
-from et_moe.examples.qwen3_5_moe.model import Quantization
+from et_moe.examples.qwen3_5_moe.graph import Quantization
+from et_moe.pipeline import export
+from et_moe.pipeline.bundle import QuantizedCheckpoint
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.make_checkpoint import make_checkpoint
 
 MAX_PREFILL_TOKENS = 16
 """Short, so that a prompt of some tens of tokens takes several calls."""

@@ -285,7 +285,7 @@ def test_weights_that_do_not_fit(fake, programs, tmp_path) -> None:
 
 def test_inspect(programs) -> None:
     pte = programs / "cuda/model.pte"
-    command = [sys.executable, "-m", "et_moe.examples.qwen3_5_moe.cli", "inspect"]
+    command = [sys.executable, "-m", "et_moe.pipeline.cli", "inspect"]
 
     def run(*arguments) -> subprocess.CompletedProcess:
         return subprocess.run([*command, *arguments], capture_output=True, text=True)

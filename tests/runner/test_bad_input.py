@@ -13,17 +13,17 @@ from checkpoints import make_small
 from et_moe.backends.cpu import lowering
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
-from et_moe.examples.qwen3_5_moe.bundle import (
+from et_moe.examples.qwen3_5_moe.graph import Quantization
+from et_moe.pipeline.bundle import (
     Bundle,
     QuantizedCheckpoint,
     WeightSource,
     parameter_groups,
     parameter_spec,
 )
-from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
-from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
-from et_moe.examples.qwen3_5_moe.hf_tokenizer import tokenizer_json
-from et_moe.examples.qwen3_5_moe.model import Quantization
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.export import ExportOptions, export
+from et_moe.pipeline.hf_tokenizer import tokenizer_json
 
 CONTEXT, VOCABULARY = 32, 264
 

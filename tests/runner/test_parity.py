@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint
-from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
-from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
-from et_moe.examples.qwen3_5_moe.model import Quantization
+from et_moe.examples.qwen3_5_moe.graph import Quantization
+from et_moe.pipeline.bundle import QuantizedCheckpoint
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.export import ExportOptions, export
 
 PROMPT_LENGTHS = (1, 2, 7, 63, 64, 65, 300)
 NEW_TOKENS = 64

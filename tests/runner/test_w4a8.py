@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint, parameter_spec
-from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
-from et_moe.examples.qwen3_5_moe.evaluate import evaluate, runner_logits
-from et_moe.examples.qwen3_5_moe.export import ExportOptions, export
-from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
-from et_moe.examples.qwen3_5_moe.model import Quantization, Qwen3_5Moe
+from et_moe.examples.qwen3_5_moe.graph import Quantization, Qwen3_5Moe
+from et_moe.pipeline.bundle import QuantizedCheckpoint, parameter_spec
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.evaluate import evaluate, runner_logits
+from et_moe.pipeline.export import ExportOptions, export
+from et_moe.pipeline.make_checkpoint import make_checkpoint
 
 DEMO = Path(__file__).resolve().parents[2] / "examples/qwen3_5_moe/demo_checkpoint"
 

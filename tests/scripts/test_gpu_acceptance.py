@@ -309,7 +309,7 @@ def test_a_benchmark_that_fails(acceptance, session):
     with pytest.raises(
         acceptance.StepFailed, match=r"bench_kernels.py: exit code 1: .*no CUDA GPU"
     ):
-        acceptance._benchmark(session, "scripts/bench_kernels.py")
+        acceptance._benchmark(session, "benchmarks/kernels.py")
 
 
 def run_script(scripts_path, folder):

@@ -208,7 +208,7 @@ void CompiledMethod::start(Context& context, Session& session, Calls& calls,
   std::memset(memory + static_cast<size_t>(tokens) * kToken, 0,
               static_cast<size_t>(padded - tokens) * kToken);
   std::memcpy(&calls.position, inputs[position_], kToken);
-  // Not in the graph, see backends/cuda/triton/hand_over.py.
+  // Not in the graph, see backends/cuda/triton/hand_over/op.py.
   ET_MOE_CUDA(cudaMemcpyAsync(calls.inputs.data(), memory, offsets_.back(), cudaMemcpyHostToDevice,
                               context.stream_.get()));
   launch(context, session, calls, padded);

@@ -145,10 +145,10 @@ def _launches(folder: Path) -> None:
     """Launches per decoded token of four layers of the 35B model, of both kinds."""
     from et_moe.backends.cuda.compile import compile_method
     from et_moe.backends.cuda.prepack import plan_weights
-    from et_moe.examples.qwen3_5_moe.config import parse_config
-    from et_moe.examples.qwen3_5_moe.export import build_graphs
-    from et_moe.examples.qwen3_5_moe.make_checkpoint import text_config
-    from et_moe.examples.qwen3_5_moe.model import Quantization
+    from et_moe.examples.qwen3_5_moe.graph import Quantization
+    from et_moe.pipeline.config import parse_config
+    from et_moe.pipeline.export import build_graphs
+    from et_moe.pipeline.make_checkpoint import text_config
 
     config = parse_config(text_config("35b", layers=4), where="35b")
     graphs = build_graphs(config, Quantization(), torch.bfloat16, 4096)

@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
 
 from et_moe.backends.cuda.fusion import fuse
-from et_moe.backends.cuda.triton.gated_delta_net import gated_delta_net_projected
+from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net_projected
 
 HEADS, DIM, TAPS, GROUP = 2, 16, 4, 32
 CHANNELS = 3 * HEADS * DIM

@@ -11,11 +11,11 @@ from et_moe.backends.cuda.compile import triton_ops
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
-from et_moe.examples.qwen3_5_moe.bundle import QuantizedCheckpoint
-from et_moe.examples.qwen3_5_moe.checkpoint import Checkpoint
-from et_moe.examples.qwen3_5_moe.export import build_graphs
-from et_moe.examples.qwen3_5_moe.make_checkpoint import make_checkpoint
-from et_moe.examples.qwen3_5_moe.model import Quantization
+from et_moe.examples.qwen3_5_moe.graph import Quantization
+from et_moe.pipeline.bundle import QuantizedCheckpoint
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.export import build_graphs
+from et_moe.pipeline.make_checkpoint import make_checkpoint
 
 SAMPLING = {
     "temperature": torch.zeros(1),

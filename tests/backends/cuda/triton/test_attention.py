@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import attention_decode, attention_prefill
-from et_moe.backends.cuda.triton.attention import attention
-from et_moe.backends.cuda.triton.compile_case import record_launches
-from et_moe.backends.cuda.triton.rope import sincos
+from et_moe.backends.cuda.triton.attention import decode as attention_decode
+from et_moe.backends.cuda.triton.attention import prefill as attention_prefill
+from et_moe.backends.cuda.triton.attention.op import attention
+from et_moe.backends.cuda.triton.attention.rope import sincos
+from et_moe.backends.cuda.triton.common.compile_case import record_launches
 
 # Relative L2 error allowed.
 TOLERANCE = {

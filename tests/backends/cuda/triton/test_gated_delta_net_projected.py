@@ -5,9 +5,10 @@ import torch
 from test_gated_delta_net import GROUP_3, STATES, TOLERANCE, clone, net_inputs, relative_error
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import gated_delta_net as kernels
-from et_moe.backends.cuda.triton import linear, linear_decode
-from et_moe.backends.cuda.triton.compile_case import record_launches
+from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.gated_delta_net import op as kernels
+from et_moe.backends.cuda.triton.linear import decode as linear_decode
+from et_moe.backends.cuda.triton.linear import op as linear
 
 OPS = ["linear_w4a8", "linear_w4a16"]
 TAPS_2, TAPS_3 = (2, 1, 16, 32, 2), (1, 2, 16, 16, 3)

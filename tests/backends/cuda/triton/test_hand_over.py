@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from et_moe.backends.cuda.triton.hand_over import hand_over
+from et_moe.backends.cuda.triton.hand_over.op import hand_over
 
 
 @pytest.mark.parametrize("position", [0, 1, 6, 2**33 + 1])

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import linear, linear_decode
-from et_moe.backends.cuda.triton.compile_case import record_launches
-from et_moe.backends.cuda.triton.embedding import embedding_w8
+from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.embedding.op import embedding_w8
+from et_moe.backends.cuda.triton.linear import decode as linear_decode
+from et_moe.backends.cuda.triton.linear import op as linear
 
 # Relative L2 error allowed against the reference with fp32 activations.
 TOLERANCE = {"linear_w4a8": 1e-5, "linear_w4a16": 2e-4}

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import moe, moe_decode, moe_prefill
-from et_moe.backends.cuda.triton.compile_case import record_launches
-from et_moe.backends.cuda.triton.moe_routing import route
+from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.moe import decode as moe_decode
+from et_moe.backends.cuda.triton.moe import op as moe
+from et_moe.backends.cuda.triton.moe import prefill as moe_prefill
+from et_moe.backends.cuda.triton.moe.routing import route
 
 NAMES = ["moe_w4a8", "moe_w4a16"]
 # Relative L2 error against the reference; a GPU's silu and sums differ in the last bits, and INT8

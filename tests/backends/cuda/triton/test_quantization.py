@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import quantization
+from et_moe.backends.cuda.triton.quantization import op as quantization
 
 ROWS = [1, 2, 3, 15, 16, 17, 31, 64, 65, 129]
 

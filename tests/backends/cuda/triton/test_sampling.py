@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import sampling
-from et_moe.backends.cuda.triton.compile_case import record_launches
+from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.sampling import op as sampling
 
 
 @pytest.fixture(autouse=True)

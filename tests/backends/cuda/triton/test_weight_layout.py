@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton import prepack
-from et_moe.backends.cuda.triton.prepack import PREPACK_VERSION, prepack_experts
+from et_moe.backends.cuda.triton.moe import layout as prepack
+from et_moe.backends.cuda.triton.moe.layout import PREPACK_VERSION, prepack_experts
 
 SHAPES = [(3, 256, 128, 128), (2, 64, 32, 32), (2, 320, 192, 64), (1, 96, 160, 32)]
 

@@ -1,0 +1,216 @@
+"""Attention of a prompt: append to the cache, then FlashAttention-2 (Dao, 2023) over the cache."""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.attention.rope import (
+    load_frequencies,
+    load_heads,
+    norm_and_rotate,
+    sincos,
+)
+from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.dot import dot
+from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.tuning import tuned
+
+
+@triton.jit
+def _append_kernel(
+    qkv_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    inv_freq_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    position_ptr,
+    num_tokens_ptr,
+    q_ptr,
+    tokens,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+):
+    """One token and group of heads, normed and rotated: k, v to the cache, q `[Hq, T, DIM]`."""
+    token = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    column = tl.arange(0, DIM)
+    row = tl.arange(0, ROWS)
+    in_group = row < GROUP
+    one = tl.arange(0, 1)
+    # All but qkv is loaded before qkv exists, and all of qkv before any of it is needed.
+    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    position = tl.load(position_ptr) + token
+    q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
+    k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
+    frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
+    sin, cos = sincos(position.to(tl.float32) * frequency)
+    wait_for_previous()
+    if token >= valid:
+        return
+    token_ptr = qkv_ptr + token.to(tl.int64) * (2 * KV_HEADS * (GROUP + 1) * DIM)
+    head = kv_head * GROUP + row
+    k_row = token_ptr + (2 * KV_HEADS * GROUP + kv_head) * DIM
+    q_heads = load_heads(token_ptr + head * (2 * DIM), in_group, HALF, DIM)
+    k_heads = load_heads(k_row + one, one == 0, HALF, DIM)
+    v = tl.load(k_row + KV_HEADS * DIM + column)
+    q = norm_and_rotate(q_heads, q_weights, sin, cos, HALF, DIM, EPS)
+    k = norm_and_rotate(k_heads, k_weights, sin, cos, HALF, DIM, EPS)
+    q_tile = (head.to(tl.int64) * tokens + token)[:, None] * DIM + column[None, :]
+    tl.store(q_ptr + q_tile, (q * SCALE_LOG2).to(q_ptr.dtype.element_ty), mask=in_group[:, None])
+    cache_row = (kv_head.to(tl.int64) * CAPACITY + position) * DIM + column
+    tl.store(k_cache_ptr + cache_row, tl.reshape(k, (DIM,)).to(k_cache_ptr.dtype.element_ty))
+    tl.store(v_cache_ptr + cache_row, v)
+
+
+@triton.jit
+def _flash_tile(
+    q,
+    k_ptr,
+    v_ptr,
+    first,
+    position,
+    end,
+    top,
+    total,
+    acc,
+    DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over BLOCK_N cached tokens from `first`; MASKED: some are in the future."""
+    token = tl.arange(0, BLOCK_N)
+    tile = token[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    if MASKED:
+        inside = (token < end - first)[:, None]
+        k = tl.load(k_ptr + first * DIM + tile, mask=inside, other=0.0)
+        v = tl.load(v_ptr + first * DIM + tile, mask=inside, other=0.0)
+    else:
+        k = tl.load(k_ptr + first * DIM + tile)
+        v = tl.load(v_ptr + first * DIM + tile)
+    s = dot(q, tl.trans(k), k_ptr)
+    if MASKED:
+        s = tl.where((position - first)[:, None] >= token[None, :], s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None] + dot(p, v, v_ptr)
+    return new_top, total, acc
+
+
+@triton.jit
+def _flash_kernel(
+    q_ptr,
+    qkv_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    position_ptr,
+    num_tokens_ptr,
+    out_ptr,
+    tokens,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_M tokens of one query head, causal over the cache, gated. Padding becomes 0."""
+    head = tl.program_id(0)
+    kv_head = head // GROUP
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, DIM)
+    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
+    position = tl.load(position_ptr).to(tl.int32)
+    inside = (row < valid - start)[:, None]
+    ROW: tl.constexpr = 2 * (HEADS + HEADS // GROUP) * DIM
+    qkv_ptr += start.to(tl.int64) * ROW + head * (2 * DIM) + DIM
+    gate_tile = qkv_ptr + row[:, None] * ROW + column[None, :]
+    if BLOCK_M <= 32:  # more rows of it would take registers that the products need
+        gate = tl.load(gate_tile, mask=inside, other=0.0)
+    wait_for_previous()
+    out_ptr += start.to(tl.int64) * (HEADS * DIM) + head * DIM
+    out_tile = out_ptr + row[:, None] * (HEADS * DIM) + column[None, :]
+    in_out = (row < tokens - start)[:, None]
+    if start >= valid:
+        tl.store(out_tile, tl.zeros((BLOCK_M, DIM), out_ptr.dtype.element_ty), mask=in_out)
+        return
+    q_ptr += (head.to(tl.int64) * tokens + start) * DIM
+    q = tl.load(q_ptr + row[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+    k_ptr = k_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
+    v_ptr = v_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
+    end = position + tl.minimum(start + BLOCK_M, valid)
+    seen_by_all = (position + start + 1) // BLOCK_N * BLOCK_N
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    for first in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
+        top, total, acc = _flash_tile(
+            q,
+            k_ptr,
+            v_ptr,
+            first,
+            position + start + row,
+            end,
+            top,
+            total,
+            acc,
+            DIM,
+            BLOCK_N,
+            False,
+        )
+    for first in tl.range(seen_by_all, end, BLOCK_N, num_stages=STAGES):
+        top, total, acc = _flash_tile(
+            q, k_ptr, v_ptr, first, position + start + row, end, top, total, acc, DIM, BLOCK_N, True
+        )
+    if BLOCK_M > 32:
+        gate = tl.load(gate_tile, mask=inside, other=0.0)
+    o = acc / total[:, None] * tl.sigmoid(gate.to(tl.float32))
+    tl.store(out_tile, tl.where(inside, o, 0.0).to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
+    """Attention of any number of tokens: `[T, Hq * D]`.
+
+    Args:
+        inputs: the append kernel's leading arguments; `num_tokens` is any tensor if not counted.
+        shape: its constexprs, but for those of the configuration and ROWS.
+    """
+    qkv, *_, k_cache, v_cache, position, num_tokens = inputs
+    tokens, heads, dim = qkv.shape[0], shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]
+    out = qkv.new_empty((tokens, heads * dim))
+    q = qkv.new_empty((heads, tokens, dim))
+    config = tuned("attention_append", tokens)
+    rows = triton.next_power_of_2(shape["GROUP"])
+    grid = (tokens, shape["KV_HEADS"])
+    launch(_append_kernel, grid, *inputs, q, tokens, ROWS=rows, **shape, **config)
+    table = "attention_prefill" if qkv.element_size() == 2 else "attention_prefill_fp32"
+    config = tuned(table, tokens)
+    launch(
+        _flash_kernel,
+        (heads, cdiv(tokens, config["BLOCK_M"])),
+        q,
+        qkv,
+        k_cache,
+        v_cache,
+        position,
+        num_tokens,
+        out,
+        tokens,
+        HEADS=heads,
+        **{n: shape[n] for n in ("GROUP", "DIM", "CAPACITY", "HAS_NUM_TOKENS")},
+        **config,
+    )
+    return out

@@ -1,0 +1,209 @@
+"""Depthwise causal convolution over time, then SiLU."""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.dependent_launch import start_next, wait_for_previous
+from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.tuning import tuned
+
+
+@triton.jit
+def valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS: tl.constexpr):
+    """Tokens that are not padding."""
+    count = tokens
+    if HAS_NUM_TOKENS:
+        count = tl.minimum(tl.load(num_tokens_ptr), tokens)
+    return count
+
+
+@triton.jit
+def update_conv_state(
+    x_ptr,
+    state_ptr,
+    count,
+    channel,
+    in_channels,
+    ROW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
+):
+    """Leaves the last TAPS - 1 of the old state and `count` new inputs in the state, in place."""
+    row = tl.arange(0, TAPS_P2)
+    source = count - (TAPS - 1) + row  # before token 0: a row of the old state
+    inside = (row < TAPS - 1)[:, None] & in_channels[None, :]
+    old = tl.load(
+        state_ptr + (source + TAPS - 1)[:, None] * CHANNELS + channel[None, :],
+        mask=inside & (source < 0)[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    fresh = tl.load(
+        x_ptr + source.to(tl.int64)[:, None] * ROW + channel[None, :],
+        mask=inside & (source >= 0)[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    tl.debug_barrier()  # every warp of this program has read the old state
+    tl.store(
+        state_ptr + row[:, None] * CHANNELS + channel[None, :],
+        (old + fresh).to(state_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit
+def store_copied(target, value, mask, COPIES: tl.constexpr):
+    """`tl.store` of vectors `[N]` that a sum along rows of COPIES threads left in each of them.
+
+    The first thread of a row stores: to move a vector to where vectors are stored from would take
+    two barriers.
+    """
+    copy = tl.arange(0, COPIES)[None, :]
+    # Addresses that differ by copy, and the hint: one copy per thread, as the sum has left them.
+    target = tl.max_contiguous(target[:, None] + copy, (1, 1))
+    value = tl.broadcast_to(value[:, None], target.shape)
+    tl.store(target, value, mask=mask[:, None] & (copy == 0))
+
+
+@triton.jit
+def conv_window(weight_ptr, state_ptr, n, own_n, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
+    """TAPS taps and TAPS - 1 earlier inputs, vectors `[N]`, of one token's columns n `[N]`.
+
+    For `store_convolved`, once the token's own inputs are known. Only where own_n is set; columns
+    from CHANNELS on get 0.
+    """
+    inside = own_n & (n < CHANNELS)
+    taps, earlier = (), ()
+    for tap in tl.static_range(TAPS):
+        taps += (tl.load(weight_ptr + n * TAPS + tap, mask=inside, other=0.0),)
+    for tap in tl.static_range(TAPS - 1):
+        earlier += (tl.load(state_ptr + tap * CHANNELS + n, mask=inside, other=0.0),)
+    return taps, earlier
+
+
+@triton.jit
+def store_convolved(
+    x,
+    window,
+    state_ptr,
+    out_ptr,
+    n,
+    own_n,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    COPIES: tl.constexpr,
+):
+    """`causal_conv1d` of one token, with what `conv_window` gave: out, and the state in place.
+
+    x `[N]` is of out's dtype; its columns from CHANNELS on are stored as they are. All are vectors,
+    since those are loaded in the layout that x has. COPIES as `store_copied` takes it.
+    """
+    taps, earlier = window
+    inside = own_n & (n < CHANNELS)
+    y = x.to(tl.float32) * taps[TAPS - 1].to(tl.float32)
+    for tap in tl.static_range(TAPS - 1):
+        y += earlier[tap].to(tl.float32) * taps[tap].to(tl.float32)
+    y = tl.where(n < CHANNELS, silu(y).to(x.dtype), x)
+    store_copied(out_ptr + n, y, own_n, COPIES)
+    tl.debug_barrier()  # every warp of this program has read the old state
+    for tap in tl.static_range(TAPS - 1):
+        value = earlier[tap + 1] if tap + 1 < TAPS - 1 else x
+        value = value.to(state_ptr.dtype.element_ty)
+        store_copied(state_ptr + tap * CHANNELS + n, value, inside, COPIES)
+
+
+@triton.jit
+def _causal_conv1d_kernel(
+    x_ptr,
+    weight_ptr,
+    state_ptr,
+    num_tokens_ptr,
+    out_ptr,
+    tokens,
+    ROW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """BLOCK_T tokens of BLOCK_C channels of the output; BLOCK_T is at least TAPS - 1.
+
+    A thread owns channels, and their inputs meet TAPS outputs in its registers. Only the programs
+    of the first tokens read the state; they also replace it, so nothing races.
+    """
+    start_next()  # of one token this takes less time than the next kernel takes to load its state
+    block = tl.program_id(0)
+    first = block == 0
+    start = block.to(tl.int64) * BLOCK_T
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = channel < CHANNELS
+    tap = tl.arange(0, TAPS_P2)[None, :]
+    weight = tl.load(
+        weight_ptr + channel[:, None] * TAPS + tap,
+        mask=in_channels[:, None] & (tap < TAPS),
+        other=0.0,
+    ).to(tl.float32)
+    taps, window = (), ()
+    for i in tl.static_range(TAPS):
+        taps += (tl.sum(tl.where(tap == i, weight, 0.0), 1),)
+    for i in tl.static_range(TAPS - 1):
+        old = tl.load(state_ptr + i * CHANNELS + channel, mask=in_channels & first, other=0.0)
+        window += (old,)
+    wait_for_previous()
+    count = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    valid = tl.minimum(count - start, BLOCK_T).to(tl.int32)
+    tile = x_ptr + start * ROW + channel
+    inputs = ()
+    for i in tl.static_range(BLOCK_T + TAPS - 1):
+        inside = in_channels & (i - (TAPS - 1) < valid)
+        if i < TAPS - 1:
+            inside = inside & (not first)
+        x = tl.load(tile + (i - (TAPS - 1)) * ROW, mask=inside, other=0.0)
+        if i < TAPS - 1:
+            x = tl.where(first, window[i], x)
+        inputs += (x,)
+    out = out_ptr + start * CHANNELS + channel
+    for i in tl.static_range(BLOCK_T):
+        y = tl.zeros((BLOCK_C,), tl.float32)
+        for j in tl.static_range(TAPS):
+            y += inputs[i + j].to(tl.float32) * taps[j]
+        inside = in_channels & (i < tokens - start)
+        tl.store(out + i * CHANNELS, silu(y).to(out_ptr.dtype.element_ty), mask=inside)
+    if first:
+        update_conv_state(
+            x_ptr, state_ptr, count, channel, in_channels, ROW, CHANNELS, TAPS, TAPS_P2
+        )
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    state: torch.Tensor,
+    num_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `et_moe.backends.ops.causal_conv1d`. Columns of x past the channels are ignored."""
+    tokens, (channels, taps) = x.shape[0], weight.shape
+    out = x.new_empty((tokens, channels))
+    config = tuned("causal_conv1d", tokens)
+    config["BLOCK_T"] = max(config["BLOCK_T"], triton.next_power_of_2(taps - 1))
+    launch(
+        _causal_conv1d_kernel,
+        (cdiv(tokens, config["BLOCK_T"]), cdiv(channels, config["BLOCK_C"])),
+        x,
+        weight,
+        state,
+        state if num_tokens is None else num_tokens,
+        out,
+        tokens,
+        ROW=x.stride(0),
+        CHANNELS=channels,
+        TAPS=taps,
+        TAPS_P2=triton.next_power_of_2(taps),
+        HAS_NUM_TOKENS=num_tokens is not None,
+        **config,
+    )
+    return out

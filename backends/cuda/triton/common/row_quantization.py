@@ -1,0 +1,76 @@
+"""RMSNorm and quantization of whole rows: in registers, and as a kernel hoisted out of a GEMM.
+
+A row is quantized per tile of columns into one or two INT8 planes. One plane is `quantize_int8`.
+Two hold 15 bits, r = 128 q1 + q0 with q1 in -127..127 and q0 in -64..63: for Gaussian rows an error
+of 0.005%, a thirtieth of what rounding to bf16 costs.
+"""
+
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.quantization.op import int8_scale, round_int8
+
+
+@triton.jit
+def normed(x, norm_weight, mean_square, eps, DTYPE: tl.constexpr):
+    """fp32 x -> x * rsqrt(mean_square + eps) * (1 + norm_weight), rounded to DTYPE, as fp32."""
+    y = x * tl.rsqrt(mean_square + eps) * (1.0 + norm_weight.to(tl.float32))
+    return y.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def quantized(x, PLANES: tl.constexpr):
+    """Tiles fp32 `[R, TILE]` -> r int32 `[R, TILE]` (for `plane_of`) and scales fp32 `[R]`."""
+    inverse, scale = int8_scale(tl.max(tl.abs(x), axis=1))
+    if PLANES == 2:
+        inverse, scale = inverse * 128.0, scale * 0.0078125
+    return round_int8(x * inverse[:, None]), scale
+
+
+@triton.jit
+def plane_of(r, PLANE: tl.constexpr, PLANES: tl.constexpr):
+    """int32 whose low byte is an INT8 plane of quantized values r: r itself, or q1 (0) or q0 (1).
+
+    Of r, as from `quantized`, the low 8 or 15 bits count.
+    """
+    if PLANES == 1:
+        return r
+    high = ((r + 64) << 10) >> 17
+    return high if PLANE == 0 else r - (high << 7)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x,
+    norm_weight,
+    q,
+    scale,
+    eps,
+    PADDED_M,
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALE_FACTOR: tl.constexpr,
+):
+    """RMSNorm (if norm_weight is given) and quantization of one row per program.
+
+    x `[M, K]` -> q int8 `[PLANES, PADDED_M, PADDED_K]`, zero from column K on, and scale fp32
+    `[ceil(PADDED_K / TILE), PADDED_M]`, times SCALE_FACTOR. Rows from M on are not written.
+    """
+    wait_for_previous()
+    row = tl.program_id(0)
+    tile = tl.arange(0, TILES)
+    column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    value = tl.load(x + row.to(tl.int64) * K + column, mask=column < K, other=0.0).to(tl.float32)
+    if norm_weight is not None:
+        mean_square = tl.sum(tl.sum(value * value, axis=1), axis=0) / K
+        gain = tl.load(norm_weight + column, mask=column < K, other=0.0)
+        value = normed(value, gain, mean_square, eps, x.dtype.element_ty)
+    r, tile_scale = quantized(value, PLANES)
+    for plane in tl.static_range(PLANES):
+        target = q + (plane * PADDED_M + row).to(tl.int64) * PADDED_K + column
+        tl.store(target, plane_of(r, plane, PLANES).to(tl.int8), mask=column < PADDED_K)
+    tl.store(scale + tile * PADDED_M + row, tile_scale * SCALE_FACTOR, mask=tile * TILE < PADDED_K)

@@ -1,0 +1,260 @@
+"""The gated delta rule over a whole prompt, in chunks (Yang et al., "Gated Delta Networks", 2024).
+
+With S the state before a chunk, G_i the sum of g over the chunk up to token i, and
+A_ij = beta_i exp(G_i - G_j) k_i . k_j for j < i, the corrections v'_i = beta_i (v_i - k_i^T S_i) of
+all tokens of a chunk solve a unit lower triangular system:
+
+    T = (I + A)^-1,  P_ij = exp(G_i - G_j) q_i . k_j for j <= i
+    v' = T beta (v - exp(G) k S)
+    o = exp(G) q S + P v'
+    S <- exp(G_last) S + (exp(G_last - G) k)^T v'
+
+`prepare_kernel` makes what is multiplied with v, k S and v' of all chunks at once. `_scan_kernel`
+carries the state from chunk to chunk and makes o on its way; `_norm_kernel` is what a layer adds to
+o, which is rounded to the dtype of q in between. q and k are never normalised in memory: their
+norms are factors of rows and columns. Only differences G_i - G_j <= 0 are exponentiated. Tokens
+past `num_tokens` have k = v = beta = g = 0, which leaves S alone.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.dot import add_dot, dot
+from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES, prepare_kernel
+from et_moe.backends.cuda.triton.tuning import tuned
+
+LOG_CHUNK = {2: 6, 4: 4}
+"""Base-2 logarithm of the tokens of a chunk, by bytes of an element: fp32 takes more registers."""
+
+
+@triton.jit
+def _chunk(state, k, q, v, squares, factors, token, like, CHUNK: tl.constexpr):
+    """The state after a chunk, and its o; both transposed.
+
+    squares: tile pointers to its first square. The product with v comes first, since it is the only
+    one that need not wait for the last product of the chunk before.
+    """
+    change = dot(tl.trans(v), tl.trans(tl.load(squares)), like)
+    known = dot(state, tl.trans(k), like)
+    change = add_dot(known, tl.trans(tl.load(squares + CHUNK * CHUNK)), change, like)
+    o = dot(state, tl.trans(q), like) * tl.load(factors + token)[None, :]
+    o = add_dot(change, tl.trans(tl.load(squares + 2 * CHUNK * CHUNK)), o, like)
+    change *= tl.load(factors + CHUNK + token)[None, :]
+    state = add_dot(change, k, state * tl.load(factors + 3 * CHUNK - 1), like)
+    return state, tl.trans(o)
+
+
+@triton.jit
+def _scan_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    squares_ptr,
+    factors_ptr,
+    state_ptr,
+    num_tokens_ptr,
+    out_ptr,
+    tokens,
+    K_ROW: tl.constexpr,
+    K_COLUMN: tl.constexpr,
+    V_ROW: tl.constexpr,
+    V_COLUMN: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+    LOG_CHUNK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_V columns of one head's state through all chunks, and of its o `[T, HEADS * DV]`.
+
+    Everything is transposed, value columns by tokens or keys: then what a product leaves in
+    registers is where the next one, of which it is the left operand, needs it, a warp never waits
+    for another, and only what other kernels made goes through shared memory.
+    """
+    wait_for_previous()
+    CHUNK: tl.constexpr = 1 << LOG_CHUNK
+    head = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
+    token = tl.arange(0, CHUNK)
+    dk = tl.arange(0, DK)
+    chunk = head * tl.cdiv(tokens, CHUNK).to(tl.int64)
+    in_qk = token[:, None] * K_ROW + dk[None, :]
+    in_v = token[:, None] * V_ROW + column[None, :]
+    in_out = token[:, None] * (HEADS * DV) + column[None, :]
+    in_square = token[:, None] * CHUNK + token[None, :]
+    q_ptr += head // GROUP * DK
+    k_ptr += K_COLUMN + head // GROUP * DK
+    v_ptr += V_COLUMN + head * DV
+    out_ptr += head * DV
+    squares_ptr += chunk * (SQUARES * CHUNK * CHUNK)
+    factors_ptr += chunk * (FACTORS * CHUNK)
+    in_state = head * (DK * DV) + dk[:, None] * DV + column[None, :]
+    state = tl.trans(tl.load(state_ptr + in_state))
+    whole = valid // CHUNK * CHUNK
+    for _ in tl.range(0, whole, CHUNK, num_stages=STAGES):
+        k, q, v = tl.load(k_ptr + in_qk), tl.load(q_ptr + in_qk), tl.load(v_ptr + in_v)
+        squares = squares_ptr + in_square
+        state, o = _chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty))
+        k_ptr += CHUNK * K_ROW
+        q_ptr += CHUNK * K_ROW
+        v_ptr += CHUNK * V_ROW
+        squares_ptr += SQUARES * CHUNK * CHUNK
+        out_ptr += CHUNK * HEADS * DV
+        factors_ptr += FACTORS * CHUNK
+    if whole < valid:
+        inside = (whole + token < valid)[:, None]
+        k = tl.load(k_ptr + in_qk, mask=inside, other=0.0)
+        q = tl.load(q_ptr + in_qk, mask=inside, other=0.0)
+        v = tl.load(v_ptr + in_v, mask=inside, other=0.0)
+        squares = squares_ptr + in_square
+        state, o = _chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(state_ptr + in_state, tl.trans(state))
+
+
+@triton.jit
+def _norm_kernel(
+    z_ptr,
+    norm_weight_ptr,
+    num_tokens_ptr,
+    out_ptr,
+    tokens,
+    Z_ROW: tl.constexpr,
+    Z_COLUMN: tl.constexpr,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """out `[T, HEADS, DV]` in place: RMS-normed per head and times SiLU(z). Padding becomes 0."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // HEADS, row % HEADS
+    dv = tl.arange(0, DV)[None, :]
+    in_out = (token < tokens)[:, None]
+    z_tile = z_ptr + (token * Z_ROW + Z_COLUMN + head * DV)[:, None] + dv
+    z = tl.load(z_tile, mask=in_out, other=0.0).to(tl.float32)
+    norm_weight = tl.load(norm_weight_ptr + dv).to(tl.float32)
+    wait_for_previous()
+    inside = (token < valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS))[:, None]
+    out_tile = out_ptr + row[:, None] * DV + dv
+    o = tl.load(out_tile, mask=inside, other=0.0).to(tl.float32)
+    o *= tl.rsqrt(tl.sum(o * o, 1) / DV + EPS)[:, None] * norm_weight
+    o = tl.where(inside, o * silu(z), 0.0)
+    tl.store(out_tile, o.to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gating:
+    """What the layer adds to the rule: raw gates in, a gated norm behind.
+
+    Attributes:
+        projected: `[T, C + V + 2 Hv]`, holds z, b and a from column C on.
+        a_log, dt_bias: `[Hv]`. norm_weight: `[Dv]`. eps: of the norm.
+    """
+
+    projected: torch.Tensor
+    a_log: torch.Tensor
+    dt_bias: torch.Tensor
+    norm_weight: torch.Tensor
+    eps: float
+
+
+class Gates(NamedTuple):
+    """Arguments of the kernels for gates and norm; any tensors where there is no `Gating`."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    z: torch.Tensor
+    a_log: torch.Tensor
+    dt_bias: torch.Tensor
+    norm_weight: torch.Tensor
+    gated: bool
+    eps: float
+    b_column: int
+    a_column: int
+    z_column: int
+
+
+def find_gates(
+    gates: tuple[torch.Tensor, torch.Tensor] | Gating, channels: int, values: int, heads: int
+) -> Gates:
+    """Of `gates` as in `chunk_gated_delta`; z, b and a lie behind the `channels`."""
+    if isinstance(gates, Gating):
+        projected, layer = gates.projected, (gates.a_log, gates.dt_bias, gates.norm_weight)
+        z, b = channels, channels + values
+        return Gates(projected, projected, projected, *layer, True, gates.eps, b, b + heads, z)
+    g, beta = gates
+    return Gates(beta, g, g, g, g, g, False, 0.0, 0, 0, 0)
+
+
+def chunk_gated_delta(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    columns: tuple[int, int],
+    gates: tuple[torch.Tensor, torch.Tensor] | Gating,
+    state: torch.Tensor,
+    num_tokens: torch.Tensor | None,
+    key_heads: int,
+) -> torch.Tensor:
+    """The rule, and with a `Gating` everything behind the convolution: `[T, Hv * Dv]`.
+
+    Args:
+        qkv: q, k, v, each with a token per row; may be one tensor thrice.
+        columns: where k and v begin in their rows.
+        gates: g and beta, `fp32 [T, Hv]`, or where they come from.
+        state: `fp32 [Hv, Dk, Dv]`, updated in place.
+        num_tokens: `int64 [1]` or None for T.
+    """
+    (q, k, v), (heads, key_dim, value_dim) = qkv, state.shape
+    tokens, values = q.shape[0], heads * value_dim
+    log_chunk = LOG_CHUNK[q.element_size()]
+    chunk = 1 << log_chunk
+    chunks = cdiv(tokens, chunk)
+    out = q.new_empty((tokens, values))
+    squares = q.new_empty((heads, chunks, SQUARES.value, chunk, chunk))
+    factors = q.new_empty((heads, chunks, FACTORS.value, chunk), dtype=torch.float32)
+    counted = {"HAS_NUM_TOKENS": num_tokens is not None}
+    shape = counted | {
+        "K_ROW": k.stride(0),
+        "K_COLUMN": columns[0],
+        "GROUP": heads // key_heads,
+        "DK": key_dim,
+        "LOG_CHUNK": log_chunk,
+    }
+    num_tokens = state if num_tokens is None else num_tokens
+    found = find_gates(gates, columns[1] + values, values, heads)
+    rows = {"GATE_ROW": found.b.stride(0), "B_COLUMN": found.b_column, "A_COLUMN": found.a_column}
+    rows |= {"RAW_GATES": found.gated}
+    arguments = (q, k, found.b, found.a, found.a_log, found.dt_bias, num_tokens)
+    arguments += (squares, factors)
+    config = tuned("gated_delta_prepare", tokens)
+    launch(prepare_kernel, (chunks, heads), *arguments, tokens, **shape, **rows, **config)
+
+    table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"
+    config = tuned(table, tokens)
+    config["BLOCK_V"] = min(config["BLOCK_V"], max(value_dim // 2, 16))
+    grid = (value_dim // config["BLOCK_V"], heads)
+    rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "HEADS": heads, "DV": value_dim}
+    arguments = (q, k, v, squares, factors, state, num_tokens, out)
+    launch(_scan_kernel, grid, *arguments, tokens, **shape, **rows, **config)
+    if found.gated:
+        arguments = (found.z, found.norm_weight, num_tokens, out)
+        rows = {"Z_ROW": found.z.stride(0), "Z_COLUMN": found.z_column, "HEADS": heads}
+        rows |= {"DV": value_dim, "EPS": found.eps}
+        config = tuned("gated_delta_norm", tokens)
+        grid = (cdiv(tokens * heads, config["ROWS"]),)
+        launch(_norm_kernel, grid, *arguments, tokens, **counted, **rows, **config)
+    return out

@@ -1,0 +1,180 @@
+"""The gated delta rule of one token, with what comes before and behind it in its layer."""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.launch import launch
+from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.gated_delta_net.chunk import Gating, find_gates
+from et_moe.backends.cuda.triton.gated_delta_net.prepare import delta_gates
+from et_moe.backends.cuda.triton.tuning import tuned
+
+
+@triton.jit
+def _add_2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _first(a, b):
+    return a
+
+
+@triton.jit
+def _to_every_warp(x, WARPS: tl.constexpr):
+    """`[WARPS, numel]`, each row all of x, so that what follows needs no other warp.
+
+    A scan (here of single elements, which computes nothing) has the compiler's own layout for its
+    shape, a row per warp, where other operations would keep that of x.
+    """
+    rows = tl.broadcast_to(x.reshape(1, 1, x.numel), (WARPS, 1, x.numel))
+    return tl.associative_scan(rows, 1, _first).reshape(WARPS, x.numel)
+
+
+@triton.jit
+def _step_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    b_ptr,
+    a_ptr,
+    z_ptr,
+    a_log_ptr,
+    dt_bias_ptr,
+    norm_weight_ptr,
+    num_tokens_ptr,
+    state_ptr,
+    out_ptr,
+    K_COLUMN: tl.constexpr,
+    V_COLUMN: tl.constexpr,
+    Z_COLUMN: tl.constexpr,
+    B_COLUMN: tl.constexpr,
+    A_COLUMN: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    WARPS: tl.constexpr,
+    GATED: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+):
+    """One token of BLOCK_V columns of a value head. With q and k scaled to unit length,
+
+        delta = beta (v - exp(g) k^T S)
+        o = exp(g) q^T S + (q . k) delta
+        S <- exp(g) S + k delta^T
+
+    GATED: `b` and `a` are yet to become beta and g, and o is RMS-normed and multiplied by SiLU(z),
+    for which BLOCK_V must be the whole head.
+    What counts here is latency, hence as few exchanges between threads as can be: a warp has
+    columns of the state to itself, and sums over their rows in registers and then over lanes. It
+    loads all of q and k and takes their norms. Only the norm of o crosses warps.
+    """
+    COLUMNS: tl.constexpr = BLOCK_V // WARPS
+    VECTOR: tl.constexpr = min(4, COLUMNS)  # columns of a thread
+    V_LANES: tl.constexpr = COLUMNS // VECTOR
+    K_LANES: tl.constexpr = min(max(32 // V_LANES, 1), DK // 2)
+    ROWS: tl.constexpr = DK // K_LANES  # of a thread
+    head = tl.program_id(0)
+    dk = tl.arange(0, K_LANES)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+    dv = tl.arange(0, WARPS)[:, None] * V_LANES + tl.arange(0, V_LANES)[None, :]
+    dv = dv[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    key = head // GROUP * DK + dk
+    first = head * DV + tl.program_id(1) * BLOCK_V
+    column = first + tl.arange(0, BLOCK_V)
+    # The compiler spreads a tile over lanes, then warps, then registers, from its last column on.
+    row = tl.arange(0, WARPS * DK)
+    lane, warp = row % K_LANES, row // K_LANES % WARPS
+    row = lane * ROWS + row // (K_LANES * WARPS)
+    state_tile = state_ptr + head * (DK * DV) + tl.program_id(1) * BLOCK_V
+    state_tile += (row * DV + warp * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    state = tl.load(state_tile).reshape(ROWS, WARPS, K_LANES, V_LANES, VECTOR)
+    if GATED:
+        a_log = tl.load(a_log_ptr + head).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+        z = tl.load(norm_weight_ptr + tl.arange(0, DV)).to(tl.float32)
+    wait_for_previous()
+    q = tl.load(q_ptr + key).to(tl.float32)[:, None, :, None, None]
+    k = tl.load(k_ptr + K_COLUMN + key).to(tl.float32)[:, None, :, None, None]
+    v = tl.load(v_ptr + V_COLUMN + first + dv).to(tl.float32)
+    beta = tl.load(b_ptr + B_COLUMN + head).to(tl.float32)
+    g = tl.load(a_ptr + A_COLUMN + head).to(tl.float32)
+    count = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
+    if GATED:
+        z *= silu(tl.load(z_ptr + Z_COLUMN + column).to(tl.float32))
+        beta, g = delta_gates(beta, g, a_log, dt_bias)
+    decay = tl.exp(g)
+
+    # Sums are over registers first, then over lanes. With a dimension for each that q and k do not
+    # have, too: so they are spread as the state is, and their sums are where its sums are.
+    q_lane = tl.broadcast_to(q, (ROWS, WARPS, K_LANES, V_LANES, 1))
+    k_lane = tl.broadcast_to(k, (ROWS, WARPS, K_LANES, V_LANES, 1))
+    squares = tl.reduce((q_lane * q_lane, k_lane * k_lane, q_lane * k_lane), 0, _add_3)
+    qq, kk, qk_product = tl.reduce(squares, 1, _add_3)
+    k_state, q_state = tl.reduce(tl.reduce((state * k, state * q), 0, _add_2), 1, _add_2)
+    q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
+    k_scale = tl.rsqrt(kk + 1e-6)
+    delta = beta * (v - decay * k_scale * k_state)
+    o = q_scale * (decay * q_state + k_scale * qk_product * delta)
+    state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
+    tl.store(state_tile, state.reshape(WARPS * DK, COLUMNS), mask=count > 0)
+    o = _to_every_warp(o, WARPS)
+    if GATED:
+        # Where a product is an operand of the first sum of two threads, each would fuse its own
+        # with the addition, and their sums would differ in the last bit. Adding 0 takes up the
+        # fusion.
+        o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
+    warp = tl.arange(0, WARPS)[:, None]
+    target = out_ptr + warp * 0 + column[None, :]
+    mask = warp == tl.arange(0, BLOCK_V)[None, :] // COLUMNS
+    tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def step_gated_delta(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    columns: tuple[int, int],
+    gates: tuple[torch.Tensor, torch.Tensor] | Gating,
+    state: torch.Tensor,
+    num_tokens: torch.Tensor | None,
+    key_heads: int,
+) -> torch.Tensor:
+    """`chunk_gated_delta` of one token."""
+    heads, key_dim, value_dim = state.shape
+    values = heads * value_dim
+    out = qkv[0].new_empty((1, values))
+    found = find_gates(gates, columns[1] + values, values, heads)
+    block = value_dim if found.gated else min(value_dim, 32)
+    config = tuned("gated_delta_step", key_dim * block)
+    launch(
+        _step_kernel,
+        (heads, value_dim // block),
+        *qkv,
+        *found[:6],
+        state if num_tokens is None else num_tokens,
+        state,
+        out,
+        K_COLUMN=columns[0],
+        V_COLUMN=columns[1],
+        Z_COLUMN=found.z_column,
+        B_COLUMN=found.b_column,
+        A_COLUMN=found.a_column,
+        GROUP=heads // key_heads,
+        DK=key_dim,
+        DV=value_dim,
+        BLOCK_V=block,
+        WARPS=config["num_warps"],
+        GATED=found.gated,
+        EPS=found.eps,
+        HAS_NUM_TOKENS=num_tokens is not None,
+        **config,
+    )
+    return out

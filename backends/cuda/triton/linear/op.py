@@ -1,0 +1,271 @@
+"""Linear layers with INT4 weights; contracts in `et_moe.backends.ops.linear`.
+
+W4A8 and W4A16 are the same integer arithmetic, rescaled into fp32 once per K-step. W4A8 quantizes a
+row to INT8 in tiles of 128 columns (`ACTIVATION_TILE`), W4A16 to 15 bits, as two INT8 planes (see
+`row_quantization`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.compile_case import PREFILL_TOKENS, CompileCase
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
+from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
+from et_moe.backends.cuda.triton.common.row_quantization import quantize_rows_kernel
+from et_moe.backends.cuda.triton.linear.decode import linear_decode, power_of_two, takes
+from et_moe.backends.cuda.triton.linear.layout import (
+    LAYOUT_VERSION,
+    half_block,
+    prepack_linear,
+    scale_pair,
+)
+from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.ops import ACTIVATION_TILE, GROUP_SIZES
+
+__all__ = ["LAYOUT_VERSION", "linear_w4a8", "linear_w4a16", "prepack_linear"]
+
+
+@triton.jit
+def _w4_gemm_kernel(
+    q,
+    scale,
+    weight,
+    weight_scale,
+    residual,
+    out,
+    M,
+    N,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out `[M, N]` = rescaled integer GEMM + residual, one `[BLOCK_M, BLOCK_N]` tile per program.
+
+    The weights are the left operand: they go from shared memory through registers, where they are
+    unpacked, into the matrix unit. GROUP_M tiles of rows share the weights that L2 holds. q and
+    scale have rows for whole tiles of BLOCK_M.
+    """
+    wait_for_previous()
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    pid, width = tl.program_id(0), GROUP_M * tiles_n
+    first = pid // width * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    first_m = (first + pid % width % height) * BLOCK_M
+    # The last tile overlaps its neighbour rather than to reach past the end; both store the same.
+    first_n = min(pid % width // height * BLOCK_N, N - BLOCK_N)
+    rows_m, rows_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    k = tl.arange(0, STEP)
+    padded_m = tiles_m * BLOCK_M
+    q += first_m.to(tl.int64) * K + rows_m[:, None] * K + k[None, :]
+    weight += first_n.to(tl.int64) * (K // 2) + rows_n[:, None] * (K // 2) + k[None, :]
+    scale += first_m + rows_m
+    weight_scale += first_n + rows_n
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # Stages of its own make the compiler prefetch the scales too, not only what is multiplied.
+    for block in tl.range(0, K, 2 * HALF, num_stages=STAGES):
+        for offset in tl.static_range(0, HALF, STEP):
+            w = tl.load(weight + block // 2 + offset).to(tl.int8, bitcast=True)
+            group_scales = scale_pair(tl.load(weight_scale + (block // 2 + offset) // STEP * N))
+            for high in tl.static_range(2):
+                begin = block + offset + high * HALF
+                half_w = high_nibbles(w) if high else low_nibbles(w)
+                row_scale = tl.load(scale + begin // TILE * padded_m)
+                d = tl.dot(half_w, tl.trans(tl.load(q + begin)), out_dtype=tl.int32)
+                if PLANES == 2:
+                    low_plane = tl.trans(tl.load(q + padded_m.to(tl.int64) * K + begin))
+                    d = tl.dot(half_w, low_plane, d << 7, out_dtype=tl.int32)
+                acc += d.to(tl.float32) * row_scale[None, :] * group_scales[high][:, None]
+    m, n = first_m + rows_m, first_n + rows_n
+    acc = tl.trans(acc)
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = m[:, None] < M
+    if residual is not None:
+        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
+    """Raises ValueError unless the arguments of `linear_w4a8` or `linear_w4a16` fit each other."""
+    (n, packed), k = weight.shape, x.shape[1]
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}, expected one of {GROUP_SIZES}")
+    steps = packed // min(half_block(2 * packed), group_size)
+    if 2 * packed != k + -k % 64 or tuple(scale.shape) != (steps, n):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} are not what "
+            f"prepack_linear makes for x of {k} columns and group_size {group_size}"
+        )
+    if norm_weight is not None and tuple(norm_weight.shape) != (k,):
+        raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)}, expected {(k,)}")
+    if residual is not None and residual.shape[1] != n:
+        raise ValueError(f"residual has {residual.shape[1]} columns, expected {n}")
+
+
+def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
+    check_linear(x, weight, scale, group_size, norm_weight, residual)
+    (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
+    x = x.contiguous()
+    if is_one(m) and takes(k):
+        return linear_decode(x, weight, scale, group_size, norm_weight, eps, residual, planes)
+    config = tuned(f"linear_w4a{8 * planes}", m)
+    block_m = config["BLOCK_M"]
+    config["BLOCK_N"] = min(config["BLOCK_N"], power_of_two(n))
+    half = half_block(padded_k)
+    step = min(half, group_size)
+    padded_m = cdiv(m, block_m) * block_m
+    tiles = cdiv(padded_k, ACTIVATION_TILE)
+    q = x.new_empty((planes, padded_m, padded_k), dtype=torch.int8)
+    q_scale = x.new_empty((tiles, padded_m), dtype=torch.float32)
+    launch(
+        quantize_rows_kernel,
+        (m,),
+        x,
+        norm_weight,
+        q,
+        q_scale,
+        eps,
+        padded_m,
+        K=k,
+        PADDED_K=padded_k,
+        TILES=triton.next_power_of_2(tiles),
+        TILE=ACTIVATION_TILE,
+        PLANES=planes,
+        SCALE_FACTOR=NIBBLE_SCALE.value,
+        num_warps=4,
+    )
+    out = x.new_empty((m, n))
+    launch(
+        _w4_gemm_kernel,
+        (cdiv(m, block_m) * cdiv(n, config["BLOCK_N"]),),
+        q,
+        q_scale,
+        weight,
+        scale,
+        residual,
+        out,
+        m,
+        n,
+        K=padded_k,
+        GROUP=group_size,
+        HALF=half,
+        TILE=ACTIVATION_TILE,
+        STEP=step,
+        PLANES=planes,
+        **config,
+    )
+    return out
+
+
+def linear_w4a8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.linear_w4a8` with weight and scale as from `prepack_linear`; `[T, N]` in x's dtype.
+
+    One launch for one row (K a multiple of 256 and K / 256 a power of two), else two.
+    """
+    return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=1)
+
+
+def linear_w4a16(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.linear_w4a16`, likewise; x takes part with 15 bits per tile of 128 columns."""
+    return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=2)
+
+
+def example_weight(n: int, k: int, device: torch.device) -> dict:
+    """Weight, scale and group_size of a linear layer for compile cases."""
+    return {
+        "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
+        # Two bf16 of 2^-7 in an int32.
+        "scale": torch.full((k // 256, n), 0x3C003C00, dtype=torch.int32, device=device),
+        "group_size": 128,
+    }
+
+
+def compile_cases() -> list[CompileCase]:
+    """The linear layers of Qwen3.5-35B-A3B."""
+
+    def arguments(n, k, norm, residual, dtype=torch.bfloat16):
+        def make(m, device):
+            def bf16(*shape):
+                return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+            return {
+                "x": bf16(m, k).to(dtype),
+                **example_weight(n, k, device),
+                "norm_weight": bf16(k) if norm else None,
+                "residual": bf16(m, n) if residual else None,
+            }
+
+        return make
+
+    shapes = {
+        "in_proj": (12352, 2048, True, False),
+        "qkv_proj": (9216, 2048, True, False),
+        "out_proj": (2048, 4096, False, True),
+        "lm_head": (248320, 2048, True, False, torch.float32),
+    }
+    return [
+        CompileCase(
+            f"{op.__name__}/{name}",
+            op,
+            arguments(*shape),
+            tables=(op.__name__, "linear_gemv"),
+            tokens=(1,) if name == "lm_head" else (1, PREFILL_TOKENS),
+            gemms=frozenset({"_w4_gemm_kernel"}),
+            streams={"_w4_gemm_kernel": ("weight",), "_w4_gemv_kernel": ("weight",)},
+        )
+        for op in (linear_w4a8, linear_w4a16)
+        for name, shape in shapes.items()
+    ]
+
+
+def tune_candidates() -> dict[str, list[dict]]:
+    """Configurations worth trying, by tuning table; `linear_gemv` is looked up by N."""
+    few = (
+        (16, 16, 2),
+        (16, 32, 2),
+        (16, 32, 4),
+        (16, 64, 4),
+        (32, 32, 4),
+        (64, 16, 4),
+        (64, 32, 4),
+    )
+    some = ((32, 64, 4), (64, 64, 4))
+    many = ((32, 128, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))
+    gemm = [
+        {"BLOCK_M": m, "BLOCK_N": n, "GROUP_M": 8, "STAGES": stages, "num_warps": warps}
+        # Small tiles have few bytes under way per stage.
+        for blocks, depths in ((few, (3, 5)), (some, (3, 4)), (many, (2, 3, 4)))
+        for m, n, warps in blocks
+        for stages in depths
+    ]
+    gemv = [
+        {"BLOCK_ROWS": rows, "SPAN": span, "REPEAT": repeat, "num_warps": warps}
+        for rows, warps in ((128, 4), (256, 4), (256, 8))
+        for span in (1, 2)
+        for repeat in (1, 8)
+    ]
+    return {"linear_w4a8": gemm, "linear_w4a16": gemm, "linear_gemv": gemv}

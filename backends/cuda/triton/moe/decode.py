@@ -1,0 +1,218 @@
+"""A few tokens through INT4 experts: two matrix-vector kernels over (token, slot) pairs.
+
+This is bound by the bytes of the weights, so every thread block loads all of its weights at once
+and prepares the activations while they are under way. Quantizing the few activations again in every
+thread block costs less than a launch of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.dependent_launch import prefetch, wait_for_previous
+from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.moe.decode_dot import (
+    QUADS,
+    dot_steps,
+    inner_position,
+    load_weights,
+    quantize_steps,
+    rows_of,
+    sum_rows,
+)
+from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
+
+
+@triton.jit
+def _decode_gate_up_kernel(
+    x,
+    w13,
+    w13_scale,
+    topk_ids,
+    w2,
+    inner,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    W2_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    LANES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """silu(gate) * up of one pair and BLOCK_N (at most 64) of the INNER columns.
+
+    x `[tokens, K]`, inner `[pairs, INNER]`, see `inner_position`. BLOCK_T tiles of 128 columns are
+    loaded at once. x is quantized once in a thread block and reaches its lanes through shared
+    memory: fewer instructions than LANES times over, and the latency is the router's.
+    PREFETCH (sm_90 and later) has the W2_BYTES of the expert's w2 brought into the L2 cache for the
+    next kernel, which then is not bound by memory; memory would be idle between the two.
+    """
+    TILES: tl.constexpr = (K + 127) // 128
+    # Are all activations loaded at once? Then they are quantized while the router runs.
+    AT_ONCE: tl.constexpr = BLOCK_T >= TILES
+    COPIES: tl.constexpr = LANES if TILE == 0 else 1
+    pair = tl.program_id(1)
+    step = tl.arange(0, BLOCK_T)
+    first = step * 128
+    x += pair // SLOTS * K
+    if AT_ONCE:
+        activations = quantize_steps(x + first, K - first, TILE, COPIES, False)
+    wait_for_previous()
+    expert = tl.load(topk_ids + pair).to(tl.int64)
+    if (expert < 0) | (expert >= EXPERTS):
+        return
+    column = tl.program_id(0) * BLOCK_N
+    block = expert * (INNER // 64) + column // 64
+    # Rows of the product: BLOCK_N of gate, then BLOCK_N of up.
+    i = rows_of(2 * BLOCK_N, LANES)
+    row = i // BLOCK_N * 64 + column % 64 + i % BLOCK_N
+    words = w13.to(tl.pointer_type(tl.int32)) + block * (TILES * 2048)
+    scales = w13_scale + block * (TILES * (128 // GROUP) * 128)
+    if PREFETCH:
+        SHARE: tl.constexpr = W2_BYTES // (INNER // BLOCK_N)
+        prefetch(w2 + expert * W2_BYTES + tl.program_id(0) * SHARE, SHARE)
+    acc = tl.zeros((2 * BLOCK_N // LANES, BLOCK_T, LANES, QUADS), tl.float32)
+    for start in range(0, TILES, BLOCK_T):
+        limit = K - start * 128 - first
+        weights = load_weights(words, scales, start + step, limit > 0, row, 128, GROUP)
+        if not AT_ONCE:
+            activations = quantize_steps(x + start * 128 + first, limit, TILE, COPIES, False)
+        acc += dot_steps(weights, activations, GROUP, TILE)
+    gate, up = sum_rows(acc).reshape(2, BLOCK_N).permute(1, 0).split()
+    n = inner_position(column + tl.arange(0, BLOCK_N))
+    tl.store(inner + pair * INNER + n, (silu(gate) * up).to(inner.dtype.element_ty))
+
+
+@triton.jit
+def _decode_down_kernel(
+    inner,
+    w2,
+    w2_scale,
+    topk_weights,
+    topk_ids,
+    residual,
+    out,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_UP: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Weighted sum over the slots of one token for BLOCK_N (at most 64) columns, plus the residual.
+
+    inner `[pairs, K]`, see `inner_position`. The (slot, tile of 128 columns) pairs are one
+    dimension, of which BLOCK_T are loaded at once; if these are all, they are before `inner`
+    exists.
+    """
+    TILES: tl.constexpr = K // 128
+    AT_ONCE: tl.constexpr = BLOCK_T >= SLOTS * TILES
+    if not AT_ONCE:
+        wait_for_previous()
+    token = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N
+    row = column % 64 + rows_of(BLOCK_N, LANES)
+    words = w2.to(tl.pointer_type(tl.int32))
+    n = column + tl.arange(0, BLOCK_N)
+    target = token * HIDDEN + n
+    # Of an earlier kernel than the last one, as the ids and their weights.
+    if residual is not None:
+        addend = tl.load(residual + target, mask=n < HIDDEN, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK_N // LANES, BLOCK_T, LANES, QUADS), tl.float32)
+    for start in range(0, SLOTS * TILES, BLOCK_T):
+        step = start + tl.arange(0, BLOCK_T)
+        slot, tile = step // TILES, step % TILES
+        pair = token * SLOTS + slot
+        expert = tl.load(topk_ids + pair, mask=slot < SLOTS, other=-1).to(tl.int64)
+        valid = (expert >= 0) & (expert < EXPERTS)
+        block = (expert * (HIDDEN_UP // 64) + column // 64) * TILES + tile
+        weight = tl.load(topk_weights + pair, mask=valid, other=0.0).to(tl.float32)
+        weight = weight[None, :, None, None]
+        packed, low, high = load_weights(words, w2_scale, block, valid, row, 64, GROUP)
+        weights = packed, low * weight, high * weight
+        if AT_ONCE:
+            wait_for_previous()
+        limit = tl.where(valid, 128, 0)
+        activations = quantize_steps(inner + pair * K + tile * 128, limit, TILE, LANES, True)
+        acc += dot_steps(weights, activations, GROUP, TILE)
+    out_row = sum_rows(acc)
+    if residual is not None:
+        out_row += addend
+    tl.store(out + target, out_row.to(out.dtype.element_ty), mask=n < HIDDEN)
+
+
+def moe_decode(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    group_size: int,
+    residual: torch.Tensor | None,
+    int8: bool,
+) -> torch.Tensor:
+    """`moe_w4a8` (int8) or `moe_w4a16` on prepacked weights, for few tokens."""
+    tokens, hidden = x.shape
+    slots = topk_ids.shape[1]
+    experts, inner_blocks = w13.shape[:2]
+    inner_dim, hidden_up = inner_blocks * 64, w2.shape[1] * 64
+    table = "moe_w4a8" if int8 else "moe_w4a16"
+    topk_ids = topk_ids.contiguous()
+
+    inner = x.new_empty((tokens * slots, inner_dim), dtype=torch.float32 if int8 else x.dtype)
+    config = tuned(f"{table}_decode_gate_up", tokens)
+    config["BLOCK_T"] = min(config["BLOCK_T"], triton.next_power_of_2(cdiv(hidden, 128)))
+    launch(
+        _decode_gate_up_kernel,
+        (inner_dim // config["BLOCK_N"], tokens * slots),
+        x.contiguous(),
+        w13,
+        w13_scale,
+        topk_ids,
+        w2,
+        inner,
+        EXPERTS=experts,
+        SLOTS=slots,
+        K=hidden,
+        INNER=inner_dim,
+        W2_BYTES=hidden_up * inner_dim // 2,
+        GROUP=group_size,
+        TILE=ACTIVATION_TILE if int8 else 0,
+        **config,
+    )
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    config = tuned(f"{table}_decode_down", tokens)
+    steps = slots * inner_dim // 128
+    config["BLOCK_T"] = min(config["BLOCK_T"], triton.next_power_of_2(steps))
+    launch(
+        _decode_down_kernel,
+        (hidden_up // config["BLOCK_N"], tokens),
+        inner,
+        w2,
+        w2_scale,
+        topk_weights.contiguous(),
+        topk_ids,
+        None if residual is None else residual.contiguous(),
+        out,
+        EXPERTS=experts,
+        SLOTS=slots,
+        K=inner_dim,
+        HIDDEN=hidden,
+        HIDDEN_UP=hidden_up,
+        GROUP=group_size,
+        TILE=expert_activation_tile(inner_dim) if int8 else 0,
+        **config,
+    )
+    return out

@@ -1,0 +1,122 @@
+"""One step along K of the experts' grouped GEMMs, see `moe_prefill`."""
+
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.dot import interpreted
+from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
+
+
+@triton.constexpr_function
+def _step_bytes(group: int, tile: int) -> int:
+    """Bytes of a weight's row per step: both nibbles of one must lie in one group and tile each."""
+    return 32 if group == 32 or tile == 32 else 64
+
+
+@triton.constexpr_function
+def steps(k: int, group: int, tile: int) -> int:
+    """Steps over k columns."""
+    return (k + 127) // 128 * (64 // _step_bytes(group, tile))
+
+
+@triton.jit
+def weight_scales(rows, odd, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """Scales `float32 [ROWS]` of the low and of the high nibbles of a step.
+
+    rows: pointers to the int32 that hold the bf16 scales of each row and of its neighbour, STRIDE
+    from group to group (an asynchronous copy takes four bytes at least, and only such loads are
+    pipelined). odd: whether a row's is the upper one.
+    """
+    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
+    CHUNKS: tl.constexpr = 64 // STEP
+    group = step // CHUNKS * (128 // GROUP) + step % CHUNKS * STEP // GROUP
+    low = _upper_or_lower(tl.load(rows + group * STRIDE), odd)
+    if GROUP == 128:
+        return low, low
+    return low, _upper_or_lower(tl.load(rows + (group + 64 // GROUP) * STRIDE), odd)
+
+
+@triton.jit
+def _upper_or_lower(pair, upper):
+    """One of two bf16 in an int32, as float32."""
+    return tl.where(upper, pair & -0x10000, pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_x(x_rows, x_used, column, K: tl.constexpr):
+    """Activations `[BLOCK_M, columns]`."""
+    mask = x_used[:, None]
+    if K % 128 != 0:
+        mask &= (column < K)[None, :]
+    return tl.load(x_rows[:, None] + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _product(w, x, acc):
+    """acc (or None) + w x^T of floats, or w x^T of integers; as floats."""
+    if x.dtype == tl.int8:
+        return tl.dot(w, x.trans(), out_dtype=tl.int32).to(tl.float32)
+    else:
+        TYPE: tl.constexpr = tl.float32 if interpreted() else x.dtype
+        return tl.dot(w.to(TYPE), x.to(TYPE).trans(), acc=acc, input_precision="ieee")
+
+
+@triton.jit
+def grouped_step(
+    acc,
+    step,
+    x_rows,
+    x_used,
+    x_scale_rows,
+    weight_rows,
+    scales,
+    K: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """acc + the sum over a step's columns of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
+
+    Args:
+        x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
+            the others count as zeros. (Any row would do, but many blocks would read the same one.)
+        x_scale_rows: the same of their scales, one per TILE (32, 64 or 128) columns, X_SCALE_STRIDE
+            apart. TILE 0: activations are floats, without scales.
+        weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
+            columns; WEIGHT_STRIDE bytes on are those of the next block.
+        scales: as from `weight_scales`.
+    """
+    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
+    CHUNKS: tl.constexpr = 64 // STEP
+    block = step // CHUNKS
+    within = step % CHUNKS * STEP + tl.arange(0, STEP)
+    packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
+    packed = packed.to(tl.int8, bitcast=True)
+    low, high = low_nibbles(packed), high_nibbles(packed)
+    weight_low = (scales[0] * NIBBLE_SCALE)[:, None]
+    weight_high = (scales[1] * NIBBLE_SCALE)[:, None]
+    if TILE != 0:
+        tile = block * (128 // TILE) + step % CHUNKS * STEP // TILE
+        a_rows = x_scale_rows + tile * X_SCALE_STRIDE
+        a_low = tl.load(a_rows, mask=x_used, other=0.0)[None, :]
+    if GROUP == 128 and TILE == 128:
+        # Both nibbles share their scales: one product of twice as many columns.
+        both = tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], 128)
+        x = _load_x(x_rows, x_used, block * 128 + tl.arange(0, 128), K)
+        return acc + _product(both, x, None) * (weight_low * a_low)
+    x_low = _load_x(x_rows, x_used, block * 128 + within, K)
+    x_high = _load_x(x_rows, x_used, block * 128 + 64 + within, K)
+    d_low = _product(low, x_low, None)
+    if GROUP == 128 and TILE == 0:
+        return acc + _product(high, x_high, d_low) * weight_low
+    d_high = _product(high, x_high, None)
+    if TILE != 0:
+        a_high = a_low
+        if TILE != 128:
+            a_rows += 64 // TILE * X_SCALE_STRIDE
+            a_high = tl.load(a_rows, mask=x_used, other=0.0)[None, :]
+        d_low, d_high = d_low * a_low, d_high * a_high
+    if GROUP == 128:
+        return acc + (d_low + d_high) * weight_low
+    return acc + d_low * weight_low + d_high * weight_high

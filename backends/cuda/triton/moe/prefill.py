@@ -1,0 +1,297 @@
+"""Many tokens through INT4 experts: a routing sort, two grouped GEMMs, a sum over slots.
+
+The GEMMs compute transposed products: weights are the left operand, so that they go from memory
+through registers, where they are unpacked, into the matrix unit, and never back to shared memory;
+activations are the right operand and stay in shared memory as they are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.launch import launch
+from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.moe.grouped_step import grouped_step, steps, weight_scales
+from et_moe.backends.cuda.triton.moe.routing import route, sum_slots
+from et_moe.backends.cuda.triton.quantization.op import int8_scale, quantize_int8, round_int8
+from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
+
+
+@triton.jit
+def _gate_up_kernel(
+    x,
+    x_scale,
+    w13,
+    w13_scale,
+    rows,
+    block_experts,
+    inner,
+    inner_scale,
+    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    INNER_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """silu(gate) * up of a block of pairs and 64 of the INNER columns.
+
+    x `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner `[blocks * BLOCK_M, INNER]`: int8
+    with inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or without scales if TILE is 0.
+    """
+    wait_for_previous()
+    TILES: tl.constexpr = (K + 127) // 128
+    STEPS: tl.constexpr = steps(K, GROUP, TILE)
+    PARTS: tl.constexpr = INNER // 64
+    block = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    expert = tl.load(block_experts + block).to(tl.int64)
+    if expert < 0:
+        return
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pair = tl.load(rows + row)
+    used = pair >= 0
+    token = tl.maximum(pair, 0) // SLOTS
+
+    x_rows = x + token.to(tl.int64) * K
+    x_scale_rows = token if TILE == 0 else x_scale + token * TILES
+    # Rows of the product: 64 of gate, then 64 of up.
+    row_block = expert * PARTS + part
+    weight_rows = w13 + row_block * (TILES * 8192) + tl.arange(0, 128) * 64
+    scale_rows = w13_scale.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128) // 2
+    scale_rows += row_block * (TILES * (128 // GROUP) * 64)
+    odd = tl.arange(0, 128) % 2 == 1
+    acc = tl.zeros((128, BLOCK_M), tl.float32)
+    # The number of stages stands here, not at the launch, to have the small loads pipelined too.
+    for step in tl.range(STEPS, num_stages=STAGES):
+        scales = weight_scales(scale_rows, odd, step, 64, GROUP, TILE)
+        acc = grouped_step(
+            acc, step, x_rows, used, x_scale_rows, weight_rows, scales, K, 1, 8192, GROUP, TILE
+        )
+    gate, up = acc.reshape(2, 64, BLOCK_M).permute(1, 2, 0).split()
+    activated = silu(gate) * up
+    column = part * 64 + tl.arange(0, 64)
+    target = inner + row[:, None] * INNER + column[None, :]
+    if TILE == 0:
+        result = activated.to(inner.dtype.element_ty).trans()
+        tl.store(target, result, mask=used[:, None])
+    else:
+        BLOCK_TILES: tl.constexpr = 64 // INNER_TILE
+        tiles = activated.reshape(BLOCK_TILES, INNER_TILE, BLOCK_M)
+        inverse, scale = int8_scale(tl.max(tl.abs(tiles), axis=1), EXACT=False)
+        q = round_int8(tiles * inverse[:, None, :]).to(tl.int8).reshape(64, BLOCK_M)
+        tl.store(target, q.trans(), mask=used[:, None])
+        tile = (block * PARTS + part) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
+        m = tl.arange(0, BLOCK_M)
+        tl.store(inner_scale + tile[:, None] * BLOCK_M + m[None, :], scale)
+
+
+@triton.jit
+def _unit(bound):
+    """A power of two u for each bound, with bound < 2^15 u, and 1 / u.
+
+    Quotients by u of what the bound holds for fit fp16, and keep its 11 bits down to 2^-29 of the
+    bound. NaN and infinity take the largest u.
+    """
+    bits = bound.to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 15 << 23), 254 << 23) - (14 << 23)
+    return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest_parts(
+    x_scale_rows,
+    x_used,
+    scales,
+    weight,
+    K: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """What w2 times inner times the routing weight can be at most, for each row `[BLOCK_M]`.
+
+    x_scale_rows, x_used, TILE: as `grouped_step` takes them. scales: pointer to the SCALES weight
+    scales of the columns that the program computes.
+    """
+    tile = tl.arange(0, triton.next_power_of_2(K // TILE))
+    inside = x_used[None, :] & (tile < K // TILE)[:, None]
+    at = x_scale_rows[None, :] + tile[:, None] * X_SCALE_STRIDE
+    x_scale = tl.max(tl.load(at, mask=inside, other=0.0), axis=0)
+    i = tl.arange(0, triton.next_power_of_2(SCALES))
+    weight_scale = tl.load(scales + i, mask=i < SCALES, other=0.0).to(tl.float32)
+    # |inner| is at most 127 scales, a weight 8.
+    largest = x_scale * tl.max(tl.abs(weight_scale), axis=0) * (127.0 * 8.0 * K)
+    return largest * tl.abs(weight)
+
+
+@triton.jit
+def _down_kernel(
+    inner,
+    inner_scale,
+    w2,
+    w2_scale,
+    topk_weights,
+    rows,
+    block_experts,
+    out,
+    unit,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_UP: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REPEAT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The routing weight times w2 of the expert times inner, to `out [pairs, HIDDEN]` by pair.
+
+    A program computes REPEAT times BLOCK_N columns: K is short, so that filling the pipeline anew
+    for every block of columns would cost as much as its products.
+
+    out is float32, or float16 in units of `unit float32 [pairs, PARTS]`, a power of two for each of
+    the PARTS programs that share a row, which needs TILE. (Rounding to bf16 would cost as much as
+    that of the sum.)
+    """
+    wait_for_previous()
+    TILES: tl.constexpr = K // 128
+    STEPS: tl.constexpr = steps(K, GROUP, TILE)
+    PARTS: tl.constexpr = HIDDEN_UP // (BLOCK_N * REPEAT)
+    block = tl.program_id(0) // PARTS
+    expert = tl.load(block_experts + block).to(tl.int64)
+    if expert < 0:
+        return
+    m = tl.arange(0, BLOCK_M)
+    row = block.to(tl.int64) * BLOCK_M + m
+    pair = tl.load(rows + row).to(tl.int64)
+    used = pair >= 0
+    weight = tl.load(topk_weights + pair, mask=used, other=0.0).to(tl.float32)
+    x_rows = inner + row * K
+    x_scale_rows = m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m
+    part = tl.program_id(0) % PARTS
+    n = part * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
+    SCALES: tl.constexpr = TILES * (128 // GROUP)  # of a column
+    weight_rows = w2 + (expert * HIDDEN_UP + n) // 64 * (TILES * 4096) + n % 64 * 64
+    part_scales = w2_scale + (expert * PARTS + part) * (BLOCK_N * REPEAT * SCALES)
+    if unit is not None:
+        COUNT: tl.constexpr = BLOCK_N * REPEAT * SCALES
+        largest = _largest_parts(x_scale_rows, used, part_scales, weight, K, BLOCK_M, TILE, COUNT)
+        row_unit, inverse = _unit(largest)
+        tl.store(unit + pair * PARTS + part, row_unit, mask=used)
+        weight *= inverse
+    i = tl.arange(0, BLOCK_N)
+    scale_rows = part_scales.to(tl.pointer_type(tl.int32)) + (i // 64 * (SCALES * 32) + i % 64 // 2)
+    odd = i % 2 == 1
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # One loop over blocks and steps, so that loads run ahead from block to block.
+    for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
+        step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * 64)
+        block_scales = scale_rows + i // STEPS * (BLOCK_N * SCALES // 2)
+        scales = weight_scales(block_scales, odd, step, 32, GROUP, TILE)
+        acc = grouped_step(
+            *(acc, step, x_rows, used, x_scale_rows, weights, scales),
+            *(K, BLOCK_M, 4096, GROUP, TILE),
+        )
+        if step == STEPS - 1:
+            column = n + i // STEPS * BLOCK_N
+            mask = used[:, None] & (column < HIDDEN)[None, :]
+            target = out + pair[:, None] * HIDDEN + column[None, :]
+            result = (acc * weight[None, :]).to(out.dtype.element_ty)
+            tl.store(target, result.trans(), mask=mask)
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+
+
+def _divisor(size: int, block: int) -> int:
+    """The largest of block, block / 2, ... that divides size."""
+    while size % block:
+        block //= 2
+    return block
+
+
+def moe_prefill(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    group_size: int,
+    residual: torch.Tensor | None,
+    int8: bool,
+) -> torch.Tensor:
+    """`moe_w4a8` (int8) or `moe_w4a16` on prepacked weights, for any number of tokens."""
+    tokens, hidden = x.shape
+    slots = topk_ids.shape[1]
+    experts, inner_blocks = w13.shape[:2]
+    inner, hidden_up = inner_blocks * 64, w2.shape[1] * 64
+    table = "moe_w4a8" if int8 else "moe_w4a16"
+    tile, inner_tile = (ACTIVATION_TILE, expert_activation_tile(inner)) if int8 else (0, 0)
+    config = tuned(f"{table}_route", tokens)
+    rows, block_experts = route(topk_ids, experts, config)
+    block_m, num_blocks = config["BLOCK_M"], block_experts.shape[0]
+
+    source, scale, inner_scale = x.contiguous(), None, None
+    activated = x.new_empty((num_blocks * block_m, inner), dtype=torch.int8 if int8 else x.dtype)
+    if int8:
+        source, scale = quantize_int8(source, tile)
+        inner_scale = scale.new_empty((num_blocks, inner // inner_tile, block_m))
+    config = tuned(f"{table}_gate_up", tokens)
+    launch(
+        _gate_up_kernel,
+        (num_blocks * (inner // 64),),
+        source,
+        scale,
+        w13,
+        w13_scale,
+        rows,
+        block_experts,
+        activated,
+        inner_scale,
+        SLOTS=slots,
+        K=hidden,
+        INNER=inner,
+        GROUP=group_size,
+        TILE=tile,
+        INNER_TILE=inner_tile,
+        BLOCK_M=block_m,
+        **config,
+    )
+    config = tuned(f"{table}_down", tokens)
+    config["BLOCK_N"] = _divisor(hidden_up, config["BLOCK_N"])
+    config["REPEAT"] = _divisor(hidden_up // config["BLOCK_N"], config["REPEAT"])
+    span = config["BLOCK_N"] * config["REPEAT"]
+    programs = hidden_up // span
+    # 0.02% of error, which only a result in fp32 would show.
+    half = int8 and x.element_size() == 2
+    parts = x.new_empty((tokens * slots, hidden), dtype=torch.float16 if half else torch.float32)
+    unit = parts.new_empty((tokens * slots, programs), dtype=torch.float32) if half else None
+    launch(
+        _down_kernel,
+        (num_blocks * programs,),
+        activated,
+        inner_scale,
+        w2,
+        w2_scale,
+        topk_weights.contiguous(),
+        rows,
+        block_experts,
+        parts,
+        unit,
+        K=inner,
+        HIDDEN=hidden,
+        HIDDEN_UP=hidden_up,
+        GROUP=group_size,
+        TILE=inner_tile,
+        BLOCK_M=block_m,
+        **config,
+    )
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sum_slots(parts, unit, span, topk_ids, residual, experts, out)
+    return out

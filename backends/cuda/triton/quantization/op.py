@@ -1,0 +1,134 @@
+"""INT8 quantization of activations; contracts in `et_moe.backends.ops.quantization`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.compile_case import CompileCase
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.dot import interpreted
+from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
+
+_ZERO_AMAX = tl.constexpr(1e-30)
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, half to even
+
+
+@triton.jit
+def int8_scale(amax, EXACT: tl.constexpr = True):
+    """(127 / amax, amax / 127), or zeros where amax counts as zero.
+
+    EXACT: as torch computes `127 / tensor`, correctly rounded. bf16 numbers often lie half-way
+    between two results; they must round alike, since the next quantization amplifies differences.
+    """
+    zero = amax < _ZERO_AMAX
+    safe = tl.where(zero, 1.0, amax)
+    inverse = 127.0 * (tl.div_rn(1.0, safe) if EXACT else 1.0 / safe)
+    return tl.where(zero, 0.0, inverse), tl.where(zero, 0.0, amax * (1.0 / 127.0))
+
+
+@triton.jit
+def round_int8(x):
+    """round_half_even of float32 in [-127, 127], as int32 whose low byte is the int8 result."""
+    if interpreted():
+        return (x + _ROUND).to(tl.int32, bitcast=True)
+    # A plain addition could be fused with the multiplication before it, which breaks ties.
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, 0f4B400000;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _quantize_kernel(
+    x,
+    q,
+    scale,
+    rows,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Quantizes BLOCK tiles; GATED reads silu(gate) * up from rows [gate | up].
+
+    x `[rows, COLUMNS]`, twice as wide if GATED; q `int8 [rows, COLUMNS]`;
+    scale `float32 [rows, ceil(COLUMNS / TILE)]`.
+    """
+    TILES: tl.constexpr = (COLUMNS + TILE - 1) // TILE
+    WIDTH: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, tile = (i // TILES).to(tl.int64), i % TILES
+    valid = row < rows
+    within = tl.arange(0, triton.next_power_of_2(TILE))
+    column = tile[:, None] * TILE + within[None, :]
+    mask = valid[:, None]
+    if triton.next_power_of_2(TILE) != TILE:
+        mask = mask & (within < TILE)[None, :]
+    if COLUMNS % TILE != 0:
+        mask = mask & (column < COLUMNS)
+    source = x + row[:, None] * WIDTH + column
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        value = silu(value) * tl.load(source + COLUMNS, mask=mask, other=0.0).to(tl.float32)
+    inverse, tile_scale = int8_scale(tl.max(tl.abs(value), axis=1))
+    quantized = round_int8(value * inverse[:, None]).to(tl.int8)
+    wait_for_previous()  # in front of the experts that is the routing sort, which leaves x alone
+    tl.store(q + row[:, None] * COLUMNS + column, quantized, mask=mask)
+    tl.store(scale + i, tile_scale, mask=valid)
+
+
+def _quantize(x: torch.Tensor, columns: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, tiles = x.shape[0], cdiv(columns, tile)
+    q = x.new_empty((rows, columns), dtype=torch.int8)
+    scale = x.new_empty((rows, tiles), dtype=torch.float32)
+    config = tuned("quantize_int8", rows)
+    grid = (cdiv(rows * tiles, config["BLOCK"]),)
+    launch(
+        _quantize_kernel,
+        grid,
+        x.contiguous(),
+        q,
+        scale,
+        rows,
+        COLUMNS=columns,
+        TILE=tile,
+        GATED=columns != x.shape[1],
+        **config,
+    )
+    return q, scale
+
+
+def quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `et_moe.backends.ops.quantize_int8`."""
+    return _quantize(x, x.shape[1], tile)
+
+
+def silu_quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `et_moe.backends.ops.silu_quantize_int8`."""
+    return _quantize(x, x.shape[1] // 2, tile)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Tokens in front of, and activations between, the expert GEMMs of Qwen3.5-35B-A3B."""
+
+    def arguments(columns, tile):
+        def make(m, device):
+            x = torch.randn(m, columns, dtype=torch.bfloat16, device=device)
+            return {"x": x, "tile": tile}
+
+        return make
+
+    tables = ("quantize_int8",)
+    hidden, gated = arguments(2048, ACTIVATION_TILE), arguments(1024, expert_activation_tile(512))
+    return [
+        CompileCase("quantize_int8/hidden", quantize_int8, hidden, tables),
+        CompileCase("silu_quantize_int8/experts", silu_quantize_int8, gated, tables),
+    ]
+
+
+def tune_candidates() -> dict[str, list[dict]]:
+    """Configurations worth trying, by tuning table."""
+    shapes = ((8, 4), (16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
+    return {"quantize_int8": [{"BLOCK": block, "num_warps": warps} for block, warps in shapes]}

@@ -1,0 +1,344 @@
+"""Sampling of the next token in three launches; the contract is `ops.sample`.
+
+The first kernel reduces blocks of the vocabulary: the largest logit, or, where nothing is cut off,
+the largest logit plus noise. What top-k and top-p keep is an upper set of the logits, so nothing
+needs to be sorted:
+
+1. The second kernel collects the tokens that may be kept. It drops those below the k-th largest of
+   the maxima of groups, and those so far below the maximum that all of them together weigh less
+   than 1 - top_p.
+2. The third, one program, finishes. Top-k: bisection on the bits of the k-th largest logit.
+3. Top-p: the token with the largest logit plus noise is the result if the weight of larger logits
+   is below top_p. If not, no token with a smaller logit is kept either: the next candidate is the
+   best among the larger ones. The first candidate is kept with a probability of about top_p.
+
+The temperature is read by the kernels: one CUDA graph serves greedy decoding and sampling. Tokens
+are collected in any order; all that is done with them does not depend on it (weights are added as
+integers).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.compile_case import CompileCase
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+
+BLOCK = 1024
+GROUP = 128
+TILE = 1024
+ONE = tl.constexpr(2**40)
+"""Weights exp(l - maximum) are integers in units of 1 / ONE."""
+
+
+@triton.jit
+def _gumbel(token, position, seed):
+    """Noise of int32 token ids, see `ops.sampling.gumbel`."""
+    zero = tl.zeros_like(token)
+    low = zero + (position & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
+    word, _, _, _ = tl.philox(seed, token, low, zero, zero)
+    u = ((word >> 8).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 16777216.0)
+    return -tl.log(-tl.log(u))
+
+
+@triton.jit
+def _first_max(values, ids):
+    """The largest value and the lowest of the ids that have it."""
+    best = tl.max(values, axis=0)
+    return best, tl.min(tl.where(values == best, ids, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def _is_filtered(top_k, top_p, V):
+    return ((top_k > 0) & (top_k < V)) | (top_p < 1.0)
+
+
+@triton.jit
+def _key(value):
+    """int32 that is ordered like the float (of zeros, -0 equals +0)."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _kth_largest(values, count, k, TILE: tl.constexpr):
+    """Key of the k-th largest of `count` values; 1 <= k <= count."""
+    within = tl.arange(0, TILE)
+    # The first tile stays in registers: mostly it is all there is.
+    first = _key(tl.load(values + within, mask=within < count, other=0.0)).to(tl.int64)
+    low = tl.full((), -(2**31), tl.int64)  # at least k values have this key or a larger one
+    high = tl.full((), 2**31, tl.int64)  # fewer than k have
+    while high - low > 1:
+        middle = (low + high) >> 1
+        larger = ((within < count) & (first >= middle)).to(tl.int32)
+        for start in range(TILE, count, TILE):
+            i = start + within
+            key = _key(tl.load(values + i, mask=i < count, other=0.0)).to(tl.int64)
+            larger += ((i < count) & (key >= middle)).to(tl.int32)
+        if tl.sum(larger, axis=0) >= k:
+            low = middle
+        else:
+            high = middle
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _block_kernel(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    position,
+    block_value,
+    block_id,
+    block_sum,
+    group_value,
+    count,
+    V,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Per block of the vocabulary: the largest l = logit / temperature and the lowest id that has
+    it, with noise where sampling keeps all tokens; the sum of exp(l - largest l); and the largest l
+    of each group of the block. Also sets `count` to zero."""
+    wait_for_previous()
+    block = tl.program_id(0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + token, mask=token < V, other=float("-inf"))
+    t = tl.load(temperature)
+    if t > 0.0:
+        value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
+        if not _is_filtered(tl.load(top_k), tl.load(top_p), V):
+            value += _gumbel(token, tl.load(position), tl.load(seed))
+    best, best_id = _first_max(value, token)
+    tl.store(block_value + block, best)
+    tl.store(block_id + block, best_id)
+    reference = tl.where(best == float("-inf"), 0.0, best)
+    tl.store(block_sum + block, tl.sum(tl.exp(value - reference), axis=0))
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    largest = tl.max(tl.reshape(value, (GROUPS, GROUP)), axis=1)
+    tl.store(group_value + block * GROUPS + tl.arange(0, GROUPS), largest)
+    if block == 0:
+        tl.store(count, 0)
+
+
+@triton.jit
+def _total(block_value, block_sum, BLOCKS, PADDED_BLOCKS: tl.constexpr):
+    """The largest l, and the sum of exp(l - largest l)."""
+    b = tl.arange(0, PADDED_BLOCKS)
+    value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))
+    sums = tl.load(block_sum + b, mask=b < BLOCKS, other=0.0)
+    maximum = tl.max(value, axis=0)
+    return maximum, tl.sum(tl.where(b < BLOCKS, sums * tl.exp(value - maximum), 0.0), axis=0)
+
+
+@triton.jit
+def _collect_kernel(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    position,
+    block_value,
+    block_sum,
+    group_value,
+    kept,
+    kept_noisy,
+    kept_id,
+    count,
+    V,
+    BLOCKS,
+    PADDED_BLOCKS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Appends l, l + noise and id of those tokens of a block that may be kept."""
+    wait_for_previous()
+    t, k, p = tl.load(temperature), tl.load(top_k), tl.load(top_p)
+    if (t > 0.0) & _is_filtered(k, p, V):
+        maximum, total = _total(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
+        groups = BLOCKS * (BLOCK // GROUP)
+        bound = tl.full((), -(2**31), tl.int32)
+        if (k > 0) & (k <= groups):
+            bound = _kth_largest(group_value, groups, k, PADDED_GROUPS)
+        if p < 1.0:
+            # V exp(-d) = (1 - p) total, plus a margin for rounding.
+            distance = tl.log(V / ((1.0 - p) * total)) + 1.0
+            bound = tl.maximum(bound, _key(maximum - tl.maximum(distance, 1.0)))
+        token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(logits + token, mask=token < V, other=0.0)
+        value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
+        keep = (token < V) & (_key(value) >= bound)
+        amount = tl.sum(keep.to(tl.int32), axis=0)
+        if amount > 0:
+            place = tl.atomic_add(count, amount) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+            noisy = value + _gumbel(token, tl.load(position), tl.load(seed))
+            tl.store(kept + place, value, mask=keep)
+            tl.store(kept_noisy + place, noisy, mask=keep)
+            tl.store(kept_id + place, token, mask=keep)
+
+
+@triton.jit
+def _candidate(kept, kept_noisy, kept_id, count, bound, maximum, TILE: tl.constexpr):
+    """Among collected tokens with a key of at least `bound`: the one with the largest l + noise, as
+    (id, l), and the weight of all."""
+    best = tl.full((), float("-inf"), tl.float32)
+    best_id = tl.full((), 0x7FFFFFFF, tl.int32)
+    best_value = tl.full((), float("-inf"), tl.float32)
+    weight = tl.zeros((TILE,), tl.int64)
+    for start in range(0, count, TILE):
+        i = start + tl.arange(0, TILE)
+        value = tl.load(kept + i, mask=i < count, other=float("-inf"))
+        noisy = tl.load(kept_noisy + i, mask=i < count, other=float("-inf"))
+        token = tl.load(kept_id + i, mask=i < count, other=0x7FFFFFFF)
+        inside = (i < count) & (_key(value) >= bound)
+        weight += tl.where(inside, tl.exp(value - maximum) * ONE, 0.0).to(tl.int64)
+        noisy = tl.where(inside, noisy, float("-inf"))
+        tile_best, tile_id = _first_max(noisy, tl.where(inside, token, 0x7FFFFFFF))
+        if (tile_best > best) | ((tile_best == best) & (tile_id < best_id)):
+            best, best_id = tile_best, tile_id
+            best_value = tl.max(tl.where(inside & (token == tile_id), value, float("-inf")), axis=0)
+    return best_id, best_value, tl.sum(weight, axis=0).to(tl.float32) * (1.0 / ONE)
+
+
+@triton.jit
+def _finish_kernel(
+    temperature,
+    top_k,
+    top_p,
+    block_value,
+    block_id,
+    block_sum,
+    kept,
+    kept_noisy,
+    kept_id,
+    count,
+    out,
+    V,
+    BLOCKS,
+    PADDED_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The token: from the blocks' maxima, or, with top-k or top-p, from the collected tokens."""
+    wait_for_previous()
+    b = tl.arange(0, PADDED_BLOCKS)
+    value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))
+    ids = tl.load(block_id + b, mask=b < BLOCKS, other=0x7FFFFFFF)
+    _, token = _first_max(value, ids)
+    t, k, p = tl.load(temperature), tl.load(top_k), tl.load(top_p)
+    if (t > 0.0) & _is_filtered(k, p, V):
+        maximum, total = _total(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
+        n = tl.load(count)
+        bound = tl.full((), -(2**31), tl.int32)
+        if (k > 0) & (k < n):
+            bound = _kth_largest(kept, n, k, TILE)
+        token, chosen, weight = _candidate(kept, kept_noisy, kept_id, n, bound, maximum, TILE)
+        if p < 1.0:
+            if (k > 0) & (k < V):
+                total = weight
+            better, next_chosen, weight = _candidate(
+                kept, kept_noisy, kept_id, n, _key(chosen) + 1, maximum, TILE
+            )
+            while (weight >= p * total) & (weight > 0.0):
+                token = better
+                better, next_chosen, weight = _candidate(
+                    kept, kept_noisy, kept_id, n, _key(next_chosen) + 1, maximum, TILE
+                )
+    # Logits that are not numbers must not become an id out of range.
+    tl.store(out, tl.minimum(token, V - 1).to(tl.int64))
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """`ops.sample` in three launches: `int64 [1, 1]`."""
+
+    def scratch(size, dtype=torch.float32):
+        return logits.new_empty((size,), dtype=dtype)
+
+    vocabulary = logits.shape[1]
+    blocks = cdiv(vocabulary, BLOCK)
+    groups = blocks * (BLOCK // GROUP)
+    arguments = (logits.contiguous(), temperature, top_k, top_p, seed, position)
+    block_value, block_id, block_sum = (
+        scratch(blocks),
+        scratch(blocks, torch.int32),
+        scratch(blocks),
+    )
+    group_value, count = scratch(groups), scratch(1, torch.int32)
+    launch(
+        _block_kernel,
+        (blocks,),
+        *arguments,
+        block_value,
+        block_id,
+        block_sum,
+        group_value,
+        count,
+        vocabulary,
+        BLOCK=BLOCK,
+        GROUP=GROUP,
+        num_warps=4,
+    )
+    kept = (scratch(vocabulary), scratch(vocabulary), scratch(vocabulary, torch.int32), count)
+    sizes = {"PADDED_BLOCKS": triton.next_power_of_2(blocks)}
+    launch(
+        _collect_kernel,
+        (blocks,),
+        *arguments,
+        block_value,
+        block_sum,
+        group_value,
+        *kept,
+        vocabulary,
+        blocks,
+        **sizes,
+        PADDED_GROUPS=triton.next_power_of_2(groups),
+        BLOCK=BLOCK,
+        GROUP=GROUP,
+        num_warps=4,
+    )
+    out = logits.new_empty((1, 1), dtype=torch.int64)
+    launch(
+        _finish_kernel,
+        (1,),
+        *(temperature, top_k, top_p, block_value, block_id, block_sum),
+        *kept,
+        out,
+        vocabulary,
+        blocks,
+        **sizes,
+        TILE=TILE,
+        num_warps=8,
+    )
+    return out
+
+
+def compile_cases() -> list[CompileCase]:
+    """Sampling from the vocabulary of Qwen3.5."""
+
+    def arguments(m, device):
+        return {
+            "logits": torch.randn((1, 248320), device=device) * 4,
+            "temperature": torch.full((1,), 0.6, device=device),
+            "top_k": torch.full((1,), 20, dtype=torch.int64, device=device),
+            "top_p": torch.full((1,), 0.95, device=device),
+            "seed": torch.full((1,), 42, dtype=torch.int64, device=device),
+            "position": torch.full((1,), m, dtype=torch.int64, device=device),
+        }
+
+    return [CompileCase("sample", sample, arguments, tokens=(1,))]
+
+
+def tune_candidates() -> dict[str, list[dict]]:
+    """Nothing to tune."""
+    return {}

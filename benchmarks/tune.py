@@ -1,0 +1,199 @@
+"""Fills `backends/cuda/triton/tuning/*.json` for the GPU at hand.
+
+    python -m et_moe.benchmarks.tune --tables linear_w4a8,linear_gemv
+
+For every table, and every bucket that the cases of its ops look up, each candidate configuration
+(and the one in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are
+compiled first, on all cores, into Triton's cache: that takes longer than the timing. Kernels are
+launched as in a program, where one call's weights are under way before the call before it ends.
+"""
+
+import collections
+import contextlib
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import torch
+import typer
+
+from et_moe.backends.cuda import triton as kernels
+from et_moe.backends.cuda.triton import tuning
+from et_moe.backends.cuda.triton.common.compile_case import CompileCase, record_launches
+from et_moe.benchmarks.gpu_timing import launched_as_in_programs, microseconds, require_gpu, rotated
+
+DEFAULT_TOKENS = "1,2,4,8,16,64,256,1024,4095"
+
+
+def kernel_files() -> tuple[list[CompileCase], dict[str, list[dict]]]:
+    """The cases, and the candidates by table, of all kernel files."""
+    cases, candidates = {}, {}
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "compile_cases"):
+            cases |= {case.name: case for case in module.compile_cases()}
+        if hasattr(module, "tune_candidates"):
+            candidates |= module.tune_candidates()
+    return list(cases.values()), candidates
+
+
+def lookups(case: CompileCase, m: int) -> set[tuple[str, int]]:
+    """(table, value) of the configurations that a case with m tokens looks up."""
+    seen, original = set(), tuning.tuned
+
+    def recorder(table: str, value: int) -> dict[str, int]:
+        seen.add((table, value))
+        return original(table, value)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(kernels.__name__) and vars(module).get("tuned") is original:
+                stack.enter_context(mock.patch.object(module, "tuned", recorder))
+        with record_launches():
+            case.op(**case.arguments(m, torch.device("meta")))
+    return seen
+
+
+def uses(table: str, cases: list[CompileCase], counts: list[int]) -> dict[int, list]:
+    """Value -> (case, tokens) that look up a configuration of `table` for it."""
+    users = collections.defaultdict(list)
+    for case in (case for case in cases if table in case.tables):
+        for m in counts if len(case.tokens) > 1 else case.tokens:
+            for value in (v for name, v in lookups(case, m) if name == table):
+                users[value].append((case, m))
+    return users
+
+
+@contextlib.contextmanager
+def configured(table: str, config: dict[str, int]):
+    """Every lookup in `table` gives `config`."""
+    original = tuning.configurations
+
+    def changed(name: str) -> dict[str, list[dict]]:
+        entry = {"max_m": None, "config": config}
+        return {"default": [entry]} if name == table else original(name)
+
+    with mock.patch.object(tuning, "configurations", changed):
+        yield
+
+
+@functools.cache
+def example(name: str, m: int) -> tuple[CompileCase, dict]:
+    """A case and its arguments on the GPU."""
+    case = next(case for case in kernel_files()[0] if case.name == name)
+    return case, case.arguments(m, torch.device("cuda"))
+
+
+def compile_one(table: str, config: dict, name: str, m: int) -> None:
+    """Calls an op once; what this GPU cannot run is reported when it is timed."""
+    case, arguments = example(name, m)
+    with configured(table, config), launched_as_in_programs(), contextlib.suppress(Exception):
+        case.op(**arguments)
+
+
+def compile_all(jobs: list[tuple[str, dict, str, int]]) -> None:
+    """`compile_one` of all jobs, in as many processes as there are cores."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        futures = [pool.submit(compile_one, *job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BrokenProcessPool:
+            print("the compiler crashed: what is missing is compiled when it is timed")
+
+
+def best(table: str, value: int, candidates: list[dict], inputs: list) -> tuple[dict, float, float]:
+    """(the fastest configuration, its time, the time of the one in use), summed over `inputs`."""
+    current = tuning.tuned(table, value)
+    times = []
+    for config in [current, *(c for c in candidates if c != current)]:
+        total = 0.0
+        try:
+            with configured(table, config), launched_as_in_programs():
+                for case, sets in inputs:
+                    total += microseconds([lambda s=s, c=case: c.op(**s) for s in sets])
+        except Exception as e:  # a configuration that this GPU cannot run is only not chosen
+            print(f"  {config}: {type(e).__name__} {str(e)[:100]}")
+            continue
+        times.append((total, config))
+        print(f"  {config}: {total:.2f} us")
+    if not times:
+        raise RuntimeError(f"{table}: no configuration runs for {value}")
+    time, config = min(times, key=lambda item: item[0])
+    return config, time, times[0][0]
+
+
+def merge(found: dict[int, dict]) -> list[dict]:
+    """Table entries from value -> configuration; neighbours that agree become one."""
+    entries: list[dict] = []
+    for value, config in sorted(found.items()):
+        if entries and entries[-1]["config"] == config:
+            entries[-1]["max_m"] = value
+        else:
+            entries.append({"max_m": value, "config": config})
+    entries[-1]["max_m"] = None
+    return entries
+
+
+def save(table: str, gpu: str, entries: list[dict]) -> None:
+    """Writes the entries of one GPU, one line each, leaving the others as they are."""
+    path = Path(tuning.__file__).with_name(f"{table}.json")
+    content = json.loads(path.read_text()) | {gpu: entries}
+    blocks = []
+    for name, rows in content.items():
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+        blocks.append(f"  {json.dumps(name)}: [\n{lines}\n  ]")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    temporary.rename(path)
+    tuning.configurations.cache_clear()
+
+
+def main(
+    tables: Annotated[str, typer.Option(help="Tables to tune, by commas; default all.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens to tune for.")] = DEFAULT_TOKENS,
+    dry_run: Annotated[bool, typer.Option(help="Print, but do not change the tables.")] = False,
+) -> None:
+    """Tunes on the first GPU and writes entries under its name."""
+    device = require_gpu()
+    gpu = torch.cuda.get_device_name()
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    cases, candidates = kernel_files()
+    chosen = tables.split(",") if tables else list(candidates)
+    if unknown := set(chosen) - set(candidates):
+        raise SystemExit(f"no candidates for {sorted(unknown)}: expected of {sorted(candidates)}")
+    counts = [int(m) for m in tokens.split(",")]
+    work = {table: uses(table, cases, counts) for table in chosen}
+    compile_all(
+        [
+            (table, config, case.name, m)
+            for table, users in work.items()
+            for calls in users.values()
+            for case, m in calls
+            for config in candidates[table]
+        ]
+    )
+    for table, users in work.items():
+        found = {}
+        for value, calls in sorted(users.items()):
+            print(f"{table}, {value}:")
+            inputs = [(c, rotated(lambda c=c, m=m: c.arguments(m, device), l2)) for c, m in calls]
+            config, time, before = best(table, value, candidates[table], inputs)
+            print(f"{table}, {value}: {before:.2f} -> {time:.2f} us with {config}", flush=True)
+            found[value] = config
+        if found and not dry_run:
+            save(table, gpu, merge(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)

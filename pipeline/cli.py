@@ -1,0 +1,313 @@
+"""The command line: `et-moe quantize | export | inspect | eval | make-checkpoint`."""
+
+import json
+import logging
+import sys
+import warnings
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
+)
+console = Console(stderr=True)
+
+
+class Backend(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class QLinear(StrEnum):
+    NONE = "none"
+    W4 = "4w"
+
+
+class QEmbedding(StrEnum):
+    NONE = "none"
+    W8 = "8w"
+
+
+class ActivationDtype(StrEnum):
+    INT8 = "int8"
+    BF16 = "bf16"
+
+
+class ScaleMethod(StrEnum):
+    MSE = "mse"
+    MINMAX = "minmax"
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Preset(StrEnum):
+    TINY = "tiny"
+    FULL = "35b"
+
+
+ModelDir = Annotated[Path, typer.Option(help="Hugging Face checkpoint directory.")]
+OutputDir = Annotated[Path, typer.Option(help="Directory to write; created if need be.")]
+GroupSize = Annotated[int, typer.Option(help="Weights per INT4 scale: 32, 64 or 128.")]
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
+def _open_checkpoint(model_dir: Path):
+    from et_moe.pipeline.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(model_dir)
+    if checkpoint.skipped:
+        console.print(f"skipped {checkpoint.skipped} vision and MTP tensors")
+    return checkpoint
+
+
+@app.command()
+def quantize(
+    model_dir: ModelDir,
+    output_dir: OutputDir,
+    qlinear: Annotated[QLinear, typer.Option(help="INT4 linear layers and experts.")] = QLinear.W4,
+    qlinear_group_size: GroupSize = 128,
+    qembedding: Annotated[QEmbedding, typer.Option(help="INT8 embedding.")] = QEmbedding.W8,
+    scale_method: Annotated[
+        ScaleMethod, typer.Option(help="INT4 scales: least squared error, or max|w| / 7.")
+    ] = ScaleMethod.MSE,
+) -> None:
+    """Quantizes a checkpoint to a bundle, layer by layer."""
+    from et_moe.examples.qwen3_5_moe.graph import Quantization
+    from et_moe.pipeline.bundle import QuantizedCheckpoint, write_bundle
+
+    checkpoint = _open_checkpoint(model_dir)
+    quantization = Quantization(qlinear.value, qlinear_group_size, qembedding.value)
+    source = QuantizedCheckpoint(checkpoint, quantization, scale_method.value)
+    with _progress() as progress:
+        task = progress.add_task("quantizing", total=source.config.num_hidden_layers + 2)
+        write_bundle(source, output_dir, lambda: progress.advance(task))
+    console.print(f"wrote the bundle {output_dir}")
+
+
+def _quantization(qlinear, group_size, qembedding):
+    from et_moe.examples.qwen3_5_moe.graph import Quantization
+
+    group_size = 128 if group_size is None else group_size
+    return Quantization(
+        (qlinear or QLinear.W4).value, group_size, (qembedding or QEmbedding.W8).value
+    )
+
+
+def _source(model_dir, prequantized, qlinear, group_size, qembedding):
+    """The `WeightSource` that the options of `export` describe."""
+    from et_moe.pipeline.bundle import Bundle, QuantizedCheckpoint
+
+    if (model_dir is None) == (prequantized is None):
+        raise typer.BadParameter("give exactly one of --model-dir and --prequantized")
+    if prequantized is None:
+        quantization = _quantization(qlinear, group_size, qembedding)
+        return QuantizedCheckpoint(_open_checkpoint(model_dir), quantization)
+    given = {"--qlinear": qlinear, "--qlinear-group-size": group_size, "--qembedding": qembedding}
+    for flag, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(f"{flag} is fixed by the bundle of --prequantized")
+    return Bundle(prequantized)
+
+
+def _preset_source(preset, qlinear, group_size, qembedding) -> SimpleNamespace:
+    """Configuration and quantization of a preset, as a source without weights."""
+    from et_moe.pipeline.config import parse_config
+    from et_moe.pipeline.make_checkpoint import text_config
+
+    config = parse_config(text_config(preset.value, None, {}), where=f"preset {preset.value}")
+    quantization = _quantization(qlinear, group_size, qembedding)
+    return SimpleNamespace(config=config, quantization=quantization)
+
+
+def _cuda_archs(backend: Backend, requested: str | None) -> tuple[str, ...]:
+    if backend is not Backend.CUDA:
+        if requested is not None:
+            raise typer.BadParameter("--cuda-arch needs --backend cuda")
+        return ()
+    from et_moe.backends.cuda.gpu import default_archs, gpu_for
+
+    archs = default_archs() if requested is None else requested.split(",")
+    return tuple(gpu_for(arch.strip()).arch for arch in archs)
+
+
+@app.command()
+def export(
+    output_dir: OutputDir,
+    model_dir: Annotated[Path | None, typer.Option(help="Hugging Face checkpoint.")] = None,
+    prequantized: Annotated[Path | None, typer.Option(help="Bundle of `quantize`.")] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="With --graph-only: a shape without weights.")
+    ] = None,
+    graph_only: Annotated[
+        bool, typer.Option("--graph-only", help="Write model.pte alone, from the configuration.")
+    ] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Write model.ptd alone; needs no ExecuTorch.")
+    ] = False,
+    backend: Annotated[Backend, typer.Option(help="What the program runs on.")] = Backend.CPU,
+    cuda_arch: Annotated[
+        str | None,
+        typer.Option(help="Such as sm_90,sm_80. Default: this machine's GPU, else all known."),
+    ] = None,
+    qlinear: Annotated[QLinear | None, typer.Option(help="Default 4w.")] = None,
+    qlinear_group_size: Annotated[int | None, typer.Option(help="Default 128.")] = None,
+    qembedding: Annotated[QEmbedding | None, typer.Option(help="Default 8w.")] = None,
+    moe_activation_dtype: Annotated[
+        ActivationDtype, typer.Option(help="Of the inputs of INT4 layers.")
+    ] = ActivationDtype.INT8,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of activations, caches and unquantized weights. "
+            "Default: float32 on a CPU, bfloat16 on CUDA."
+        ),
+    ] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Context length. Default: the model's, at most 4096.")
+    ] = None,
+    cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
+    cache_dir: Annotated[Path, typer.Option(help="Where to keep it.")] = Path(
+        "~/.cache/et-moe/cuda"
+    ),
+    debug_sidecar: Annotated[
+        bool, typer.Option("--debug-sidecar", help="Also write the CUDA kernels' source.")
+    ] = False,
+) -> None:
+    """Exports `model.pte`, `model.ptd` and the tokenizer."""
+    if debug_sidecar and backend is not Backend.CUDA:
+        raise typer.BadParameter("--debug-sidecar needs --backend cuda")
+    if graph_only and weights_only:
+        raise typer.BadParameter("--graph-only and --weights-only exclude each other")
+    archs = () if weights_only else _cuda_archs(backend, cuda_arch)
+    if preset is not None:
+        if not graph_only or model_dir or prequantized:
+            raise typer.BadParameter("--preset takes --graph-only and no checkpoint")
+        source = _preset_source(preset, qlinear, qlinear_group_size, qembedding)
+    else:
+        source = _source(model_dir, prequantized, qlinear, qlinear_group_size, qembedding)
+    source.quantization = replace(
+        source.quantization, moe_activation_dtype=moe_activation_dtype.value
+    )
+
+    from et_moe.pipeline import export as exporter
+
+    dtype = dtype or (Dtype.BFLOAT16 if backend is Backend.CUDA else Dtype.FLOAT32)
+    options = exporter.ExportOptions(
+        backend.value,
+        exporter.DTYPES[dtype.value],
+        max_seq_len,
+        archs,
+        cache_dir.expanduser() if cache else None,
+        debug_sidecar,
+    )
+    model = (source.config, source.quantization, options)
+    with _progress() as progress:
+        task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
+
+        def show(stage: str) -> None:
+            progress.update(task, advance=1, description=stage)
+
+        if graph_only:
+            exporter.write_graphs(exporter.lower(*model), output_dir, options)
+        elif weights_only:
+            exporter.write_weights(source, exporter.plan_weights(*model), output_dir, show)
+        else:
+            exporter.export(source, output_dir, options, show)
+    console.print(f"wrote {output_dir}")
+
+
+@app.command()
+def make_checkpoint(
+    output: OutputDir,
+    preset: Annotated[Preset, typer.Option(help="Shape: tiny, or 35b as published.")] = Preset.TINY,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the preset has.")] = None,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="Write a bundle, as `quantize` would.")
+    ] = False,
+) -> None:
+    """Writes a random checkpoint in Hugging Face layout, or a random bundle."""
+    if quantized:
+        from et_moe.pipeline.make_bundle import make_bundle as run
+    else:
+        from et_moe.pipeline.make_checkpoint import make_checkpoint as run
+
+    run(output, preset.value, seed, layers)
+    console.print(f"wrote {output}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A `.pte` for CUDA.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Prints what a CUDA program holds: methods, code, kernels, state and weights."""
+    from et_moe.backends.cuda.inspect import inspect as run
+    from et_moe.backends.cuda.inspect import print_tables
+
+    try:
+        description = run(file.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
+    if json_output:
+        print(json.dumps(description, indent=1))
+    else:
+        print_tables(description)
+
+
+@app.command(name="eval")
+def evaluate(
+    model_dir: ModelDir,
+    program_dir: Annotated[Path, typer.Option(help="Output directory of `export`.")],
+    text: Annotated[Path, typer.Option(help="Held-out text, UTF-8.")],
+    runner: Annotated[Path, typer.Option(help="The runner's binary.")] = Path(
+        "build/runner/qwen3_5_moe_runner"
+    ),
+    window: Annotated[int, typer.Option(help="Tokens scored together.")] = 512,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compares an exported model with the Hugging Face model on a text."""
+    from et_moe.pipeline.evaluate import evaluate as run
+
+    with _progress() as progress:
+        task = progress.add_task("windows", total=None)
+        result = run(
+            model_dir,
+            program_dir,
+            text,
+            runner,
+            window,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    print(result.to_json() if json_output else result.to_table())
+
+
+def main() -> None:
+    """Entry point: a bad input ends with one line on stderr and exit code 1."""
+    # ExecuTorch imports torchao, which reports the GPU libraries it does without.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

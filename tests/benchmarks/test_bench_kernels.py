@@ -1,0 +1,109 @@
+"""The benchmark's parts that need no GPU: what it calls, and what it makes of times."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from et_moe.backends.cuda.triton.common.compile_case import record_launches
+
+SCRIPTS = Path(__file__).resolve().parents[4] / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from et_moe.benchmarks import kernels as bench_kernels
+    from et_moe.benchmarks import subjects as bench_subjects
+
+    yield bench_kernels, bench_subjects
+    for path in SCRIPTS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_subjects_launch_what_their_cost_counts(scripts):
+    device = torch.device("meta")
+    seen = set()
+    for subject in scripts[1].subjects(device, None, ""):
+        for m in (1, 4095):
+            for contender in subject.contenders:
+                if not contender.takes(m) or contender.name == "moe_w4a16":
+                    continue  # moe_w4a16 leaves the quantization out
+                with record_launches() as launches:
+                    contender.call(**contender.arguments(m))
+                assert len(launches) == len(subject.cost(m)), (subject.name, contender.name, m)
+                assert all(kernel.bytes >= 0 for kernel in subject.cost(m))
+                seen.add(subject.name)
+    assert {"experts", "in_proj", "delta rule", "attention", "router", "sample"} <= seen
+
+
+def row(m, kernel, us, peer=False, part=False, floor=None):
+    found = {"subject": "s", "m": m, "kernel": kernel, "us": us, "peer": peer, "part": part}
+    return found | {"roof_us": 1.0, "floor_us": floor}
+
+
+def test_compare_takes_the_fastest_of_each_side(scripts, tmp_path):
+    rows = [row(1, "a", 4.0, floor=1.5), row(1, "b", 2.0, floor=1.5)]
+    rows += [row(1, "p", 6.0, True), row(1, "q", 5.0, True), row(1, "r", 1.0, True, True)]
+    rows += [row(2, "a", 8.0), {"subject": "s", "m": 2, "kernel": "p", "peer": True, "error": "no"}]
+    lines = scripts[0].compare(rows)
+    assert lines[0]["kernel"] == "b" and lines[0]["peer"] == "q"
+    assert lines[0]["speedup"] == pytest.approx(2.5) and lines[0]["of_roof"] == pytest.approx(0.5)
+    assert lines[0]["of_floor"] == pytest.approx(0.75) and lines[0]["part"] == "r"
+    assert lines[1]["peer"] is None and lines[1]["part"] is None
+    assert lines[1]["of_floor"] is None and lines[1]["us"] == 8.0
+    result = {
+        "gpu": "G",
+        "torch": "2",
+        "triton": "3",
+        "executorch": "1",
+        "roof": {"bandwidth": 4e12, "int8": 1.6e15, "bf16": 8e14},
+    }
+    text = scripts[0].report(lines, result)
+    assert "| s | 1 | b | 2.0 | q | 5.0 | 2.50 | 50% | 75% |" in text
+    assert "| s | 2 | a | 8.0 |  |  |  | 12% |  |" in text
+    assert text.endswith(
+        "|\n\nKernels of the wheel that do only a part of the work (they do not "
+        "count above):\n\n| what | M | kernel | us |\n|---|--:|---|--:|\n| s | 1 | r | 1.0 |\n"
+    )
+    scripts[0].plot([r for r in rows if "us" in r], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_read_kernel_reads_everything_once(scripts, device):
+    from et_moe.benchmarks import stream_floor
+
+    sources = [torch.randint(0, 9, (n,), dtype=torch.int32, device=device) for n in (16, 2064)]
+    for source in sources:
+        sums = torch.full((4,), -1, dtype=torch.int32, device=device)
+        stream_floor.read_all([source], sums, 1024, 4)
+        expected = [int(part.sum()) for part in source.split(1024)]
+        assert sums.tolist() == expected + [-1] * (4 - len(expected))
+
+
+def test_floor_is_the_fastest_configuration_of_as_many_launches(scripts, device, monkeypatch):
+    from et_moe.benchmarks import roofline, stream_floor
+
+    launches, calls = [], []
+
+    def record(kernel, grid, source, *_, **__):
+        launches.append((grid[0], source.nbytes))
+
+    def timed(functions):
+        launches.clear()
+        functions[0]()
+        calls.append(list(launches))
+        return 10.0 - len(calls)
+
+    monkeypatch.setattr(stream_floor, "microseconds", timed)
+    monkeypatch.setattr(stream_floor, "launched_as_in_programs", contextlib.nullcontext)
+    monkeypatch.setattr(stream_floor, "launch", record)
+    floor = stream_floor.Floor(device, 1 << 20)
+    kernels = [roofline.Kernel("a", 100_000.0), roofline.Kernel("b", 0.0)]
+    configs = len(stream_floor.CONFIGS)
+    assert floor(kernels) == 10.0 - configs and floor(list(kernels)) == 10.0 - configs
+    assert len(calls) == configs
+    for (block, _), made in zip(stream_floor.CONFIGS, calls, strict=True):
+        assert made == [(-(-100_032 // (4 * block)), 100_032), (1, 64)]

@@ -1,0 +1,112 @@
+"""INT8 against bf16 activations of a small bundle, streamed through references and kernels."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import make_small
+
+from et_moe.examples.qwen3_5_moe.graph import Quantization, Qwen3_5Moe
+from et_moe.pipeline.bundle import Bundle, QuantizedCheckpoint, write_bundle
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.config import ConfigError
+
+TOKENS = 24
+
+
+@pytest.fixture
+def tool(scripts_path):
+    from et_moe.benchmarks import activations as compare_activations
+
+    return compare_activations
+
+
+def compare(tool, bundle, packed=False, dtype=torch.float32) -> tuple[list[dict], dict]:
+    ids = torch.randint(0, 264, (TOKENS,), generator=torch.Generator().manual_seed(3))
+    comparison = tool.Comparison(Bundle(bundle), dtype, torch.device("cpu"), packed)
+    with torch.no_grad():
+        *layers, head = comparison.run(ids)
+    return layers, head
+
+
+def whole_model(bundle, activations: str, ids: torch.Tensor) -> torch.Tensor:
+    """Next tokens after each prefix of `ids`, by the model that is exported."""
+    source = Bundle(bundle)
+    q = Quantization(**vars(source.quantization) | {"moe_activation_dtype": activations})
+    model = Qwen3_5Moe(source.config, q, torch.float32)
+    tensors = {name: t for group in source.groups() for name, t in group.items()}
+    model.load_state_dict(tensors)
+    state = {n: torch.zeros(s, dtype=d) for n, (d, s) in model.state_spec(len(ids)).items()}
+    one = torch.ones(1)
+    tokens = []
+    for i, token in enumerate(ids):
+        position = torch.tensor([i])
+        options = (one * 0, torch.tensor([0]), one, torch.tensor([0]))
+        tokens.append(model(token.view(1, 1), position, None, *options, state)[0].item())
+    return torch.tensor(tokens)
+
+
+def test_errors_are_those_of_int8_activations(tool, tiny_bundle):
+    layers, head = compare(tool, tiny_bundle)
+    assert [row["kind"] for row in layers] == ["linear_attention", "full_attention"]
+    for row in layers:
+        assert 0.002 < row["moe_error"] < 0.015  # the budget of W4A8
+        assert 0 < row["hidden_error"] < 0.03
+    assert 0 < head["logits_error"] < 0.05
+    ids = torch.randint(0, 264, (TOKENS,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        same = whole_model(tiny_bundle, "int8", ids) == whole_model(tiny_bundle, "bf16", ids)
+    assert head["top1_agreement"] == pytest.approx(same.double().mean().item())
+
+
+def test_equal_activations_do_not_differ(tool, tiny_bundle, monkeypatch):
+    choose = tool.set_activations
+    monkeypatch.setattr(tool, "set_activations", lambda module, dtype: choose(module, "bf16"))
+    layers, head = compare(tool, tiny_bundle)
+    assert all(row["moe_error"] == row["hidden_error"] == 0 for row in layers)
+    assert head == {"top1_agreement": 1.0, "logits_error": 0.0}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run for real, on CUDA tensors")
+def test_kernels_find_what_the_references_find(tool, tmp_path):
+    """The path of a GPU, with the kernels under Triton's interpreter, and dimensions they take."""
+    make_small(tmp_path / "checkpoint", linear_key_head_dim=16, linear_value_head_dim=32)
+    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), Quantization("4w", 32, "8w"))
+    write_bundle(source, tmp_path / "bundle")
+    expected, head = compare(tool, tmp_path / "bundle")
+    with tool.triton_kernels("CPU"):
+        layers, packed_head = compare(tool, tmp_path / "bundle", packed=True)
+    for row, reference in zip(layers, expected, strict=True):
+        assert row["moe_error"] == pytest.approx(reference["moe_error"], rel=0.1)
+        assert row["hidden_error"] == pytest.approx(reference["hidden_error"], rel=0.1)
+    assert packed_head["logits_error"] == pytest.approx(head["logits_error"], rel=0.1)
+    assert abs(packed_head["top1_agreement"] - head["top1_agreement"]) <= 2 / TOKENS
+
+
+def test_command(scripts_path, tiny_bundle, tmp_path):
+    out = tmp_path / "results" / "activations"
+    command = [sys.executable, scripts_path / "compare_activations.py", "--bundle", tiny_bundle]
+    command += ["--out", out, "--tokens", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert [row["layer"] for row in result["layers"]] == [0, 1] and result["tokens"] == 20
+    text = out.with_suffix(".md").read_text()
+    assert f"Top-1 agreement {result['top1_agreement']:.2%}" in text
+    assert f"| 1 | full_attention | {result['layers'][1]['moe_error']:.3%} |" in text
+
+
+def test_a_bundle_without_int4_is_refused(tool, tiny_checkpoint, tmp_path):
+    checkpoint = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), Quantization("none", 32, "8w"))
+    write_bundle(checkpoint, tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare(tool, tmp_path / "bundle")
+
+
+def test_values_that_are_not_finite_are_refused(tool):
+    with pytest.raises(ValueError, match="not finite"):
+        tool.relative_error(torch.tensor([1.0]), torch.tensor([float("nan")]))
+    with pytest.raises(ValueError, match="zero"):
+        tool.relative_error(torch.tensor([1.0]), torch.zeros(1))

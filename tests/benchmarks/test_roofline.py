@@ -1,0 +1,95 @@
+"""The cost model's launch counts against the launches that the model really makes."""
+
+import copy
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from et_moe.backends.cuda.compile import triton_ops
+from et_moe.backends.cuda.fusion import fuse
+from et_moe.backends.cuda.graphs import input_nodes
+from et_moe.backends.cuda.prepack import plan_weights
+from et_moe.backends.cuda.triton.common.compile_case import Launch, record_launches
+from et_moe.examples.qwen3_5_moe.graph import Quantization
+from et_moe.pipeline.config import parse_config
+from et_moe.pipeline.export import build_graphs
+
+SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "roofline.py"
+CONFIG = parse_config(
+    {
+        "model_type": "qwen3_5_moe",
+        "vocab_size": 300,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "num_experts_per_tok": 2,
+        "num_experts": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def roofline():
+    spec = importlib.util.spec_from_file_location("roofline", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["roofline"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["roofline"]
+
+
+def launches(method: str, tokens: int) -> list[Launch]:
+    """What a method's graph launches for some tokens."""
+    graphs = build_graphs(CONFIG, Quantization(group_size=32), torch.float32, 32)
+    graph, spec = copy.deepcopy(graphs[method].program.graph), plan_weights(graphs).spec
+    values = {}
+    for name, node in input_nodes(graphs[method]).items():
+        dtype, shape = spec.get(name, (node.meta["val"].dtype, node.meta["val"].shape))
+        values[node.name] = torch.zeros((1, tokens) if name == "tokens" else shape, dtype=dtype)
+        if name == "num_tokens":
+            values[node.name].fill_(tokens)
+    fuse(graph)
+    for node in graph.nodes:
+        if getattr(node.target, "namespace", None) == "et_moe":
+            node.target = triton_ops()[node.target._opname]
+    inputs = [values.get(node.name) for node in graph.nodes if node.op == "placeholder"]
+    with record_launches() as recorded:
+        GraphModule(torch.nn.Module(), graph)(*inputs)
+    return recorded
+
+
+@pytest.mark.parametrize(("method", "tokens"), [("decode", 1), ("prefill", 18)])
+def test_launches(method, tokens, roofline):
+    recorded = launches(method, tokens)
+    assert len(recorded) == len(roofline.model(tokens, CONFIG)), [x.name for x in recorded]
+
+
+def test_a_layer_of_decode_has_at_most_ten_launches(roofline):
+    full = parse_config({"model_type": "qwen3_5_moe"})
+    for kind in set(full.layer_types):
+        assert len(roofline.layer(kind, 1, full, context=4096)) <= 10
+
+
+def test_bytes_are_those_of_the_weights(roofline):
+    """At one token nearly all that moves are the active weights of the published model."""
+    full = parse_config({"model_type": "qwen3_5_moe"})
+    moved = sum(kernel.bytes for kernel in roofline.model(1, full))
+    weights = 2.94e9 * 4.125 / 8  # active weights at 4.125 bits
+    state = 30 * 32 * 128 * 128 * 4 * 2  # recurrent states, read and written
+    assert moved == pytest.approx(weights + state, rel=0.05)
+    longer = dataclasses.replace(full, num_hidden_layers=80, layer_types=full.layer_types * 2)
+    assert sum(k.bytes for k in roofline.model(1, longer)) > 1.8 * moved

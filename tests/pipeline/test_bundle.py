@@ -1,0 +1,386 @@
+"""Bundles and exports: what is written, what is refused, and what a failure leaves behind."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from checkpoints import assert_equal, assert_mutations_are_survived, make_small
+from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+from safetensors.torch import load_file, save_file
+
+from et_moe.backends.sealed_file import CHECKSUMS, SCALAR_TYPES
+from et_moe.examples.qwen3_5_moe.graph import Quantization
+from et_moe.pipeline import export as exporter
+from et_moe.pipeline.bundle import (
+    BUNDLE_VERSION,
+    COPIED_FILES,
+    TOKENIZER_FILES,
+    Bundle,
+    QuantizedCheckpoint,
+    parameter_spec,
+    write_bundle,
+)
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.config import ConfigError
+
+QUANTIZATIONS = [
+    Quantization("4w", 32, "8w"),
+    Quantization("4w", 32, "none", "bf16"),
+    Quantization("none", 128, "8w"),
+    Quantization("none", 64, "none"),
+]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Stands in for a full disk: the kernel refuses bytes of a file beyond `limit`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_a_bundle_reads_back_equal(
+    tiny_checkpoint: Path, tmp_path: Path, quantization: Quantization
+) -> None:
+    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), quantization)
+    calls = []
+    write_bundle(source, tmp_path / "b", lambda: calls.append(1))
+    bundle = Bundle(tmp_path / "b")
+    assert bundle.quantization == quantization and bundle.config == source.config
+    assert len(calls) == source.config.num_hidden_layers + 2
+    actual, expected = ([dict(sorted(g.items())) for g in s.groups()] for s in (bundle, source))
+    assert_equal(actual, expected)
+    spec = parameter_spec(bundle.config, quantization, torch.bfloat16)
+    shapes = {name: tuple(t.shape) for group in actual for name, t in group.items()}
+    assert shapes == {name: shape for name, (_, shape) in spec.items()}
+
+
+def test_files_of_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    """The checkpoint's tokenizer and config, the format's section, and an index that is right."""
+    written = files_of(tiny_bundle)
+    shards = [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    copied = [name for name in COPIED_FILES if (tiny_checkpoint / name).exists()]
+    assert {"tokenizer.json", "generation_config.json"} <= set(copied)
+    assert set(written) == {*shards, *copied, "config.json", "model.safetensors.index.json"}
+    for name in copied:
+        assert written[name] == (tiny_checkpoint / name).read_bytes()
+    config = json.loads(written["config.json"])
+    assert config.pop("et_moe") == {
+        "bundle_version": BUNDLE_VERSION,
+        "quantization": {
+            "qlinear": "4w",
+            "group_size": 32,
+            "qembedding": "8w",
+            "moe_activation_dtype": "int8",
+        },
+    }
+    assert config == json.loads((tiny_checkpoint / "config.json").read_text())
+    index = json.loads(written["model.safetensors.index.json"])
+    by_shard = {shard: load_file(tiny_bundle / shard) for shard in shards}
+    assert index["weight_map"] == {n: shard for shard, ts in by_shard.items() for n in ts}
+    total = sum(t.nbytes for ts in by_shard.values() for t in ts.values())
+    assert index["metadata"]["total_size"] == total
+
+
+def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
+    make_small(tmp_path / "c")
+    with pytest.raises(
+        ValueError, match=r"group size 64 does not divide the 32 inputs of layers\.0"
+    ):
+        QuantizedCheckpoint(Checkpoint(tmp_path / "c"), Quantization("4w", 64))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"qlinear": "8w"}, "qlinear '8w': expected one of "),
+        ({"group_size": 48}, "qlinear group size 48: expected one of "),
+        ({"group_size": 32.0}, "qlinear group size 32.0: expected one of "),
+        ({"qembedding": "4w"}, "qembedding '4w': expected one of "),
+        ({"moe_activation_dtype": None}, "MoE activation dtype None: expected one of "),
+    ],
+)
+def test_quantization_values(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Quantization(**values)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """The tensor is named; nothing that was written before it looks like a bundle."""
+    _, tensors = make_small(tmp_path / "c")
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors[name][1, 2, 3] = float("nan")
+    save_file(tensors, tmp_path / "c" / "model.safetensors")
+    source = QuantizedCheckpoint(Checkpoint(tmp_path / "c"), Quantization("4w", 32))
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.experts\.w2: the weight has entries"):
+        write_bundle(source, tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+        Bundle(tmp_path / "b")
+
+
+def edit_config(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        change(config)
+        (directory / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def edit_shard(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Changes the tensors of layer 0."""
+
+    def edit(directory: Path) -> None:
+        shard = directory / "model-00002-of-00004.safetensors"
+        tensors = load_file(shard)
+        change(tensors)
+        save_file(tensors, shard)
+
+    return edit
+
+
+def cut_shard(directory: Path) -> None:
+    shard = directory / "model-00003-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def section(**values) -> Callable[[Path], None]:
+    return edit_config(lambda c: c["et_moe"].update(values))
+
+
+W13 = "layers.0.mlp.experts.w13"
+SHARD = "model-00002-of-00004.safetensors"
+REFUSED = [
+    (edit_config(lambda c: c.pop("et_moe")), ["config.json: no et_moe section"]),
+    (edit_config(lambda c: c.update(et_moe=[])), ["config.json: no et_moe section"]),
+    (section(bundle_version=2), ["config.json: bundle_version 2, expected 1"]),
+    (section(bundle_version=None), ["config.json: bundle_version None, expected 1"]),
+    (section(quantization=None), ["config.json: et_moe.quantization: "]),
+    (section(quantization=3), ["config.json: et_moe.quantization: "]),
+    (section(quantization={"bits": 4}), ["config.json: et_moe.quantization: ", "'bits'"]),
+    (
+        section(quantization={"group_size": 33}),
+        ["config.json: et_moe.quantization: qlinear group size 33: expected one of"],
+    ),
+    (
+        section(quantization={"group_size": 32.0}),
+        ["config.json: et_moe.quantization: qlinear group size 32.0: expected one of"],
+    ),
+    (section(quantization={"group_size": 64}), ["group size 64 does not divide the 32 inputs"]),
+    (section(quantization={"qlinear": "none"}), ["unexpected tensor"]),
+    (edit_config(lambda c: c.update(hidden_size=64)), [SHARD.replace("2", "1", 1), "expected"]),
+    (
+        edit_config(lambda c: c.update(hidden_size=2**31 - 32, moe_intermediate_size=2**31 - 32)),
+        ["config.json: ", "overflowed"],
+    ),
+    (edit_shard(lambda t: t.pop(W13)), [f"missing tensor {W13} (1 in all)"]),
+    (
+        edit_shard(lambda t: t.update(extra=torch.zeros(1))),
+        ["unexpected tensor extra (1 in all)"],
+    ),
+    (
+        edit_shard(lambda t: t.update({W13: t[W13][:, :8].contiguous()})),
+        [f"{SHARD}: {W13} is torch.uint8 (5, 8, 16), expected torch.uint8 (5, 64, 16)"],
+    ),
+    (
+        edit_shard(lambda t: t.update({W13: t[W13].to(torch.int8)})),
+        [f"{SHARD}: {W13} is torch.int8 (5, 64, 16), expected torch.uint8 (5, 64, 16)"],
+    ),
+    (
+        edit_shard(lambda t: t.update({f"{W13}_scale": t[f"{W13}_scale"].to(torch.int32)})),
+        [f"{SHARD}: {W13}_scale is torch.int32 (5, 64, 1), expected torch.bfloat16 (5, 64, 1)"],
+    ),
+    (cut_shard, ["model-00003-of-00004.safetensors: not a valid safetensors file"]),
+    (lambda d: (d / SHARD).unlink(), [f"{SHARD}: no such file, named by model.safetensors.index"]),
+]
+
+
+@pytest.mark.parametrize(("damage", "parts"), REFUSED, ids=[p[0][-40:] for _, p in REFUSED])
+def test_damaged_bundles(tiny_bundle: Path, tmp_path: Path, damage, parts: list[str]) -> None:
+    directory = tmp_path / "b"
+    shutil.copytree(tiny_bundle, directory)
+    damage(directory)
+    with pytest.raises(ConfigError) as caught:
+        list(Bundle(directory).groups())
+    for part in [str(directory), *parts]:
+        assert part in str(caught.value)
+
+
+def test_mutated_bundles(tiny_bundle: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "b"
+    shutil.copytree(tiny_bundle, directory)
+    files = ["config.json", SHARD, "model.safetensors.index.json"]
+    assert_mutations_are_survived("bundle", directory, 2000, *files)
+
+
+def test_an_existing_bundle_is_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), QUANTIZATIONS[0])
+    write_bundle(source, tmp_path / "b")
+    before = files_of(tmp_path / "b")
+    with pytest.raises(ConfigError, match="b: already holds a config"):
+        write_bundle(source, tmp_path / "b")
+    assert files_of(tmp_path / "b") == before
+    with pytest.raises(ConfigError, match="checkpoint: already holds a config"):
+        write_bundle(source, tiny_checkpoint)
+
+
+def test_full_disk_while_quantizing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Files under a final name are whole, there is no config.json, and a retry completes it."""
+    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), QUANTIZATIONS[0])
+    write_bundle(source, tmp_path / "whole")
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "whole").glob("*.safetensors")}
+    assert sizes[SHARD] > sizes["model-00001-of-00004.safetensors"]
+    with file_size_limit(sizes[SHARD] - 1), pytest.raises(OSError) as caught:
+        write_bundle(source, tmp_path / "b")
+    assert caught.value.errno == errno.EFBIG
+    assert {p.name: p.stat().st_size for p in (tmp_path / "b").iterdir()} == {
+        "model-00001-of-00004.safetensors": sizes["model-00001-of-00004.safetensors"]
+    }
+    write_bundle(source, tmp_path / "b")
+    assert files_of(tmp_path / "b") == files_of(tmp_path / "whole")
+
+
+OPTIONS = exporter.ExportOptions(max_seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def lowered(tiny_bundle: Path):
+    bundle = Bundle(tiny_bundle)
+    return exporter.lower(bundle.config, bundle.quantization, OPTIONS)
+
+
+def test_full_disk_while_exporting(
+    tiny_bundle: Path, tiny_program: Path, lowered, tmp_path: Path, monkeypatch
+) -> None:
+    """Neither file appears half-written, and those of an earlier export stay as they were."""
+    written = files_of(tiny_program)
+    monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
+    sizes = {name: len(data) for name, data in written.items()}
+    assert sizes["model.ptd"] > sizes["model.pte"]
+    for earlier in ({}, {"model.pte": b"old", "model.ptd": b"old"}):
+        for name, data in earlier.items():
+            (tmp_path / name).write_bytes(data)
+        for limit in (0, 1000, sizes["model.ptd"] - 1):
+            with file_size_limit(limit), pytest.raises(OSError) as caught:
+                exporter.export(Bundle(tiny_bundle), tmp_path, OPTIONS)
+            assert caught.value.errno == errno.EFBIG
+            assert files_of(tmp_path) == earlier
+    exporter.export(Bundle(tiny_bundle), tmp_path, OPTIONS)
+    assert files_of(tmp_path) == written
+
+
+def test_a_source_that_fails(tiny_bundle: Path, lowered, tmp_path: Path, monkeypatch) -> None:
+    """While a group is being written: its error is raised, and nothing unfinished is left."""
+    monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
+    source = Bundle(tiny_bundle)
+
+    class Failing:
+        directory, config, quantization = tiny_bundle, source.config, source.quantization
+
+        def groups(self):
+            groups = source.groups()
+            yield next(groups)
+            yield next(groups)
+            raise ConfigError("the third group")
+
+    with pytest.raises(ConfigError, match="the third group"):
+        write_bundle(Failing(), tmp_path / "b")
+    assert [*files_of(tmp_path / "b")] == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2)]
+    with pytest.raises(ConfigError, match="the third group"):
+        exporter.export(Failing(), tmp_path / "e", OPTIONS)
+    assert not files_of(tmp_path / "e")
+
+
+def test_output_that_cannot_be_written(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(exporter, "build_graphs", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("")
+    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), QUANTIZATIONS[0])
+    for path in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x")):
+        with pytest.raises(OSError, match=str(path)):
+            write_bundle(source, path)
+        with pytest.raises(OSError, match=str(path)):
+            exporter.export(Bundle(tiny_bundle), path, OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_directory_in_place_of_an_output_file(
+    tiny_bundle: Path, lowered, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
+    (tmp_path / "model.ptd").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"model\.ptd"):
+        exporter.export(Bundle(tiny_bundle), tmp_path, OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.ptd"]
+
+
+def test_the_ptd_is_executorchs(tiny_bundle: Path, tiny_program: Path) -> None:
+    """ExecuTorch's own reader finds every tensor, aligned, with its dtype, shape and bytes."""
+    data = (tiny_program / "model.ptd").read_bytes()
+    payload = FlatTensorSerializer().deserialize(data)
+    bundle = Bundle(tiny_bundle)
+    tensors = {name: t for group in bundle.groups() for name, t in group.items()}
+    spec = parameter_spec(bundle.config, bundle.quantization, torch.float32)
+    assert payload.named_data.keys() == {*tensors, CHECKSUMS}
+    for name, tensor in tensors.items():
+        entry, stored = payload.named_data[name], tensor.to(spec[name][0])
+        assert entry.tensor_layout.scalar_type == SCALAR_TYPES[stored.dtype]
+        assert tuple(entry.tensor_layout.sizes) == tuple(stored.shape)
+        assert list(entry.tensor_layout.dim_order) == list(range(stored.dim()))
+        content = payload.buffers[entry.buffer_index]
+        assert content == stored.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        assert data.find(content) >= 0
+    checksums = payload.buffers[payload.named_data[CHECKSUMS].buffer_index]
+    assert numpy.frombuffer(checksums, "<u8").shape == (len(tensors),)
+
+
+def test_exports_are_byte_for_byte_the_same(
+    tiny_checkpoint: Path, tiny_program: Path, tmp_path: Path
+) -> None:
+    """From the bundle and from the checkpoint, in processes with other hash seeds."""
+    command = ["et-moe", "export", "--model-dir", tiny_checkpoint, "--output-dir", tmp_path / "e"]
+    command += ["--qlinear-group-size", "32", "--max-seq-len", "32"]
+    environment = os.environ | {"PYTHONHASHSEED": "77"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    written = files_of(tiny_program)
+    assert written == files_of(tmp_path / "e")
+    copied = [name for name in TOKENIZER_FILES if (tiny_checkpoint / name).exists()]
+    assert set(written) == {"model.pte", "model.ptd", *copied}
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    """Six wide layers more cost less than half a layer, in quantization and in export."""
+    script = Path(__file__).with_name("measure_memory.py")
+    # Large tensors go back to the system at once: the peak is what is held, not what is scattered.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["layer"] > 60_000_000
+    for task in ("quantize", "export"):
+        growth = result[task]["8"] - result[task]["2"]
+        assert growth < result["layer"] / 2, result
+    assert result["export"]["8"] < 6 * result["layer"] + 300_000_000, result
