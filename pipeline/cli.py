@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 import warnings
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,13 +49,12 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-class Preset(StrEnum):
-    TINY = "tiny"
-    FULL = "35b"
-
-
 ModelDir = Annotated[Path, typer.Option(help="Hugging Face checkpoint directory.")]
 OutputDir = Annotated[Path, typer.Option(help="Directory to write; created if need be.")]
+ModelType = Annotated[
+    str | None,
+    typer.Option(help="Family of the preset, as in config.json. Default: the first known."),
+]
 GroupSize = Annotated[int, typer.Option(help="Weights per INT4 scale: 32, 64 or 128.")]
 
 
@@ -86,36 +84,42 @@ def quantize(
     ] = ScaleMethod.MSE,
 ) -> None:
     """Quantizes a checkpoint to a bundle, layer by layer."""
-    from et_moe.examples.qwen3_5_moe.graph import Quantization
-    from et_moe.pipeline.bundle import QuantizedCheckpoint, write_bundle
+    from et_moe.pipeline.bundle import write_bundle
+    from et_moe.pipeline.quantize import QuantizedCheckpoint
 
     checkpoint = _open_checkpoint(model_dir)
-    quantization = Quantization(qlinear.value, qlinear_group_size, qembedding.value)
-    source = QuantizedCheckpoint(checkpoint, quantization, scale_method.value)
+    storages = _storages(checkpoint.model, qlinear, qlinear_group_size, qembedding)
+    source = QuantizedCheckpoint(checkpoint, storages, scale_method.value)
     with _progress() as progress:
         task = progress.add_task("quantizing", total=source.config.num_hidden_layers + 2)
         write_bundle(source, output_dir, lambda: progress.advance(task))
     console.print(f"wrote the bundle {output_dir}")
 
 
-def _quantization(qlinear, group_size, qembedding):
-    from et_moe.examples.qwen3_5_moe.graph import Quantization
+def _storages(model, qlinear, group_size, qembedding):
+    """The storage of each part of a model by the flags; None is a flag that was not given."""
+    from et_moe.pipeline.storage import choose_storages
 
     group_size = 128 if group_size is None else group_size
-    return Quantization(
-        (qlinear or QLinear.W4).value, group_size, (qembedding or QEmbedding.W8).value
+    return choose_storages(
+        model.parts,
+        (qlinear or QLinear.W4).value,
+        group_size,
+        (qembedding or QEmbedding.W8).value,
     )
 
 
 def _source(model_dir, prequantized, qlinear, group_size, qembedding):
     """The `WeightSource` that the options of `export` describe."""
-    from et_moe.pipeline.bundle import Bundle, QuantizedCheckpoint
+    from et_moe.pipeline.bundle import Bundle
+    from et_moe.pipeline.quantize import QuantizedCheckpoint
 
     if (model_dir is None) == (prequantized is None):
         raise typer.BadParameter("give exactly one of --model-dir and --prequantized")
     if prequantized is None:
-        quantization = _quantization(qlinear, group_size, qembedding)
-        return QuantizedCheckpoint(_open_checkpoint(model_dir), quantization)
+        checkpoint = _open_checkpoint(model_dir)
+        storages = _storages(checkpoint.model, qlinear, group_size, qembedding)
+        return QuantizedCheckpoint(checkpoint, storages)
     given = {"--qlinear": qlinear, "--qlinear-group-size": group_size, "--qembedding": qembedding}
     for flag, value in given.items():
         if value is not None:
@@ -123,14 +127,21 @@ def _source(model_dir, prequantized, qlinear, group_size, qembedding):
     return Bundle(prequantized)
 
 
-def _preset_source(preset, qlinear, group_size, qembedding) -> SimpleNamespace:
-    """Configuration and quantization of a preset, as a source without weights."""
-    from et_moe.pipeline.config import parse_config
-    from et_moe.pipeline.make_checkpoint import text_config
+def _preset_model(model_type: str | None):
+    from et_moe.pipeline.models import MODELS, model_for
 
-    config = parse_config(text_config(preset.value, None, {}), where=f"preset {preset.value}")
-    quantization = _quantization(qlinear, group_size, qembedding)
-    return SimpleNamespace(config=config, quantization=quantization)
+    return model_for(model_type or next(iter(MODELS)), "--model-type")
+
+
+def _preset_source(model_type, preset, qlinear, group_size, qembedding) -> SimpleNamespace:
+    """A preset as an `export.Target`: a source without weights."""
+    from et_moe.pipeline.make_checkpoint import text_config
+    from et_moe.pipeline.models import parse_config
+
+    model = _preset_model(model_type)
+    _, config = parse_config(text_config(model, preset), where=f"preset {preset}")
+    storages = _storages(model, qlinear, group_size, qembedding)
+    return SimpleNamespace(model=model, config=config, storages=storages)
 
 
 def _cuda_archs(backend: Backend, requested: str | None) -> tuple[str, ...]:
@@ -150,8 +161,9 @@ def export(
     model_dir: Annotated[Path | None, typer.Option(help="Hugging Face checkpoint.")] = None,
     prequantized: Annotated[Path | None, typer.Option(help="Bundle of `quantize`.")] = None,
     preset: Annotated[
-        Preset | None, typer.Option(help="With --graph-only: a shape without weights.")
+        str | None, typer.Option(help="With --graph-only: a shape without weights.")
     ] = None,
+    model_type: ModelType = None,
     graph_only: Annotated[
         bool, typer.Option("--graph-only", help="Write model.pte alone, from the configuration.")
     ] = False,
@@ -166,8 +178,13 @@ def export(
     qlinear: Annotated[QLinear | None, typer.Option(help="Default 4w.")] = None,
     qlinear_group_size: Annotated[int | None, typer.Option(help="Default 128.")] = None,
     qembedding: Annotated[QEmbedding | None, typer.Option(help="Default 8w.")] = None,
-    moe_activation_dtype: Annotated[
-        ActivationDtype, typer.Option(help="Of the inputs of INT4 layers.")
+    activation_dtype: Annotated[
+        ActivationDtype,
+        typer.Option(
+            "--activation-dtype",
+            "--moe-activation-dtype",
+            help="Of the inputs of all INT4 layers, experts and projections alike.",
+        ),
     ] = ActivationDtype.INT8,
     dtype: Annotated[
         Dtype | None,
@@ -196,12 +213,9 @@ def export(
     if preset is not None:
         if not graph_only or model_dir or prequantized:
             raise typer.BadParameter("--preset takes --graph-only and no checkpoint")
-        source = _preset_source(preset, qlinear, qlinear_group_size, qembedding)
+        source = _preset_source(model_type, preset, qlinear, qlinear_group_size, qembedding)
     else:
         source = _source(model_dir, prequantized, qlinear, qlinear_group_size, qembedding)
-    source.quantization = replace(
-        source.quantization, moe_activation_dtype=moe_activation_dtype.value
-    )
 
     from et_moe.pipeline import export as exporter
 
@@ -209,12 +223,12 @@ def export(
     options = exporter.ExportOptions(
         backend.value,
         exporter.DTYPES[dtype.value],
+        activation_dtype.value,
         max_seq_len,
         archs,
         cache_dir.expanduser() if cache else None,
         debug_sidecar,
     )
-    model = (source.config, source.quantization, options)
     with _progress() as progress:
         task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
 
@@ -222,9 +236,10 @@ def export(
             progress.update(task, advance=1, description=stage)
 
         if graph_only:
-            exporter.write_graphs(exporter.lower(*model), output_dir, options)
+            exporter.write_graphs(exporter.lower(source, options), output_dir, options)
         elif weights_only:
-            exporter.write_weights(source, exporter.plan_weights(*model), output_dir, show)
+            plan = exporter.plan_weights(source, options)
+            exporter.write_weights(source, plan, output_dir, show)
         else:
             exporter.export(source, output_dir, options, show)
     console.print(f"wrote {output_dir}")
@@ -232,8 +247,12 @@ def export(
 
 @app.command()
 def make_checkpoint(
-    output: OutputDir,
-    preset: Annotated[Preset, typer.Option(help="Shape: tiny, or 35b as published.")] = Preset.TINY,
+    output_dir: Annotated[
+        Path,
+        typer.Option("--output-dir", "--output", help="Directory to make; must not hold files."),
+    ],
+    preset: Annotated[str, typer.Option(help="Shape: tiny, or one as published (35b).")] = "tiny",
+    model_type: ModelType = None,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the preset has.")] = None,
     quantized: Annotated[
@@ -246,8 +265,8 @@ def make_checkpoint(
     else:
         from et_moe.pipeline.make_checkpoint import make_checkpoint as run
 
-    run(output, preset.value, seed, layers)
-    console.print(f"wrote {output}")
+    run(output_dir, _preset_model(model_type), preset, seed, layers)
+    console.print(f"wrote {output_dir}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,16 @@ from et_moe.backends.atomic_file import write_file
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
 from et_moe.backends.threads import write_behind
-from et_moe.examples.qwen3_5_moe.graph import Quantization, Qwen3_5Moe
-from et_moe.pipeline.bundle import (
-    BUNDLE_VERSION,
-    TOKENIZER_FILES,
+from et_moe.pipeline.bundle import BUNDLE_VERSION, TOKENIZER_FILES, copy_files
+from et_moe.pipeline.config import Config, ConfigError
+from et_moe.pipeline.models import Graph, Input, Model
+from et_moe.pipeline.quantize import (
     WeightSource,
-    copy_files,
+    meta_graph,
     parameter_groups,
+    parameter_spec,
 )
-from et_moe.pipeline.config import ConfigError, ModelConfig
+from et_moe.pipeline.storage import STORAGES, Precision, Storages, storages_to_json
 
 FORMAT_VERSION = 1
 MAX_PREFILL_TOKENS = 2048
@@ -30,68 +32,67 @@ MAX_PREFILL_TOKENS = 2048
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-INPUTS = {
-    "prefill": ["tokens", "position", "num_tokens", "temperature", "top_k", "top_p", "seed"],
-    "decode": ["tokens", "position", "temperature", "top_k", "top_p", "seed"],
-}
-
 
 class _Method(nn.Module):
     """The model with its weights passed in, so that the graph has them as inputs."""
 
-    def __init__(self, model: Qwen3_5Moe, inputs: list[str]) -> None:
+    def __init__(self, graph: Graph, inputs: tuple[Input, ...]) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple: its own parameters must not become the graph's
+        self._graph = (graph,)  # in a tuple: its own parameters must not become the program's
         self._inputs = inputs
 
     def forward(self, inputs: list[Tensor], state: dict[str, Tensor], weights: dict[str, Tensor]):
-        arguments = dict(zip(self._inputs, inputs, strict=True))
-        arguments.setdefault("num_tokens", None)
+        names = (i.name for i in self._inputs)
+        arguments = dict(zip(names, inputs, strict=True))
         return torch.func.functional_call(
-            self._model[0], weights, (), {**arguments, "state": state}
+            self._graph[0], weights, (), {**arguments, "state": state}
         )
 
 
-def _example(name: str, tokens: int) -> Tensor:
-    if name == "tokens":
-        return torch.empty((1, tokens), dtype=torch.int64)
-    floating = name in ("temperature", "top_p")
-    return torch.empty(1, dtype=torch.float32 if floating else torch.int64)
+EXAMPLE_SIZE = 8
+"""Size that a dimension which varies has while a method is traced, where its range allows it."""
+
+
+def _example(given: Input) -> Tensor:
+    sizes = (s if isinstance(s, int) else min(EXAMPLE_SIZE, s[1]) for s in given.shape)
+    return torch.empty(tuple(sizes), dtype=given.dtype)
+
+
+def _dynamic(given: Input) -> dict[int, Dim] | None:
+    """The dimensions of an input that vary, as torch.export wants them."""
+    ranges = {i: s for i, s in enumerate(given.shape) if not isinstance(s, int)}
+    return {i: Dim(given.name, min=low, max=high) for i, (low, high) in ranges.items()} or None
 
 
 def build_graphs(
-    c: ModelConfig, q: Quantization, dtype: torch.dtype, max_seq_len: int
+    model: Model, config: Config, precision: Precision, max_seq_len: int
 ) -> dict[str, MethodGraph]:
-    """Exports `prefill` (2 to `max_prefill_tokens` tokens) and `decode` (one token).
+    """Exports the model's methods.
 
     Works on fake tensors: no weight is allocated, whatever the model's size.
     """
-    with torch.device("meta"):
-        model = Qwen3_5Moe(c, q, dtype)
+    graph = meta_graph(model, config, precision)
+    spec = parameter_spec(graph)
     graphs = {}
-    for method, names in INPUTS.items():
-        tokens = 1 if method == "decode" else min(8, max_prefill_tokens(max_seq_len))
+    for method, given in model.methods(config, max_prefill_tokens(max_seq_len)).items():
         with FakeTensorMode():
-            inputs = [_example(name, tokens) for name in names]
+            inputs = [_example(i) for i in given]
             state = {
                 name: torch.empty(shape, dtype=kind)
-                for name, (kind, shape) in model.state_spec(max_seq_len).items()
+                for name, (kind, shape) in graph.state_spec(max_seq_len).items()
             }
-            weights = {
-                name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.named_parameters()
-            }
-        length = Dim("tokens", min=2, max=max_prefill_tokens(max_seq_len))
+            weights = {n: torch.empty(shape, dtype=kind) for n, (kind, shape) in spec.items()}
         program = torch.export.export(
-            _Method(model, names),
+            _Method(graph, given),
             (inputs, state, weights),
             dynamic_shapes=(
-                [{1: length} if n == "tokens" and method == "prefill" else None for n in names],
+                [_dynamic(i) for i in given],
                 dict.fromkeys(state),
                 dict.fromkeys(weights),
             ),
             strict=False,
         )
-        graphs[method] = MethodGraph(program, names, list(state), list(weights))
+        graphs[method] = MethodGraph(program, [i.name for i in given], list(state), list(weights))
     return graphs
 
 
@@ -100,21 +101,23 @@ def max_prefill_tokens(max_seq_len: int) -> int:
     return min(max_seq_len, MAX_PREFILL_TOKENS)
 
 
-def constant_methods(c: ModelConfig, q: Quantization, max_seq_len: int) -> dict[str, object]:
+def constant_methods(config: Config, precision: Precision, max_seq_len: int) -> dict[str, object]:
     """Methods without inputs that tell a runner about the model (ExecuTorch's names)."""
+    quantization = storages_to_json(precision.storages)
     return {
         "get_max_seq_len": max_seq_len,
         "get_max_prefill_tokens": max_prefill_tokens(max_seq_len),
-        "get_vocab_size": c.vocab_size,
-        "get_n_layers": c.num_hidden_layers,
-        "get_eos_ids": json.dumps(list(c.eos_token_ids)),
+        "get_vocab_size": config.vocab_size,
+        "get_n_layers": config.num_hidden_layers,
+        "get_eos_ids": json.dumps(list(config.eos_token_ids)),
         "get_bundle_version": BUNDLE_VERSION,
         "get_format_version": FORMAT_VERSION,
-        "get_quantization": json.dumps(vars(q)),
+        "get_quantization": json.dumps(quantization),
+        "get_activation_dtype": json.dumps(precision.activation_dtype),
     }
 
 
-def resolve_max_seq_len(c: ModelConfig, requested: int | None) -> int:
+def resolve_max_seq_len(c: Config, requested: int | None) -> int:
     """The context length: at least 2, at most what the model was made for; 4096 by default."""
     if requested is None:
         return min(4096, c.max_position_embeddings)
@@ -131,6 +134,7 @@ class ExportOptions:
     Attributes:
         backend: "cpu" or "cuda".
         dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
+        activation_dtype: "int8" or "bf16", of the inputs of INT4 layers, see `Precision`.
         max_seq_len: capacity of the KV cache, prompt and generated tokens together; None for the
             model's own limit, at most 4096.
         cuda_archs: architectures to compile for, such as "sm_90".
@@ -140,35 +144,58 @@ class ExportOptions:
 
     backend: str = "cpu"
     dtype: torch.dtype = torch.float32
+    activation_dtype: str = "int8"
     max_seq_len: int | None = None
     cuda_archs: tuple[str, ...] = ()
     cache_dir: Path | None = None
     debug_sidecar: bool = False
 
 
-def _graphs(c: ModelConfig, q: Quantization, options: ExportOptions) -> dict[str, MethodGraph]:
-    if options.backend == "cuda" and q.qlinear != "4w":
-        raise ConfigError(f"--qlinear {q.qlinear}: the CUDA backend has INT4 kernels only, use 4w")
-    return build_graphs(c, q, options.dtype, resolve_max_seq_len(c, options.max_seq_len))
+class Target(Protocol):
+    """What is lowered: a model of a configuration, with the storage of its parts."""
+
+    model: Model
+    config: Config
+    storages: Storages
 
 
-def plan_weights(c: ModelConfig, q: Quantization, options: ExportOptions):
+def _check_kernels(target: Target, backend: str) -> None:
+    """Raises ConfigError where the backend has no kernels for the storage of a part."""
+    for part, kind in target.model.parts.items():
+        storage = target.storages[part]
+        if backend == "cuda" and kind not in storage.cuda:
+            have = [s.kind for s in STORAGES.values() if kind in s.cuda]
+            raise ConfigError(
+                f"{part} is stored as {storage.kind}, for which the CUDA backend has no kernels: "
+                f"expected one of {have} (--qlinear 4w)"
+            )
+
+
+def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGraph], dict]:
+    """The methods' graphs and the constant methods."""
+    _check_kernels(target, options.backend)
+    precision = Precision(target.storages, options.activation_dtype, options.dtype)
+    max_seq_len = resolve_max_seq_len(target.config, options.max_seq_len)
+    graphs = build_graphs(target.model, target.config, precision, max_seq_len)
+    return graphs, constant_methods(target.config, precision, max_seq_len)
+
+
+def plan_weights(target: Target, options: ExportOptions):
     """What goes into the `.ptd` (`spec`) and how it is made (`pack`); needs no ExecuTorch."""
     if options.backend == "cuda":
         from et_moe.backends.cuda import prepack as backend
     else:
         from et_moe.backends.cpu import lowering as backend
-    return backend.plan_weights(_graphs(c, q, options))
+    return backend.plan_weights(_graphs(target, options)[0])
 
 
-def lower(c: ModelConfig, q: Quantization, options: ExportOptions):
-    """Lowers the model of a configuration; needs no weights.
+def lower(target: Target, options: ExportOptions):
+    """Lowers a model; needs no weights.
 
     Returns:
         The backend's `LoweredProgram`: `pte` bytes, and `plan` as of `plan_weights`.
     """
-    graphs = _graphs(c, q, options)
-    constants = constant_methods(c, q, resolve_max_seq_len(c, options.max_seq_len))
+    graphs, constants = _graphs(target, options)
     if options.backend == "cuda":
         from et_moe.backends.cuda import backend as cuda
 
@@ -196,7 +223,7 @@ def export(
         OSError: the output cannot be written; nothing is left under a final name.
     """
     output.mkdir(parents=True, exist_ok=True)
-    lowered = lower(source.config, source.quantization, options)
+    lowered = lower(source, options)
     progress("graphs")
     write_weights(source, lowered.plan, output, progress)
     write_graphs(lowered, output, options)

@@ -1,124 +1,37 @@
 """Qwen3.5 MoE as a graph of `et_moe` ops.
 
 One sequence, no batch dimension. Parameters carry the names of a bundle; the state (KV cache,
-convolution and recurrent state) is passed in and updated in place.
+convolution and recurrent state) is passed in and updated in place. A model that differs in a layer
+overrides the method of `DecoderLayer` that makes it.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from et_moe.backends import ops
-from et_moe.pipeline.config import ModelConfig
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
+from et_moe.pipeline.layers import Embedding, Experts, Linear, Weight, parameter
+from et_moe.pipeline.models import Graph
+from et_moe.pipeline.storage import Precision
 
 et = torch.ops.et_moe
 
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How weights and activations are stored; the choices of the command line.
-
-    Args:
-        qlinear: "4w" for INT4 linear layers and experts, "none" to keep them as they are.
-        group_size: weights per INT4 scale.
-        qembedding: "8w" for an INT8 embedding with a scale per row, or "none".
-        moe_activation_dtype: "int8" quantizes activations in front of INT4 weights, "bf16" leaves
-            them in the model's dtype.
-    """
-
-    qlinear: str = "4w"
-    group_size: int = 128
-    qembedding: str = "8w"
-    moe_activation_dtype: str = "int8"
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("qlinear", self.qlinear, ("none", "4w")),
-            ("qlinear group size", self.group_size, ops.GROUP_SIZES),
-            ("qembedding", self.qembedding, ("none", "8w")),
-            ("MoE activation dtype", self.moe_activation_dtype, ("int8", "bf16")),
-        ):
-            if value not in allowed or type(value) is not type(allowed[0]):
-                raise ValueError(f"{name} {value!r}: expected one of {allowed}")
-
-
-def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-
-
-def _w4_parameters(q: Quantization, name: str, *shape: int) -> tuple[nn.Parameter, nn.Parameter]:
-    *rows, k = shape
-    if k % q.group_size:
-        raise ValueError(f"group size {q.group_size} does not divide the {k} inputs of {name}")
-    return (
-        _parameter(*rows, k // 2, dtype=torch.uint8),
-        _parameter(*rows, k // q.group_size, dtype=torch.bfloat16),
-    )
-
-
-class Linear(nn.Module):
-    """A projection; `norm` is the RMSNorm in front, `residual` is added behind."""
-
-    def __init__(
-        self, name: str, k: int, n: int, eps: float, q: Quantization, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.eps, self.q = eps, q
-        if q.qlinear == "4w":
-            self.weight, self.scale = _w4_parameters(q, name, n, k)
-        else:
-            self.weight = _parameter(n, k, dtype=dtype)
-
-    def forward(
-        self, x: Tensor, norm: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        if self.q.qlinear == "none":
-            return et.linear(x, self.weight, norm, self.eps, residual)
-        op = et.linear_w4a8 if self.q.moe_activation_dtype == "int8" else et.linear_w4a16
-        return op(x, self.weight, self.scale, self.q.group_size, norm, self.eps, residual)
-
-
-class Embedding(nn.Module):
-    def __init__(self, rows: int, width: int, q: Quantization, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.quantized = dtype, q.qembedding == "8w"
-        if self.quantized:
-            self.weight = _parameter(rows, width, dtype=torch.int8)
-            self.scale = _parameter(rows, 1, dtype=torch.bfloat16)
-        else:
-            self.weight = _parameter(rows, width, dtype=dtype)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        if self.quantized:
-            return et.embedding_w8(ids, self.weight, self.scale, self.dtype)
-        return nn.functional.embedding(ids, self.weight)
-
-
-class Weight(nn.Module):
-    """Holds the weight of a norm, convolution or router; the op that uses it gets it passed."""
-
-    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = _parameter(*shape, dtype=dtype)
-
-
 class GatedDeltaNet(nn.Module):
     """Linear attention: fused input projection [q | k | v | z | b | a], delta rule, projection."""
 
-    def __init__(self, c: ModelConfig, name: str, q: Quantization, dtype: torch.dtype) -> None:
+    def __init__(self, c: ModelConfig, name: str, p: Precision) -> None:
         super().__init__()
-        self.name, self.eps = name, c.rms_norm_eps
+        self.name, self.eps, part = name, c.rms_norm_eps, "linear_attention"
         heads, values = c.linear_num_value_heads, c.linear_value_width
         inputs = c.conv_channels + values + 2 * heads
-        self.in_proj = Linear(f"{name}.in_proj", c.hidden_size, inputs, self.eps, q, dtype)
-        self.conv1d = Weight(c.conv_channels, c.linear_conv_kernel_dim, dtype=dtype)
-        self.A_log = _parameter(heads, dtype=torch.float32)
-        self.dt_bias = _parameter(heads, dtype=torch.float32)
-        self.norm = Weight(c.linear_value_head_dim, dtype=dtype)
-        self.out_proj = Linear(f"{name}.out_proj", values, c.hidden_size, self.eps, q, dtype)
+        self.in_proj = Linear(f"{name}.in_proj", part, c.hidden_size, inputs, self.eps, p)
+        self.conv1d = Weight(c.conv_channels, c.linear_conv_kernel_dim, dtype=p.dtype)
+        self.A_log = parameter(heads, dtype=torch.float32)
+        self.dt_bias = parameter(heads, dtype=torch.float32)
+        self.norm = Weight(c.linear_value_head_dim, dtype=p.dtype)
+        self.out_proj = Linear(f"{name}.out_proj", part, values, c.hidden_size, self.eps, p)
 
     def forward(
         self, x: Tensor, norm: Tensor, position: Tensor, num_tokens: Tensor | None, state: State
@@ -140,15 +53,18 @@ class GatedDeltaNet(nn.Module):
 class Attention(nn.Module):
     """Full attention: fused projection [(q | gate) per head | k | v], cache, projection."""
 
-    def __init__(self, c: ModelConfig, name: str, q: Quantization, dtype: torch.dtype) -> None:
+    def __init__(self, c: ModelConfig, name: str, p: Precision) -> None:
         super().__init__()
-        self.name, self.eps = name, c.rms_norm_eps
+        self.name, self.eps, part = name, c.rms_norm_eps, "attention"
         queries = c.num_attention_heads * c.head_dim
         outputs = 2 * queries + 2 * c.num_key_value_heads * c.head_dim
-        self.qkv_proj = Linear(f"{name}.qkv_proj", c.hidden_size, outputs, self.eps, q, dtype)
-        self.q_norm, self.k_norm = Weight(c.head_dim, dtype=dtype), Weight(c.head_dim, dtype=dtype)
-        self.o_proj = Linear(f"{name}.o_proj", queries, c.hidden_size, self.eps, q, dtype)
-        self.inv_freq = _parameter(c.rotary_dim // 2, dtype=torch.float32)
+        self.qkv_proj = Linear(f"{name}.qkv_proj", part, c.hidden_size, outputs, self.eps, p)
+        self.q_norm, self.k_norm = (
+            Weight(c.head_dim, dtype=p.dtype),
+            Weight(c.head_dim, dtype=p.dtype),
+        )
+        self.o_proj = Linear(f"{name}.o_proj", part, queries, c.hidden_size, self.eps, p)
+        self.inv_freq = parameter(c.rotary_dim // 2, dtype=torch.float32)
 
     def forward(
         self, x: Tensor, norm: Tensor, position: Tensor, num_tokens: Tensor | None, state: State
@@ -167,35 +83,18 @@ class Attention(nn.Module):
         return self.o_proj(core, residual=x)
 
 
-class Experts(nn.Module):
-    """Expert tables; the shared expert fills the last `shared_experts` slots."""
-
-    def __init__(self, c: ModelConfig, name: str, q: Quantization, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.q = q
-        slots, h, i = c.num_experts + c.shared_experts, c.hidden_size, c.moe_intermediate_size
-        if q.qlinear == "4w":
-            self.w13, self.w13_scale = _w4_parameters(q, f"{name}.w13", slots, 2 * i, h)
-            self.w2, self.w2_scale = _w4_parameters(q, f"{name}.w2", slots, h, i)
-        else:
-            self.w13 = _parameter(slots, 2 * i, h, dtype=dtype)
-            self.w2 = _parameter(slots, h, i, dtype=dtype)
-
-    def forward(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> Tensor:
-        if self.q.qlinear == "none":
-            return et.moe(x, self.w13, self.w2, weights, ids, residual)
-        op = et.moe_w4a8 if self.q.moe_activation_dtype == "int8" else et.moe_w4a16
-        packed = (self.w13, self.w13_scale, self.w2, self.w2_scale)
-        return op(x, *packed, weights, ids, self.q.group_size, residual)
-
-
 class SparseMoe(nn.Module):
-    def __init__(self, c: ModelConfig, name: str, q: Quantization, dtype: torch.dtype) -> None:
+    """A mixture of experts; the shared expert fills the last slots of the tables."""
+
+    def __init__(self, c: ModelConfig, name: str, p: Precision) -> None:
         super().__init__()
         self.top_k, self.shared, self.eps = c.num_experts_per_tok, c.shared_experts, c.rms_norm_eps
         # Rows of the router, and last the shared expert's gate.
-        self.gate = Weight(c.num_experts + 1, c.hidden_size, dtype=dtype)
-        self.experts = Experts(c, f"{name}.experts", q, dtype)
+        self.gate = Weight(c.num_experts + 1, c.hidden_size, dtype=p.dtype)
+        slots = c.num_experts + c.shared_experts
+        self.experts = Experts(
+            f"{name}.experts", "experts", slots, c.hidden_size, c.moe_intermediate_size, p
+        )
 
     def forward(self, x: Tensor, norm: Tensor, num_tokens: Tensor | None) -> Tensor:
         normed, weights, ids = et.moe_router(
@@ -205,16 +104,22 @@ class SparseMoe(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c: ModelConfig, index: int, q: Quantization, dtype: torch.dtype) -> None:
+    """A mixer (linear or full attention) and an MLP, each with its norm in front and a residual."""
+
+    def __init__(self, c: ModelConfig, index: int, p: Precision) -> None:
         super().__init__()
         name = f"layers.{index}"
-        self.input_layernorm = Weight(c.hidden_size, dtype=dtype)
+        self.input_layernorm = Weight(c.hidden_size, dtype=p.dtype)
         if c.layer_types[index] == "linear_attention":
-            self.linear_attn = GatedDeltaNet(c, f"{name}.linear_attn", q, dtype)
+            self.linear_attn = GatedDeltaNet(c, f"{name}.linear_attn", p)
         else:
-            self.self_attn = Attention(c, f"{name}.self_attn", q, dtype)
-        self.post_attention_layernorm = Weight(c.hidden_size, dtype=dtype)
-        self.mlp = SparseMoe(c, f"{name}.mlp", q, dtype)
+            self.self_attn = Attention(c, f"{name}.self_attn", p)
+        self.post_attention_layernorm = Weight(c.hidden_size, dtype=p.dtype)
+        self.mlp = self.make_mlp(c, index, f"{name}.mlp", p)
+
+    def make_mlp(self, c: ModelConfig, index: int, name: str, p: Precision) -> nn.Module:
+        """The layer's MLP: a module called as `SparseMoe` is."""
+        return SparseMoe(c, name, p)
 
     def forward(
         self, x: Tensor, position: Tensor, num_tokens: Tensor | None, state: State
@@ -224,24 +129,26 @@ class DecoderLayer(nn.Module):
         return self.mlp(x, self.post_attention_layernorm.weight, num_tokens)
 
 
-class Qwen3_5Moe(nn.Module):
+class Qwen3_5Moe(Graph):
     """The text model with its head and sampler.
 
     Args:
         c: the shape.
-        q: how weights are stored.
-        dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
+        p: storages of the parts "embedding", "attention", "linear_attention", "experts" and
+            "head", and the dtypes.
+        layer: makes decoder layers.
     """
 
-    def __init__(self, c: ModelConfig, q: Quantization, dtype: torch.dtype) -> None:
+    def __init__(
+        self, c: ModelConfig, p: Precision, layer: type[DecoderLayer] = DecoderLayer
+    ) -> None:
         super().__init__()
-        self.config, self.dtype = c, dtype
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, q, dtype)
-        self.layers = nn.ModuleList(
-            DecoderLayer(c, i, q, dtype) for i in range(c.num_hidden_layers)
-        )
-        self.norm = Weight(c.hidden_size, dtype=dtype)
-        self.lm_head = Linear("lm_head", c.hidden_size, c.vocab_size, c.rms_norm_eps, q, dtype)
+        self.config, self.dtype = c, p.dtype
+        vocabulary, hidden = c.vocab_size, c.hidden_size
+        self.embed_tokens = Embedding("embed_tokens", "embedding", vocabulary, hidden, p)
+        self.layers = nn.ModuleList(layer(c, i, p) for i in range(c.num_hidden_layers))
+        self.norm = Weight(hidden, dtype=p.dtype)
+        self.lm_head = Linear("lm_head", "head", hidden, vocabulary, c.rms_norm_eps, p)
 
     def state_spec(self, max_seq_len: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of every state tensor; a session starts with zeros."""
@@ -263,12 +170,12 @@ class Qwen3_5Moe(nn.Module):
         self,
         tokens: Tensor,
         position: Tensor,
-        num_tokens: Tensor | None,
         temperature: Tensor,
         top_k: Tensor,
         top_p: Tensor,
         seed: Tensor,
         state: State,
+        num_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Consumes tokens and draws the next one.
 

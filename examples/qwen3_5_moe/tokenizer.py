@@ -7,9 +7,7 @@ https://huggingface.co/Qwen/Qwen3.5-35B-A3B/blob/main/tokenizer.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
@@ -90,19 +88,3 @@ def tokenizer_json(merges: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
 def added_token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
     """Added token -> id, of a `tokenizer_json`."""
     return {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-
-
-def write_tokenizer(tokenizer: dict[str, Any], directory: Path, max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `directory`."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_prefix_space": False,
-        "bos_token": None,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
-    }
-    for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        (directory / name).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,173 @@
+"""The model's configuration, read from a Hugging Face `config.json`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from et_moe.pipeline.config import (
+    ConfigError,
+    read_eos_token_ids,
+    read_layer_types,
+    read_rope,
+    read_value,
+)
+
+LAYER_TYPES = ("linear_attention", "full_attention")
+
+# What Hugging Face's Qwen3_5MoeTextConfig assumes of a key that config.json leaves out (it omits
+# values that equal its defaults when it saves).
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 248320,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts_per_tok": 8,
+    "num_experts": 256,
+}
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The text model's shape; field names are those of Hugging Face's `Qwen3_5MoeTextConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    linear_conv_kernel_dim: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    num_experts_per_tok: int
+    num_experts: int
+    layer_types: tuple[str, ...]
+    rope_theta: float
+    partial_rotary_factor: float
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Columns of a head that RoPE rotates."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def linear_value_width(self) -> int:
+        """Columns of the values of all heads of linear attention."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def linear_key_width(self) -> int:
+        """Columns of the keys of all heads of linear attention."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the causal convolution: q, k and v."""
+        return 2 * self.linear_key_width + self.linear_value_width
+
+    @property
+    def shared_experts(self) -> int:
+        """How many slots of the expert tables the shared expert occupies (the last one padded)."""
+        return -(-self.shared_expert_intermediate_size // self.moe_intermediate_size)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
+
+
+def parse_config(
+    kind: type[AnyConfig],
+    defaults: Mapping[str, Any],
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    where: str,
+    **further: Any,
+) -> AnyConfig:
+    """Builds a configuration from the content of `config.json` and `generation_config.json`.
+
+    Args:
+        kind: `ModelConfig`, or a model's that extends it.
+        defaults: key -> value of a key that is left out, whose type the value must have.
+        config: a text configuration, or a multimodal one that holds it under `text_config`.
+        generation: its `eos_token_id` wins over the configuration's.
+        where: the configuration's file, for messages.
+        further: values of fields of `kind` that are not in `defaults`.
+
+    Raises:
+        ConfigError: names the key, its value and what was expected.
+    """
+    raw = text_config(config, where)
+    for key, only in _ONLY.items():
+        if raw.get(key, only) != only:
+            raise ConfigError(f"{where}: {key} = {raw[key]!r} is not supported, only {only!r} is")
+    values = {key: read_value(raw, key, default, where) for key, default in defaults.items()}
+    if "tie_word_embeddings" in config:
+        values["tie_word_embeddings"] = read_value(config, "tie_word_embeddings", False, where)
+    vocab_size = values["vocab_size"]
+    model = kind(
+        **values,
+        **read_rope(raw, where),
+        **further,
+        layer_types=read_layer_types(raw, values["num_hidden_layers"], LAYER_TYPES, where),
+        eos_token_ids=read_eos_token_ids(raw, config, generation, vocab_size, where),
+    )
+    _check(model, where)
+    return model
+
+
+def text_config(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The text model's part of a configuration."""
+    raw = config.get("text_config", config)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: text_config must be an object")
+    return raw
+
+
+def _check(c: ModelConfig, where: str) -> None:
+    rules = (
+        (
+            c.num_attention_heads % c.num_key_value_heads == 0,
+            "num_attention_heads must be a multiple of num_key_value_heads",
+        ),
+        (
+            c.linear_num_value_heads % c.linear_num_key_heads == 0,
+            "linear_num_value_heads must be a multiple of linear_num_key_heads",
+        ),
+        (
+            c.num_experts_per_tok <= c.num_experts,
+            "num_experts_per_tok must not exceed num_experts",
+        ),
+        (c.linear_conv_kernel_dim >= 2, "linear_conv_kernel_dim must be at least 2"),
+        (
+            c.partial_rotary_factor <= 1 and c.rotary_dim >= 2 and c.rotary_dim % 2 == 0,
+            "head_dim * partial_rotary_factor must be an even number of at most head_dim columns",
+        ),
+    )
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(f"{where}: {message}")

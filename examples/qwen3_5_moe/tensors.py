@@ -1,0 +1,231 @@
+"""The tensors of a checkpoint: their names and shapes, and how they make up the parameters.
+
+The fused parameters are: `in_proj` [qkv | z | b | a] and `qkv_proj` [q | k | v] by rows, `mlp.gate`
+with the shared expert's gate as last row, and the tables of experts `w13` [gate | up] and `w2`, in
+which the shared expert fills the last slots.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
+from et_moe.pipeline.models import Parts, Random, Shapes
+
+Read = Callable[[str], Tensor]
+"""Reads a tensor of the checkpoint by its name behind the prefix."""
+
+
+def linear_attention_shapes(c: ModelConfig) -> Shapes:
+    """Tensors of a gated delta net, by their names in the layer's `linear_attn`."""
+    h, heads, values = c.hidden_size, c.linear_num_value_heads, c.linear_value_width
+    return {
+        "in_proj_qkv.weight": (c.conv_channels, h),
+        "in_proj_z.weight": (values, h),
+        "in_proj_b.weight": (heads, h),
+        "in_proj_a.weight": (heads, h),
+    } | linear_attention_core_shapes(c)
+
+
+def linear_attention_core_shapes(c: ModelConfig) -> Shapes:
+    """The same without its input projections."""
+    heads, values = c.linear_num_value_heads, c.linear_value_width
+    return {
+        "conv1d.weight": (c.conv_channels, 1, c.linear_conv_kernel_dim),
+        "A_log": (heads,),
+        "dt_bias": (heads,),
+        "norm.weight": (c.linear_value_head_dim,),
+        "out_proj.weight": (c.hidden_size, values),
+    }
+
+
+def _self_attention_shapes(c: ModelConfig) -> Shapes:
+    h, queries, keys = (
+        c.hidden_size,
+        c.num_attention_heads * c.head_dim,
+        c.num_key_value_heads * c.head_dim,
+    )
+    return {
+        "q_proj.weight": (2 * queries, h),
+        "k_proj.weight": (keys, h),
+        "v_proj.weight": (keys, h),
+        "o_proj.weight": (h, queries),
+        "q_norm.weight": (c.head_dim,),
+        "k_norm.weight": (c.head_dim,),
+    }
+
+
+def sparse_moe_shapes(c: ModelConfig, fused_experts: bool) -> Shapes:
+    """Tensors of a mixture of experts, by their names in the layer's `mlp`."""
+    h, i, shared = c.hidden_size, c.moe_intermediate_size, c.shared_expert_intermediate_size
+    shapes: Shapes = {
+        "gate.weight": (c.num_experts, h),
+        "shared_expert_gate.weight": (1, h),
+        "shared_expert.gate_proj.weight": (shared, h),
+        "shared_expert.up_proj.weight": (shared, h),
+        "shared_expert.down_proj.weight": (h, shared),
+    }
+    if fused_experts:
+        return shapes | {
+            "experts.gate_up_proj": (c.num_experts, 2 * i, h),
+            "experts.down_proj": (c.num_experts, h, i),
+        }
+    for e in range(c.num_experts):
+        shapes[f"experts.{e}.gate_proj.weight"] = (i, h)
+        shapes[f"experts.{e}.up_proj.weight"] = (i, h)
+        shapes[f"experts.{e}.down_proj.weight"] = (h, i)
+    return shapes
+
+
+def are_fused(names: Collection[str]) -> bool:
+    """Whether a checkpoint with these tensors has one table of all experts a layer; so it is
+    assumed where there are no names."""
+    return not names or any(n.endswith("mlp.experts.gate_up_proj") for n in names)
+
+
+class Tensors:
+    """The tensors of Qwen3.5's checkpoints; a model that differs in a layer overrides its part."""
+
+    def shapes(self, c: ModelConfig, fused_experts: bool) -> Shapes:
+        """Every text tensor of a checkpoint, by its name after the prefix."""
+        h = c.hidden_size
+        shapes: Shapes = {"embed_tokens.weight": (c.vocab_size, h), "norm.weight": (h,)}
+        if not c.tie_word_embeddings:
+            shapes["lm_head.weight"] = (c.vocab_size, h)
+        for layer in range(c.num_hidden_layers):
+            name = f"layers.{layer}"
+            shapes[f"{name}.input_layernorm.weight"] = (h,)
+            shapes[f"{name}.post_attention_layernorm.weight"] = (h,)
+            if c.layer_types[layer] == "linear_attention":
+                mixer, inside = "linear_attn", self.linear_attention_shapes(c)
+            else:
+                mixer, inside = "self_attn", _self_attention_shapes(c)
+            shapes |= {f"{name}.{mixer}.{n}": s for n, s in inside.items()}
+            inside = self.mlp_shapes(c, layer, fused_experts)
+            shapes |= {f"{name}.mlp.{n}": s for n, s in inside.items()}
+        return shapes
+
+    def linear_attention_shapes(self, c: ModelConfig) -> Shapes:
+        """Tensors of a gated delta net, by their names in `linear_attn`."""
+        return linear_attention_shapes(c)
+
+    def mlp_shapes(self, c: ModelConfig, layer: int, fused_experts: bool) -> Shapes:
+        """Tensors of a layer's MLP, by their names in `mlp`."""
+        return sparse_moe_shapes(c, fused_experts)
+
+    def groups(
+        self, c: ModelConfig, names: Collection[str], read: Read
+    ) -> Iterator[dict[str, Parts]]:
+        """The parameters of the graph, dense, group by group; see `pipeline.models.Model`."""
+        yield {"embed_tokens.weight": [read("embed_tokens.weight")]}
+        for layer in range(c.num_hidden_layers):
+            yield self._layer(c, layer, are_fused(names), read)
+        head = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+        yield {"norm.weight": [read("norm.weight")], "lm_head.weight": [read(head)]}
+
+    def _layer(
+        self, c: ModelConfig, layer: int, fused_experts: bool, read: Read
+    ) -> dict[str, Parts]:
+        def inside(name: str) -> Tensor:
+            return read(f"layers.{layer}.{name}")
+
+        group = {"input_layernorm.weight": [inside("input_layernorm.weight")]}
+        if c.layer_types[layer] == "linear_attention":
+            group |= self._linear_attention(c, lambda n: inside(f"linear_attn.{n}"))
+        else:
+            group |= _self_attention(c, lambda n: inside(f"self_attn.{n}"))
+        group["post_attention_layernorm.weight"] = [inside("post_attention_layernorm.weight")]
+        mlp = self.mlp_parts(c, layer, fused_experts, lambda n: inside(f"mlp.{n}"))
+        group |= {f"mlp.{name}": parts for name, parts in mlp.items()}
+        return {f"layers.{layer}.{name}": parts for name, parts in group.items()}
+
+    def _linear_attention(self, c: ModelConfig, read: Read) -> dict[str, Parts]:
+        parts = {
+            "in_proj.weight": self.in_proj_parts(c, read),
+            "conv1d.weight": [read("conv1d.weight").squeeze(1)],
+            "A_log": [read("A_log")],
+            "dt_bias": [read("dt_bias")],
+            "norm.weight": [read("norm.weight")],
+            "out_proj.weight": [read("out_proj.weight")],
+        }
+        return {f"linear_attn.{name}": tensors for name, tensors in parts.items()}
+
+    def in_proj_parts(self, c: ModelConfig, read: Read) -> Parts:
+        """The rows of the fused input projection, [q | k | v | z | b | a]."""
+        return [read(f"in_proj_{p}.weight") for p in ("qkv", "z", "b", "a")]
+
+    def mlp_parts(
+        self, c: ModelConfig, layer: int, fused_experts: bool, read: Read
+    ) -> dict[str, Parts]:
+        """The parameters of a layer's MLP, by their names in `mlp`."""
+        return {
+            "gate.weight": [read("gate.weight"), read("shared_expert_gate.weight")],
+            "experts.w13": [*_experts(c, fused_experts, read, "gate", "up"), _shared_w13(c, read)],
+            "experts.w2": [*_experts(c, fused_experts, read, "down"), _shared_w2(c, read)],
+        }
+
+
+def _self_attention(c: ModelConfig, read: Read) -> dict[str, Parts]:
+    parts = {
+        "qkv_proj.weight": [read(f"{p}_proj.weight") for p in "qkv"],
+        "q_norm.weight": [read("q_norm.weight")],
+        "k_norm.weight": [read("k_norm.weight")],
+        "o_proj.weight": [read("o_proj.weight")],
+        "inv_freq": [inverse_frequencies(c)],
+    }
+    return {f"self_attn.{name}": tensors for name, tensors in parts.items()}
+
+
+def _experts(c: ModelConfig, fused_experts: bool, read: Read, *projections: str) -> Parts:
+    """The routed experts' `[E, rows, columns]` of one or two projections, one below the other."""
+    if fused_experts:
+        return [read(f"experts.{'_'.join(projections)}_proj")]
+    return [
+        torch.cat([read(f"experts.{e}.{p}_proj.weight") for p in projections])[None]
+        for e in range(c.num_experts)
+    ]
+
+
+def _shared_w13(c: ModelConfig, read: Read) -> Tensor:
+    """The shared expert as further experts of the routed width, the last one zero-padded."""
+    width, slots = c.moe_intermediate_size, c.shared_experts
+    halves = []
+    for p in ("gate", "up"):
+        half = read(f"shared_expert.{p}_proj.weight")
+        padding = half.new_zeros(slots * width - half.shape[0], half.shape[1])
+        halves.append(torch.cat((half, padding)).view(slots, width, -1))
+    return torch.cat(halves, dim=1)
+
+
+def _shared_w2(c: ModelConfig, read: Read) -> Tensor:
+    width, slots = c.moe_intermediate_size, c.shared_experts
+    down = read("shared_expert.down_proj.weight")
+    padding = down.new_zeros(down.shape[0], slots * width - down.shape[1])
+    return torch.cat((down, padding), dim=1).view(-1, slots, width).transpose(0, 1)
+
+
+def inverse_frequencies(c: ModelConfig) -> Tensor:
+    """RoPE's theta^(-2i/R), `float32 [R/2]`, in Hugging Face's order of operations."""
+    exponent = torch.arange(0, c.rotary_dim, 2, dtype=torch.int64).float() / c.rotary_dim
+    return 1.0 / (c.rope_theta**exponent)
+
+
+def random_values(name: str, shape: tuple[int, ...], std: float) -> Random:
+    """How a random checkpoint draws a tensor: as transformers' `_init_weights` of
+    modeling_qwen3_5_moe.py does, but norms a little off their neutral value.
+
+    Args:
+        std: of weights that have no rule of their own (`initializer_range`).
+    """
+    if name.endswith(".A_log"):
+        return Random(log_uniform=(0.01, 16.0))
+    if name.endswith(".dt_bias"):
+        return Random(mean=1.0, std=0.0)
+    if name.endswith("linear_attn.norm.weight"):
+        return Random(mean=1.0, std=0.05)
+    if name.endswith("norm.weight"):  # zero-centred: the layer multiplies by 1 + weight
+        return Random(std=0.05)
+    if name.endswith(".conv1d.weight"):  # keeps the scale of its input, as trained ones do
+        return Random(std=shape[-1] ** -0.5)
+    return Random(std=std)

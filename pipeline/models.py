@@ -1,0 +1,181 @@
+"""The models that the pipeline knows by `model_type`, and what it asks of one.
+
+A model is a folder under `examples` with a module `model` that holds `MODEL`. Adding one takes the
+folder and a line in `MODELS`; nothing else of the pipeline names a model.
+"""
+
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from et_moe.pipeline.config import Config, ConfigError, read_json
+from et_moe.pipeline.storage import Precision
+
+MODELS = {
+    "qwen3_5_moe": "et_moe.examples.qwen3_5_moe.model",
+    "qwen3_5_moe_text": "et_moe.examples.qwen3_5_moe.model",
+}
+"""`model_type` of a config.json -> module whose `MODEL` it is."""
+
+Shapes = dict[str, tuple[int, ...]]
+Parts = list[Tensor]
+"""Tensors that make up one parameter when concatenated along dimension 0."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A runtime input of a method.
+
+    Attributes:
+        name: of the model's argument.
+        dtype: of the tensor.
+        shape: sizes; one that varies from call to call is (smallest, largest).
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Random:
+    """How a random checkpoint draws the values of a tensor: normal, or log of uniform numbers.
+
+    Attributes:
+        mean, std: of normal values.
+        log_uniform: (low, high) of the numbers whose logarithm is taken, in place of the normal.
+    """
+
+    mean: float = 0.0
+    std: float = 0.02
+    log_uniform: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class PresetFiles:
+    """The files of a random checkpoint beside its weights.
+
+    Attributes:
+        config: content of config.json. generation: of generation_config.json.
+        prefix: in front of the names of all tensors but the head's.
+        tokenizer: content of tokenizer.json, or None for none.
+    """
+
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    prefix: str
+    tokenizer: dict[str, Any] | None = None
+
+
+class Graph(nn.Module):
+    """The model's graph, made of `torch.ops.et_moe` ops and a few aten ops.
+
+    `forward` takes the inputs of a method by name, and `state`, the tensors of `state_spec`, which
+    it updates in place. Parameters of decoder layer i are named `layers.i.…`; those before the
+    first layer and those behind the last one make up a group each.
+    """
+
+    def state_spec(self, max_seq_len: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of every state tensor of a sequence; it starts with zeros."""
+        raise NotImplementedError
+
+
+class Model(Protocol):
+    """A model family: everything that the pipeline does not know itself.
+
+    Attributes:
+        parts: name of each part of the model that has a storage of its own -> what it is:
+            "embedding", "linear" or "experts".
+        presets: name -> text configuration of random checkpoints; `layer_types` may be left out.
+        prefixes: that names of tensors may have, the longest first.
+        skipped_prefixes: of tensors that are passed over.
+    """
+
+    parts: Mapping[str, str]
+    presets: Mapping[str, dict[str, Any]]
+    prefixes: tuple[str, ...]
+    skipped_prefixes: tuple[str, ...]
+
+    def parse_config(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any] | None, where: str
+    ) -> Config:
+        """The configuration from the content of config.json and generation_config.json."""
+        ...
+
+    def checkpoint_shapes(self, config: Any, names: Collection[str] = ()) -> Shapes:
+        """Every tensor of an unquantized checkpoint by its name behind the prefix, in the order
+        of the model; `names` are those found, which tell how experts are stored."""
+        ...
+
+    def ignored(self, config: Any) -> tuple[str, ...]:
+        """Tensors of a checkpoint that may be there and are passed over."""
+        ...
+
+    def groups(
+        self, config: Any, names: Collection[str], read: Callable[[str], Tensor]
+    ) -> Iterator[dict[str, Parts]]:
+        """The model's parameters, dense, group by group: embedding, each layer, norm and head."""
+        ...
+
+    def computed(self, config: Any, name: str) -> Tensor | None:
+        """The value of a parameter that follows from the configuration alone; None for others."""
+        ...
+
+    def build(self, config: Any, precision: Precision) -> Graph:
+        """The graph with its parameters, on the current default device."""
+        ...
+
+    def methods(self, config: Any, max_prefill_tokens: int) -> dict[str, tuple[Input, ...]]:
+        """The methods of a program and their runtime inputs in order."""
+        ...
+
+    def random(self, name: str, shape: tuple[int, ...], std: float) -> Random:
+        """How a random checkpoint draws a tensor or parameter; `std` of those without a rule."""
+        ...
+
+    def preset_files(self, preset: str, text: dict[str, Any]) -> PresetFiles:
+        """The files of a random checkpoint with the text configuration `text` of a preset."""
+        ...
+
+
+def model_for(model_type: object, where: str) -> Model:
+    """The model of a `model_type`; a ConfigError that names `where` for one that is not known."""
+    module = MODELS.get(model_type) if isinstance(model_type, str) else None
+    if module is None:
+        expected = tuple(MODELS)
+        raise ConfigError(f"{where}: model_type is {model_type!r}, expected one of {expected}")
+    return importlib.import_module(module).MODEL
+
+
+def parse_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None, where: str = "config"
+) -> tuple[Model, Config]:
+    """Finds the model of a configuration and reads it.
+
+    Args:
+        config: content of config.json: of a text model, or of a multimodal one with `text_config`.
+        generation: content of generation_config.json; its `eos_token_id` wins.
+        where: the configuration's file, for messages.
+
+    Raises:
+        ConfigError: names the file, the key, its value and what was expected.
+    """
+    model = model_for(config.get("model_type"), where)
+    return model, model.parse_config(config, generation, where)
+
+
+def load_config(directory: Path) -> tuple[Model, Config]:
+    """Reads `config.json`, and `generation_config.json` where there is one, of a checkpoint."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such directory")
+    generation = directory / "generation_config.json"
+    return parse_config(
+        read_json(directory / "config.json"),
+        read_json(generation) if generation.exists() else None,
+        str(directory / "config.json"),
+    )

@@ -1,0 +1,256 @@
+"""How a weight is stored: INT4 in groups, INT8 by row, or dense. One class each.
+
+A storage knows the tensors that it keeps of a weight, how they are made, and the ops that multiply
+with them. `Linear`, `Experts` and `Embedding` (`layers.py`) hold one each; which part of a model
+has which is a table, `Storages`. A new storage is a class here and a line in `STORAGES`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from et_moe.backends import ops
+
+et = torch.ops.et_moe
+
+Entry = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
+
+
+def scale_name(name: str) -> str:
+    """Name of the scales beside the values: `x.weight` has `x.scale`, `x.w13` has `x.w13_scale`."""
+    module, _, leaf = name.rpartition(".")
+    scale = "scale" if leaf == "weight" else f"{leaf}_scale"
+    return f"{module}.{scale}" if module else scale
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weights of one part of a model are stored.
+
+    Attributes:
+        kind: names the class in a bundle.
+        cuda: what the CUDA backend has kernels for: "embedding", "linear", "experts".
+    """
+
+    kind: ClassVar[str]
+    cuda: ClassVar[frozenset[str]]
+
+    def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
+        """What is kept of a weight: name -> dtype and shape, values first.
+
+        Args:
+            name: of the weight, the name of its values.
+            shape: `[..., N, K]`, K being the dimension that products sum over.
+            dtype: of weights that are not quantized.
+
+        Raises:
+            ValueError: a shape that this storage does not take.
+        """
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+        """The tensors of `tensors` for rows of a weight, float `[..., N, K]`.
+
+        Args:
+            method: how INT4 scales are chosen, see `ops.quantize_w4`.
+        """
+        raise NotImplementedError
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Sequence[Tensor],
+        activation_dtype: str,
+        norm: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """The product of `ops.linear` with a stored weight `[N, K]`."""
+        raise NotImplementedError
+
+    def experts(
+        self,
+        x: Tensor,
+        w13: Sequence[Tensor],
+        w2: Sequence[Tensor],
+        activation_dtype: str,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """The mixture of `ops.moe` with stored weights `[E, 2I, H]` and `[E, H, I]`."""
+        raise NotImplementedError
+
+    def embedding(self, ids: Tensor, weight: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Rows `[T, H]` in `dtype` of a stored table `[V, H]`; `ids` int64 `[T]`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Int4(Storage):
+    """Symmetric INT4 with a scale per `group_size` inputs, see `ops.quantize_w4`.
+
+    Activations in front of the products are INT8 (W4A8) or stay in the model's dtype (W4A16).
+    """
+
+    group_size: int = 128
+    kind: ClassVar[str] = "int4"
+    cuda: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
+
+    def __post_init__(self) -> None:
+        if type(self.group_size) is not int or self.group_size not in ops.GROUP_SIZES:
+            expected = f"expected one of {ops.GROUP_SIZES}"
+            raise ValueError(f"qlinear group size {self.group_size!r}: {expected}")
+
+    def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
+        *rows, k = shape
+        if k % self.group_size:
+            what = name.removesuffix(".weight")
+            raise ValueError(
+                f"group size {self.group_size} does not divide the {k} inputs of {what}"
+            )
+        return {
+            name: (torch.uint8, (*rows, k // 2)),
+            scale_name(name): (torch.bfloat16, (*rows, k // self.group_size)),
+        }
+
+    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+        return ops.quantize_w4(weight, self.group_size, method)
+
+    def linear(self, x, weight, activation_dtype, norm, eps, residual):
+        op = et.linear_w4a8 if activation_dtype == "int8" else et.linear_w4a16
+        return op(x, *weight, self.group_size, norm, eps, residual)
+
+    def experts(self, x, w13, w2, activation_dtype, topk_weights, topk_ids, residual):
+        op = et.moe_w4a8 if activation_dtype == "int8" else et.moe_w4a16
+        return op(x, *w13, *w2, topk_weights, topk_ids, self.group_size, residual)
+
+
+@dataclass(frozen=True)
+class Int8PerRow(Storage):
+    """Symmetric INT8 with a scale per row, see `ops.quantize_w8`; for embeddings."""
+
+    kind: ClassVar[str] = "int8_per_row"
+    cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
+
+    def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
+        *rows, k = shape
+        return {
+            name: (torch.int8, (*rows, k)),
+            scale_name(name): (torch.bfloat16, (*rows, 1)),
+        }
+
+    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+        return ops.quantize_w8(weight)
+
+    def embedding(self, ids, weight, dtype):
+        return et.embedding_w8(ids, *weight, dtype)
+
+
+@dataclass(frozen=True)
+class Dense(Storage):
+    """The weight as it is, in the model's dtype."""
+
+    kind: ClassVar[str] = "dense"
+    cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
+
+    def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
+        return {name: (dtype, tuple(shape))}
+
+    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+        return (weight,)
+
+    def linear(self, x, weight, activation_dtype, norm, eps, residual):
+        return et.linear(x, *weight, norm, eps, residual)
+
+    def experts(self, x, w13, w2, activation_dtype, topk_weights, topk_ids, residual):
+        return et.moe(x, *w13, *w2, topk_weights, topk_ids, residual)
+
+    def embedding(self, ids, weight, dtype):
+        return torch.nn.functional.embedding(ids, *weight)
+
+
+STORAGES: dict[str, type[Storage]] = {kind.kind: kind for kind in (Int4, Int8PerRow, Dense)}
+
+Storages = Mapping[str, Storage]
+"""Part of a model ("experts", "head", …) -> its storage."""
+
+
+def choose_storages(
+    parts: Mapping[str, str], qlinear: str = "4w", group_size: int = 128, qembedding: str = "8w"
+) -> dict[str, Storage]:
+    """The storage of each part of a model by the flags of the command line.
+
+    Args:
+        parts: `Model.parts`, name -> "embedding", "linear" or "experts".
+        qlinear: "4w" for INT4 linear layers and experts, "none" to keep them as they are.
+        group_size: weights per INT4 scale.
+        qembedding: "8w" for an INT8 embedding with a scale per row, or "none".
+
+    Raises:
+        ValueError: names the flag's value and what was expected.
+    """
+    linear = {"4w": Int4(group_size), "none": Dense()}
+    embedding = {"8w": Int8PerRow(), "none": Dense()}
+    for name, value, allowed in (
+        ("qlinear", qlinear, linear),
+        ("qembedding", qembedding, embedding),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r}: expected one of {tuple(allowed)}")
+    return {
+        part: embedding[qembedding] if kind == "embedding" else linear[qlinear]
+        for part, kind in parts.items()
+    }
+
+
+def storages_to_json(storages: Storages) -> dict[str, dict[str, Any]]:
+    """Storages as a bundle keeps them: part -> {"storage": kind, and the storage's own fields}."""
+    return {part: {"storage": s.kind, **asdict(s)} for part, s in storages.items()}
+
+
+def storages_from_json(value: object, parts: Mapping[str, str]) -> dict[str, Storage]:
+    """Inverse of `storages_to_json`.
+
+    Raises:
+        ValueError: names the part that is missing, unknown or malformed.
+    """
+    if not isinstance(value, dict) or set(value) != set(parts):
+        found = sorted(value) if isinstance(value, dict) else value
+        raise ValueError(f"found {found!r}, expected an object of the parts {sorted(parts)}")
+    storages = {}
+    for part in parts:
+        fields = dict(value[part]) if isinstance(value[part], dict) else {}
+        kind = fields.pop("storage", None)
+        if not isinstance(kind, str) or kind not in STORAGES:
+            raise ValueError(f"{part}.storage is {kind!r}, expected one of {tuple(STORAGES)}")
+        try:
+            storages[part] = STORAGES[kind](**fields)
+        except TypeError as e:
+            raise ValueError(f"{part}: {e}") from None
+    return storages
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what numbers a program computes.
+
+    Attributes:
+        storages: how the weights of each part are stored.
+        activation_dtype: "int8" quantizes activations in front of INT4 weights, "bf16" leaves them
+            in `dtype`. It belongs to a program, not to a bundle.
+        dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
+    """
+
+    storages: Storages
+    activation_dtype: str = "int8"
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.activation_dtype not in ("int8", "bf16"):
+            expected = "expected one of ('int8', 'bf16')"
+            raise ValueError(f"activation dtype {self.activation_dtype!r}: {expected}")
