@@ -29,6 +29,9 @@ from et_moe.backends.atomic_file import write_file
 from et_moe.examples.qwen3_5_moe import graph as qwen
 from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.layers import Experts, Linear, StoredModule
+from et_moe.pipeline.quantize import meta_graph
+from et_moe.pipeline.storage import Int4, Precision
 
 ACTIVATIONS = ("bf16", "int8")
 POSITIONS_AT_ONCE = 256
@@ -62,13 +65,13 @@ def prepack(module: torch.nn.Module) -> None:
     from et_moe.backends.cuda.triton.moe.op import prepack_experts
 
     for part in module.modules():
-        if isinstance(part, qwen.Linear):
+        if isinstance(part, Linear):
             names, pack = ("weight", "scale"), prepack_linear
-        elif isinstance(part, qwen.Experts):
+        elif isinstance(part, Experts):
             names, pack = ("w13", "w13_scale", "w2", "w2_scale"), prepack_experts
         else:
             continue
-        packed = pack(*(getattr(part, name).data for name in names), part.q.group_size)
+        packed = pack(*(getattr(part, name).data for name in names), part.storage.group_size)
         for name, tensor in zip(names, packed, strict=True):
             setattr(part, name, torch.nn.Parameter(tensor, requires_grad=False))
 
@@ -76,8 +79,8 @@ def prepack(module: torch.nn.Module) -> None:
 def set_activations(module: torch.nn.Module, dtype: str) -> None:
     """Chooses the dtype of activations in front of the module's INT4 weights."""
     for part in module.modules():
-        if isinstance(part, qwen.Linear | qwen.Experts):
-            part.q = dataclasses.replace(part.q, moe_activation_dtype=dtype)
+        if isinstance(part, StoredModule):
+            part.precision = dataclasses.replace(part.precision, activation_dtype=dtype)
 
 
 @dataclasses.dataclass
@@ -96,11 +99,10 @@ class Comparison:
     packed: bool
 
     def __post_init__(self) -> None:
-        c, q = self.bundle.config, self.bundle.quantization
-        if q.qlinear != "4w":
+        if not isinstance(self.bundle.storages["experts"], Int4):
             raise ConfigError(f"{self.bundle.directory}: not quantized: nothing to compare")
-        with torch.device("meta"):
-            self.model = qwen.Qwen3_5Moe(c, q, self.dtype)
+        precision = Precision(self.bundle.storages, dtype=self.dtype)
+        self.model = meta_graph(self.bundle.config, precision)
 
     def run(self, ids: Tensor) -> Iterator[dict]:
         """Yields a row per layer and, last, one of the logits.

@@ -35,8 +35,9 @@ from et_moe.backends.atomic_file import write_file
 from et_moe.benchmarks import roofline
 from et_moe.benchmarks.e2e_report import COLUMNS, cells, plot, report
 from et_moe.benchmarks.kernel_profile import DECODE_CALLS, profile
-from et_moe.pipeline.config import ModelConfig, load_config, parse_config
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.pipeline.export import MAX_PREFILL_TOKENS
+from et_moe.pipeline.models import load_config, parse_config
 
 REPO = Path(__file__).resolve().parent.parent
 ACTIVATIONS = ("int8", "bf16")

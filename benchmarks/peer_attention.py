@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from et_moe.benchmarks import peer_executorch
-from et_moe.pipeline.config import ModelConfig
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
 
 TOKENS = (1, 2, 8, 64, 512, 1600)
 """Numbers of tokens that it is measured for: each is compiled and tuned anew, for some seconds."""

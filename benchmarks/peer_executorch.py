@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from et_moe.benchmarks.gpu_timing import microseconds
-from et_moe.pipeline.config import ModelConfig
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.pipeline.make_bundle import WEIGHT_RMS
 
 MODEL = "executorch.examples.models.qwen3_5_moe.model"

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy
 
-from et_moe.pipeline.config import ConfigError, ModelConfig
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
+from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.make_bundle import WEIGHT_RMS
 
 ARCHITECTURE = "qwen35moe"

@@ -26,7 +26,8 @@ from rich.table import Table
 from et_moe.backends.atomic_file import write_file
 from et_moe.benchmarks import peer_executorch, peer_llama_cpp
 from et_moe.benchmarks.gpu_timing import require_gpu
-from et_moe.pipeline.config import ModelConfig, load_config, parse_config
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
+from et_moe.pipeline.models import load_config, parse_config
 
 PHASES = ("prefill", "decode")
 COLUMNS = ("phase", "prompt", "peer", "its fastest", "tok/s", "ours", "tok/s", "ratio")

@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from et_moe.pipeline.config import ModelConfig, load_config, parse_config
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
+from et_moe.pipeline.models import load_config, parse_config
 
 DECODE_TOKENS = 16
 """Up to here the router and the experts run their kernels for few tokens."""

@@ -14,7 +14,7 @@ from et_moe.backends.cuda.triton.moe import op as moe
 from et_moe.backends.cuda.triton.router.op import moe_router
 from et_moe.backends.cuda.triton.sampling.op import sample
 from et_moe.benchmarks import peer_attention, roofline
-from et_moe.pipeline.config import parse_config
+from et_moe.pipeline.models import parse_config
 
 GROUP = 128
 CONFIG = parse_config({"model_type": "qwen3_5_moe"})

@@ -16,7 +16,7 @@ from et_moe.backends.atomic_file import write_file
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.checkpoint import open_safetensors, shard_files
 from et_moe.pipeline.config import ConfigError, read_json
-from et_moe.pipeline.models import load_config
+from et_moe.pipeline.models import load_config, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
     meta_graph,
@@ -45,8 +45,7 @@ class Bundle:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.model, self.config = load_config(directory)
+        self.directory, self.config = directory, load_config(directory)
         file = directory / "config.json"
         section = read_json(file).get("et_moe")
         if not isinstance(section, dict):
@@ -54,12 +53,13 @@ class Bundle:
         if section.get("bundle_version") != BUNDLE_VERSION:
             found = section.get("bundle_version")
             raise ConfigError(f"{file}: bundle_version {found!r}, expected {BUNDLE_VERSION}")
+        parts = model_of(self.config).parts
         try:
-            self.storages = storages_from_json(section.get("storages"), self.model.parts)
+            self.storages = storages_from_json(section.get("storages"), parts)
         except ValueError as e:
             raise ConfigError(f"{file}: et_moe.storages: {e}") from None
         try:
-            graph = meta_graph(self.model, self.config, Precision(self.storages))
+            graph = meta_graph(self.config, Precision(self.storages))
         except ConfigError as e:
             raise ConfigError(f"{file}: {e}") from None
         self._spec = parameter_spec(graph)

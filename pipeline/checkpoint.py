@@ -13,7 +13,7 @@ from torch import Tensor
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.formats import format_for
 from et_moe.pipeline.formats.format import StoredTensor
-from et_moe.pipeline.models import Parts, load_config
+from et_moe.pipeline.models import Parts, load_config, model_of
 
 
 def _list_names(names: list[str], limit: int = 8) -> str:
@@ -58,7 +58,7 @@ class Checkpoint:
             `formats.FORMATS`, with names as the model's `Model.checkpoint_shapes` says.
 
     Attributes:
-        model: the model family. config: the model's shape.
+        config: the model's shape.
         skipped: how many tensors were passed over that the graph has no use for.
 
     Raises:
@@ -67,7 +67,8 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.skipped = directory, 0
-        self.model, self.config = load_config(directory)
+        self.config = load_config(directory)
+        self._model = model_of(self.config)
         self._format = format_for(read_json(directory / "config.json"))
         self._files: dict[str, Path] = {}
         self._names: dict[str, str] = {}
@@ -80,10 +81,10 @@ class Checkpoint:
         """Adds the tensors of a file, by their names behind the prefix."""
         with open_safetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name.startswith(self.model.skipped_prefixes):
+                if name.startswith(self._model.skipped_prefixes):
                     self.skipped += 1
                     continue
-                prefix = next((p for p in self.model.prefixes if name.startswith(p)), "")
+                prefix = next((p for p in self._model.prefixes if name.startswith(p)), "")
                 short = name.removeprefix(prefix)
                 if short in found:
                     raise ConfigError(f"{file}: {name} is there twice")
@@ -93,9 +94,9 @@ class Checkpoint:
 
     def _check(self, found: dict[str, StoredTensor]) -> None:
         expected: dict[str, StoredTensor] = {}
-        for name, shape in self.model.checkpoint_shapes(self.config, found).items():
+        for name, shape in self._model.checkpoint_shapes(self.config, found).items():
             expected |= self._format.stored(name, shape)
-        for name in self.model.ignored(self.config):
+        for name in self._model.ignored(self.config):
             found.pop(name, None)
         missing = [n for n in expected if n not in found]
         unexpected = [self._names[n] for n in found if n not in expected]
@@ -119,7 +120,7 @@ class Checkpoint:
             in the checkpoint's dtype. A group's tensors may view mapped files: drop them before
             the next group.
         """
-        return self.model.groups(self.config, self._names, self._read)
+        return self._model.groups(self.config, self._names, self._read)
 
     def _read(self, name: str) -> Tensor:
         return self._format.read(name, self._read_stored)

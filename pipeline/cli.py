@@ -88,7 +88,7 @@ def quantize(
     from et_moe.pipeline.quantize import QuantizedCheckpoint
 
     checkpoint = _open_checkpoint(model_dir)
-    storages = _storages(checkpoint.model, qlinear, qlinear_group_size, qembedding)
+    storages = _storages(checkpoint.config, qlinear, qlinear_group_size, qembedding)
     source = QuantizedCheckpoint(checkpoint, storages, scale_method.value)
     with _progress() as progress:
         task = progress.add_task("quantizing", total=source.config.num_hidden_layers + 2)
@@ -96,13 +96,14 @@ def quantize(
     console.print(f"wrote the bundle {output_dir}")
 
 
-def _storages(model, qlinear, group_size, qembedding):
+def _storages(config, qlinear, group_size, qembedding):
     """The storage of each part of a model by the flags; None is a flag that was not given."""
+    from et_moe.pipeline.models import model_of
     from et_moe.pipeline.storage import choose_storages
 
     group_size = 128 if group_size is None else group_size
     return choose_storages(
-        model.parts,
+        model_of(config).parts,
         (qlinear or QLinear.W4).value,
         group_size,
         (qembedding or QEmbedding.W8).value,
@@ -118,7 +119,7 @@ def _source(model_dir, prequantized, qlinear, group_size, qembedding):
         raise typer.BadParameter("give exactly one of --model-dir and --prequantized")
     if prequantized is None:
         checkpoint = _open_checkpoint(model_dir)
-        storages = _storages(checkpoint.model, qlinear, group_size, qembedding)
+        storages = _storages(checkpoint.config, qlinear, group_size, qembedding)
         return QuantizedCheckpoint(checkpoint, storages)
     given = {"--qlinear": qlinear, "--qlinear-group-size": group_size, "--qembedding": qembedding}
     for flag, value in given.items():
@@ -127,10 +128,14 @@ def _source(model_dir, prequantized, qlinear, group_size, qembedding):
     return Bundle(prequantized)
 
 
-def _preset_model(model_type: str | None):
+def _preset_model(model_type: str | None, preset: str):
+    """The model that `--model-type` names, once it has the preset."""
     from et_moe.pipeline.models import MODELS, model_for
 
-    return model_for(model_type or next(iter(MODELS)), "--model-type")
+    model = model_for(model_type or next(iter(MODELS)), "--model-type")
+    if preset not in model.presets:
+        raise typer.BadParameter(f"--preset {preset!r}: expected one of {', '.join(model.presets)}")
+    return model
 
 
 def _preset_source(model_type, preset, qlinear, group_size, qembedding) -> SimpleNamespace:
@@ -138,10 +143,10 @@ def _preset_source(model_type, preset, qlinear, group_size, qembedding) -> Simpl
     from et_moe.pipeline.make_checkpoint import text_config
     from et_moe.pipeline.models import parse_config
 
-    model = _preset_model(model_type)
-    _, config = parse_config(text_config(model, preset), where=f"preset {preset}")
-    storages = _storages(model, qlinear, group_size, qembedding)
-    return SimpleNamespace(model=model, config=config, storages=storages)
+    model = _preset_model(model_type, preset)
+    config = parse_config(text_config(model, preset), where=f"preset {preset}")
+    storages = _storages(config, qlinear, group_size, qembedding)
+    return SimpleNamespace(config=config, storages=storages)
 
 
 def _cuda_archs(backend: Backend, requested: str | None) -> tuple[str, ...]:
@@ -265,7 +270,7 @@ def make_checkpoint(
     else:
         from et_moe.pipeline.make_checkpoint import make_checkpoint as run
 
-    run(output_dir, _preset_model(model_type), preset, seed, layers)
+    run(output_dir, _preset_model(model_type, preset), preset, seed, layers)
     console.print(f"wrote {output_dir}")
 
 

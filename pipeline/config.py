@@ -6,7 +6,7 @@ A model's own keys are read in its folder under `examples`; `models.load_config`
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 # A damaged count must not make the list of expected tensors fill the memory.
 LIMITS = {"num_hidden_layers": 1024, "num_experts": 1024}
@@ -21,12 +21,14 @@ class Config(Protocol):
     """What the pipeline reads from a model's configuration; the rest is the model's own.
 
     Attributes:
+        model_type: of the model, a key of `models.MODELS`.
         vocab_size: rows of the embedding and the head.
         num_hidden_layers: decoder layers.
         max_position_embeddings: the longest context that the model was made for, in tokens.
         eos_token_ids: ids that end a generation.
     """
 
+    model_type: ClassVar[str]
     vocab_size: int
     num_hidden_layers: int
     max_position_embeddings: int

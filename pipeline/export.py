@@ -17,7 +17,7 @@ from et_moe.backends.sealed_file import PtdWriter, write_sealed
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.bundle import BUNDLE_VERSION, TOKENIZER_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
-from et_moe.pipeline.models import Graph, Input, Model
+from et_moe.pipeline.models import Graph, Input, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
     meta_graph,
@@ -64,17 +64,16 @@ def _dynamic(given: Input) -> dict[int, Dim] | None:
     return {i: Dim(given.name, min=low, max=high) for i, (low, high) in ranges.items()} or None
 
 
-def build_graphs(
-    model: Model, config: Config, precision: Precision, max_seq_len: int
-) -> dict[str, MethodGraph]:
+def build_graphs(config: Config, precision: Precision, max_seq_len: int) -> dict[str, MethodGraph]:
     """Exports the model's methods.
 
     Works on fake tensors: no weight is allocated, whatever the model's size.
     """
-    graph = meta_graph(model, config, precision)
+    graph = meta_graph(config, precision)
     spec = parameter_spec(graph)
+    methods = model_of(config).methods(config, max_prefill_tokens(max_seq_len))
     graphs = {}
-    for method, given in model.methods(config, max_prefill_tokens(max_seq_len)).items():
+    for method, given in methods.items():
         with FakeTensorMode():
             inputs = [_example(i) for i in given]
             state = {
@@ -154,14 +153,13 @@ class ExportOptions:
 class Target(Protocol):
     """What is lowered: a model of a configuration, with the storage of its parts."""
 
-    model: Model
     config: Config
     storages: Storages
 
 
 def _check_kernels(target: Target, backend: str) -> None:
     """Raises ConfigError where the backend has no kernels for the storage of a part."""
-    for part, kind in target.model.parts.items():
+    for part, kind in model_of(target.config).parts.items():
         storage = target.storages[part]
         if backend == "cuda" and kind not in storage.cuda:
             have = [s.kind for s in STORAGES.values() if kind in s.cuda]
@@ -176,7 +174,7 @@ def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGra
     _check_kernels(target, options.backend)
     precision = Precision(target.storages, options.activation_dtype, options.dtype)
     max_seq_len = resolve_max_seq_len(target.config, options.max_seq_len)
-    graphs = build_graphs(target.model, target.config, precision, max_seq_len)
+    graphs = build_graphs(target.config, precision, max_seq_len)
     return graphs, constant_methods(target.config, precision, max_seq_len)
 
 

@@ -30,17 +30,18 @@ class StoredModule(nn.Module):
     Attributes:
         storage: of all its weights.
         stored: names of its weights -> the names of the tensors kept of each.
+        precision: of the model.
     """
 
     def __init__(self, part: str, precision: Precision) -> None:
         super().__init__()
         self.storage: Storage = precision.storages[part]
         self.stored: dict[str, tuple[str, ...]] = {}
-        self._precision = precision
+        self.precision = precision
 
     def _store(self, module: str, weight: str, *shape: int) -> None:
         """Makes the parameters of a weight `[..., N, K]`; `module` is this one's full name."""
-        entries = self.storage.tensors(f"{module}.{weight}", shape, self._precision.dtype)
+        entries = self.storage.tensors(f"{module}.{weight}", shape, self.precision.dtype)
         for name, (dtype, sizes) in entries.items():
             setattr(self, name.rpartition(".")[2], parameter(*sizes, dtype=dtype))
         self.stored[weight] = tuple(name.rpartition(".")[2] for name in entries)
@@ -63,7 +64,7 @@ class Linear(StoredModule):
         self, x: Tensor, norm: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """Args: x float `[T, k]`; norm float `[k]`; residual float `[T, n]`. Returns `[T, n]`."""
-        dtype = self._precision.activation_dtype
+        dtype = self.precision.activation_dtype
         return self.storage.linear(x, self._tensors("weight"), dtype, norm, self.eps, residual)
 
 
@@ -76,7 +77,7 @@ class Embedding(StoredModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `[T, width]` for ids `int64 [T]`."""
-        return self.storage.embedding(ids, self._tensors("weight"), self._precision.dtype)
+        return self.storage.embedding(ids, self._tensors("weight"), self.precision.dtype)
 
 
 class Experts(StoredModule):
@@ -93,7 +94,7 @@ class Experts(StoredModule):
         """Args: x `[T, hidden]`, normed; weights `float32` and ids `int32 [T, S]` of the chosen
         experts; residual `[T, hidden]`. Returns `[T, hidden]`."""
         w13, w2 = self._tensors("w13"), self._tensors("w2")
-        dtype = self._precision.activation_dtype
+        dtype = self.precision.activation_dtype
         return self.storage.experts(x, w13, w2, dtype, weights, ids, residual)
 
 

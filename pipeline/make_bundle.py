@@ -19,7 +19,7 @@ from et_moe.pipeline.bundle import write_bundle, write_json
 from et_moe.pipeline.config import Config
 from et_moe.pipeline.layers import StoredWeight, stored_weights
 from et_moe.pipeline.make_checkpoint import text_config
-from et_moe.pipeline.models import Graph, Model, parse_config
+from et_moe.pipeline.models import Graph, Model, model_of, parse_config
 from et_moe.pipeline.quantize import meta_graph, parameter_groups, parameter_spec
 from et_moe.pipeline.storage import Precision, Storages, choose_storages
 
@@ -38,13 +38,12 @@ class RandomWeights:
     """A `WeightSource` of random tensors; each depends on the seed and its name alone."""
 
     directory: Path
-    model: Model
     config: Config
     storages: Storages
     seed: int
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
-        graph = meta_graph(self.model, self.config, Precision(self.storages))
+        graph = meta_graph(self.config, Precision(self.storages))
         spec, rms = parameter_spec(graph), scale_rms(graph, stored_weights(graph))
         with worker_threads() as pool:
             for names in parameter_groups(spec):
@@ -57,7 +56,8 @@ class RandomWeights:
         self, name: str, dtype: torch.dtype, shape: tuple[int, ...], rms: float | None
     ) -> Tensor:
         """`rms`: of the integers that a tensor of scales belongs to; None for other tensors."""
-        if (computed := self.model.computed(self.config, name)) is not None:
+        model = model_of(self.config)
+        if (computed := model.computed(self.config, name)) is not None:
             return computed
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = numpy.random.Generator(numpy.random.SFC64(list(digest)))
@@ -68,7 +68,7 @@ class RandomWeights:
         uniform = torch.from_numpy(generator.random(shape, dtype=numpy.float32))
         if rms is not None:
             return ((0.5 + uniform) * (WEIGHT_RMS / rms)).to(dtype)
-        values = self.model.random(name, shape, WEIGHT_RMS)
+        values = model.random(name, shape, WEIGHT_RMS)
         if values.log_uniform is not None:
             low, high = values.log_uniform
             return (low + (high - low) * uniform).log().to(dtype)
@@ -101,5 +101,5 @@ def make_bundle(
     storages = choose_storages(model.parts, group_size=min(128, smallest))
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", text)
-        _, config = parse_config(text, where=f"preset {preset}")
-        write_bundle(RandomWeights(Path(folder), model, config, storages, seed), output)
+        config = parse_config(text, where=f"preset {preset}")
+        write_bundle(RandomWeights(Path(folder), config, storages, seed), output)

@@ -106,7 +106,7 @@ def text_config(
 
 def tensor_shapes(model: Model, text: dict[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a checkpoint with this text config."""
-    shapes = model.checkpoint_shapes(parse_config(text)[1])
+    shapes = model.checkpoint_shapes(parse_config(text))
     return {
         name if name == "lm_head.weight" else prefix + name: shape for name, shape in shapes.items()
     }

@@ -152,9 +152,14 @@ def model_for(model_type: object, where: str) -> Model:
     return importlib.import_module(module).MODEL
 
 
+def model_of(config: Config) -> Model:
+    """The model of a configuration."""
+    return model_for(config.model_type, "configuration")
+
+
 def parse_config(
     config: Mapping[str, Any], generation: Mapping[str, Any] | None = None, where: str = "config"
-) -> tuple[Model, Config]:
+) -> Config:
     """Finds the model of a configuration and reads it.
 
     Args:
@@ -165,11 +170,10 @@ def parse_config(
     Raises:
         ConfigError: names the file, the key, its value and what was expected.
     """
-    model = model_for(config.get("model_type"), where)
-    return model, model.parse_config(config, generation, where)
+    return model_for(config.get("model_type"), where).parse_config(config, generation, where)
 
 
-def load_config(directory: Path) -> tuple[Model, Config]:
+def load_config(directory: Path) -> Config:
     """Reads `config.json`, and `generation_config.json` where there is one, of a checkpoint."""
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory")

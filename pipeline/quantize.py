@@ -10,7 +10,7 @@ from torch import Tensor
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import Config, ConfigError
 from et_moe.pipeline.layers import StoredWeight, stored_weights
-from et_moe.pipeline.models import Graph, Model, Parts
+from et_moe.pipeline.models import Graph, Parts, model_of
 from et_moe.pipeline.storage import Entry, Precision, Storages
 
 _CHUNK = 1 << 24
@@ -24,7 +24,6 @@ class WeightSource(Protocol):
     """Where an export takes its weights from: a bundle, or a checkpoint quantized on the way."""
 
     directory: Path
-    model: Model
     config: Config
     storages: Storages
 
@@ -33,7 +32,7 @@ class WeightSource(Protocol):
         ...
 
 
-def meta_graph(model: Model, config: Config, precision: Precision) -> Graph:
+def meta_graph(config: Config, precision: Precision) -> Graph:
     """The model's graph without memory for its parameters.
 
     Raises:
@@ -41,7 +40,7 @@ def meta_graph(model: Model, config: Config, precision: Precision) -> Graph:
     """
     try:
         with torch.device("meta"):
-            return model.build(config, precision)
+            return model_of(config).build(config, precision)
     except (ValueError, RuntimeError) as e:  # a group that does not fit, sizes that overflow
         raise ConfigError(str(e)) from None
 
@@ -95,9 +94,8 @@ class QuantizedCheckpoint:
 
     def __init__(self, checkpoint: Checkpoint, storages: Storages, method: str = "mse") -> None:
         self.directory, self.storages = checkpoint.directory, storages
-        self.model, self.config = checkpoint.model, checkpoint.config
-        self._checkpoint, self._method = checkpoint, method
-        self._stored = stored_weights(meta_graph(self.model, self.config, Precision(storages)))
+        self.config, self._checkpoint, self._method = checkpoint.config, checkpoint, method
+        self._stored = stored_weights(meta_graph(self.config, Precision(storages)))
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
         for group in self._checkpoint.groups():

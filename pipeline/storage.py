@@ -33,10 +33,12 @@ class Storage:
 
     Attributes:
         kind: names the class in a bundle.
-        cuda: what the CUDA backend has kernels for: "embedding", "linear", "experts".
+        stores: what it can store: "embedding", "linear", "experts".
+        cuda: what of that the CUDA backend has kernels for.
     """
 
     kind: ClassVar[str]
+    stores: ClassVar[frozenset[str]]
     cuda: ClassVar[frozenset[str]]
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
@@ -99,6 +101,7 @@ class Int4(Storage):
 
     group_size: int = 128
     kind: ClassVar[str] = "int4"
+    stores: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
     cuda: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
 
     def __post_init__(self) -> None:
@@ -135,6 +138,7 @@ class Int8PerRow(Storage):
     """Symmetric INT8 with a scale per row, see `ops.quantize_w8`; for embeddings."""
 
     kind: ClassVar[str] = "int8_per_row"
+    stores: ClassVar[frozenset[str]] = frozenset({"embedding"})
     cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
@@ -156,6 +160,7 @@ class Dense(Storage):
     """The weight as it is, in the model's dtype."""
 
     kind: ClassVar[str] = "dense"
+    stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear", "experts"})
     cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
@@ -228,6 +233,8 @@ def storages_from_json(value: object, parts: Mapping[str, str]) -> dict[str, Sto
         kind = fields.pop("storage", None)
         if not isinstance(kind, str) or kind not in STORAGES:
             raise ValueError(f"{part}.storage is {kind!r}, expected one of {tuple(STORAGES)}")
+        if parts[part] not in STORAGES[kind].stores:
+            raise ValueError(f"{part} cannot be stored as {kind}")
         try:
             storages[part] = STORAGES[kind](**fields)
         except TypeError as e:

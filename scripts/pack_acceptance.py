@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.cuda.gpu import gpu_for
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 
 DEMO = REPO / "examples/qwen3_5_moe/demo_checkpoint"
@@ -186,8 +187,8 @@ def pack(folder: Path, runner: Path, archs: list[str]) -> None:
     console.print("wheels packed")
     models = []
     with tempfile.TemporaryDirectory() as scratch:
-        make_checkpoint(Path(scratch, "tiny"), seed=1)
-        make_checkpoint(Path(scratch, "heads"), seed=1, overrides=HEADS)
+        make_checkpoint(Path(scratch, "tiny"), MODEL, seed=1)
+        make_checkpoint(Path(scratch, "heads"), MODEL, seed=1, overrides=HEADS)
         for name in MODELS:
             checkpoint = DEMO if name.startswith("demo") else Path(scratch, name)
             models.append(pack_model(name, checkpoint, binary, archs, folder / "models" / name))

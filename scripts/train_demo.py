@@ -31,15 +31,15 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import load_balancing_loss_func
 
-from et_moe.pipeline.hf_tokenizer import (
+from et_moe.examples.qwen3_5_moe.tokenizer import (
     END_OF_TEXT,
     IM_END,
     PLAIN_ADDED_TOKENS,
     SPECIAL_TOKENS,
     byte_alphabet,
     tokenizer_json,
-    write_tokenizer,
 )
+from et_moe.pipeline.make_checkpoint import write_tokenizer
 
 VOCAB_SIZE = 2048
 CONTEXT = 256

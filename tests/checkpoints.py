@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.quantize import Spec, WeightSource, meta_graph, parameter_spec
+from et_moe.pipeline.storage import Precision, Storage, choose_storages
 
 Tensors = dict[str, Tensor]
 
@@ -54,9 +57,21 @@ SMALL_FOR_CUDA = {
 }
 
 
+def storages(
+    qlinear: str = "4w", group_size: int = 128, qembedding: str = "8w"
+) -> dict[str, Storage]:
+    """Storages of Qwen3.5's parts by the flags of the command line."""
+    return choose_storages(MODEL.parts, qlinear, group_size, qembedding)
+
+
+def spec_of(source: WeightSource, dtype: torch.dtype) -> Spec:
+    """Name, dtype and shape of every parameter of a source's model."""
+    return parameter_spec(meta_graph(source.config, Precision(source.storages, dtype=dtype)))
+
+
 def make_small(directory: Path, **overrides) -> tuple[dict, Tensors]:
     """Writes a checkpoint of shape SMALL as one file; returns its config and tensors."""
-    make_checkpoint(directory, "tiny", seed=1, overrides=SMALL | overrides)
+    make_checkpoint(directory, MODEL, "tiny", seed=1, overrides=SMALL | overrides)
     (directory / "model.safetensors.index.json").unlink()
     tensors = load_file(directory / "model-00001-of-00001.safetensors")
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}

@@ -36,12 +36,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path) -> Path:
     """The bundle of `tiny_checkpoint`: INT4 in groups of 32, INT8 embedding."""
-    from et_moe.examples.qwen3_5_moe.graph import Quantization
-    from et_moe.pipeline.bundle import QuantizedCheckpoint, write_bundle
+    from checkpoints import storages
+
+    from et_moe.pipeline.bundle import write_bundle
     from et_moe.pipeline.checkpoint import Checkpoint
+    from et_moe.pipeline.quantize import QuantizedCheckpoint
 
     directory = tiny_checkpoint.with_name("bundle")
-    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), Quantization("4w", 32, "8w"))
+    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), storages("4w", 32, "8w"))
     write_bundle(source, directory)
     return directory
 

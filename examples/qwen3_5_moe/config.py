@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from et_moe.pipeline.config import (
     ConfigError,
@@ -47,6 +47,8 @@ _ONLY = {
 @dataclass(frozen=True)
 class ModelConfig:
     """The text model's shape; field names are those of Hugging Face's `Qwen3_5MoeTextConfig`."""
+
+    model_type: ClassVar[str] = "qwen3_5_moe"
 
     vocab_size: int
     hidden_size: int

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from et_moe.pipeline.config import load_config, parse_config
+from et_moe.pipeline.models import load_config, parse_config
 
 ROOF = {"bandwidth": 4e12, "int8": 1.6e15, "bf16": 8e14}
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from et_moe.backends.ops.attention import attention as ops_attention
-from et_moe.pipeline.config import ConfigError, parse_config
+from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.models import parse_config
 
 SHAPE = {
     "model_type": "qwen3_5_moe",

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
-from checkpoints import make_small
+from checkpoints import make_small, storages
 
-from et_moe.examples.qwen3_5_moe.graph import Quantization, Qwen3_5Moe
-from et_moe.pipeline.bundle import Bundle, QuantizedCheckpoint, write_bundle
+from et_moe.examples.qwen3_5_moe.graph import Qwen3_5Moe
+from et_moe.pipeline.bundle import Bundle, write_bundle
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import Precision
 
 TOKENS = 24
 
@@ -34,8 +36,8 @@ def compare(tool, bundle, packed=False, dtype=torch.float32) -> tuple[list[dict]
 def whole_model(bundle, activations: str, ids: torch.Tensor) -> torch.Tensor:
     """Next tokens after each prefix of `ids`, by the model that is exported."""
     source = Bundle(bundle)
-    q = Quantization(**vars(source.quantization) | {"moe_activation_dtype": activations})
-    model = Qwen3_5Moe(source.config, q, torch.float32)
+    precision = Precision(source.storages, activations, torch.float32)
+    model = Qwen3_5Moe(source.config, precision)
     tensors = {name: t for group in source.groups() for name, t in group.items()}
     model.load_state_dict(tensors)
     state = {n: torch.zeros(s, dtype=d) for n, (d, s) in model.state_spec(len(ids)).items()}
@@ -44,7 +46,7 @@ def whole_model(bundle, activations: str, ids: torch.Tensor) -> torch.Tensor:
     for i, token in enumerate(ids):
         position = torch.tensor([i])
         options = (one * 0, torch.tensor([0]), one, torch.tensor([0]))
-        tokens.append(model(token.view(1, 1), position, None, *options, state)[0].item())
+        tokens.append(model(token.view(1, 1), position, *options, state)[0].item())
     return torch.tensor(tokens)
 
 
@@ -73,7 +75,7 @@ def test_equal_activations_do_not_differ(tool, tiny_bundle, monkeypatch):
 def test_kernels_find_what_the_references_find(tool, tmp_path):
     """The path of a GPU, with the kernels under Triton's interpreter, and dimensions they take."""
     make_small(tmp_path / "checkpoint", linear_key_head_dim=16, linear_value_head_dim=32)
-    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), Quantization("4w", 32, "8w"))
+    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), storages("4w", 32, "8w"))
     write_bundle(source, tmp_path / "bundle")
     expected, head = compare(tool, tmp_path / "bundle")
     with tool.triton_kernels("CPU"):
@@ -99,7 +101,7 @@ def test_command(scripts_path, tiny_bundle, tmp_path):
 
 
 def test_a_bundle_without_int4_is_refused(tool, tiny_checkpoint, tmp_path):
-    checkpoint = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), Quantization("none", 32, "8w"))
+    checkpoint = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), storages("none", 32, "8w"))
     write_bundle(checkpoint, tmp_path / "bundle")
     with pytest.raises(ConfigError, match="nothing to compare"):
         compare(tool, tmp_path / "bundle")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import storages
 from torch.fx import GraphModule
 
 from et_moe.backends.cuda.compile import triton_ops
@@ -15,9 +16,9 @@ from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
 from et_moe.backends.cuda.triton.common.compile_case import Launch, record_launches
-from et_moe.examples.qwen3_5_moe.graph import Quantization
-from et_moe.pipeline.config import parse_config
 from et_moe.pipeline.export import build_graphs
+from et_moe.pipeline.models import parse_config
+from et_moe.pipeline.storage import Precision
 
 SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "roofline.py"
 CONFIG = parse_config(
@@ -54,7 +55,7 @@ def roofline():
 
 def launches(method: str, tokens: int) -> list[Launch]:
     """What a method's graph launches for some tokens."""
-    graphs = build_graphs(CONFIG, Quantization(group_size=32), torch.float32, 32)
+    graphs = build_graphs(CONFIG, Precision(storages(group_size=32), dtype=torch.float32), 32)
     graph, spec = copy.deepcopy(graphs[method].program.graph), plan_weights(graphs).spec
     values = {}
     for name, node in input_nodes(graphs[method]).items():

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from checkpoints import SMALL_FOR_CUDA
+from checkpoints import SMALL_FOR_CUDA, storages
 
-from et_moe.examples.qwen3_5_moe.graph import Quantization
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import export
-from et_moe.pipeline.bundle import QuantizedCheckpoint
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 MAX_PREFILL_TOKENS = 16
 """Short, so that a prompt of some tens of tokens takes several calls."""
@@ -23,8 +23,8 @@ MAX_PREFILL_TOKENS = 16
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    make_checkpoint(folder / "checkpoint", "tiny", seed=3, overrides=SMALL_FOR_CUDA)
-    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), Quantization("4w", 32, "8w"))
+    make_checkpoint(folder / "checkpoint", MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
+    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
     export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
     for backend in ("cpu", "cuda"):
         options = export.ExportOptions(

@@ -12,11 +12,16 @@ from pathlib import Path
 
 import torch
 
-from et_moe.examples.qwen3_5_moe.graph import Quantization
-from et_moe.pipeline.bundle import Bundle, QuantizedCheckpoint, write_bundle
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from checkpoints import storages
+
+from et_moe.examples.qwen3_5_moe.model import MODEL
+from et_moe.pipeline.bundle import Bundle, write_bundle
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 LAYERS = (2, 8)
 WIDE = {
@@ -51,11 +56,11 @@ def main() -> None:
     for layers in LAYERS:
         checkpoint, bundle = directory / f"checkpoint{layers}", directory / f"bundle{layers}"
         kinds = ["linear_attention", "full_attention"] * (layers // 2)
-        arguments = (checkpoint, "tiny", 0, None, WIDE | {"layer_types": kinds})
+        arguments = (checkpoint, MODEL, "tiny", 0, None, WIDE | {"layer_types": kinds})
         peak_memory(lambda arguments=arguments: make_checkpoint(*arguments))
 
         def quantize(checkpoint=checkpoint, bundle=bundle) -> None:
-            source = QuantizedCheckpoint(Checkpoint(checkpoint), Quantization("4w", 32), "minmax")
+            source = QuantizedCheckpoint(Checkpoint(checkpoint), storages("4w", 32), "minmax")
             write_bundle(source, bundle)
 
         def run_export(bundle=bundle, output=directory / f"program{layers}") -> None:

@@ -14,11 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoints import spec_of, storages
 from mutations import mutate_bytes, mutate_json
 
-from et_moe.examples.qwen3_5_moe.graph import Quantization
-from et_moe.pipeline.bundle import Bundle, QuantizedCheckpoint, parameter_spec
+from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 
 def mutate(rng: random.Random, file: Path, data: bytes) -> bytes:
@@ -38,13 +39,13 @@ def attempt(kind: str, directory: Path) -> str:
         if kind == "bundle":
             source: Bundle | QuantizedCheckpoint = Bundle(directory)
         else:
-            unquantized = Quantization("none", 32, "none")
+            unquantized = storages("none", 32, "none")
             source = QuantizedCheckpoint(Checkpoint(directory), unquantized)
         tensors = {name: t for group in source.groups() for name, t in group.items()}
     except (ValueError, OSError) as error:
         assert str(directory) in str(error), repr(error)
         return "refused"
-    spec = parameter_spec(source.config, source.quantization, torch.bfloat16)
+    spec = spec_of(source, torch.bfloat16)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == {name: shape for name, (_, shape) in spec.items()}
     return "read"

@@ -15,30 +15,29 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from checkpoints import assert_equal, assert_mutations_are_survived, make_small
+from checkpoints import assert_equal, assert_mutations_are_survived, make_small, spec_of, storages
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 from safetensors.torch import load_file, save_file
 
 from et_moe.backends.sealed_file import CHECKSUMS, SCALAR_TYPES
-from et_moe.examples.qwen3_5_moe.graph import Quantization
 from et_moe.pipeline import export as exporter
 from et_moe.pipeline.bundle import (
     BUNDLE_VERSION,
     COPIED_FILES,
     TOKENIZER_FILES,
     Bundle,
-    QuantizedCheckpoint,
-    parameter_spec,
     write_bundle,
 )
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import Precision, Storage
 
 QUANTIZATIONS = [
-    Quantization("4w", 32, "8w"),
-    Quantization("4w", 32, "none", "bf16"),
-    Quantization("none", 128, "8w"),
-    Quantization("none", 64, "none"),
+    storages("4w", 32, "8w"),
+    storages("4w", 32, "none"),
+    storages("none", 128, "8w"),
+    storages("none", 64, "none"),
 ]
 
 
@@ -61,17 +60,17 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 def test_a_bundle_reads_back_equal(
-    tiny_checkpoint: Path, tmp_path: Path, quantization: Quantization
+    tiny_checkpoint: Path, tmp_path: Path, quantization: dict[str, Storage]
 ) -> None:
     source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), quantization)
     calls = []
     write_bundle(source, tmp_path / "b", lambda: calls.append(1))
     bundle = Bundle(tmp_path / "b")
-    assert bundle.quantization == quantization and bundle.config == source.config
+    assert bundle.storages == quantization and bundle.config == source.config
     assert len(calls) == source.config.num_hidden_layers + 2
     actual, expected = ([dict(sorted(g.items())) for g in s.groups()] for s in (bundle, source))
     assert_equal(actual, expected)
-    spec = parameter_spec(bundle.config, quantization, torch.bfloat16)
+    spec = spec_of(bundle, torch.bfloat16)
     shapes = {name: tuple(t.shape) for group in actual for name, t in group.items()}
     assert shapes == {name: shape for name, (_, shape) in spec.items()}
 
@@ -88,11 +87,12 @@ def test_files_of_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     config = json.loads(written["config.json"])
     assert config.pop("et_moe") == {
         "bundle_version": BUNDLE_VERSION,
-        "quantization": {
-            "qlinear": "4w",
-            "group_size": 32,
-            "qembedding": "8w",
-            "moe_activation_dtype": "int8",
+        "storages": {
+            "embedding": {"storage": "int8_per_row"},
+            "attention": {"storage": "int4", "group_size": 32},
+            "linear_attention": {"storage": "int4", "group_size": 32},
+            "experts": {"storage": "int4", "group_size": 32},
+            "head": {"storage": "int4", "group_size": 32},
         },
     }
     assert config == json.loads((tiny_checkpoint / "config.json").read_text())
@@ -108,7 +108,7 @@ def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"group size 64 does not divide the 32 inputs of layers\.0"
     ):
-        QuantizedCheckpoint(Checkpoint(tmp_path / "c"), Quantization("4w", 64))
+        QuantizedCheckpoint(Checkpoint(tmp_path / "c"), storages("4w", 64))
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,16 @@ def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
         ({"group_size": 48}, "qlinear group size 48: expected one of "),
         ({"group_size": 32.0}, "qlinear group size 32.0: expected one of "),
         ({"qembedding": "4w"}, "qembedding '4w': expected one of "),
-        ({"moe_activation_dtype": None}, "MoE activation dtype None: expected one of "),
     ],
 )
-def test_quantization_values(values: dict, message: str) -> None:
+def test_values_of_flags(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Quantization(**values)
+        storages(**values)
+
+
+def test_activation_dtype() -> None:
+    with pytest.raises(ValueError, match="activation dtype 'fp8': expected one of "):
+        Precision(storages(), activation_dtype="fp8")
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.down_proj"
     tensors[name][1, 2, 3] = float("nan")
     save_file(tensors, tmp_path / "c" / "model.safetensors")
-    source = QuantizedCheckpoint(Checkpoint(tmp_path / "c"), Quantization("4w", 32))
+    source = QuantizedCheckpoint(Checkpoint(tmp_path / "c"), storages("4w", 32))
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.experts\.w2: the weight has entries"):
         write_bundle(source, tmp_path / "b")
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
@@ -169,26 +173,37 @@ def section(**values) -> Callable[[Path], None]:
     return edit_config(lambda c: c["et_moe"].update(values))
 
 
+def storage(part: str, **values) -> Callable[[Path], None]:
+    """Another storage of one part."""
+    return edit_config(lambda c: c["et_moe"]["storages"].update({part: values}))
+
+
 W13 = "layers.0.mlp.experts.w13"
 SHARD = "model-00002-of-00004.safetensors"
 REFUSED = [
     (edit_config(lambda c: c.pop("et_moe")), ["config.json: no et_moe section"]),
     (edit_config(lambda c: c.update(et_moe=[])), ["config.json: no et_moe section"]),
-    (section(bundle_version=2), ["config.json: bundle_version 2, expected 1"]),
-    (section(bundle_version=None), ["config.json: bundle_version None, expected 1"]),
-    (section(quantization=None), ["config.json: et_moe.quantization: "]),
-    (section(quantization=3), ["config.json: et_moe.quantization: "]),
-    (section(quantization={"bits": 4}), ["config.json: et_moe.quantization: ", "'bits'"]),
+    (section(bundle_version=1), ["config.json: bundle_version 1, expected 2"]),
+    (section(bundle_version=None), ["config.json: bundle_version None, expected 2"]),
+    (section(storages=None), ["config.json: et_moe.storages: found None, expected an object"]),
+    (section(storages={"head": {}}), ["config.json: et_moe.storages: found ['head'], expected"]),
+    (storage("head"), ["et_moe.storages: head.storage is None, expected one of ('int4', "]),
+    (storage("head", storage=[]), ["et_moe.storages: head.storage is [], expected one of ("]),
+    (storage("head", storage="dense", bits=4), ["et_moe.storages: head: ", "'bits'"]),
     (
-        section(quantization={"group_size": 33}),
-        ["config.json: et_moe.quantization: qlinear group size 33: expected one of"],
+        storage("head", storage="int4", group_size=33),
+        ["config.json: et_moe.storages: qlinear group size 33: expected one of"],
     ),
     (
-        section(quantization={"group_size": 32.0}),
-        ["config.json: et_moe.quantization: qlinear group size 32.0: expected one of"],
+        storage("head", storage="int4", group_size=32.0),
+        ["config.json: et_moe.storages: qlinear group size 32.0: expected one of"],
     ),
-    (section(quantization={"group_size": 64}), ["group size 64 does not divide the 32 inputs"]),
-    (section(quantization={"qlinear": "none"}), ["unexpected tensor"]),
+    (
+        storage("experts", storage="int4", group_size=64),
+        ["group size 64 does not divide the 32 inputs of layers.0.mlp.experts.w13"],
+    ),
+    (storage("experts", storage="dense"), ["unexpected tensor"]),
+    (storage("embedding", storage="int4"), ["embedding cannot be stored as int4"]),
     (edit_config(lambda c: c.update(hidden_size=64)), [SHARD.replace("2", "1", 1), "expected"]),
     (
         edit_config(lambda c: c.update(hidden_size=2**31 - 32, moe_intermediate_size=2**31 - 32)),
@@ -267,7 +282,7 @@ OPTIONS = exporter.ExportOptions(max_seq_len=32)
 @pytest.fixture(scope="module")
 def lowered(tiny_bundle: Path):
     bundle = Bundle(tiny_bundle)
-    return exporter.lower(bundle.config, bundle.quantization, OPTIONS)
+    return exporter.lower(bundle, OPTIONS)
 
 
 def test_full_disk_while_exporting(
@@ -296,7 +311,7 @@ def test_a_source_that_fails(tiny_bundle: Path, lowered, tmp_path: Path, monkeyp
     source = Bundle(tiny_bundle)
 
     class Failing:
-        directory, config, quantization = tiny_bundle, source.config, source.quantization
+        directory, config, storages = tiny_bundle, source.config, source.storages
 
         def groups(self):
             groups = source.groups()
@@ -340,7 +355,7 @@ def test_the_ptd_is_executorchs(tiny_bundle: Path, tiny_program: Path) -> None:
     payload = FlatTensorSerializer().deserialize(data)
     bundle = Bundle(tiny_bundle)
     tensors = {name: t for group in bundle.groups() for name, t in group.items()}
-    spec = parameter_spec(bundle.config, bundle.quantization, torch.float32)
+    spec = spec_of(bundle, torch.float32)
     assert payload.named_data.keys() == {*tensors, CHECKSUMS}
     for name, tensor in tensors.items():
         entry, stored = payload.named_data[name], tensor.to(spec[name][0])

@@ -1,6 +1,7 @@
 """Checkpoints in every form that Hugging Face writes, and damaged ones."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,20 +15,19 @@ from checkpoints import (
     parameters,
     per_expert,
     renamed,
+    spec_of,
+    storages,
     write,
 )
 from safetensors.torch import save_file
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextRotaryEmbedding
 
-from et_moe.examples.qwen3_5_moe.graph import Quantization
-from et_moe.pipeline.bundle import parameter_groups, parameter_spec
-from et_moe.pipeline.checkpoint import (
-    Checkpoint,
-    inverse_frequencies,
-    parameter_count,
-)
+from et_moe.examples.qwen3_5_moe.model import MODEL
+from et_moe.examples.qwen3_5_moe.tensors import inverse_frequencies
+from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.quantize import QuantizedCheckpoint, parameter_groups
 
 MIXER = "model.layers.0.linear_attn"
 MLP = "model.layers.0.mlp"
@@ -50,7 +50,7 @@ def test_parameters(small, expected) -> None:
     """Each parameter is put together from the tensors it stands for."""
     directory, _, tensors = small
     checkpoint = Checkpoint(directory)
-    assert checkpoint.fused_experts and checkpoint.skipped == 0
+    assert checkpoint.skipped == 0
     embed, linear, full, head = expected
     assert torch.equal(embed["embed_tokens.weight"], tensors["model.embed_tokens.weight"])
     assert torch.equal(head["norm.weight"], tensors["model.norm.weight"])
@@ -73,13 +73,15 @@ def test_parameters(small, expected) -> None:
         for layer, group in enumerate((linear, full)):
             name = f"layers.{layer}.{norm}.weight"
             assert torch.equal(group[name], tensors[f"model.{name}"])
-    assert parameter_count(checkpoint.config) == sum(t.numel() for t in tensors.values())
+    assert sum(map(math.prod, MODEL.checkpoint_shapes(checkpoint.config).values())) == sum(
+        t.numel() for t in tensors.values()
+    )
 
 
 def test_the_model_has_these_parameters(small, expected) -> None:
     """Names, shapes and the order of groups are those of the model without quantization."""
-    config = Checkpoint(small[0]).config
-    spec = parameter_spec(config, Quantization("none", 32, "none"), torch.bfloat16)
+    source = QuantizedCheckpoint(Checkpoint(small[0]), storages("none", 32, "none"))
+    spec = spec_of(source, torch.bfloat16)
     groups = parameter_groups(spec)
     assert [sorted(group) for group in expected] == [sorted(names) for names in groups]
     for group in expected:
@@ -126,7 +128,6 @@ def test_forms(small, expected, tmp_path: Path, prefix: str, fused: bool, shards
     form = renamed(tensors if fused else per_expert(tensors), prefix)
     pieces = [dict(list(form.items())[i::shards]) for i in range(shards)]
     checkpoint = Checkpoint(write(tmp_path / "c", config, *pieces))
-    assert checkpoint.fused_experts == fused
     assert_equal(parameters(checkpoint.groups()), expected)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_small
 
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import cli
 from et_moe.pipeline.make_bundle import make_bundle
 from et_moe.pipeline.make_checkpoint import make_checkpoint
@@ -82,10 +83,10 @@ def change_config(directory: Path, **values: object) -> None:
 def test_make_checkpoint(run: Run, tmp_path: Path) -> None:
     arguments = ("--preset", "tiny", "--seed", 5, "--layers", 2)
     assert run("make-checkpoint", "--output", tmp_path / "a", *arguments)[0] == 0
-    make_checkpoint(tmp_path / "b", "tiny", 5, 2)
+    make_checkpoint(tmp_path / "b", MODEL, "tiny", 5, 2)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert run("make-checkpoint", "--output", tmp_path / "c", "--quantized", *arguments)[0] == 0
-    make_bundle(tmp_path / "d", "tiny", 5, 2)
+    make_bundle(tmp_path / "d", MODEL, "tiny", 5, 2)
     assert files_of(tmp_path / "c") == files_of(tmp_path / "d")
 
 
@@ -243,8 +244,8 @@ def test_bundles_that_do_not_work(refused, tiny_bundle: Path, tmp_path: Path) ->
     shard.unlink()
     check(f"error: {shard}: ")
     shard.write_bytes(whole)
-    change_config(bundle, et_moe={"bundle_version": 1, "quantization": {"qlinear": "3w"}})
-    check(bundle / "config.json", "quantization")
+    change_config(bundle, et_moe={"bundle_version": 2, "storages": {"head": "3w"}})
+    check(bundle / "config.json", "storages")
     (bundle / "config.json").unlink()
     check(bundle / "config.json")
 

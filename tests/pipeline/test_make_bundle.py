@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.examples.qwen3_5_moe.graph import Qwen3_5Moe
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.make_bundle import WEIGHT_RMS, make_bundle
+from et_moe.pipeline.quantize import meta_graph
+from et_moe.pipeline.storage import Precision
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -18,9 +20,9 @@ def _weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_same_seed_same_bytes_whatever_the_number_of_layers(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "a", "tiny", 3)
-    make_bundle(tmp_path / "b", "tiny", 3, layers=2)
-    make_bundle(tmp_path / "c", "tiny", 4, layers=2)
+    make_bundle(tmp_path / "a", MODEL, "tiny", 3)
+    make_bundle(tmp_path / "b", MODEL, "tiny", 3, layers=2)
+    make_bundle(tmp_path / "c", MODEL, "tiny", 4, layers=2)
     a, b, c = (_weights(tmp_path / name) for name in "abc")
     assert b.keys() < a.keys()
     for name, tensor in b.items():
@@ -31,14 +33,14 @@ def test_same_seed_same_bytes_whatever_the_number_of_layers(tmp_path: Path) -> N
 def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path: Path, monkeypatch) -> None:
     for cores in (1, 5):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
-        make_bundle(tmp_path / f"{cores}", "tiny", 3, layers=2)
+        make_bundle(tmp_path / f"{cores}", MODEL, "tiny", 3, layers=2)
     a, b = (_weights(tmp_path / name) for name in "15")
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def test_values_are_spread(tmp_path: Path) -> None:
     """Every byte of an INT4 weight occurs; dequantized weights have the published scale."""
-    make_bundle(tmp_path, "tiny", 3, layers=1)
+    make_bundle(tmp_path, MODEL, "tiny", 3, layers=1)
     weights = _weights(tmp_path)
     name = "layers.0.mlp.experts.w13"
     counts = torch.bincount(weights[name].flatten().long(), minlength=256)
@@ -48,22 +50,21 @@ def test_values_are_spread(tmp_path: Path) -> None:
 
 
 def test_an_existing_bundle_is_kept(tmp_path: Path) -> None:
-    make_bundle(tmp_path, "tiny", 3, layers=1)
+    make_bundle(tmp_path, MODEL, "tiny", 3, layers=1)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=r"already holds a config\.json"):
-        make_bundle(tmp_path, "tiny", 4, layers=1)
+        make_bundle(tmp_path, MODEL, "tiny", 4, layers=1)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_logits_are_finite_and_spread(tmp_path: Path) -> None:
-    make_bundle(tmp_path, "tiny", 0)
+    make_bundle(tmp_path, MODEL, "tiny", 0)
     bundle = Bundle(tmp_path)
-    with torch.device("meta"):
-        model = Qwen3_5Moe(bundle.config, bundle.quantization, torch.float32)
+    model = meta_graph(bundle.config, Precision(bundle.storages, dtype=torch.float32))
     state = {n: torch.zeros(shape, dtype=d) for n, (d, shape) in model.state_spec(32).items()}
     zero, one = torch.zeros(1), torch.ones(1)
     integer = torch.zeros(1, dtype=torch.int64)
-    arguments = (torch.arange(9)[None], integer, integer + 9, zero, integer, one, integer, state)
+    arguments = (torch.arange(9)[None], integer, zero, integer, one, integer, state, integer + 9)
     _, logits = torch.func.functional_call(model, _weights(tmp_path), arguments)
     assert torch.isfinite(logits).all()
     assert 0.01 < logits.std() < 100

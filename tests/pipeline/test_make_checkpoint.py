@@ -20,12 +20,9 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
 )
 
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import make_checkpoint as module
-from et_moe.pipeline.make_checkpoint import (
-    make_checkpoint,
-    tensor_shapes,
-    text_config,
-)
+from et_moe.pipeline.make_checkpoint import make_checkpoint, tensor_shapes, text_config
 
 # The 35B preset's form at a size for tests.
 SMALL = {
@@ -60,7 +57,7 @@ def load_weights(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    make_checkpoint(directory, "tiny", seed=3)
+    make_checkpoint(directory, MODEL, "tiny", seed=3)
     return directory
 
 
@@ -97,7 +94,7 @@ def test_tiny_tokenizer_is_bytes_and_added_tokens(tiny: Path) -> None:
 
 
 def test_the_35b_form_loads_in_hugging_face(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "small", "35b", layers=4, overrides=SMALL)
+    make_checkpoint(tmp_path / "small", MODEL, "35b", layers=4, overrides=SMALL)
     assert not (tmp_path / "small" / "tokenizer.json").exists()
     check_loads_and_runs(AutoModelForCausalLM, tmp_path / "small")
 
@@ -112,14 +109,14 @@ def test_the_35b_shape_is_hugging_faces() -> None:
         for name, tensor in model.state_dict().items()
         if not name.startswith("model.visual.")
     }
-    text = text_config("35b")
-    assert tensor_shapes(text, "model.language_model.") == expected
+    text = text_config(MODEL, "35b")
+    assert tensor_shapes(MODEL, text, "model.language_model.") == expected
     assert text["layer_types"] == model.config.text_config.layer_types
     assert text["num_experts_per_tok"] == 8 and text["max_position_embeddings"] == 262144
 
 
 def test_the_35b_config_is_the_multimodal_one(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "small", "35b", layers=5, overrides=SMALL)
+    make_checkpoint(tmp_path / "small", MODEL, "35b", layers=5, overrides=SMALL)
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3_5MoeForConditionalGeneration"]
     assert config["text_config"]["rope_parameters"] == {
@@ -139,11 +136,11 @@ def test_the_35b_config_is_the_multimodal_one(tmp_path: Path) -> None:
 
 
 def test_values_depend_on_seed_and_name_only(tiny: Path, tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "again", "tiny", seed=3)
+    make_checkpoint(tmp_path / "again", MODEL, "tiny", seed=3)
     for path in sorted(tiny.iterdir()):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
-    make_checkpoint(tmp_path / "short", "tiny", seed=3, layers=2)
-    make_checkpoint(tmp_path / "other", "tiny", seed=4, layers=2)
+    make_checkpoint(tmp_path / "short", MODEL, "tiny", seed=3, layers=2)
+    make_checkpoint(tmp_path / "other", MODEL, "tiny", seed=4, layers=2)
     whole, short = load_weights(tiny), load_weights(tmp_path / "short")
     other = load_weights(tmp_path / "other")
     assert {n for n in whole if ".layers.2." not in n and ".layers.3." not in n} == short.keys()
@@ -170,14 +167,14 @@ def test_values_are_plausible(tiny: Path) -> None:
 
 def test_chunks_of_a_tensor_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1024)
-    make_checkpoint(tmp_path / "c", "tiny", layers=1)
+    make_checkpoint(tmp_path / "c", MODEL, "tiny", layers=1)
     experts = load_weights(tmp_path / "c")["model.layers.0.mlp.experts.down_proj"]
     assert len({tuple(e.flatten()[:16].tolist()) for e in experts}) == len(experts)
 
 
 def test_shards(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SHARD_BYTES", 1_000_000)
-    make_checkpoint(tmp_path / "shards", "tiny", seed=3)
+    make_checkpoint(tmp_path / "shards", MODEL, "tiny", seed=3)
     files = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -189,7 +186,7 @@ def test_shards(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "tied", layers=1, overrides={"tie_word_embeddings": True})
+    make_checkpoint(tmp_path / "tied", MODEL, layers=1, overrides={"tie_word_embeddings": True})
     assert "lm_head.weight" not in load_weights(tmp_path / "tied")
     check_loads_and_runs(AutoModelForCausalLM, tmp_path / "tied")
 
@@ -201,10 +198,11 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
         "import resource, sys, pathlib\n"
         "import et_moe.pipeline.make_checkpoint as module\n"
         "module.THREADS = 2\n"
+        "from et_moe.examples.qwen3_5_moe.model import MODEL\n"
         "from et_moe.pipeline.make_checkpoint import make_checkpoint\n"
-        "make_checkpoint(pathlib.Path(sys.argv[1]) / 'warm', 'tiny', layers=1)\n"
+        "make_checkpoint(pathlib.Path(sys.argv[1]) / 'warm', MODEL, 'tiny', layers=1)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"make_checkpoint(pathlib.Path(sys.argv[1]) / 'big', '35b', layers=1, "
+        f"make_checkpoint(pathlib.Path(sys.argv[1]) / 'big', MODEL, '35b', layers=1, "
         f"overrides={overrides})\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
@@ -229,7 +227,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
 )
 def test_bad_arguments_leave_nothing(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_checkpoint(tmp_path / "x", **arguments)
+        make_checkpoint(tmp_path / "x", MODEL, **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,10 +235,10 @@ def test_a_directory_with_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
-        make_checkpoint(tmp_path / "full")
+        make_checkpoint(tmp_path / "full", MODEL)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
     (tmp_path / "empty").mkdir()
-    make_checkpoint(tmp_path / "empty", layers=1)
+    make_checkpoint(tmp_path / "empty", MODEL, layers=1)
     assert (tmp_path / "empty" / "config.json").exists()
 
 
@@ -251,7 +249,7 @@ def test_disk_full_leaves_nothing(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
         with pytest.raises(OSError) as caught:
-            make_checkpoint(tmp_path / "x")
+            make_checkpoint(tmp_path / "x", MODEL)
         assert caught.value.errno == errno.EFBIG
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

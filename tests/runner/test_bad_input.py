@@ -8,22 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_small
+from checkpoints import make_small, spec_of, storages
 
 from et_moe.backends.cpu import lowering
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
-from et_moe.examples.qwen3_5_moe.graph import Quantization
-from et_moe.pipeline.bundle import (
-    Bundle,
+from et_moe.examples.qwen3_5_moe.tokenizer import tokenizer_json
+from et_moe.pipeline.bundle import Bundle
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.export import ExportOptions, export
+from et_moe.pipeline.quantize import (
     QuantizedCheckpoint,
     WeightSource,
     parameter_groups,
-    parameter_spec,
 )
-from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.export import ExportOptions, export
-from et_moe.pipeline.hf_tokenizer import tokenizer_json
+from et_moe.pipeline.storage import Storage
 
 CONTEXT, VOCABULARY = 32, 264
 
@@ -155,7 +154,7 @@ def test_another_format_version(refused, tmp_path: Path) -> None:
 
 def write_ptd(source: WeightSource, path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The `.ptd` that an export of `source` would write."""
-    spec = parameter_spec(source.config, source.quantization, dtype)
+    spec = spec_of(source, dtype)
     with PtdWriter(path, spec) as writer:
         for names, group in zip(parameter_groups(spec), source.groups(), strict=True):
             for name in names:
@@ -164,18 +163,18 @@ def write_ptd(source: WeightSource, path: Path, dtype: torch.dtype = torch.float
 
 
 def test_weights_of_another_model(refused, tiny_checkpoint, tiny_bundle, tmp_path: Path) -> None:
-    def other(quantization: Quantization, **overrides) -> WeightSource:
+    def other(quantization: dict[str, Storage], **overrides) -> WeightSource:
         directory = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         make_small(directory, **overrides)
         return QuantizedCheckpoint(Checkpoint(directory), quantization)
 
-    same = Quantization("4w", 32, "8w")
+    same = storages("4w", 32, "8w")
     path, question = tmp_path / "other.ptd", "is it the .ptd of another model?"
     for source, message in (
         (other(same, vocab_size=272), "embed_tokens.weight is Char [272, 32], the program takes"),
         (other(same, num_experts=5), "layers.0.mlp.gate.weight is Float [6, 32], the program"),
-        (other(Quantization("none", 32, "8w")), "layers.0.linear_attn.in_proj.weight is Float ["),
-        (other(Quantization("4w", 32, "none")), "embed_tokens.weight is Float [264, 32], the "),
+        (other(storages("none", 32, "8w")), "layers.0.linear_attn.in_proj.weight is Float ["),
+        (other(storages("4w", 32, "none")), "embed_tokens.weight is Float [264, 32], the "),
         (other(same, layer_types=["linear_attention"]), "has no tensor layers.1.input_layernorm"),
     ):
         write_ptd(source, path)
@@ -191,13 +190,11 @@ def test_weights_of_another_group_size(refused, tmp_path: Path) -> None:
     make_small(tmp_path / "c", **wide)
     checkpoint = Checkpoint(tmp_path / "c")
     export(
-        QuantizedCheckpoint(checkpoint, Quantization("4w", 64)),
+        QuantizedCheckpoint(checkpoint, storages("4w", 64)),
         tmp_path / "program",
         ExportOptions(max_seq_len=CONTEXT),
     )
-    other = write_ptd(
-        QuantizedCheckpoint(checkpoint, Quantization("4w", 32)), tmp_path / "other.ptd"
-    )
+    other = write_ptd(QuantizedCheckpoint(checkpoint, storages("4w", 32)), tmp_path / "other.ptd")
     message = "layers.0.linear_attn.in_proj.scale is BFloat16 [168, 2], the program takes BFloat16"
     parts = [f"error: {other}: {message} [168, 1]; is it the .ptd of another model?"]
     refused(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import storages
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from et_moe.examples.qwen3_5_moe.graph import Quantization
-from et_moe.pipeline.bundle import QuantizedCheckpoint
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import ExportOptions, export
+from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 PROMPT_LENGTHS = (1, 2, 7, 63, 64, 65, 300)
 NEW_TOKENS = 64
@@ -78,9 +78,7 @@ def case(request, tmp_path_factory):
                 parameter.mul_(2.5)  # wider logits and decisive routing than at initialisation
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder / "checkpoint")
-    source = QuantizedCheckpoint(
-        Checkpoint(folder / "checkpoint"), Quantization("none", 128, "none")
-    )
+    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("none", 128, "none"))
     export(source, folder / "program", ExportOptions(dtype=torch.float32))
     return model, folder / "program"
 

@@ -7,24 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import storages
 from transformers import AutoTokenizer
 
-from et_moe.examples.qwen3_5_moe.graph import Quantization, Qwen3_5Moe
-from et_moe.pipeline.bundle import QuantizedCheckpoint, parameter_spec
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.evaluate import evaluate, runner_logits
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.quantize import QuantizedCheckpoint, meta_graph, parameter_spec
+from et_moe.pipeline.storage import Precision
 
 DEMO = Path(__file__).resolve().parents[2] / "examples/qwen3_5_moe/demo_checkpoint"
 
 
-def eager_logits(source: QuantizedCheckpoint, dtype: torch.dtype, ids: list[int]) -> torch.Tensor:
+def eager_logits(
+    source: QuantizedCheckpoint, dtype: torch.dtype, ids: list[int], activations: str = "int8"
+) -> torch.Tensor:
     """Logits that predict ids[1:], by the eager references, token by token."""
-    c, q = source.config, source.quantization
-    with torch.device("meta"):
-        model = Qwen3_5Moe(c, q, dtype)
-    spec = parameter_spec(c, q, dtype)
+    model = meta_graph(source.config, Precision(source.storages, activations, dtype))
+    spec = parameter_spec(model)
     weights = {n: t.to(spec[n][0]) for group in source.groups() for n, t in group.items()}
     state = {n: torch.zeros(shape, dtype=d) for n, (d, shape) in model.state_spec(64).items()}
     rows = []
@@ -48,12 +50,14 @@ def eager_logits(source: QuantizedCheckpoint, dtype: torch.dtype, ids: list[int]
 def test_logits_agree_with_the_eager_reference(
     runner, tmp_path: Path, group_size: int, activations: str
 ) -> None:
-    make_checkpoint(tmp_path / "checkpoint", "tiny", 5)
-    quantization = Quantization("4w", group_size, "8w", activations)
-    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), quantization)
-    export(source, tmp_path / "program", ExportOptions(max_seq_len=64))
+    make_checkpoint(tmp_path / "checkpoint", MODEL, "tiny", 5)
+    source = QuantizedCheckpoint(
+        Checkpoint(tmp_path / "checkpoint"), storages("4w", group_size, "8w")
+    )
+    options = ExportOptions(max_seq_len=64, activation_dtype=activations)
+    export(source, tmp_path / "program", options)
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    expected = eager_logits(source, torch.float32, ids)
+    expected = eager_logits(source, torch.float32, ids, activations)
     logits = runner_logits(runner.binary, tmp_path / "program", ids)
     # Where a value falls on the border of two INT8 steps, the last bit of a sum decides.
     assert (logits - expected).norm() / expected.norm() < 1e-3
@@ -63,7 +67,7 @@ def test_logits_agree_with_the_eager_reference(
 def demo(tmp_path_factory) -> Path:
     """The demo model, W4A8 as scripts/demo.sh exports it."""
     program = tmp_path_factory.mktemp("demo")
-    source = QuantizedCheckpoint(Checkpoint(DEMO), Quantization("4w", 32, "8w"))
+    source = QuantizedCheckpoint(Checkpoint(DEMO), storages("4w", 32, "8w"))
     export(source, program, ExportOptions())
     return program
 
@@ -151,8 +155,8 @@ def test_generation_stops_at_an_end_of_sequence_id(runner, demo: Path) -> None:
 
 
 def test_a_full_context_ends_generation(runner, tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "checkpoint", "tiny", 5)
-    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), Quantization("4w", 64))
+    make_checkpoint(tmp_path / "checkpoint", MODEL, "tiny", 5)
+    source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), storages("4w", 64))
     export(source, tmp_path, ExportOptions(max_seq_len=16))
     # 12 prompt tokens fill 12 rows of the cache, 4 drawn tokens the rest; a fifth needs none.
     ids = runner.generate(tmp_path, list(range(12)), 100)

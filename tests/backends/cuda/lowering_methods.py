@@ -143,15 +143,18 @@ def _errors(folder: Path) -> None:
 
 def _launches(folder: Path) -> None:
     """Launches per decoded token of four layers of the 35B model, of both kinds."""
+    from checkpoints import storages
+
     from et_moe.backends.cuda.compile import compile_method
     from et_moe.backends.cuda.prepack import plan_weights
-    from et_moe.examples.qwen3_5_moe.graph import Quantization
-    from et_moe.pipeline.config import parse_config
+    from et_moe.examples.qwen3_5_moe.model import MODEL
     from et_moe.pipeline.export import build_graphs
     from et_moe.pipeline.make_checkpoint import text_config
+    from et_moe.pipeline.models import parse_config
+    from et_moe.pipeline.storage import Precision
 
-    config = parse_config(text_config("35b", layers=4), where="35b")
-    graphs = build_graphs(config, Quantization(), torch.bfloat16, 4096)
+    config = parse_config(text_config(MODEL, "35b", layers=4), where="35b")
+    graphs = build_graphs(config, Precision(storages()), 4096)
     code = compile_method(graphs["decode"], plan_weights(graphs), "sm_90")
     report = {"layers": config.layer_types, "launches": code.launches}
     report["plain"] = [kernel.function for kernel in code.kernels if not kernel.dependent]

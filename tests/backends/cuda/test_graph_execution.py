@@ -4,18 +4,19 @@ import copy
 
 import pytest
 import torch
-from checkpoints import SMALL_FOR_CUDA
+from checkpoints import SMALL_FOR_CUDA, storages
 from torch import fx
 
 from et_moe.backends.cuda.compile import triton_ops
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
-from et_moe.examples.qwen3_5_moe.graph import Quantization
-from et_moe.pipeline.bundle import QuantizedCheckpoint
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import Precision
 
 SAMPLING = {
     "temperature": torch.zeros(1),
@@ -72,10 +73,10 @@ class Side:
 @pytest.fixture(params=["int8", "bf16"])
 def sides(request, tmp_path) -> tuple[Side, Side]:
     """(references, Triton kernels) of a random model, fp32."""
-    make_checkpoint(tmp_path, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
-    quantization = Quantization("4w", 32, "8w", moe_activation_dtype=request.param)
-    source = QuantizedCheckpoint(Checkpoint(tmp_path), quantization)
-    graphs = build_graphs(source.config, quantization, torch.float32, 64)
+    make_checkpoint(tmp_path, MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
+    source = QuantizedCheckpoint(Checkpoint(tmp_path), storages("4w", 32, "8w"))
+    precision = Precision(source.storages, request.param, torch.float32)
+    graphs = build_graphs(source.config, precision, 64)
     weights = {name: tensor for group in source.groups() for name, tensor in group.items()}
     nodes = input_nodes(graphs["decode"])
     for name in graphs["decode"].weights:

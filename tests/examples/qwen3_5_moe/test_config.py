@@ -10,12 +10,9 @@ import pytest
 from mutations import mutate_json
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeTextConfig
 
-from et_moe.pipeline.config import (
-    ConfigError,
-    ModelConfig,
-    load_config,
-    parse_config,
-)
+from et_moe.examples.qwen3_5_moe.config import ModelConfig
+from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.models import load_config, parse_config
 
 TEXT = {
     "vocab_size": 320,
