@@ -19,6 +19,7 @@ from et_moe.pipeline.storage import Precision
 MODELS = {
     "qwen3_5_moe": "et_moe.examples.qwen3_5_moe.model",
     "qwen3_5_moe_text": "et_moe.examples.qwen3_5_moe.model",
+    "qwen3_next": "et_moe.examples.qwen3_next.model",
 }
 """`model_type` of a config.json -> module whose `MODEL` it is."""
 

@@ -84,10 +84,15 @@ class Attention(nn.Module):
 
 
 class SparseMoe(nn.Module):
-    """A mixture of experts; the shared expert fills the last slots of the tables."""
+    """A mixture of experts; the shared expert fills the last slots of the tables.
 
-    def __init__(self, c: ModelConfig, name: str, p: Precision) -> None:
+    Args:
+        normalize: whether the chosen experts' weights are made to add up to 1.
+    """
+
+    def __init__(self, c: ModelConfig, name: str, p: Precision, normalize: bool = True) -> None:
         super().__init__()
+        self.normalize = normalize
         self.top_k, self.shared, self.eps = c.num_experts_per_tok, c.shared_experts, c.rms_norm_eps
         # Rows of the router, and last the shared expert's gate.
         self.gate = Weight(c.num_experts + 1, c.hidden_size, dtype=p.dtype)
@@ -97,8 +102,9 @@ class SparseMoe(nn.Module):
         )
 
     def forward(self, x: Tensor, norm: Tensor, num_tokens: Tensor | None) -> Tensor:
+        further = {} if self.normalize else {"normalize": False}
         normed, weights, ids = et.moe_router(
-            x, norm, self.gate.weight, self.top_k, self.shared, self.eps, num_tokens
+            x, norm, self.gate.weight, self.top_k, self.shared, self.eps, num_tokens, **further
         )
         return self.experts(normed, weights, ids, residual=x)
 

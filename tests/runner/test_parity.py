@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import storages
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import (
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import ExportOptions, export
+from et_moe.pipeline.models import model_of
 from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import choose_storages
 
 PROMPT_LENGTHS = (1, 2, 7, 63, 64, 65, 300)
 NEW_TOKENS = 64
@@ -58,18 +64,31 @@ CONFIGS = {
         },
     },
 }
+NEXT_CONFIGS = {
+    "next": {},
+    "next_three_value_heads_per_key_head": {"linear_num_value_heads": 6},
+    "next_not_normalized": {"norm_topk_prob": False},
+    "next_dense_layers": {
+        "intermediate_size": 96,
+        "mlp_only_layers": [0],
+        "decoder_sparse_step": 2,
+        "layer_types": [LINEAR, FULL, LINEAR, LINEAR],
+    },
+}
+MODELS = {
+    **{n: (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM, c) for n, c in CONFIGS.items()},
+    **{n: (Qwen3NextConfig, Qwen3NextForCausalLM, c) for n, c in NEXT_CONFIGS.items()},
+}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=MODELS)
 def case(request, tmp_path_factory):
     """A random Hugging Face model and its export without quantization."""
-    config = Qwen3_5MoeTextConfig(
-        **{**BASE, **CONFIGS[request.param]},
-        num_hidden_layers=len(CONFIGS[request.param].get("layer_types", BASE["layer_types"])),
-        pad_token_id=0,
-    )
+    make_config, make_model, changes = MODELS[request.param]
+    layers = len(changes.get("layer_types", BASE["layer_types"]))
+    config = make_config(**{**BASE, **changes}, num_hidden_layers=layers, pad_token_id=0)
     torch.manual_seed(len(request.param))
-    model = Qwen3_5MoeForCausalLM(config).eval()
+    model = make_model(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -78,7 +97,9 @@ def case(request, tmp_path_factory):
                 parameter.mul_(2.5)  # wider logits and decisive routing than at initialisation
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder / "checkpoint")
-    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("none", 128, "none"))
+    checkpoint = Checkpoint(folder / "checkpoint")
+    unquantized = choose_storages(model_of(checkpoint.config).parts, "none", 128, "none")
+    source = QuantizedCheckpoint(checkpoint, unquantized)
     export(source, folder / "program", ExportOptions(dtype=torch.float32))
     return model, folder / "program"
 
