@@ -9,12 +9,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.threads import write_behind
-from et_moe.pipeline.checkpoint import open_safetensors, shard_files
+from et_moe.pipeline.checkpoint import shard_files
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.models import load_config, model_of
 from et_moe.pipeline.quantize import (
@@ -23,6 +22,7 @@ from et_moe.pipeline.quantize import (
     parameter_groups,
     parameter_spec,
 )
+from et_moe.pipeline.safetensors_file import SafetensorsFile
 from et_moe.pipeline.safetensors_stream import SafetensorsWriter
 from et_moe.pipeline.storage import (
     Precision,
@@ -63,10 +63,9 @@ class Bundle:
         except ConfigError as e:
             raise ConfigError(f"{file}: {e}") from None
         self._spec = parameter_spec(graph)
-        self._files: dict[str, Path] = {}
-        for shard in shard_files(directory):
-            with open_safetensors(shard) as tensors:
-                self._files |= dict.fromkeys(tensors.keys(), shard)
+        self._files: dict[str, SafetensorsFile] = {}
+        for shard in map(SafetensorsFile, shard_files(directory)):
+            self._files |= dict.fromkeys(shard.entries, shard)
         wrong = sorted(set(self._spec) ^ set(self._files))
         if wrong:
             kind = "missing" if wrong[0] in self._spec else "unexpected"
@@ -77,16 +76,12 @@ class Bundle:
             yield {name: self._read(name) for name in names}
 
     def _read(self, name: str) -> Tensor:
-        path, (dtype, shape) = self._files[name], self._spec[name]
-        try:
-            with open_safetensors(path) as tensors:
-                tensor = tensors.get_tensor(name)
-        except SafetensorError as e:
-            raise ConfigError(f"{path}: {name}: {e}") from None
+        file, (dtype, shape) = self._files[name], self._spec[name]
+        tensor = file.read(name)
         same_kind = tensor.is_floating_point() and dtype.is_floating_point
         if tuple(tensor.shape) != shape or not (tensor.dtype == dtype or same_kind):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ConfigError(f"{path}: {name} is {found}, expected {dtype} {shape}")
+            raise ConfigError(f"{file.path}: {name} is {found}, expected {dtype} {shape}")
         return tensor
 
 

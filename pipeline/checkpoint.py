@@ -7,13 +7,13 @@ at one group whatever the checkpoint's size.
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.formats import format_for
 from et_moe.pipeline.formats.format import StoredTensor
 from et_moe.pipeline.models import Parts, load_config, model_of
+from et_moe.pipeline.safetensors_file import SafetensorsFile
 
 
 def _list_names(names: list[str], limit: int = 8) -> str:
@@ -22,10 +22,16 @@ def _list_names(names: list[str], limit: int = 8) -> str:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint or bundle, sharded or single."""
-    index = directory / "model.safetensors.index.json"
+    """The safetensors files of a checkpoint or bundle, sharded or single.
+
+    Raises:
+        ConfigError: there are none, or both kinds, of which one would be left out silently.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists() and single.exists():
+        both = f"holds {single.name} and the shards of {index.name}"
+        raise ConfigError(f"{directory}: {both}: two sets of weights, expected one of them")
     if not index.exists():
-        single = directory / "model.safetensors"
         if not single.is_file():
             raise ConfigError(f"{directory}: neither model.safetensors nor {index.name} is there")
         return [single]
@@ -40,14 +46,6 @@ def shard_files(directory: Path) -> list[Path]:
         if not file.is_file():
             raise ConfigError(f"{file}: no such file, named by {index.name}")
     return files
-
-
-def open_safetensors(path: Path):
-    """`safetensors.safe_open`, with errors that name the file."""
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as e:
-        raise ConfigError(f"{path}: not a valid safetensors file: {e}") from None
 
 
 class Checkpoint:
@@ -70,34 +68,30 @@ class Checkpoint:
         self.config = load_config(directory)
         self._model = model_of(self.config)
         self._format = format_for(read_json(directory / "config.json"))
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self._names: dict[str, str] = {}
         found: dict[str, StoredTensor] = {}
-        for file in shard_files(directory):
-            self._list(file, found)
+        for path in shard_files(directory):
+            self._list(SafetensorsFile(path), found)
         self._check(found)
 
-    def _list(self, file: Path, found: dict[str, StoredTensor]) -> None:
+    def _list(self, file: SafetensorsFile, found: dict[str, StoredTensor]) -> None:
         """Adds the tensors of a file, by their names behind the prefix."""
-        with open_safetensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name.startswith(self._model.skipped_prefixes):
-                    self.skipped += 1
-                    continue
-                prefix = next((p for p in self._model.prefixes if name.startswith(p)), "")
-                short = name.removeprefix(prefix)
-                if short in found:
-                    raise ConfigError(f"{file}: {name} is there twice")
-                piece = tensors.get_slice(name)
-                found[short] = StoredTensor((piece.get_dtype(),), tuple(piece.get_shape()))
-                self._files[short], self._names[short] = file, name
+        for name, entry in file.entries.items():
+            if name.startswith(self._model.skipped_prefixes):
+                self.skipped += 1
+                continue
+            prefix = next((p for p in self._model.prefixes if name.startswith(p)), "")
+            short = name.removeprefix(prefix)
+            if short in found:
+                raise ConfigError(f"{file.path}: {name} is there twice")
+            found[short] = StoredTensor((entry.dtype,), entry.shape)
+            self._files[short], self._names[short] = file, name
 
     def _check(self, found: dict[str, StoredTensor]) -> None:
         expected: dict[str, StoredTensor] = {}
         for name, shape in self._model.checkpoint_shapes(self.config, found).items():
             expected |= self._format.stored(name, shape)
-        for name in self._model.ignored(self.config):
-            found.pop(name, None)
         missing = [n for n in expected if n not in found]
         unexpected = [self._names[n] for n in found if n not in expected]
         wrong = {"missing": missing, "unexpected": unexpected}
@@ -105,7 +99,7 @@ class Checkpoint:
         if lists:
             raise ConfigError(f"{self.directory}: {'; '.join(lists)}")
         for name, tensor in found.items():
-            where, (dtype,) = f"{self._files[name]}: {self._names[name]}", tensor.dtypes
+            where, (dtype,) = f"{self._files[name].path}: {self._names[name]}", tensor.dtypes
             allowed, shape = expected[name].dtypes, expected[name].shape
             if dtype not in allowed:
                 raise ConfigError(f"{where} has dtype {dtype}, expected one of {[*allowed]}")
@@ -117,8 +111,7 @@ class Checkpoint:
 
         Yields:
             Parameter name (as in the model's graph, before quantization) to its parts, on the CPU
-            in the checkpoint's dtype. A group's tensors may view mapped files: drop them before
-            the next group.
+            in the checkpoint's dtype.
         """
         return self._model.groups(self.config, self._names, self._read)
 
@@ -126,5 +119,4 @@ class Checkpoint:
         return self._format.read(name, self._read_stored)
 
     def _read_stored(self, name: str) -> Tensor:
-        with open_safetensors(self._files[name]) as tensors:
-            return tensors.get_tensor(self._names[name])
+        return self._files[name].read(self._names[name])

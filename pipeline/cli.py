@@ -320,12 +320,18 @@ def evaluate(
     print(result.to_json() if json_output else result.to_table())
 
 
+def _show_warning(message, category, *_) -> None:
+    """One line on stderr in place of Python's two with a line of code."""
+    console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
+
+
 def main() -> None:
     """Entry point: a bad input ends with one line on stderr and exit code 1."""
     # ExecuTorch imports torchao, which reports the GPU libraries it does without.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.showwarning = _show_warning
     try:
         app()
     except (ValueError, OSError) as error:

@@ -4,7 +4,10 @@ A model's own keys are read in its folder under `examples`; `models.load_config`
 """
 
 import json
+import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +18,15 @@ LIMITS = {"num_hidden_layers": 1024, "num_experts": 1024}
 class ConfigError(ValueError):
     """A configuration, checkpoint or flag that is malformed or not supported; one line that names
     the file, key, tensor or flag and what was expected."""
+
+
+class ConfigWarning(UserWarning):
+    """Something about a checkpoint that its user should know, and that is no error."""
+
+
+def warn(message: str) -> None:
+    """Warns of something in a checkpoint; the command line shows it as one line."""
+    warnings.warn(message, ConfigWarning, stacklevel=2)
 
 
 class Config(Protocol):
@@ -46,6 +58,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def end_of_turn(directory: Path) -> int | None:
+    """The id of the `eos_token` of `tokenizer_config.json`, where the tokenizer knows it."""
+    files = [directory / name for name in ("tokenizer_config.json", "tokenizer.json")]
+    if not all(file.is_file() for file in files):
+        return None
+    token, tokens = (read_json(file) for file in files)
+    token = token.get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    added = tokens.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict) and entry.get("content") == content:
+            return entry["id"] if type(entry.get("id")) is int and entry["id"] >= 0 else None
+    return None
 
 
 def read_value(raw: Mapping[str, Any], key: str, default: Any, where: str) -> Any:
@@ -110,17 +137,78 @@ def read_eos_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
-def read_rope(raw: Mapping[str, Any], where: str) -> dict[str, float]:
-    """`rope_theta` and `partial_rotary_factor`, from `rope_parameters` or the top level."""
-    rope = raw.get("rope_parameters")
-    rope = {} if rope is None else rope
-    if not isinstance(rope, dict):
-        raise ConfigError(f"{where}: rope_parameters must be an object")
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary embeddings stretched beyond the context of training (Peng et al., "YaRN: Efficient
+    Context Window Extension of Large Language Models", 2023), as Hugging Face configures them.
+
+    Attributes:
+        factor: by which the context is stretched.
+        original_max_position_embeddings: tokens of the context before.
+        beta_fast, beta_slow: turns within that context from which frequencies are kept, and up to
+            which they are divided by `factor`; in between both are mixed.
+        attention_factor: by which rotated queries and keys are multiplied.
+        truncate: whether the borders between the kinds fall on whole dimensions.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    truncate: bool
+
+
+def read_rope(raw: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields `rope_theta`, `partial_rotary_factor` and `yarn` (None for plain RoPE), from
+    `rope_parameters` or, as it was named before, `rope_scaling`, else from the top level.
+
+    Args:
+        raw: the text configuration.
+        config: the whole one, which must not say anything of its own about them.
+    """
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} must be an object")
+        if raw is not config and config.get(key):
+            raise ConfigError(f"{where}: {key} outside of text_config is not supported")
+        nested = sorted(k for k, v in (value or {}).items() if isinstance(v, dict))
+        if nested:
+            raise ConfigError(f"{where}: {key} by layer type ({nested[0]}) is not supported")
+        rope |= value or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"{where}: rope_parameters.rope_type {kind!r} is not supported")
-    fallback = {**{"rope_theta": 10000.0, "partial_rotary_factor": 0.25}, **raw}
-    return {
-        key: read_value({key: rope.get(key, fallback[key])}, key, 1.0, where)
-        for key in ("rope_theta", "partial_rotary_factor")
-    }
+    if kind not in ("default", "yarn"):
+        found = f"rope_parameters.rope_type {kind!r} is not supported"
+        raise ConfigError(f"{where}: {found}, expected 'default' or 'yarn'")
+    values = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, **raw, **rope}
+    fields = {k: read_value(values, k, 1.0, where) for k in ("rope_theta", "partial_rotary_factor")}
+    theta = fields["rope_theta"]
+    return fields | {"yarn": _read_yarn(rope, theta, raw, where) if kind == "yarn" else None}
+
+
+def _read_yarn(rope: Mapping[str, Any], theta: float, raw: Mapping[str, Any], where: str) -> Yarn:
+    given = {key: value for key, value in rope.items() if value is not None}
+    if "factor" not in given:
+        raise ConfigError(f"{where}: rope_parameters.factor is missing, which YaRN needs")
+    if theta <= 1:
+        raise ConfigError(f"{where}: rope_theta is {theta!r}, expected more than 1 for YaRN")
+    factor = read_value(given, "factor", 1.0, where)
+    original = read_value(raw, "max_position_embeddings", 32768, where)
+
+    def scale(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    attention = scale(1.0)
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        mscales = (read_value(given, key, 1.0, where) for key in ("mscale", "mscale_all_dim"))
+        attention = scale(next(mscales)) / scale(next(mscales))
+    return Yarn(
+        factor,
+        read_value(given, "original_max_position_embeddings", original, where),
+        read_value(given, "beta_fast", 32.0, where),
+        read_value(given, "beta_slow", 1.0, where),
+        read_value(given, "attention_factor", attention, where),
+        read_value(given, "truncate", True, where),
+    )

@@ -6,14 +6,14 @@ folder and a line in `MODELS`; nothing else of the pipeline names a model.
 
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from et_moe.pipeline.config import Config, ConfigError, read_json
+from et_moe.pipeline.config import Config, ConfigError, end_of_turn, read_json, warn
 from et_moe.pipeline.storage import Precision
 
 MODELS = {
@@ -113,10 +113,6 @@ class Model(Protocol):
         of the model; `names` are those found, which tell how experts are stored."""
         ...
 
-    def ignored(self, config: Any) -> tuple[str, ...]:
-        """Tensors of a checkpoint that may be there and are passed over."""
-        ...
-
     def groups(
         self, config: Any, names: Collection[str], read: Callable[[str], Tensor]
     ) -> Iterator[dict[str, Parts]]:
@@ -178,9 +174,26 @@ def load_config(directory: Path) -> Config:
     """Reads `config.json`, and `generation_config.json` where there is one, of a checkpoint."""
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory")
-    generation = directory / "generation_config.json"
-    return parse_config(
-        read_json(directory / "config.json"),
-        read_json(generation) if generation.exists() else None,
-        str(directory / "config.json"),
-    )
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    if generation.get("eos_token_id") == []:
+        del generation["eos_token_id"]
+    file = directory / "config.json"
+    config = parse_config(read_json(file), generation, str(file))
+    return config if "eos_token_id" in generation else _with_end_of_turn(directory, config)
+
+
+def _with_end_of_turn(directory: Path, config: Config) -> Config:
+    """A configuration whose checkpoint has no `generation_config.json` that says where a text
+    ends: the tokenizer's end of turn counts, too, which a chat model needs."""
+    ids = config.eos_token_ids
+    end = end_of_turn(directory)
+    if end is not None and end < config.vocab_size and end not in ids:
+        ids = (*ids, end)
+        warn(
+            f"{directory}: no generation_config.json says where texts end: token {end}, the "
+            "tokenizer's eos_token, is taken, too"
+        )
+    if not ids:
+        warn(f"{directory}: no end-of-sequence id is known: texts end at their limit only")
+    return replace(config, eos_token_ids=ids)

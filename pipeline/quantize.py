@@ -73,7 +73,10 @@ def quantize_parameter(
 ) -> dict[str, Tensor]:
     """One parameter as it is kept: as it is, or the tensors that its storage makes of it."""
     if stored is None:
-        return {name: torch.cat(parts)}
+        tensor = torch.cat(parts)
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(f"{name}: the tensor has entries that are not finite")
+        return {name: tensor}
     try:
         chunks = [stored.storage.quantize(chunk, method) for chunk in _chunks(parts)]
     except ValueError as e:

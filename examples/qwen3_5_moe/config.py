@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 from et_moe.pipeline.config import (
     ConfigError,
+    Yarn,
     read_eos_token_ids,
     read_layer_types,
     read_rope,
@@ -40,8 +41,9 @@ _ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "rope_scaling": None,
 }
+MAX_CONV_KERNEL_DIM = 16
+"""Taps of the causal convolution that the kernels of every backend take."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class ModelConfig:
     layer_types: tuple[str, ...]
     rope_theta: float
     partial_rotary_factor: float
+    yarn: Yarn | None
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -133,7 +136,7 @@ def parse_config(
     vocab_size = values["vocab_size"]
     model = kind(
         **values,
-        **read_rope(raw, where),
+        **read_rope(raw, config, where),
         **further,
         layer_types=read_layer_types(raw, values["num_hidden_layers"], LAYER_TYPES, where),
         eos_token_ids=read_eos_token_ids(raw, config, generation, vocab_size, where),
@@ -164,7 +167,10 @@ def _check(c: ModelConfig, where: str) -> None:
             c.num_experts_per_tok <= c.num_experts,
             "num_experts_per_tok must not exceed num_experts",
         ),
-        (c.linear_conv_kernel_dim >= 2, "linear_conv_kernel_dim must be at least 2"),
+        (
+            2 <= c.linear_conv_kernel_dim <= MAX_CONV_KERNEL_DIM,
+            f"linear_conv_kernel_dim must be 2 to {MAX_CONV_KERNEL_DIM}",
+        ),
         (
             c.partial_rotary_factor <= 1 and c.rotary_dim >= 2 and c.rotary_dim % 2 == 0,
             "head_dim * partial_rotary_factor must be an even number of at most head_dim columns",

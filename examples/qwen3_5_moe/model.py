@@ -9,12 +9,7 @@ from torch import Tensor
 from et_moe.examples.qwen3_5_moe.config import DEFAULTS, ModelConfig, parse_config
 from et_moe.examples.qwen3_5_moe.graph import Qwen3_5Moe
 from et_moe.examples.qwen3_5_moe.presets import PRESETS, preset_files
-from et_moe.examples.qwen3_5_moe.tensors import (
-    Tensors,
-    are_fused,
-    inverse_frequencies,
-    random_values,
-)
+from et_moe.examples.qwen3_5_moe.tensors import Tensors, inverse_frequencies, random_values
 from et_moe.pipeline.models import Graph, Input, Parts, PresetFiles, Random, Shapes
 from et_moe.pipeline.storage import Precision
 
@@ -47,11 +42,7 @@ class Qwen3_5MoeModel:
         return parse_config(ModelConfig, DEFAULTS, config, generation, where)
 
     def checkpoint_shapes(self, config: ModelConfig, names: Collection[str] = ()) -> Shapes:
-        return self.tensors.shapes(config, are_fused(names))
-
-    def ignored(self, config: ModelConfig) -> tuple[str, ...]:
-        # A copy of the embedding, which Hugging Face ignores.
-        return ("lm_head.weight",) if config.tie_word_embeddings else ()
+        return self.tensors.shapes(config, names)
 
     def groups(
         self, config: ModelConfig, names: Collection[str], read: Callable[[str], Tensor]

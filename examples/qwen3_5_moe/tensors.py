@@ -5,6 +5,7 @@ with the shared expert's gate as last row, and the tables of experts `w13` [gate
 which the shared expert fills the last slots.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -78,21 +79,32 @@ def sparse_moe_shapes(c: ModelConfig, fused_experts: bool) -> Shapes:
     return shapes
 
 
+HEAD = "lm_head.weight"
+
+
 def are_fused(names: Collection[str]) -> bool:
     """Whether a checkpoint with these tensors has one table of all experts a layer; so it is
     assumed where there are no names."""
     return not names or any(n.endswith("mlp.experts.gate_up_proj") for n in names)
 
 
+def has_head(c: ModelConfig, names: Collection[str]) -> bool:
+    """Whether a checkpoint with these tensors has a head of its own. One that is there counts
+    whatever `tie_word_embeddings` says, as in Hugging Face's models, which do not tie what
+    differs."""
+    return HEAD in names or not c.tie_word_embeddings
+
+
 class Tensors:
     """The tensors of Qwen3.5's checkpoints; a model that differs in a layer overrides its part."""
 
-    def shapes(self, c: ModelConfig, fused_experts: bool) -> Shapes:
-        """Every text tensor of a checkpoint, by its name after the prefix."""
-        h = c.hidden_size
+    def shapes(self, c: ModelConfig, names: Collection[str]) -> Shapes:
+        """Every text tensor of a checkpoint, by its name after the prefix; `names` are those
+        found, none for a checkpoint that is yet to be made."""
+        h, fused_experts = c.hidden_size, are_fused(names)
         shapes: Shapes = {"embed_tokens.weight": (c.vocab_size, h), "norm.weight": (h,)}
-        if not c.tie_word_embeddings:
-            shapes["lm_head.weight"] = (c.vocab_size, h)
+        if has_head(c, names):
+            shapes[HEAD] = (c.vocab_size, h)
         for layer in range(c.num_hidden_layers):
             name = f"layers.{layer}"
             shapes[f"{name}.input_layernorm.weight"] = (h,)
@@ -121,8 +133,8 @@ class Tensors:
         yield {"embed_tokens.weight": [read("embed_tokens.weight")]}
         for layer in range(c.num_hidden_layers):
             yield self._layer(c, layer, are_fused(names), read)
-        head = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-        yield {"norm.weight": [read("norm.weight")], "lm_head.weight": [read(head)]}
+        head = HEAD if has_head(c, names) else "embed_tokens.weight"
+        yield {"norm.weight": [read("norm.weight")], HEAD: [read(head)]}
 
     def _layer(
         self, c: ModelConfig, layer: int, fused_experts: bool, read: Read
@@ -169,8 +181,8 @@ class Tensors:
 def _self_attention(c: ModelConfig, read: Read) -> dict[str, Parts]:
     parts = {
         "qkv_proj.weight": [read(f"{p}_proj.weight") for p in "qkv"],
-        "q_norm.weight": [read("q_norm.weight")],
-        "k_norm.weight": [read("k_norm.weight")],
+        "q_norm.weight": [_rotary_norm(c, read("q_norm.weight"))],
+        "k_norm.weight": [_rotary_norm(c, read("k_norm.weight"))],
         "o_proj.weight": [read("o_proj.weight")],
         "inv_freq": [inverse_frequencies(c)],
     }
@@ -206,9 +218,44 @@ def _shared_w2(c: ModelConfig, read: Read) -> Tensor:
 
 
 def inverse_frequencies(c: ModelConfig) -> Tensor:
-    """RoPE's theta^(-2i/R), `float32 [R/2]`, in Hugging Face's order of operations."""
+    """RoPE's theta^(-2i/R), or YaRN's mixture of them and the stretched ones, `float32 [R/2]`, in
+    Hugging Face's order of operations (`modeling_rope_utils.py`)."""
     exponent = torch.arange(0, c.rotary_dim, 2, dtype=torch.int64).float() / c.rotary_dim
-    return 1.0 / (c.rope_theta**exponent)
+    periods = c.rope_theta**exponent
+    if c.yarn is None:
+        return 1.0 / periods
+    low, high = _yarn_borders(c)
+    dimension = torch.arange(c.rotary_dim // 2, dtype=torch.float32)
+    kept = 1 - ((dimension - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (c.yarn.factor * periods) * (1 - kept) + 1.0 / periods * kept
+
+
+def _yarn_borders(c: ModelConfig) -> tuple[float, float]:
+    """The dimensions between which frequencies pass from kept to stretched."""
+
+    def dimension(turns: float) -> float:
+        length = c.yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return c.rotary_dim * math.log(length) / (2 * math.log(c.rope_theta))
+
+    low, high = dimension(c.yarn.beta_fast), dimension(c.yarn.beta_slow)
+    if c.yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, c.rotary_dim - 1)
+    return low, high + 0.001 if low == high else high
+
+
+def _rotary_norm(c: ModelConfig, weight: Tensor) -> Tensor:
+    """The norm of queries or keys with YaRN's attention factor in it.
+
+    Hugging Face multiplies cos and sin by the factor, hence the columns that are rotated, which
+    come out of the norm multiplied by 1 + weight.
+    """
+    if c.yarn is None or c.yarn.attention_factor == 1:
+        return weight
+    scaled = weight.float().clone()
+    rotated = scaled[: c.rotary_dim]
+    rotated.copy_((1 + rotated) * c.yarn.attention_factor - 1)
+    return scaled
 
 
 def random_values(name: str, shape: tuple[int, ...], std: float) -> Random:

@@ -20,7 +20,7 @@ from checkpoints import (
     write,
 )
 from safetensors.torch import save_file
-from transformers import Qwen3_5MoeTextConfig
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextRotaryEmbedding
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
@@ -31,6 +31,7 @@ from et_moe.pipeline.quantize import QuantizedCheckpoint, parameter_groups
 
 MIXER = "model.layers.0.linear_attn"
 MLP = "model.layers.0.mlp"
+CONV = f"{MIXER}.conv1d.weight"
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +157,40 @@ def test_vision_and_mtp_tensors_are_skipped_and_counted(small, expected, tmp_pat
 
 @pytest.mark.parametrize("head_in_file", [True, False])
 def test_tied_embeddings(small, tmp_path: Path, head_in_file: bool) -> None:
-    """The head is the embedding, and a head in the file is no error (Hugging Face ignores it)."""
+    """The head is the embedding, unless the file has one of its own: Hugging Face does not tie
+    what differs."""
     _, config, tensors = small
     if not head_in_file:
         tensors = {n: t for n, t in tensors.items() if n != "lm_head.weight"}
     write(tmp_path / "c", config | {"tie_word_embeddings": True}, tensors)
     groups = parameters(Checkpoint(tmp_path / "c").groups())
-    assert torch.equal(groups[-1]["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    source = "lm_head.weight" if head_in_file else "model.embed_tokens.weight"
+    assert torch.equal(groups[-1]["lm_head.weight"], tensors[source])
+    theirs = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path / "c").lm_head.weight
+    assert torch.equal(groups[-1]["lm_head.weight"], theirs)
 
 
-CONV = f"{MIXER}.conv1d.weight"
+def test_two_sets_of_weights(small, tmp_path: Path) -> None:
+    _, config, tensors = small
+    write(tmp_path / "c", config, tensors, {"model.visual.a": torch.zeros(1)})
+    save_file(tensors, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"holds model\.safetensors and the shards of .*index"):
+        Checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", [CONV, "model.norm.weight", f"{MLP}.gate.weight"])
+def test_tensors_that_are_not_finite(small, tmp_path: Path, name: str) -> None:
+    _, config, tensors = small
+    tensors = tensors | {name: tensors[name].clone()}
+    tensors[name].view(-1)[3] = float("inf")
+    source = QuantizedCheckpoint(
+        Checkpoint(write(tmp_path / "c", config, tensors)), storages(group_size=32)
+    )
+    parameter = name.removeprefix("model.").replace(".", r"\.")
+    with pytest.raises(ConfigError, match=f"^{parameter}: the tensor has entries that are not"):
+        list(source.groups())
+
+
 DAMAGE = {
     "missing": (lambda t: t.pop(CONV), ["missing tensors: layers.0.linear_attn.conv1d.weight"]),
     "missing head": (lambda t: t.pop("lm_head.weight"), ["missing tensors: lm_head.weight"]),

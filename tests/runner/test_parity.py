@@ -64,6 +64,16 @@ CONFIGS = {
         },
     },
 }
+CONFIGS["yarn"] = {
+    "head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
 NEXT_CONFIGS = {
     "next": {},
     "next_three_value_heads_per_key_head": {"linear_num_value_heads": 6},

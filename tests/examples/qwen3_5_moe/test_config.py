@@ -3,15 +3,19 @@
 import json
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mutations import mutate_json
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeTextConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
-from et_moe.pipeline.config import ConfigError
+from et_moe.examples.qwen3_5_moe.tensors import inverse_frequencies
+from et_moe.pipeline.config import ConfigError, ConfigWarning
 from et_moe.pipeline.models import load_config, parse_config
 
 TEXT = {
@@ -41,7 +45,7 @@ TEXT = {
         "partial_rotary_factor": 0.5,
     },
 }
-RENAMED = ("layer_types", "rope_theta", "partial_rotary_factor", "eos_token_ids")
+RENAMED = ("yarn", "layer_types", "rope_theta", "partial_rotary_factor", "eos_token_ids")
 
 
 def assert_same(config: ModelConfig, expected: Qwen3_5MoeTextConfig) -> None:
@@ -132,6 +136,12 @@ def put_rope(key: str, value: Any) -> Callable[[dict], None]:
 
 POSITIVE = "expected a positive integer"
 NUMBER = "expected a positive number"
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4096,
+}
 REFUSED = [
     (put("model_type", "llama"), ["model_type is 'llama'", "qwen3_5_moe_text"]),
     (put("model_type", None), ["model_type is None", "qwen3_5_moe_text"]),
@@ -142,9 +152,13 @@ REFUSED = [
     (put("attention_dropout", 0.1), ["attention_dropout = 0.1 is not supported", "0.0"]),
     (put("rope_parameters", "x"), ["rope_parameters", "must be an object"]),
     (put("rope_parameters", 0), ["rope_parameters", "must be an object"]),
-    (put_rope("rope_type", "yarn"), ["rope_parameters.rope_type 'yarn' is not supported"]),
+    (put_rope("rope_type", "longrope"), ["rope_parameters.rope_type 'longrope' is not supported"]),
+    (put_rope("rope_type", "yarn"), ["rope_parameters.factor is missing, which YaRN needs"]),
+    (put("rope_parameters", YARN | {"factor": 0}), ["factor is 0", NUMBER]),
+    (put("rope_parameters", YARN | {"rope_theta": 1}), ["rope_theta is 1.0, expected more than 1"]),
+    (put("rope_parameters", {"full_attention": {}}), ["rope_parameters by layer type (full_atten"]),
     (put("rope_parameters", {"type": "linear"}), ["rope_parameters.rope_type 'linear' is not"]),
-    (put("rope_scaling", {"rope_type": "yarn"}), ["rope_scaling", "is not supported"]),
+    (put("rope_scaling", 3), ["rope_scaling must be an object"]),
     (put_rope("rope_theta", 0), ["rope_theta is 0", NUMBER]),
     (put_rope("rope_theta", None), ["rope_theta is None", NUMBER]),
     (put_rope("rope_theta", float("inf")), ["rope_theta is inf", NUMBER]),
@@ -168,7 +182,8 @@ REFUSED = [
     (put("num_key_value_heads", 4), ["num_attention_heads", "multiple of num_key_value_heads"]),
     (put("linear_num_key_heads", 5), ["multiple of linear_num_key_heads"]),
     (put("num_experts_per_tok", 12), ["num_experts_per_tok must not exceed num_experts"]),
-    (put("linear_conv_kernel_dim", 1), ["linear_conv_kernel_dim must be at least 2"]),
+    (put("linear_conv_kernel_dim", 1), ["linear_conv_kernel_dim must be 2 to 16"]),
+    (put("linear_conv_kernel_dim", 17), ["linear_conv_kernel_dim must be 2 to 16"]),
     (put("num_hidden_layers", 1025), ["num_hidden_layers is 1025", "up to 1024"]),
     (put("num_experts", 1 << 30), ["num_experts is 1073741824", "up to 1024"]),
 ]
@@ -246,3 +261,52 @@ def test_mutated_documents() -> None:
             assert str(error).startswith("FILE: ")
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 500, outcomes
+
+
+def test_other_ways_to_say_plain_rope() -> None:
+    """`rope_scaling` is the older name; empty or of type "default" it changes nothing."""
+    config = {k: v for k, v in TEXT.items() if k != "rope_parameters"}
+    config |= {"model_type": "qwen3_5_moe_text"}
+    rope = {"rope_theta": 1e7, "partial_rotary_factor": 0.5}
+    expected = parse_config(config | {"rope_parameters": rope})
+    assert expected.rope_theta == 1e7 and expected.yarn is None
+    assert parse_config(config | {"rope_parameters": rope, "rope_scaling": {}}) == expected
+    assert parse_config(config | {"rope_scaling": rope | {"type": "default"}}) == expected
+    assert parse_config(config | rope) == expected
+
+
+def test_rope_beside_the_text_config_is_refused() -> None:
+    config = {"model_type": "qwen3_5_moe", "text_config": TEXT, "rope_parameters": YARN}
+    with pytest.raises(ConfigError, match="rope_parameters outside of text_config"):
+        parse_config(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"beta_fast": 16, "truncate": False}, {"attention_factor": 1.3}, {"factor": 1.0}],
+)
+def test_yarn_is_hugging_faces(changes: dict) -> None:
+    rope = YARN | {"partial_rotary_factor": 0.5} | changes
+    values = TEXT | {"rope_parameters": rope, "max_position_embeddings": 16384}
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](Qwen3_5MoeTextConfig(**deepcopy(values)))
+    config = parse_config(values | {"model_type": "qwen3_5_moe_text"})
+    assert torch.equal(inverse_frequencies(config), frequencies)
+    assert config.yarn.attention_factor == factor
+
+
+def test_where_a_text_ends_without_a_generation_config(tmp_path: Path) -> None:
+    def load(config: dict, warning: str) -> tuple[int, ...]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.warns(ConfigWarning, match=warning):
+            return load_config(tmp_path).eos_token_ids
+
+    config = TEXT | {"model_type": "qwen3_5_moe_text", "eos_token_id": None}
+    assert load(config, "no end-of-sequence id is known") == ()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": []}')
+    assert load(config, "no end-of-sequence id is known") == ()
+    added = [{"id": 5, "content": "<|im_end|>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    for token in ("<|im_end|>", {"content": "<|im_end|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        assert load(config, "token 5, the tokenizer's eos_token") == (5,)
+        assert load(config | {"eos_token_id": 7}, "token 5, ") == (7, 5)
