@@ -67,12 +67,16 @@ class Checkpoint:
         self.directory, self.skipped = directory, 0
         self.config = load_config(directory)
         self._model = model_of(self.config)
-        self._format = format_for(read_json(directory / "config.json"))
         self._files: dict[str, SafetensorsFile] = {}
         self._names: dict[str, str] = {}
         found: dict[str, StoredTensor] = {}
         for path in shard_files(directory):
             self._list(SafetensorsFile(path), found)
+        file = directory / "config.json"
+        try:
+            self._format = format_for(read_json(file), found)
+        except ConfigError as e:
+            raise ConfigError(f"{file}: {e}") from None
         self._check(found)
 
     def _list(self, file: SafetensorsFile, found: dict[str, StoredTensor]) -> None:

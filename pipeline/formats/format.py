@@ -1,6 +1,6 @@
 """What a checkpoint format is: see the package's docstring."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,11 +16,21 @@ class StoredTensor:
 
 
 class Format(Protocol):
-    """How the weights of a checkpoint are stored."""
+    """How the weights of a checkpoint are stored.
+
+    Args:
+        config: content of config.json.
+        names: of the stored tensors, without the model's prefix.
+
+    Raises:
+        ConfigError: a variant that is not supported; says what to use instead.
+    """
+
+    def __init__(self, config: Mapping[str, Any], names: Collection[str]) -> None: ...
 
     @staticmethod
-    def matches(config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this `config.json` is of this format."""
+    def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """Whether a checkpoint is of this format."""
         ...
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:

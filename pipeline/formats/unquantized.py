@@ -1,21 +1,48 @@
 """Weights as they were trained: bf16, fp16 or fp32, one tensor each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.formats.format import StoredTensor
 
 DTYPES = ("BF16", "F16", "F32")
+
+_QUANTIZED = (
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_scale_2",
+    ".absmax",
+    "_blocks",
+    "_scales",
+)
+"""What names of tensors end with in the formats of GPTQ, AWQ, compressed-tensors, NVFP4,
+bitsandbytes and MXFP4."""
 
 
 class Unquantized:
     """A tensor a weight, under its own name. A `quantization_config` that was left in a
     configuration over such tensors is of no account."""
 
+    def __init__(self, config: Mapping[str, Any], names: Collection[str]) -> None:
+        quantized = next((name for name in names if name.endswith(_QUANTIZED)), None)
+        if quantized is None:
+            return
+        section = config.get("quantization_config")
+        method = section.get("quant_method") if isinstance(section, dict) else None
+        what = "quantized" if method is None else f"quantized by {method}"
+        raise ConfigError(
+            f"the weights are {what} ({quantized}), which is not supported: use the bf16 "
+            "checkpoint or the block-wise FP8 one"
+        )
+
     @staticmethod
-    def matches(config: Mapping[str, Any]) -> bool:
+    def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
         return True
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
