@@ -17,6 +17,7 @@ MOST_LINES = 400
 
 TRITON, RUNTIME = "backends/cuda/triton", "backends/cuda/runtime"
 SHARED, TUNING, OP = f"{TRITON}/common", f"{TRITON}/tuning", f"{TRITON}/OP"
+CASES = f"{TRITON}/cases"
 CONTRACTS = {"backends", "backends/ops"}
 USES = {
     "backends": set(),
@@ -26,15 +27,17 @@ USES = {
     SHARED: {*CONTRACTS, TUNING},
     OP: {*CONTRACTS, TUNING, SHARED},
     TRITON: {*CONTRACTS, TUNING, SHARED, OP},
+    CASES: {*CONTRACTS, TUNING, SHARED, OP, TRITON},
     "backends/cuda": {*CONTRACTS, TUNING, SHARED, OP, TRITON},
-    RUNTIME: set(),
+    RUNTIME: {"backends"},
     "pipeline": {*CONTRACTS, "backends/cpu", "backends/cuda"},
     "examples": {*CONTRACTS, "pipeline"},
-    "runner": {RUNTIME},
+    "runner": {"backends", RUNTIME},
     "serving": {"runner"},
 }
 """Floor -> the floors that it may use besides itself. A file's floor is the longest prefix of its
-path in this table; any other folder of `TRITON` holds the kernels of one op and is an `OP`."""
+path in this table. Any other folder of `TRITON` holds the kernels of one op and is an `OP`, but for
+its file `cases.py`, which is for tools and belongs to `CASES`: a program is compiled without it."""
 
 FUSED = {
     "gated_delta_net": {"causal_conv1d", "linear"},
@@ -62,7 +65,9 @@ def floor(path: str) -> str:
     folders = path.split("/")[:-1]
     prefixes = ["/".join(folders[:n]) for n in range(len(folders), 0, -1)]
     found = next((prefix for prefix in prefixes if prefix in USES), path.split("/")[0])
-    return "/".join(folders[:4]) if found == TRITON else found
+    if found != TRITON or folders == TRITON.split("/"):
+        return found
+    return CASES if path.endswith("/cases.py") else "/".join(folders[:4])
 
 
 def may_use(user: str, used: str) -> bool:
@@ -122,11 +127,17 @@ def wrong_floors(files: Files) -> list[str]:
 
 
 def leaks_of_the_device(files: Files) -> list[str]:
-    """The runner knows CUDA by one source file, which implements its interface of a device."""
-    users = {u for u, used, _ in edges(files) if (floor(u), floor(used)) == ("runner", RUNTIME)}
-    headers = [f"{user} is a header and includes {RUNTIME}" for user in users if user[-2:] == ".h"]
-    several = [f"{sorted(users)} include {RUNTIME}: expected one file"] if len(users) > 1 else []
-    return headers + several
+    """The runner knows CUDA by one module (a `.cpp` and its header), which implements its interface
+    of a device; of the runner's other files only sources include that header."""
+    used_by = {(user, used) for user, used, _ in edges(files) if floor(user) == "runner"}
+    module = {user for user, used in used_by if floor(used) == RUNTIME}
+    several = len({Path(user).stem for user in module}) > 1
+    faults = [f"{sorted(module)} include {RUNTIME}: expected one module"] if several else []
+    return faults + [
+        f"{user} is a header and includes {used}"
+        for user, used in sorted(used_by)
+        if used in module and user not in module and user.endswith(".h")
+    ]
 
 
 def _circles(files: Files, in_functions: bool) -> list[str]:
@@ -155,19 +166,15 @@ def circular_imports_of_functions(files: Files) -> list[str]:
 
 def long_files(files: Files) -> list[str]:
     """Code files of more than `MOST_LINES` lines."""
-    lengths = {
-        path: content.count(b"\n")
-        for path, content in files.items()
-        if path.endswith((".py", ".cpp", ".h", ".sh"))
-    }
+    code = [path for path in files if path.endswith((".py", ".cpp", ".h", ".sh"))]
+    lengths = {path: files[path].count(b"\n") for path in code}
     return [f"{path} has {n} lines" for path, n in lengths.items() if n > MOST_LINES]
 
 
 def wrong_packages(files: Files) -> list[str]:
     """Differences between the folders with an `__init__.py` and the packages of pyproject.toml."""
-    declared = set(
-        tomllib.loads(files["pyproject.toml"].decode())["tool"]["setuptools"]["packages"]
-    )
+    project = tomllib.loads(files["pyproject.toml"].decode())
+    declared = set(project["tool"]["setuptools"]["packages"])
     there = {module_name(path) for path in files if path.rpartition("/")[2] == "__init__.py"}
     missing = [f"pyproject.toml lacks the package {name}" for name in sorted(there - declared)]
     return missing + [f"pyproject.toml names {name}" for name in sorted(declared - there)]
