@@ -9,12 +9,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
+import xxhash
 from torch import Tensor
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.checkpoint import shard_files
 from et_moe.pipeline.config import ConfigError, read_json
+from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.models import load_config, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
@@ -34,10 +37,14 @@ from et_moe.pipeline.storage import (
 BUNDLE_VERSION = 2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+DIGESTS = "xxh3_64"
+"""Key of the index's metadata: tensor -> `digest` of its bytes."""
 
 
 class Bundle:
     """A directory written by `write_bundle` (a `WeightSource`).
+
+    A tensor's bytes are compared with their digest when they are read.
 
     Raises:
         ConfigError: not a bundle, another format version, or tensors that do not fit the
@@ -70,6 +77,15 @@ class Bundle:
         if wrong:
             kind = "missing" if wrong[0] in self._spec else "unexpected"
             raise ConfigError(f"{directory}: {kind} tensor {wrong[0]} ({len(wrong)} in all)")
+        self._digests = self._read_digests()
+
+    def _read_digests(self) -> dict[str, str]:
+        index = self.directory / "model.safetensors.index.json"
+        metadata = read_json(index).get("metadata")
+        digests = metadata.get(DIGESTS) if isinstance(metadata, dict) else None
+        if not isinstance(digests, dict) or not self._files.keys() <= digests.keys():
+            raise ConfigError(f"{index}: metadata.{DIGESTS} must have a digest of every tensor")
+        return digests
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
         for names in parameter_groups(self._spec):
@@ -82,6 +98,8 @@ class Bundle:
         if tuple(tensor.shape) != shape or not (tensor.dtype == dtype or same_kind):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ConfigError(f"{file.path}: {name} is {found}, expected {dtype} {shape}")
+        if digest(tensor) != self._digests[name]:
+            raise ConfigError(f"{file.path}: damaged: checksum mismatch of tensor {name}")
         return tensor
 
 
@@ -108,6 +126,36 @@ def write_shard(path: Path, group: Mapping[str, Tensor]) -> None:
             writer.write(name, group[name])
 
 
+class _Shards:
+    """Writes the shards of a bundle, a group each, and keeps what the index says of them."""
+
+    def __init__(self, directory: Path, count: int, progress: Callable[[], None]) -> None:
+        self._directory, self._count, self._progress = directory, count, progress
+        self._weight_map: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        self._total = 0
+
+    def write(self, numbered: tuple[int, dict[str, Tensor]]) -> None:
+        number, group = numbered
+        shard = f"model-{number:05d}-of-{self._count:05d}.safetensors"
+        write_shard(self._directory / shard, group)
+        self._weight_map |= dict.fromkeys(group, shard)
+        self._digests |= {name: digest(tensor) for name, tensor in group.items()}
+        self._total += sum(t.nbytes for t in group.values())
+        self._progress()
+
+    def index(self) -> dict[str, object]:
+        """Content of `model.safetensors.index.json`; the digests are this project's."""
+        metadata = {"total_size": self._total, DIGESTS: self._digests}
+        return {"metadata": metadata, "weight_map": self._weight_map}
+
+
+def digest(tensor: Tensor) -> str:
+    """XXH3 64-bit of a tensor's bytes, hexadecimal."""
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return xxhash.xxh3_64_hexdigest(data)
+
+
 def write_bundle(
     source: WeightSource, destination: Path, progress: Callable[[], None] = lambda: None
 ) -> None:
@@ -116,30 +164,20 @@ def write_bundle(
     Args:
         destination: created; must not hold a bundle or checkpoint already.
         progress: called after each group (embedding, layers, head).
+
+    Raises:
+        ConfigError: the directory is taken, or another process writes to it.
     """
-    destination.mkdir(parents=True, exist_ok=True)
-    if (destination / "config.json").exists():
-        raise ConfigError(f"{destination}: already holds a config.json; choose another directory")
-    count = source.config.num_hidden_layers + 2
-    weight_map: dict[str, str] = {}
-    total = 0
-
-    def write(numbered: tuple[int, dict[str, Tensor]]) -> None:
-        nonlocal total
-        number, group = numbered
-        shard = f"model-{number:05d}-of-{count:05d}.safetensors"
-        write_shard(destination / shard, group)
-        weight_map.update(dict.fromkeys(group, shard))
-        total += sum(t.nbytes for t in group.values())
-        progress()
-
-    write_behind(enumerate(source.groups(), start=1), write)
-    copy_files(source.directory, destination, COPIED_FILES)
-    write_json(
-        destination / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
-    write_json(destination / "config.json", bundle_config(source.directory, source.storages))
+    with sole_writer(destination):
+        if (destination / "config.json").exists():
+            taken = "already holds a config.json; choose another directory"
+            raise ConfigError(f"{destination}: {taken}")
+        shards = _Shards(destination, source.config.num_hidden_layers + 2, progress)
+        write_behind(enumerate(source.groups(), start=1), shards.write)
+        copy_files(source.directory, destination, COPIED_FILES)
+        write_json(destination / "model.safetensors.index.json", shards.index())
+        config = bundle_config(source.directory, source.storages)
+        write_json(destination / "config.json", config)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -17,6 +17,7 @@ from et_moe.backends.sealed_file import PtdWriter, write_sealed
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.bundle import BUNDLE_VERSION, TOKENIZER_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
+from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.models import Graph, Input, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
@@ -217,15 +218,16 @@ def export(
         progress: called with the name of each stage as it ends.
 
     Raises:
-        ConfigError: an unsupported configuration or a damaged source.
+        ConfigError: an unsupported configuration, a damaged source, or another process that
+            writes to `output`.
         OSError: the output cannot be written; nothing is left under a final name.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    lowered = lower(source, options)
-    progress("graphs")
-    write_weights(source, lowered.plan, output, progress)
-    write_graphs(lowered, output, options)
-    progress("files")
+    with sole_writer(output):
+        lowered = lower(source, options)
+        progress("graphs")
+        write_weights(source, lowered.plan, output, progress)
+        write_graphs(lowered, output, options)
+        progress("files")
 
 
 def write_weights(

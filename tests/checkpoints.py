@@ -145,4 +145,6 @@ def assert_mutations_are_survived(kind: str, directory: Path, count: int, *files
     assert list(outcomes) == list(files)
     for file, counts in outcomes.items():
         assert counts["read"] + counts["refused"] == count, file
-        assert min(counts.values()) > count // 20, outcomes
+        # A bundle notices every change of its tensors.
+        least = 0 if kind == "bundle" and file.endswith(".safetensors") else count // 20
+        assert counts["refused"] > count // 20 and counts["read"] >= least, outcomes

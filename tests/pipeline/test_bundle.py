@@ -2,35 +2,29 @@
 
 import errno
 import json
-import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from checkpoints import assert_equal, assert_mutations_are_survived, make_small, spec_of, storages
-from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+from files import file_size_limit, files_of
 from safetensors.torch import load_file, save_file
 
-from et_moe.backends.sealed_file import CHECKSUMS, SCALAR_TYPES
-from et_moe.pipeline import export as exporter
 from et_moe.pipeline.bundle import (
     BUNDLE_VERSION,
     COPIED_FILES,
-    TOKENIZER_FILES,
     Bundle,
     write_bundle,
 )
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.safetensors_file import SafetensorsFile
 from et_moe.pipeline.storage import Precision, Storage
 
 QUANTIZATIONS = [
@@ -39,23 +33,6 @@ QUANTIZATIONS = [
     storages("none", 128, "8w"),
     storages("none", 64, "none"),
 ]
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Stands in for a full disk: the kernel refuses bytes of a file beyond `limit`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
@@ -276,126 +253,53 @@ def test_full_disk_while_quantizing(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert files_of(tmp_path / "b") == files_of(tmp_path / "whole")
 
 
-OPTIONS = exporter.ExportOptions(max_seq_len=32)
+def test_a_flipped_bit_of_a_shard_is_noticed(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Also where every value is as good as another: in INT4 weights."""
+    directory = shutil.copytree(tiny_bundle, tmp_path / "b")
+    entry = SafetensorsFile(directory / SHARD).entries[W13]
+    data = bytearray((directory / SHARD).read_bytes())
+    data[entry.begin + 3] ^= 0x10
+    (directory / SHARD).write_bytes(data)
+    with pytest.raises(ConfigError, match=f"{SHARD}: damaged: checksum mismatch of tensor {W13}"):
+        list(Bundle(directory).groups())
 
 
-@pytest.fixture(scope="module")
-def lowered(tiny_bundle: Path):
-    bundle = Bundle(tiny_bundle)
-    return exporter.lower(bundle, OPTIONS)
+def test_a_bundle_without_digests(tiny_bundle: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_bundle, tmp_path / "b")
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["metadata"]["xxh3_64"][W13]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"index\.json: metadata\.xxh3_64 must have a digest of"):
+        Bundle(directory)
 
 
-def test_full_disk_while_exporting(
-    tiny_bundle: Path, tiny_program: Path, lowered, tmp_path: Path, monkeypatch
-) -> None:
-    """Neither file appears half-written, and those of an earlier export stay as they were."""
-    written = files_of(tiny_program)
-    monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
-    sizes = {name: len(data) for name, data in written.items()}
-    assert sizes["model.ptd"] > sizes["model.pte"]
-    for earlier in ({}, {"model.pte": b"old", "model.ptd": b"old"}):
-        for name, data in earlier.items():
-            (tmp_path / name).write_bytes(data)
-        for limit in (0, 1000, sizes["model.ptd"] - 1):
-            with file_size_limit(limit), pytest.raises(OSError) as caught:
-                exporter.export(Bundle(tiny_bundle), tmp_path, OPTIONS)
-            assert caught.value.errno == errno.EFBIG
-            assert files_of(tmp_path) == earlier
-    exporter.export(Bundle(tiny_bundle), tmp_path, OPTIONS)
-    assert files_of(tmp_path) == written
-
-
-def test_a_source_that_fails(tiny_bundle: Path, lowered, tmp_path: Path, monkeypatch) -> None:
-    """While a group is being written: its error is raised, and nothing unfinished is left."""
-    monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
-    source = Bundle(tiny_bundle)
-
-    class Failing:
-        directory, config, storages = tiny_bundle, source.config, source.storages
-
-        def groups(self):
-            groups = source.groups()
-            yield next(groups)
-            yield next(groups)
-            raise ConfigError("the third group")
-
-    with pytest.raises(ConfigError, match="the third group"):
-        write_bundle(Failing(), tmp_path / "b")
-    assert [*files_of(tmp_path / "b")] == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2)]
-    with pytest.raises(ConfigError, match="the third group"):
-        exporter.export(Failing(), tmp_path / "e", OPTIONS)
-    assert not files_of(tmp_path / "e")
-
-
-def test_output_that_cannot_be_written(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(exporter, "build_graphs", lambda *_: pytest.fail("too late"))
-    (tmp_path / "file").write_text("")
-    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), QUANTIZATIONS[0])
-    for path in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x")):
-        with pytest.raises(OSError, match=str(path)):
-            write_bundle(source, path)
-        with pytest.raises(OSError, match=str(path)):
-            exporter.export(Bundle(tiny_bundle), path, OPTIONS)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_directory_in_place_of_an_output_file(
-    tiny_bundle: Path, lowered, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
-    (tmp_path / "model.ptd").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"model\.ptd"):
-        exporter.export(Bundle(tiny_bundle), tmp_path, OPTIONS)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.ptd"]
-
-
-def test_the_ptd_is_executorchs(tiny_bundle: Path, tiny_program: Path) -> None:
-    """ExecuTorch's own reader finds every tensor, aligned, with its dtype, shape and bytes."""
-    data = (tiny_program / "model.ptd").read_bytes()
-    payload = FlatTensorSerializer().deserialize(data)
-    bundle = Bundle(tiny_bundle)
-    tensors = {name: t for group in bundle.groups() for name, t in group.items()}
-    spec = spec_of(bundle, torch.float32)
-    assert payload.named_data.keys() == {*tensors, CHECKSUMS}
-    for name, tensor in tensors.items():
-        entry, stored = payload.named_data[name], tensor.to(spec[name][0])
-        assert entry.tensor_layout.scalar_type == SCALAR_TYPES[stored.dtype]
-        assert tuple(entry.tensor_layout.sizes) == tuple(stored.shape)
-        assert list(entry.tensor_layout.dim_order) == list(range(stored.dim()))
-        content = payload.buffers[entry.buffer_index]
-        assert content == stored.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        assert data.find(content) >= 0
-    checksums = payload.buffers[payload.named_data[CHECKSUMS].buffer_index]
-    assert numpy.frombuffer(checksums, "<u8").shape == (len(tensors),)
-
-
-def test_exports_are_byte_for_byte_the_same(
-    tiny_checkpoint: Path, tiny_program: Path, tmp_path: Path
-) -> None:
-    """From the bundle and from the checkpoint, in processes with other hash seeds."""
-    command = ["et-moe", "export", "--model-dir", tiny_checkpoint, "--output-dir", tmp_path / "e"]
-    command += ["--qlinear-group-size", "32", "--max-seq-len", "32"]
-    environment = os.environ | {"PYTHONHASHSEED": "77"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    written = files_of(tiny_program)
-    assert written == files_of(tmp_path / "e")
-    copied = [name for name in TOKENIZER_FILES if (tiny_checkpoint / name).exists()]
-    assert set(written) == {"model.pte", "model.ptd", *copied}
-
-
-def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    """Six wide layers more cost less than half a layer, in quantization and in export."""
-    script = Path(__file__).with_name("measure_memory.py")
-    # Large tensors go back to the system at once: the peak is what is held, not what is scattered.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment
+def test_one_process_writes_to_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A second `quantize` or `export` into it is refused at once, and changes nothing."""
+    source, folder = (
+        QuantizedCheckpoint(Checkpoint(tiny_checkpoint), QUANTIZATIONS[0]),
+        tmp_path / "b",
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["layer"] > 60_000_000
-    for task in ("quantize", "export"):
-        growth = result[task]["8"] - result[task]["2"]
-        assert growth < result["layer"] / 2, result
-    assert result["export"]["8"] < 6 * result["layer"] + 300_000_000, result
+    commands = {
+        "quantize": ["--model-dir", tiny_checkpoint, "--qlinear-group-size", "32"],
+        "export": ["--model-dir", tiny_checkpoint, "--qlinear-group-size", "32"],
+    }
+    with sole_writer(folder):
+        for command, arguments in commands.items():
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "et_moe.pipeline.cli",
+                    command,
+                    *arguments,
+                    "--output-dir",
+                    folder,
+                ],
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 1, done.stderr
+            assert f"error: {folder}: another process is writing to this folder" in done.stderr
+    assert not list(folder.iterdir())
+    write_bundle(source, folder)

@@ -1,17 +1,15 @@
 """The command line: what each command writes, and what it says of bad input."""
 
 import json
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoints import make_small
+from files import file_size_limit, files_of
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import cli
@@ -50,23 +48,6 @@ def refused(run: Run) -> Callable[..., str]:
         return err
 
     return check
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Stands in for a full disk: the kernel refuses bytes of a file beyond `limit`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture
