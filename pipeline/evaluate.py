@@ -12,6 +12,10 @@ import numpy
 import torch
 
 from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.models import load_config
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers opens a checkpoint: no network, and none of the code that it may bring."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,15 @@ def evaluate(
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ConfigError(f"{text}: not UTF-8: {e}") from None
-    ids = AutoTokenizer.from_pretrained(model_dir)(content)["input_ids"]
+    load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
+    ids = AutoTokenizer.from_pretrained(model_dir, **LOCAL)(content)["input_ids"]
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     if not windows:
         raise ConfigError(f"{text}: holds fewer than two tokens")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype="auto", use_safetensors=True, **LOCAL
+    ).eval()
     count, agree = 0, 0
     nll = reference_nll = kl = 0.0
     for done, piece in enumerate(windows, start=1):

@@ -332,7 +332,7 @@ def test_eval_of_what_is_not_there(
         refused("eval", *(x for pair in options.items() for x in pair), parts=["error: ", *parts])
 
     missing = tmp_path / "missing"
-    check([missing], model_dir=missing)
+    check([f"{missing}: no such directory"], model_dir=missing)
     check([missing], text=missing)
     check([empty, "fewer than two tokens"], text=empty)
     check([latin, "UTF-8"], text=latin)
@@ -341,6 +341,14 @@ def test_eval_of_what_is_not_there(
     check(["--window 1: expected at least 2"], window=1)
     make_small(tmp_path / "other", vocab_size=320)
     check([tmp_path / "other", "320", "264"], model_dir=tmp_path / "other")
+    (tmp_path / "other" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    code = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "code.Model")
+    change_config(tmp_path / "other", auto_map=code)
+    check([tmp_path / "other", "320", "264"], model_dir=tmp_path / "other")
+    assert not (tmp_path / "ran").exists()
+    for file in (tmp_path / "other").glob("*.safetensors"):
+        file.rename(file.with_name("pytorch_model.bin"))
+    check([tmp_path / "other", "safetensors"], model_dir=tmp_path / "other")
 
 
 def test_as_a_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
