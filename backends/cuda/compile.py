@@ -2,24 +2,19 @@
 
 import copy
 import dataclasses
-import functools
 import hashlib
-import importlib
 import json
 import os
-import pkgutil
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import triton
 from torch.fx import Graph, GraphModule, Node
 
-from et_moe.backends import ops
-from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.build import build, toolchain
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
@@ -29,6 +24,7 @@ from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
 from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.hand_over.op import _hand_over_kernel, hand_over
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.backends.cuda.triton.tuning import tuning_target
 from et_moe.backends.method_graph import MethodGraph
 
@@ -60,27 +56,12 @@ class CompiledMethod:
         return hashlib.sha256(self.code).hexdigest()
 
 
-@functools.cache
-def triton_ops() -> dict[str, Callable]:
-    """Op name -> the function that launches its Triton kernels, same signature as the contract."""
-    functions = {}
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        module = importlib.import_module(info.name)
-        for name in ops.__all__:
-            function = vars(module).get(name)
-            if getattr(function, "__module__", "").startswith(kernels.__name__):
-                functions[name] = function
-    return functions
-
-
 def _index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     # Its decomposition indexes a CUDA tensor in Python, which a CPU build of torch cannot.
     return aten.index.Tensor(x, [None] * dim + [index])
 
 
-def _retarget(
-    graph: MethodGraph, plan: WeightPlan, functions: Mapping[str, Callable]
-) -> tuple[GraphModule, list[torch.Tensor]]:
+def _retarget(graph: MethodGraph, plan: WeightPlan) -> tuple[GraphModule, list[torch.Tensor]]:
     """The graph on `cuda:0`, ops replaced by the functions that launch their kernels."""
     device = torch.device("cuda", 0)
     module = GraphModule(torch.nn.Module(), copy.deepcopy(graph.program.graph))
@@ -105,9 +86,9 @@ def _retarget(
         if node.target is aten.index_select.default:
             node.target = _index_select
         elif getattr(node.target, "namespace", None) == "et_moe":
-            if (op := node.target._opname) not in functions:
+            if (op := node.target._opname) not in TRITON_OPS:
                 raise NotImplementedError(f"op et_moe::{op} has no Triton kernel")
-            node.target = functions[op]
+            node.target = TRITON_OPS[op]
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
     inputs.append(_end_with_hand_over(module.graph, nodes))
@@ -213,13 +194,12 @@ def _store(folder: Path, method: CompiledMethod) -> None:
 
 
 def _generate(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> HostProgram:
-    functions = triton_ops()
     with (
         tempfile.TemporaryDirectory() as work,
         pretend_gpu(gpu),
         tuning_target(gpu.name, gpu.arch),
     ):
-        module, inputs = _retarget(graph, plan, functions)
+        module, inputs = _retarget(graph, plan)
         return generate(module, inputs, Path(work))
 
 

@@ -11,11 +11,11 @@ import torch
 from checkpoints import storages
 from torch.fx import GraphModule
 
-from et_moe.backends.cuda.compile import triton_ops
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
 from et_moe.backends.cuda.triton.common.compile_case import Launch, record_launches
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.models import parse_config
 from et_moe.pipeline.storage import Precision
@@ -66,7 +66,7 @@ def launches(method: str, tokens: int) -> list[Launch]:
     fuse(graph)
     for node in graph.nodes:
         if getattr(node.target, "namespace", None) == "et_moe":
-            node.target = triton_ops()[node.target._opname]
+            node.target = TRITON_OPS[node.target._opname]
     inputs = [values.get(node.name) for node in graph.nodes if node.op == "placeholder"]
     with record_launches() as recorded:
         GraphModule(torch.nn.Module(), graph)(*inputs)

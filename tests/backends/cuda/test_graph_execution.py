@@ -7,10 +7,10 @@ import torch
 from checkpoints import SMALL_FOR_CUDA, storages
 from torch import fx
 
-from et_moe.backends.cuda.compile import triton_ops
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import build_graphs
@@ -82,7 +82,7 @@ def sides(request, tmp_path) -> tuple[Side, Side]:
     for name in graphs["decode"].weights:
         weights[name] = weights[name].to(nodes[name].meta["val"].dtype)
     packed = dict(plan_weights(graphs).pack(weights))
-    return Side(graphs, weights, {}), Side(graphs, packed, triton_ops())
+    return Side(graphs, weights, {}), Side(graphs, packed, TRITON_OPS)
 
 
 def same(expected: torch.Tensor, actual: torch.Tensor, what: str) -> None:

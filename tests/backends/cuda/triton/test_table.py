@@ -1,0 +1,26 @@
+"""The table of kernels against the ops that are declared."""
+
+import inspect
+
+import pytest
+import torch
+
+from et_moe.backends import ops
+from et_moe.backends.cuda.triton.table import TRITON_OPS
+
+FLOAT_WEIGHTS = {"linear", "moe"}
+"""Ops of models that are exported without quantization: for the CPU only."""
+
+
+def parameters(function) -> list[tuple[str, object]]:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def test_every_op_has_kernels():
+    declared = {name for name in ops.__all__ if hasattr(torch.ops.et_moe, name)}
+    assert set(TRITON_OPS) == declared - FLOAT_WEIGHTS
+
+
+@pytest.mark.parametrize("name", TRITON_OPS)
+def test_parameters_are_those_of_the_contract(name):
+    assert parameters(TRITON_OPS[name]) == parameters(getattr(ops, name))
