@@ -5,7 +5,7 @@ that nothing is written before the kernel before has ended.
     python -m et_moe.benchmarks.static_report --write benchmarks/static
 
 Needs no GPU. What is compiled are the launches that the ops really make, see
-`et_moe.backends.cuda.triton.common.compile_case`.
+`et_moe.backends.cuda.triton.cases.op_case`.
 """
 
 import collections
@@ -17,7 +17,6 @@ import io
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -38,12 +37,9 @@ from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.gpu import ARCHS, GPUS, gpu_for, ptxas_environment
 from et_moe.backends.cuda.ptx import load_widths, read_early
 from et_moe.backends.cuda.triton import tuning
-from et_moe.backends.cuda.triton.common.compile_case import (
-    PREFILL_TOKENS,
-    CompileCase,
-    Launch,
-    record_launches,
-)
+from et_moe.backends.cuda.triton.cases.launches import Launch, record_launches
+from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase
+from et_moe.backends.cuda.triton.cases.table import OP_CASES
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -78,16 +74,6 @@ class Demands:
     tensor_cores: bool = False
     wgmma: bool = False
     streams: set[str] = dataclasses.field(default_factory=set)
-
-
-def all_cases() -> list[CompileCase]:
-    """The cases of all kernel files."""
-    cases = {}
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        module = importlib.import_module(info.name)
-        for case in module.compile_cases() if hasattr(module, "compile_cases") else ():
-            cases[case.name] = case
-    return list(cases.values())
 
 
 def job_of(launch: Launch, arch: str) -> Job:
@@ -129,7 +115,7 @@ def targets() -> list[tuple[str, ...]]:
     return [*((arch,) for arch in ARCHS), *named]
 
 
-def collect(cases: list[CompileCase]) -> tuple[dict[Job, Demands], set[tuple[str, str, int]]]:
+def collect(cases: list[OpCase]) -> tuple[dict[Job, Demands], set[tuple[str, str, int]]]:
     """All different jobs of the cases, and the tuning entries (table, GPU, index) looked up."""
     jobs: dict[Job, Demands] = collections.defaultdict(Demands)
     reached = set()
@@ -157,7 +143,7 @@ def _bucket_tokens(entries: list[dict]) -> set[int]:
     return tokens
 
 
-def _demand(demands: Demands, case: CompileCase, kernel: str, m: int) -> None:
+def _demand(demands: Demands, case: OpCase, kernel: str, m: int) -> None:
     demands.cases.add(case.name)
     demands.streams |= set(case.streams.get(kernel, ()))
     if kernel in case.gemms:
@@ -337,7 +323,7 @@ def main(
     """Exits with 1 if any kernel is at fault or a tuned configuration is reached by no case."""
     if triton.knobs.runtime.interpret:
         raise typer.BadParameter("unset TRITON_INTERPRET: nothing is compiled under it")
-    cases = [case for case in all_cases() if only in case.name]
+    cases = [case for case in OP_CASES if only in case.name]
     jobs, reached = collect(cases)
     results = run(list(jobs), processes)
     rows, problems = [], []

@@ -11,11 +11,9 @@ launched as in a program, where one call's weights are under way before the call
 import collections
 import contextlib
 import functools
-import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,25 +26,15 @@ import typer
 
 from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.triton import tuning
-from et_moe.backends.cuda.triton.common.compile_case import CompileCase, record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
+from et_moe.backends.cuda.triton.cases.op_case import OpCase
+from et_moe.backends.cuda.triton.cases.table import OP_CASES, TUNING_CANDIDATES
 from et_moe.benchmarks.gpu_timing import launched_as_in_programs, microseconds, require_gpu, rotated
 
 DEFAULT_TOKENS = "1,2,4,8,16,64,256,1024,4095"
 
 
-def kernel_files() -> tuple[list[CompileCase], dict[str, list[dict]]]:
-    """The cases, and the candidates by table, of all kernel files."""
-    cases, candidates = {}, {}
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        module = importlib.import_module(info.name)
-        if hasattr(module, "compile_cases"):
-            cases |= {case.name: case for case in module.compile_cases()}
-        if hasattr(module, "tune_candidates"):
-            candidates |= module.tune_candidates()
-    return list(cases.values()), candidates
-
-
-def lookups(case: CompileCase, m: int) -> set[tuple[str, int]]:
+def lookups(case: OpCase, m: int) -> set[tuple[str, int]]:
     """(table, value) of the configurations that a case with m tokens looks up."""
     seen, original = set(), tuning.tuned
 
@@ -63,10 +51,10 @@ def lookups(case: CompileCase, m: int) -> set[tuple[str, int]]:
     return seen
 
 
-def uses(table: str, cases: list[CompileCase], counts: list[int]) -> dict[int, list]:
+def uses(table: str, counts: list[int]) -> dict[int, list]:
     """Value -> (case, tokens) that look up a configuration of `table` for it."""
     users = collections.defaultdict(list)
-    for case in (case for case in cases if table in case.tables):
+    for case in (case for case in OP_CASES if table in case.tables):
         for m in counts if len(case.tokens) > 1 else case.tokens:
             for value in (v for name, v in lookups(case, m) if name == table):
                 users[value].append((case, m))
@@ -87,9 +75,9 @@ def configured(table: str, config: dict[str, int]):
 
 
 @functools.cache
-def example(name: str, m: int) -> tuple[CompileCase, dict]:
+def example(name: str, m: int) -> tuple[OpCase, dict]:
     """A case and its arguments on the GPU."""
-    case = next(case for case in kernel_files()[0] if case.name == name)
+    case = next(case for case in OP_CASES if case.name == name)
     return case, case.arguments(m, torch.device("cuda"))
 
 
@@ -168,19 +156,19 @@ def main(
     device = require_gpu()
     gpu = torch.cuda.get_device_name()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    cases, candidates = kernel_files()
-    chosen = tables.split(",") if tables else list(candidates)
-    if unknown := set(chosen) - set(candidates):
-        raise SystemExit(f"no candidates for {sorted(unknown)}: expected of {sorted(candidates)}")
+    chosen = tables.split(",") if tables else list(TUNING_CANDIDATES)
+    if unknown := set(chosen) - set(TUNING_CANDIDATES):
+        known = sorted(TUNING_CANDIDATES)
+        raise SystemExit(f"no candidates for {sorted(unknown)}: expected of {known}")
     counts = [int(m) for m in tokens.split(",")]
-    work = {table: uses(table, cases, counts) for table in chosen}
+    work = {table: uses(table, counts) for table in chosen}
     compile_all(
         [
             (table, config, case.name, m)
             for table, users in work.items()
             for calls in users.values()
             for case, m in calls
-            for config in candidates[table]
+            for config in TUNING_CANDIDATES[table]
         ]
     )
     for table, users in work.items():
@@ -188,7 +176,7 @@ def main(
         for value, calls in sorted(users.items()):
             print(f"{table}, {value}:")
             inputs = [(c, rotated(lambda c=c, m=m: c.arguments(m, device), l2)) for c, m in calls]
-            config, time, before = best(table, value, candidates[table], inputs)
+            config, time, before = best(table, value, TUNING_CANDIDATES[table], inputs)
             print(f"{table}, {value}: {before:.2f} -> {time:.2f} us with {config}", flush=True)
             found[value] = config
         if found and not dry_run:

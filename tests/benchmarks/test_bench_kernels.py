@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
 
 SCRIPTS = Path(__file__).resolve().parents[4] / "scripts"
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
-from et_moe.backends.cuda.triton.common.compile_case import Launch, record_launches
+from et_moe.backends.cuda.triton.cases.launches import Launch, record_launches
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.models import parse_config

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.compile_case import CompileCase
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import launch
 
@@ -37,21 +36,3 @@ def hand_over(
         drawn: `int64 [2]`, memory that the host sees, too. tokens: `int64 [1, 1]` or None.
     """
     launch(_hand_over_kernel, (1,), token, position, drawn, tokens, num_warps=1)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Of decode and of prefill."""
-
-    def arguments(m, device):
-        def integers(*shape):
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        tokens = integers(1, 1) if m == 1 else None
-        return {
-            "token": integers(1, 1),
-            "position": integers(1),
-            "drawn": integers(2),
-            "tokens": tokens,
-        }
-
-    return [CompileCase("hand_over", hand_over, arguments, tables=())]

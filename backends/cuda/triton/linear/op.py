@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.compile_case import PREFILL_TOKENS, CompileCase
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
@@ -192,80 +191,3 @@ def linear_w4a16(
 ) -> torch.Tensor:
     """`ops.linear_w4a16`, likewise; x takes part with 15 bits per tile of 128 columns."""
     return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=2)
-
-
-def example_weight(n: int, k: int, device: torch.device) -> dict:
-    """Weight, scale and group_size of a linear layer for compile cases."""
-    return {
-        "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
-        # Two bf16 of 2^-7 in an int32.
-        "scale": torch.full((k // 256, n), 0x3C003C00, dtype=torch.int32, device=device),
-        "group_size": 128,
-    }
-
-
-def compile_cases() -> list[CompileCase]:
-    """The linear layers of Qwen3.5-35B-A3B."""
-
-    def arguments(n, k, norm, residual, dtype=torch.bfloat16):
-        def make(m, device):
-            def bf16(*shape):
-                return torch.randn(shape, dtype=torch.bfloat16, device=device)
-
-            return {
-                "x": bf16(m, k).to(dtype),
-                **example_weight(n, k, device),
-                "norm_weight": bf16(k) if norm else None,
-                "residual": bf16(m, n) if residual else None,
-            }
-
-        return make
-
-    shapes = {
-        "in_proj": (12352, 2048, True, False),
-        "qkv_proj": (9216, 2048, True, False),
-        "out_proj": (2048, 4096, False, True),
-        "lm_head": (248320, 2048, True, False, torch.float32),
-    }
-    return [
-        CompileCase(
-            f"{op.__name__}/{name}",
-            op,
-            arguments(*shape),
-            tables=(op.__name__, "linear_gemv"),
-            tokens=(1,) if name == "lm_head" else (1, PREFILL_TOKENS),
-            gemms=frozenset({"_w4_gemm_kernel"}),
-            streams={"_w4_gemm_kernel": ("weight",), "_w4_gemv_kernel": ("weight",)},
-        )
-        for op in (linear_w4a8, linear_w4a16)
-        for name, shape in shapes.items()
-    ]
-
-
-def tune_candidates() -> dict[str, list[dict]]:
-    """Configurations worth trying, by tuning table; `linear_gemv` is looked up by N."""
-    few = (
-        (16, 16, 2),
-        (16, 32, 2),
-        (16, 32, 4),
-        (16, 64, 4),
-        (32, 32, 4),
-        (64, 16, 4),
-        (64, 32, 4),
-    )
-    some = ((32, 64, 4), (64, 64, 4))
-    many = ((32, 128, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))
-    gemm = [
-        {"BLOCK_M": m, "BLOCK_N": n, "GROUP_M": 8, "STAGES": stages, "num_warps": warps}
-        # Small tiles have few bytes under way per stage.
-        for blocks, depths in ((few, (3, 5)), (some, (3, 4)), (many, (2, 3, 4)))
-        for m, n, warps in blocks
-        for stages in depths
-    ]
-    gemv = [
-        {"BLOCK_ROWS": rows, "SPAN": span, "REPEAT": repeat, "num_warps": warps}
-        for rows, warps in ((128, 4), (256, 4), (256, 8))
-        for span in (1, 2)
-        for repeat in (1, 8)
-    ]
-    return {"linear_w4a8": gemm, "linear_w4a16": gemm, "linear_gemv": gemv}

@@ -4,13 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.compile_case import CompileCase
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import interpreted
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.tuning import tuned
-from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 _ZERO_AMAX = tl.constexpr(1e-30)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, half to even
@@ -108,27 +106,3 @@ def quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tenso
 def silu_quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `et_moe.backends.ops.silu_quantize_int8`."""
     return _quantize(x, x.shape[1] // 2, tile)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Tokens in front of, and activations between, the expert GEMMs of Qwen3.5-35B-A3B."""
-
-    def arguments(columns, tile):
-        def make(m, device):
-            x = torch.randn(m, columns, dtype=torch.bfloat16, device=device)
-            return {"x": x, "tile": tile}
-
-        return make
-
-    tables = ("quantize_int8",)
-    hidden, gated = arguments(2048, ACTIVATION_TILE), arguments(1024, expert_activation_tile(512))
-    return [
-        CompileCase("quantize_int8/hidden", quantize_int8, hidden, tables),
-        CompileCase("silu_quantize_int8/experts", silu_quantize_int8, gated, tables),
-    ]
-
-
-def tune_candidates() -> dict[str, list[dict]]:
-    """Configurations worth trying, by tuning table."""
-    shapes = ((8, 4), (16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
-    return {"quantize_int8": [{"BLOCK": block, "num_warps": warps} for block, warps in shapes]}

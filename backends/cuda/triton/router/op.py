@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.compile_case import CompileCase
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
@@ -216,45 +215,3 @@ def moe_router(
         num_warps=1,
     )
     return normed_x, topk_weights, topk_ids
-
-
-def compile_cases() -> list[CompileCase]:
-    """The router of Qwen3.5-35B-A3B: 256 experts of which 8, and one shared expert."""
-
-    def arguments(m, device):
-        def bf16(*shape):
-            return torch.randn(shape, dtype=torch.bfloat16, device=device)
-
-        return {
-            "x": bf16(m, 2048),
-            "norm_weight": bf16(2048) * 0.1,
-            "weight": bf16(257, 2048) * 0.02,
-            "top_k": 8,
-            "num_shared": 1,
-            "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
-        }
-
-    return [
-        CompileCase(
-            "moe_router",
-            moe_router,
-            arguments,
-            tables=("router_decode", "router_prefill"),
-            streams={"_decode_logits_kernel": ("weight",), "_prefill_logits_kernel": ("weight",)},
-        )
-    ]
-
-
-def tune_candidates() -> dict[str, list[dict]]:
-    """Configurations worth trying, by tuning table."""
-    return {
-        "router_decode": [
-            {"BLOCK_E": e, "num_warps": w, "num_stages": 1} for e in (1, 2, 4) for w in (2, 4, 8)
-        ],
-        "router_prefill": [
-            {"BLOCK_E": e, "BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
-            for e, m in ((64, 16), (64, 32), (64, 64), (128, 32), (128, 64))
-            for k in (64, 128)
-            for stages in (3, 4)
-        ],
-    }

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.compile_case import CompileCase
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 
@@ -321,24 +320,3 @@ def sample(
         num_warps=8,
     )
     return out
-
-
-def compile_cases() -> list[CompileCase]:
-    """Sampling from the vocabulary of Qwen3.5."""
-
-    def arguments(m, device):
-        return {
-            "logits": torch.randn((1, 248320), device=device) * 4,
-            "temperature": torch.full((1,), 0.6, device=device),
-            "top_k": torch.full((1,), 20, dtype=torch.int64, device=device),
-            "top_p": torch.full((1,), 0.95, device=device),
-            "seed": torch.full((1,), 42, dtype=torch.int64, device=device),
-            "position": torch.full((1,), m, dtype=torch.int64, device=device),
-        }
-
-    return [CompileCase("sample", sample, arguments, tokens=(1,))]
-
-
-def tune_candidates() -> dict[str, list[dict]]:
-    """Nothing to tune."""
-    return {}

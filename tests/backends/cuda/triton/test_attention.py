@@ -10,7 +10,7 @@ from et_moe.backends.cuda.triton.attention import decode as attention_decode
 from et_moe.backends.cuda.triton.attention import prefill as attention_prefill
 from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.attention.rope import sincos
-from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
 
 # Relative L2 error allowed.
 TOLERANCE = {

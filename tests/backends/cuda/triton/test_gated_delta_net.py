@@ -5,7 +5,7 @@ import torch
 import triton
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.gated_delta_net import op as kernels
 
 # Relative L2 error allowed.

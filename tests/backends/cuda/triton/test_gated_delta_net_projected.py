@@ -5,7 +5,7 @@ import torch
 from test_gated_delta_net import GROUP_3, STATES, TOLERANCE, clone, net_inputs, relative_error
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.gated_delta_net import op as kernels
 from et_moe.backends.cuda.triton.linear import decode as linear_decode
 from et_moe.backends.cuda.triton.linear import op as linear

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.embedding.op import embedding_w8
 from et_moe.backends.cuda.triton.linear import decode as linear_decode
 from et_moe.backends.cuda.triton.linear import op as linear

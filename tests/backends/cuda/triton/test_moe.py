@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.moe import decode as moe_decode
 from et_moe.backends.cuda.triton.moe import op as moe
 from et_moe.backends.cuda.triton.moe import prefill as moe_prefill

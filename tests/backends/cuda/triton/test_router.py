@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.common.compile_case import record_launches
+from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.router.op import moe_router
 
 ROWS = [1, 2, 3, 15, 16, 17, 31, 64, 65, 129]

@@ -1,0 +1,34 @@
+"""All cases and all candidates for tuning; a new `<op>/cases.py` is entered here."""
+
+from et_moe.backends.cuda.triton.attention import cases as attention
+from et_moe.backends.cuda.triton.cases.op_case import OpCase
+from et_moe.backends.cuda.triton.causal_conv1d import cases as causal_conv1d
+from et_moe.backends.cuda.triton.gated_delta_net import cases as gated_delta_net
+from et_moe.backends.cuda.triton.hand_over import cases as hand_over
+from et_moe.backends.cuda.triton.linear import cases as linear
+from et_moe.backends.cuda.triton.moe import cases as moe
+from et_moe.backends.cuda.triton.quantization import cases as quantization
+from et_moe.backends.cuda.triton.router import cases as router
+from et_moe.backends.cuda.triton.sampling import cases as sampling
+
+OP_CASES: tuple[OpCase, ...] = (
+    *attention.CASES,
+    *gated_delta_net.CASES,
+    *hand_over.CASES,
+    *linear.CASES,
+    *moe.CASES,
+    *quantization.CASES,
+    *router.CASES,
+    *sampling.CASES,
+)
+
+TUNING_CANDIDATES: dict[str, list[dict[str, int]]] = {
+    **attention.CANDIDATES,
+    **causal_conv1d.CANDIDATES,
+    **gated_delta_net.CANDIDATES,
+    **linear.CANDIDATES,
+    **moe.CANDIDATES,
+    **quantization.CANDIDATES,
+    **router.CANDIDATES,
+}
+"""Tuning table -> configurations worth trying."""

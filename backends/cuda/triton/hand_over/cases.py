@@ -1,0 +1,21 @@
+"""The hand-over at the end of decode and of prefill."""
+
+import torch
+
+from et_moe.backends.cuda.triton.cases.op_case import OpCase
+from et_moe.backends.cuda.triton.hand_over.op import hand_over
+
+
+def _arguments(m: int, device: torch.device) -> dict:
+    def integers(*shape):
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    return {
+        "token": integers(1, 1),
+        "position": integers(1),
+        "drawn": integers(2),
+        "tokens": integers(1, 1) if m == 1 else None,
+    }
+
+
+CASES = [OpCase("hand_over", hand_over, _arguments)]

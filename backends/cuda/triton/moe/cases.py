@@ -1,0 +1,105 @@
+"""The experts of Qwen3.5-35B-A3B, of which the last is the shared one, and narrow ones."""
+
+import torch
+
+from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
+from et_moe.backends.cuda.triton.moe.op import DECODE_TOKENS, moe_w4a8, moe_w4a16
+
+_PREFILL = ("_gate_up_kernel", "_down_kernel")
+_DECODE = ("_decode_gate_up_kernel", "_decode_down_kernel")
+
+
+def _arguments(hidden: int, inner: int, experts: int, slots: int, group: int):
+    """Random arguments for m tokens, hidden and inner multiples of 128."""
+
+    def arguments(m, device):
+        def weight(*shape):
+            return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+        def scale(*shape):
+            return torch.full(shape, 2.0**-7, dtype=torch.bfloat16, device=device)
+
+        return {
+            "x": random_tensor(m, hidden, device=device),
+            "w13": weight(experts, inner // 64, hidden // 128, 2, 64, 64),
+            "w13_scale": scale(experts, inner // 64, hidden // group, 2, 64),
+            "w2": weight(experts, hidden // 64, inner // 128, 64, 64),
+            "w2_scale": scale(experts, hidden // 64, inner // group, 64),
+            "topk_weights": torch.rand(m, slots, device=device),
+            "topk_ids": torch.rand(m, experts, device=device).argsort(-1)[:, :slots].int(),
+            "group_size": group,
+            "residual": random_tensor(m, hidden, device=device),
+        }
+
+    return arguments
+
+
+def _case(op, *tables: str, gemms=(), streams=()) -> OpCase:
+    names = ("route", "gate_up", "down", "decode_gate_up", "decode_down")
+    return OpCase(
+        f"{op.__name__}/qwen3_5_35b",
+        op,
+        _arguments(2048, 512, 257, 9, 128),
+        tables=(*(f"{op.__name__}_{name}" for name in names), "moe_sum_slots", *tables),
+        tokens=(1, DECODE_TOKENS, DECODE_TOKENS + 1, PREFILL_TOKENS),
+        gemms=frozenset(gemms),
+        streams={name: ("w13",) if "gate_up" in name else ("w2",) for name in streams},
+    )
+
+
+CASES = [
+    _case(moe_w4a8, "quantize_int8", gemms=_PREFILL, streams=(*_PREFILL, *_DECODE)),
+    # On sm_90 Triton copies the weights of bf16 products 8 bytes at a time.
+    _case(moe_w4a16, streams=_DECODE),
+    OpCase(
+        "moe_w4a8/narrow",
+        moe_w4a8,
+        _arguments(128, 128, 9, 3, 32),
+        tokens=(1, PREFILL_TOKENS),
+        gemms=frozenset(_PREFILL),
+    ),
+]
+
+_DECODE_BLOCKS = (
+    *((8, 16, 4), (8, 16, 8), (16, 8, 4), (16, 16, 4), (16, 16, 8), (16, 32, 8)),
+    *((16, 64, 4), (16, 64, 8), (16, 64, 16), (32, 4, 4), (32, 8, 4), (32, 16, 4)),
+    *((32, 16, 8), (32, 64, 8), (32, 64, 16), (64, 4, 4), (64, 4, 8)),
+)
+_DOWN_BLOCKS = ((64, 4, 4), (64, 8, 4), (128, 4, 4), (128, 8, 4), (128, 4, 8))
+
+_EXPERT_CANDIDATES = {
+    "route": [
+        {"BLOCK_M": m, "CHUNK": chunk, "num_warps": warps}
+        for m in (16, 32, 64)
+        for chunk, warps in ((512, 4), (1024, 4), (2048, 8))
+    ],
+    "gate_up": [
+        {"STAGES": stages, "num_warps": warps} for warps in (2, 4, 8) for stages in (2, 3, 4)
+    ],
+    "down": [
+        {"BLOCK_N": n, "REPEAT": repeat, "STAGES": stages, "num_warps": warps}
+        for n, repeat, warps in _DOWN_BLOCKS
+        for stages in (2, 3, 4)
+    ],
+    "decode_gate_up": [
+        {"BLOCK_N": n, "BLOCK_T": tiles, "num_warps": warps, "LANES": lanes, "PREFETCH": on}
+        for n, tiles, warps in _DECODE_BLOCKS
+        for lanes in (4, 8)
+        for on in (False, True)
+    ],
+    "decode_down": [
+        {"BLOCK_N": n, "BLOCK_T": tiles, "num_warps": warps, "LANES": lanes}
+        for n, tiles, warps in _DECODE_BLOCKS
+        for lanes in (1, 2, 4, 8)
+        if 8 <= tiles * lanes // warps <= 32
+    ],
+}
+
+CANDIDATES = {
+    "moe_sum_slots": [{"BLOCK": b, "num_warps": b // 256} for b in (512, 1024, 2048)],
+    **{
+        f"{op}_{kernel}": configs
+        for op in ("moe_w4a8", "moe_w4a16")
+        for kernel, configs in _EXPERT_CANDIDATES.items()
+    },
+}

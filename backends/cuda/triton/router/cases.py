@@ -1,0 +1,40 @@
+"""The router of Qwen3.5-35B-A3B: 256 experts of which 8, and one shared expert."""
+
+import torch
+
+from et_moe.backends.cuda.triton.cases.op_case import OpCase, random_tensor
+from et_moe.backends.cuda.triton.router.op import moe_router
+
+
+def _arguments(m: int, device: torch.device) -> dict:
+    return {
+        "x": random_tensor(m, 2048, device=device),
+        "norm_weight": random_tensor(2048, device=device) * 0.1,
+        "weight": random_tensor(257, 2048, device=device) * 0.02,
+        "top_k": 8,
+        "num_shared": 1,
+        "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
+    }
+
+
+CASES = [
+    OpCase(
+        "moe_router",
+        moe_router,
+        _arguments,
+        tables=("router_decode", "router_prefill"),
+        streams={"_decode_logits_kernel": ("weight",), "_prefill_logits_kernel": ("weight",)},
+    )
+]
+
+CANDIDATES = {
+    "router_decode": [
+        {"BLOCK_E": e, "num_warps": w, "num_stages": 1} for e in (1, 2, 4) for w in (2, 4, 8)
+    ],
+    "router_prefill": [
+        {"BLOCK_E": e, "BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
+        for e, m in ((64, 16), (64, 32), (64, 64), (128, 32), (128, 64))
+        for k in (64, 128)
+        for stages in (3, 4)
+    ],
+}
