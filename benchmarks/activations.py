@@ -61,8 +61,8 @@ def triton_kernels(dispatch_key: str) -> Iterator[None]:
 
 def prepack(module: torch.nn.Module) -> None:
     """Brings the INT4 weights of a module into the order that the Triton kernels read."""
-    from et_moe.backends.cuda.triton.linear.op import prepack_linear
-    from et_moe.backends.cuda.triton.moe.op import prepack_experts
+    from et_moe.backends.cuda.triton.linear.layout import prepack_linear
+    from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 
     for part in module.modules():
         if isinstance(part, Linear):

@@ -10,7 +10,9 @@ import torch
 from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net, gated_delta_rule
 from et_moe.backends.cuda.triton.linear import op as linear
+from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.moe import op as moe
+from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 from et_moe.backends.cuda.triton.router.op import moe_router
 from et_moe.backends.cuda.triton.sampling.op import sample
 from et_moe.benchmarks import peer_attention, roofline
@@ -64,7 +66,7 @@ def experts(device: torch.device, wheel: ModuleType | None) -> Subject:
     w13, w13_scale = random_w4(count, 2 * inner, hidden, device=device)
     w2, w2_scale = random_w4(count, hidden, inner, device=device)
     names = ("w13", "w13_scale", "w2", "w2_scale")
-    packed = moe.prepack_experts(w13, w13_scale, w2, w2_scale, GROUP)
+    packed = prepack_experts(w13, w13_scale, w2, w2_scale, GROUP)
     prepacked = dict(zip(names, packed, strict=True))
 
     def routing(m: int) -> dict:
@@ -107,7 +109,7 @@ def experts(device: torch.device, wheel: ModuleType | None) -> Subject:
 def dense(name: str, n: int, k: int, device: torch.device, wheel: ModuleType | None) -> Subject:
     """A linear layer without norm and residual, which the wheel's kernels do not fuse."""
     weight, scale = random_w4(n, k, device=device)
-    packed, packed_scale = linear.prepack_linear(weight, scale, GROUP)
+    packed, packed_scale = prepack_linear(weight, scale, GROUP)
 
     def ours(m: int) -> dict:
         # Copies, as inputs are rotated: a layer's weights are never in the cache.

@@ -5,7 +5,7 @@ from torch.fx import Graph, Node
 from et_moe.backends.cuda.graphs import op_arguments
 from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net_projected
-from et_moe.backends.cuda.triton.linear.decode import takes
+from et_moe.backends.cuda.triton.linear.decode import supports_k
 
 PLANES = {"linear_w4a8": 1, "linear_w4a16": 2}
 
@@ -24,7 +24,7 @@ def _projection(net: Node) -> Node | None:
         return None
     given = op_arguments(linear)
     tokens, k = given["x"].meta["val"].shape
-    return linear if is_one(tokens) and given["residual"] is None and takes(k) else None
+    return linear if is_one(tokens) and given["residual"] is None and supports_k(k) else None
 
 
 def fuse(graph: Graph) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch.fx import Node
 
 from et_moe.backends.cuda.graphs import input_nodes, op_arguments
-from et_moe.backends.cuda.triton.linear import op as linear
-from et_moe.backends.cuda.triton.moe import op as moe
+from et_moe.backends.cuda.triton.linear import layout as linear
+from et_moe.backends.cuda.triton.moe import layout as moe
 from et_moe.backends.method_graph import MethodGraph
 
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -34,7 +34,7 @@ _PACKERS = {
     "linear_w4a16": _LINEAR,
 }
 
-PREPACK_VERSION = f"experts-{moe.PREPACK_VERSION}.linear-{linear.LAYOUT_VERSION}"
+PREPACK_VERSION = f"experts-{moe.LAYOUT_VERSION}.linear-{linear.LAYOUT_VERSION}"
 """Names the layouts; code and weights fit only if they agree on it."""
 
 

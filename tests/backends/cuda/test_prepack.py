@@ -10,8 +10,8 @@ from lowering_methods import GROUP, HIDDEN, STATE, WEIGHTS, Small, method, metho
 from et_moe.backends.cuda import prepack
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
-from et_moe.backends.cuda.triton.linear import op as linear
-from et_moe.backends.cuda.triton.moe import op as moe
+from et_moe.backends.cuda.triton.linear import layout as linear
+from et_moe.backends.cuda.triton.moe import layout as moe
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from et_moe.backends.cuda.triton.attention.rope import (
     norm_and_rotate,
     sincos,
 )
-from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import launch
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.tuning import tuned
 
 
@@ -92,7 +92,7 @@ def _decode_kernel(
         k = norm_and_rotate(k_heads, k_weights, sin, cos, HALF, DIM, EPS)
         k_new = tl.reshape(k, (DIM,))
         k_new = k_new.to(k_cache_ptr.dtype.element_ty)
-        append = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS) > 0
+        append = count_valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS) > 0
         new_row = base + position * DIM + column
         tl.store(k_cache_ptr + new_row, k_new, mask=append)
         tl.store(v_cache_ptr + new_row, v_new, mask=append)

@@ -10,10 +10,10 @@ from et_moe.backends.cuda.triton.attention.rope import (
     norm_and_rotate,
     sincos,
 )
-from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.tuning import tuned
 
 
@@ -47,7 +47,7 @@ def _append_kernel(
     in_group = row < GROUP
     one = tl.arange(0, 1)
     # All but qkv is loaded before qkv exists, and all of qkv before any of it is needed.
-    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
     position = tl.load(position_ptr) + token
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
     k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
@@ -132,7 +132,7 @@ def _flash_kernel(
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, DIM)
-    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
+    valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
     position = tl.load(position_ptr).to(tl.int32)
     inside = (row < valid - start)[:, None]
     ROW: tl.constexpr = 2 * (HEADS + HEADS // GROUP) * DIM

@@ -7,16 +7,8 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.tuning import tuned
-
-
-@triton.jit
-def valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS: tl.constexpr):
-    """Tokens that are not padding."""
-    count = tokens
-    if HAS_NUM_TOKENS:
-        count = tl.minimum(tl.load(num_tokens_ptr), tokens)
-    return count
 
 
 @triton.jit
@@ -51,67 +43,6 @@ def update_conv_state(
         (old + fresh).to(state_ptr.dtype.element_ty),
         mask=inside,
     )
-
-
-@triton.jit
-def store_copied(target, value, mask, COPIES: tl.constexpr):
-    """`tl.store` of vectors `[N]` that a sum along rows of COPIES threads left in each of them.
-
-    The first thread of a row stores: to move a vector to where vectors are stored from would take
-    two barriers.
-    """
-    copy = tl.arange(0, COPIES)[None, :]
-    # Addresses that differ by copy, and the hint: one copy per thread, as the sum has left them.
-    target = tl.max_contiguous(target[:, None] + copy, (1, 1))
-    value = tl.broadcast_to(value[:, None], target.shape)
-    tl.store(target, value, mask=mask[:, None] & (copy == 0))
-
-
-@triton.jit
-def conv_window(weight_ptr, state_ptr, n, own_n, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
-    """TAPS taps and TAPS - 1 earlier inputs, vectors `[N]`, of one token's columns n `[N]`.
-
-    For `store_convolved`, once the token's own inputs are known. Only where own_n is set; columns
-    from CHANNELS on get 0.
-    """
-    inside = own_n & (n < CHANNELS)
-    taps, earlier = (), ()
-    for tap in tl.static_range(TAPS):
-        taps += (tl.load(weight_ptr + n * TAPS + tap, mask=inside, other=0.0),)
-    for tap in tl.static_range(TAPS - 1):
-        earlier += (tl.load(state_ptr + tap * CHANNELS + n, mask=inside, other=0.0),)
-    return taps, earlier
-
-
-@triton.jit
-def store_convolved(
-    x,
-    window,
-    state_ptr,
-    out_ptr,
-    n,
-    own_n,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    COPIES: tl.constexpr,
-):
-    """`causal_conv1d` of one token, with what `conv_window` gave: out, and the state in place.
-
-    x `[N]` is of out's dtype; its columns from CHANNELS on are stored as they are. All are vectors,
-    since those are loaded in the layout that x has. COPIES as `store_copied` takes it.
-    """
-    taps, earlier = window
-    inside = own_n & (n < CHANNELS)
-    y = x.to(tl.float32) * taps[TAPS - 1].to(tl.float32)
-    for tap in tl.static_range(TAPS - 1):
-        y += earlier[tap].to(tl.float32) * taps[tap].to(tl.float32)
-    y = tl.where(n < CHANNELS, silu(y).to(x.dtype), x)
-    store_copied(out_ptr + n, y, own_n, COPIES)
-    tl.debug_barrier()  # every warp of this program has read the old state
-    for tap in tl.static_range(TAPS - 1):
-        value = earlier[tap + 1] if tap + 1 < TAPS - 1 else x
-        value = value.to(state_ptr.dtype.element_ty)
-        store_copied(state_ptr + tap * CHANNELS + n, value, inside, COPIES)
 
 
 @triton.jit
@@ -154,7 +85,7 @@ def _causal_conv1d_kernel(
         old = tl.load(state_ptr + i * CHANNELS + channel, mask=in_channels & first, other=0.0)
         window += (old,)
     wait_for_previous()
-    count = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
+    count = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
     valid = tl.minimum(count - start, BLOCK_T).to(tl.int32)
     tile = x_ptr + start * ROW + channel
     inputs = ()

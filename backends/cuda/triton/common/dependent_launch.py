@@ -21,20 +21,20 @@ import triton.language as tl
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
-from et_moe.backends.cuda.triton.common.dot import interpreted
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 
 @triton.jit
 def start_next():
     """Lets the next kernel start once all thread blocks of this one have called it."""
-    if not interpreted() and cuda_capability_geq(9):
+    if not is_interpreted() and cuda_capability_geq(9):
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous():
     """Returns when all kernels before have ended and what they wrote can be read."""
-    if not interpreted() and cuda_capability_geq(9):
+    if not is_interpreted() and cuda_capability_geq(9):
         gdc_wait()
         # Not before: the successor would take room and bandwidth while it can only wait.
         gdc_launch_dependents()
@@ -43,7 +43,7 @@ def wait_for_previous():
 @triton.jit
 def prefetch(start, BYTES: tl.constexpr):
     """Has one thread request BYTES (a multiple of 16) into the L2 cache."""
-    if not interpreted() and cuda_capability_geq(9):
+    if not is_interpreted() and cuda_capability_geq(9):
         tl.inline_asm_elementwise(
             "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
             " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",

@@ -3,18 +3,14 @@
 import triton
 import triton.language as tl
 
-
-@triton.constexpr_function
-def interpreted() -> bool:
-    """Whether the kernel runs under TRITON_INTERPRET=1."""
-    return triton.knobs.runtime.interpret
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 
 @triton.jit
 def rounded(x, like):
     """x rounded to the element type of the pointer `like`."""
     x = x.to(like.dtype.element_ty)
-    if interpreted():
+    if is_interpreted():
         x = x.to(tl.float32)  # the interpreter multiplies the bits of bf16 as integers
     return x
 

@@ -9,7 +9,7 @@ no offset has to be subtracted. `NIBBLE_SCALE` undoes the factor 16 on the weigh
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.dot import interpreted
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 NIBBLE_SCALE = tl.constexpr(0.0625)
 UPPER_NIBBLES = tl.constexpr(-0x0F0F0F10)
@@ -19,7 +19,7 @@ UPPER_NIBBLES = tl.constexpr(-0x0F0F0F10)
 @triton.jit
 def low_nibbles(packed):
     """16 * the low nibbles of int8 bytes, as int8."""
-    if interpreted():
+    if is_interpreted():
         return packed << 4
     # Four bytes of a register at a time; element-wise shifts of int8 would cost several times that.
     return tl.inline_asm_elementwise(
@@ -35,7 +35,7 @@ def low_nibbles(packed):
 @triton.jit
 def high_nibbles(packed):
     """16 * the high nibbles of int8 bytes, as int8."""
-    if interpreted():
+    if is_interpreted():
         return packed & -16
     return tl.inline_asm_elementwise(
         "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
@@ -45,7 +45,7 @@ def high_nibbles(packed):
 @triton.jit
 def dot_bytes(a, b, c):
     """c + the dot product of the four int8 in each int32 of a and b; the shapes broadcast."""
-    if interpreted():
+    if is_interpreted():
         for i in tl.static_range(4):
             c = c + ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
         return c
@@ -57,7 +57,7 @@ def dot_bytes(a, b, c):
 @triton.jit
 def pack_bytes(a, b, c, d):
     """The low bytes of four int32 as one int32, a's the lowest."""
-    if interpreted():
+    if is_interpreted():
         return (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
     return tl.inline_asm_elementwise(
         "{ .reg .b32 low, high; prmt.b32 low, $1, $2, 0x0040; prmt.b32 high, $3, $4, 0x0040;"

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.dot import interpreted
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 
 @triton.jit
 def silu(x):
     """x * sigmoid(x) of float32, within a few units in the last place."""
-    if interpreted():
+    if is_interpreted():
         return x / (1.0 + tl.exp(-x))
     # exp and the reciprocal without their care for denormals: five instructions instead of twenty.
     return x * tl.inline_asm_elementwise(

@@ -23,11 +23,11 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import add_dot, dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES, prepare_kernel
 from et_moe.backends.cuda.triton.tuning import tuned
 
@@ -86,7 +86,7 @@ def _scan_kernel(
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
     head = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
+    valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
     token = tl.arange(0, CHUNK)
     dk = tl.arange(0, DK)
     chunk = head * tl.cdiv(tokens, CHUNK).to(tl.int64)
@@ -149,7 +149,7 @@ def _norm_kernel(
     z = tl.load(z_tile, mask=in_out, other=0.0).to(tl.float32)
     norm_weight = tl.load(norm_weight_ptr + dv).to(tl.float32)
     wait_for_previous()
-    inside = (token < valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS))[:, None]
+    inside = (token < count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS))[:, None]
     out_tile = out_ptr + row[:, None] * DV + dv
     o = tl.load(out_tile, mask=inside, other=0.0).to(tl.float32)
     o *= tl.rsqrt(tl.sum(o * o, 1) / DV + EPS)[:, None] * norm_weight

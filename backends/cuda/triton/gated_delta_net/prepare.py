@@ -6,9 +6,10 @@ See `gated_delta_chunk` for the formulas.
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.common.dot import dot, interpreted
+from et_moe.backends.cuda.triton.common.dot import dot
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 
 SQUARES = tl.constexpr(3)
 """Matrices `[CHUNK, CHUNK]` of a chunk: T beta, -T beta exp(G) / |k|, P."""
@@ -39,7 +40,7 @@ def _keep_and_add(beta_1, g_1, beta_2, g_2):
 @triton.jit
 def _exp2(x):
     """2^x of float32, within a few units in the last place, without care for denormals."""
-    if interpreted():
+    if is_interpreted():
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -122,7 +123,7 @@ def prepare_kernel(
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
     head = tl.program_id(1)
     start = tl.program_id(0).to(tl.int64) * CHUNK
-    valid = valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS) - start
+    valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS) - start
     if valid <= 0:
         return
     token = tl.arange(0, CHUNK)

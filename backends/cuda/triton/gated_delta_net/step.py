@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d.op import valid_tokens
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.gated_delta_net.chunk import Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import delta_gates
 from et_moe.backends.cuda.triton.tuning import tuned
@@ -108,7 +108,7 @@ def _step_kernel(
     v = tl.load(v_ptr + V_COLUMN + first + dv).to(tl.float32)
     beta = tl.load(b_ptr + B_COLUMN + head).to(tl.float32)
     g = tl.load(a_ptr + A_COLUMN + head).to(tl.float32)
-    count = valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
+    count = count_valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
     if GATED:
         z *= silu(tl.load(z_ptr + Z_COLUMN + column).to(tl.float32))
         beta, g = delta_gates(beta, g, a_log, dt_bias)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d.op import conv_window, store_convolved, store_copied
+from et_moe.backends.cuda.triton.causal_conv1d.decode import load_conv_window, store_convolved
 from et_moe.backends.cuda.triton.common.dependent_launch import prefetch, wait_for_previous
 from et_moe.backends.cuda.triton.common.int4 import (
     NIBBLE_SCALE,
@@ -20,8 +20,10 @@ from et_moe.backends.cuda.triton.common.int4 import (
     pack_bytes,
 )
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
-from et_moe.backends.cuda.triton.common.row_quantization import normed, plane_of, quantized
+from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
+from et_moe.backends.cuda.triton.common.store_once import store_once
 from et_moe.backends.cuda.triton.linear.layout import scale_pair
+from et_moe.backends.cuda.triton.linear.row_quantization import quantize_tiles, take_plane
 from et_moe.backends.cuda.triton.tuning import tuned
 
 
@@ -41,7 +43,7 @@ def _halves(r, PLANE: tl.constexpr, PLANES: tl.constexpr, RUNS: tl.constexpr, SP
 
     Each is four `[RUNS, 1, 8 SPAN]` as from `_quarters`, of words of four bytes of the plane.
     """
-    bytes4 = _quarters(tl.reshape(plane_of(r, PLANE, PLANES), (2, RUNS * SPAN, 128)))
+    bytes4 = _quarters(tl.reshape(take_plane(r, PLANE, PLANES), (2, RUNS * SPAN, 128)))
     words = pack_bytes(bytes4[0], bytes4[1], bytes4[2], bytes4[3])
     words = tl.reshape(words, (RUNS, SPAN, 2, 32)).permute(0, 1, 3, 2)
     low, high = tl.reshape(words, (RUNS, 1, 32 * SPAN, 2)).split()
@@ -111,15 +113,15 @@ def _w4_gemv_kernel(
         gain = tl.load(norm_weight + at)
     n = first_n + rows_n
     if conv_weight is not None:
-        window = conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
+        window = load_conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
     wait_for_previous()
     value = tl.load(x + at).to(tl.float32)
     if residual is not None:
         addend = tl.load(residual + n)
     if norm_weight is not None:
         squares = tl.sum(tl.reshape(value * value, (BLOCKS * 2 * HALF,)), axis=0)
-        value = normed(value, gain, squares / (BLOCKS * 2 * HALF), eps, x.dtype.element_ty)
-    r, x_scale = quantized(value, PLANES)
+        value = apply_rms_norm(value, gain, squares / (BLOCKS * 2 * HALF), eps, x.dtype.element_ty)
+    r, x_scale = quantize_tiles(value, PLANES)
     x_scale = tl.reshape(x_scale * NIBBLE_SCALE, (RUNS, SPAN, 1, 2))
     x_scale = tl.broadcast_to(x_scale, (RUNS, SPAN, PIECES // SPAN, 2))
     low_scale, high_scale = tl.reshape(x_scale, (RUNS, 1, PIECES, 2)).split()
@@ -144,7 +146,7 @@ def _w4_gemv_kernel(
             y += addend.to(tl.float32)
         y = y.to(out.dtype.element_ty)
         if conv_weight is None:
-            store_copied(out + n, y, n >= 0, PIECES)
+            store_once(out + n, y, n >= 0, PIECES)
         else:
             store_convolved(y, window, conv_state, out, n, n >= own_n, CHANNELS, TAPS, PIECES)
         if i + 1 < REPEAT:
@@ -152,7 +154,7 @@ def _w4_gemv_kernel(
             if residual is not None:
                 addend = tl.load(residual + n)
             if conv_weight is not None:
-                window = conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
+                window = load_conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
 
 
 def power_of_two(limit: int) -> int:
@@ -160,7 +162,7 @@ def power_of_two(limit: int) -> int:
     return 1 << (limit.bit_length() - 1)
 
 
-def takes(k: int) -> bool:
+def supports_k(k: int) -> bool:
     """Whether `linear_decode` computes rows of k columns: 256, 512, ... up to 8192."""
     return k in (256, 512, 1024, 2048, 4096, 8192)
 

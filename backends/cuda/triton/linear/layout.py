@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.common.int4_packing import ZERO_BYTE, pack_nibbles
 from et_moe.backends.cuda.triton.common.launch import cdiv
-from et_moe.backends.cuda.triton.moe.layout import ZERO_BYTE, pack_nibbles
 
 LAYOUT_VERSION = 2
-"""Version of what `prepack_linear` makes."""
+"""Version of what `prepack_linear` makes; files of prepacked weights record it."""
 
 
 def half_block(padded_k: int) -> int:

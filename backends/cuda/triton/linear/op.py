@@ -12,18 +12,11 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
 from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
-from et_moe.backends.cuda.triton.common.row_quantization import quantize_rows_kernel
-from et_moe.backends.cuda.triton.linear.decode import linear_decode, power_of_two, takes
-from et_moe.backends.cuda.triton.linear.layout import (
-    LAYOUT_VERSION,
-    half_block,
-    prepack_linear,
-    scale_pair,
-)
+from et_moe.backends.cuda.triton.linear.decode import linear_decode, power_of_two, supports_k
+from et_moe.backends.cuda.triton.linear.layout import half_block, scale_pair
+from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows_kernel
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, GROUP_SIZES
-
-__all__ = ["LAYOUT_VERSION", "linear_w4a8", "linear_w4a16", "prepack_linear"]
 
 
 @triton.jit
@@ -113,7 +106,7 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
     check_linear(x, weight, scale, group_size, norm_weight, residual)
     (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
     x = x.contiguous()
-    if is_one(m) and takes(k):
+    if is_one(m) and supports_k(k):
         return linear_decode(x, weight, scale, group_size, norm_weight, eps, residual, planes)
     config = tuned(f"linear_w4a{8 * planes}", m)
     block_m = config["BLOCK_M"]

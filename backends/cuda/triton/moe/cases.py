@@ -3,7 +3,8 @@
 import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
-from et_moe.backends.cuda.triton.moe.op import DECODE_TOKENS, moe_w4a8, moe_w4a16
+from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
+from et_moe.backends.cuda.triton.moe.op import moe_w4a8, moe_w4a16
 
 _PREFILL = ("_gate_up_kernel", "_down_kernel")
 _DECODE = ("_decode_gate_up_kernel", "_decode_down_kernel")

@@ -13,9 +13,9 @@ what warps add up at the end.
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.dot import interpreted
 from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, UPPER_NIBBLES, dot_bytes
-from et_moe.backends.cuda.triton.quantization.op import int8_scale, round_int8
+from et_moe.backends.cuda.triton.common.int8 import compute_int8_scale, round_to_int8
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 QUADS = tl.constexpr(4)
 _WORDS = tl.constexpr(4)
@@ -85,8 +85,8 @@ def quantize_steps(x, limit, TILE: tl.constexpr, LANES: tl.constexpr, INNER: tl.
     if TILE == 0:
         return x, x, x, x
     else:
-        inverse, scale = int8_scale(_tile_amax(x, TILE), TILE == 128)
-        q = round_int8(x * inverse[:, None, :, :, :, None])
+        inverse, scale = compute_int8_scale(_tile_amax(x, TILE), TILE == 128)
+        q = round_to_int8(x * inverse[:, None, :, :, :, None])
         q = tl.sum(q << (tl.arange(0, 4) * 8)[None, None, None, None, None, :], axis=5)
         # Of each q only the low byte was meant: as if that were unsigned, less what is above it.
         q = (q + _BYTES_BIAS) ^ _BYTES_SIGN
@@ -157,7 +157,7 @@ def _dot_float(packed, x):
 @triton.jit
 def _biased_low_nibbles(packed):
     """The low nibbles of int32 words, plus 8: with the top bit flipped they are not negative."""
-    if interpreted():
+    if is_interpreted():
         return (packed ^ 0x08080808) & 0x0F0F0F0F
     # One instruction, of which the compiler makes two.
     return tl.inline_asm_elementwise(

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.dot import interpreted
 from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 
 @triton.constexpr_function
@@ -57,7 +57,7 @@ def _product(w, x, acc):
     if x.dtype == tl.int8:
         return tl.dot(w, x.trans(), out_dtype=tl.int32).to(tl.float32)
     else:
-        TYPE: tl.constexpr = tl.float32 if interpreted() else x.dtype
+        TYPE: tl.constexpr = tl.float32 if is_interpreted() else x.dtype
         return tl.dot(w.to(TYPE), x.to(TYPE).trans(), acc=acc, input_precision="ieee")
 
 

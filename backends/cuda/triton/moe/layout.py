@@ -9,54 +9,17 @@ contiguous memory.
 
 import torch
 
-from et_moe.backends.threads import worker_threads
+from et_moe.backends.cuda.triton.common.int4_packing import ZERO_BYTE, pack_nibbles
 
-PREPACK_VERSION = 1
-"""Changes whenever the layout of `prepack_experts` does; files of prepacked weights record it."""
+LAYOUT_VERSION = 1
+"""Version of what `prepack_experts` makes; files of prepacked weights record it."""
 
 ROWS = 64
 COLUMNS = 128
-ZERO_BYTE = 0x88
-"""Two weights of zero in a bundle."""
-
-_PIECE = 1 << 20
-"""Bytes packed at a time: their temporaries stay in the cache."""
 
 
 def _ceil(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _pack_piece(halves: torch.Tensor, out: torch.Tensor) -> None:
-    # Byte i of a half has columns that become the same nibble of bytes 2i and 2i + 1 of the run:
-    # of one little-endian word.
-    words = halves.to(torch.int16, memory_format=torch.contiguous_format)
-    words |= words << 4
-    words &= 0x0F0F
-    packed = torch.add(words[0], words[1], alpha=16, out=out.view(torch.int16))
-    # A zero of the bundle is nibble 8; flipping the top bit makes two's complement of it.
-    packed ^= 0x8888 - (1 << 16)
-
-
-def pack_nibbles(runs: torch.Tensor) -> torch.Tensor:
-    """Reorders the columns of an INT4 weight of a bundle within runs of bytes.
-
-    Args:
-        runs: `uint8 [N, ..., B]` with any strides; byte i of a run has column 2i in its low and
-            column 2i + 1 in its high nibble, as value + 8.
-
-    Returns:
-        `uint8 [N, ..., B]`, contiguous; byte j of a run has column j in its low and column j + B
-        in its high nibble, in two's complement.
-    """
-    out = torch.empty(runs.shape, dtype=torch.uint8, device=runs.device)
-    if runs.is_meta:
-        return out
-    rows = max(1, _PIECE * len(runs) // max(1, runs.numel()))
-    halves = runs.unflatten(-1, (2, -1)).movedim(-2, 0)
-    with worker_threads() as pool:
-        list(pool.map(_pack_piece, halves.split(rows, dim=1), out.split(rows)))
-    return out
 
 
 def _pad(x: torch.Tensor, rows: int, columns: int, value: int = 0) -> torch.Tensor:

@@ -10,20 +10,13 @@ Experts up to 128 wide take 32 in front of GEMM 2: see `expert_activation_tile`.
 
 import torch
 
+from et_moe.backends.cuda.triton.common.tokens import is_decode
 from et_moe.backends.cuda.triton.moe.decode import moe_decode
-from et_moe.backends.cuda.triton.moe.layout import PREPACK_VERSION, prepack_experts
 from et_moe.backends.cuda.triton.moe.prefill import moe_prefill
-
-__all__ = ["PREPACK_VERSION", "moe_w4a8", "moe_w4a16", "prepack_experts"]
-
-DECODE_TOKENS = 16
-"""Up to this many tokens, pairs are computed one by one; from there on they are sorted by expert
-and multiplied in blocks, which reads the weights of an expert once however many pairs it has."""
 
 
 def _moe(int8, x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, group_size, residual):
-    few = isinstance(x.shape[0], int) and x.shape[0] <= DECODE_TOKENS
-    run = moe_decode if few else moe_prefill
+    run = moe_decode if is_decode(x.shape[0]) else moe_prefill
     packed = (w13, w13_scale, w2, w2_scale)
     return run(x, *packed, topk_weights, topk_ids, group_size, residual, int8)
 

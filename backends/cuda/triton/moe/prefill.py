@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.int8 import compute_int8_scale, round_to_int8
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.moe.grouped_step import grouped_step, steps, weight_scales
 from et_moe.backends.cuda.triton.moe.routing import route, sum_slots
-from et_moe.backends.cuda.triton.quantization.op import int8_scale, quantize_int8, round_int8
+from et_moe.backends.cuda.triton.quantization.op import quantize_int8
 from et_moe.backends.cuda.triton.tuning import tuned
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
@@ -82,8 +83,8 @@ def _gate_up_kernel(
     else:
         BLOCK_TILES: tl.constexpr = 64 // INNER_TILE
         tiles = activated.reshape(BLOCK_TILES, INNER_TILE, BLOCK_M)
-        inverse, scale = int8_scale(tl.max(tl.abs(tiles), axis=1), EXACT=False)
-        q = round_int8(tiles * inverse[:, None, :]).to(tl.int8).reshape(64, BLOCK_M)
+        inverse, scale = compute_int8_scale(tl.max(tl.abs(tiles), axis=1), EXACT=False)
+        q = round_to_int8(tiles * inverse[:, None, :]).to(tl.int8).reshape(64, BLOCK_M)
         tl.store(target, q.trans(), mask=used[:, None])
         tile = (block * PARTS + part) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
         m = tl.arange(0, BLOCK_M)

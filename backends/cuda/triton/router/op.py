@@ -11,17 +11,11 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
+from et_moe.backends.cuda.triton.common.float_order import from_order_key, to_order_key
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
-from et_moe.backends.cuda.triton.common.row_quantization import normed
+from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
+from et_moe.backends.cuda.triton.common.tokens import is_decode
 from et_moe.backends.cuda.triton.tuning import tuned
-
-MAX_DECODE_TOKENS = 16
-
-
-@triton.jit
-def _flip(bits):
-    """The bits of a float, as integers that have the order of floats; and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -29,7 +23,7 @@ def _normed_row(x, gain, row, eps, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Row of x after RMSNorm with the weights `gain [BLOCK_H]`: fp32 `[BLOCK_H]`, zero from H."""
     column = tl.arange(0, BLOCK_H)
     value = tl.load(x + row.to(tl.int64) * H + column, mask=column < H, other=0.0).to(tl.float32)
-    return normed(value, gain, tl.sum(value * value, axis=0) / H, eps, x.dtype.element_ty)
+    return apply_rms_norm(value, gain, tl.sum(value * value, axis=0) / H, eps, x.dtype.element_ty)
 
 
 @triton.jit
@@ -92,7 +86,7 @@ def _choose_kernel(
         valid = row < tl.load(num_tokens)
     # Integers, of which a warp finds the largest in one instruction: NaNs come first, whatever
     # their sign, and adding 0 makes equals of zeros.
-    keys = tl.where(values == values, _flip((values + 0.0).to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+    keys = tl.where(values == values, to_order_key(values), 0x7FFFFFFF)
     keys = tl.where(expert < EXPERTS, keys, LEAST)
     ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0)
     best_keys = tl.full(slot.shape, LEAST, tl.int32)
@@ -103,8 +97,8 @@ def _choose_kernel(
         ids = tl.where(slot == i, chosen, ids)
         best_keys = tl.where(slot == i, best, best_keys)
         if i == 0:
-            largest = _flip(best).to(tl.float32, bitcast=True)
-    weights = tl.exp(_flip(best_keys).to(tl.float32, bitcast=True) - largest)
+            largest = from_order_key(best)
+    weights = tl.exp(from_order_key(best_keys) - largest)
     weights = tl.where(slot < TOP_K, weights, 0.0)
     weights /= tl.sum(weights, axis=0)
     weights = tl.where(slot < TOP_K, weights, 1.0 / (1.0 + tl.exp(-gate)))
@@ -188,7 +182,7 @@ def moe_router(
     logits = x.new_empty((m, experts + 1), dtype=torch.float32)
     shape = {"ROWS": experts + 1, "H": hidden}
     norm = {"BLOCK_H": triton.next_power_of_2(hidden)}
-    if isinstance(m, int) and m <= MAX_DECODE_TOKENS:
+    if is_decode(m):
         config = tuned("router_decode", m)
         grid = (cdiv(experts + 1, config["BLOCK_E"]), m)
         arguments = (x, norm_weight, weight, normed_x, logits, eps)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.float_order import to_order_key
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 
 BLOCK = 1024
@@ -54,18 +55,11 @@ def _is_filtered(top_k, top_p, V):
 
 
 @triton.jit
-def _key(value):
-    """int32 that is ordered like the float (of zeros, -0 equals +0)."""
-    bits = (value + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def _kth_largest(values, count, k, TILE: tl.constexpr):
     """Key of the k-th largest of `count` values; 1 <= k <= count."""
     within = tl.arange(0, TILE)
     # The first tile stays in registers: mostly it is all there is.
-    first = _key(tl.load(values + within, mask=within < count, other=0.0)).to(tl.int64)
+    first = to_order_key(tl.load(values + within, mask=within < count, other=0.0)).to(tl.int64)
     low = tl.full((), -(2**31), tl.int64)  # at least k values have this key or a larger one
     high = tl.full((), 2**31, tl.int64)  # fewer than k have
     while high - low > 1:
@@ -73,7 +67,7 @@ def _kth_largest(values, count, k, TILE: tl.constexpr):
         larger = ((within < count) & (first >= middle)).to(tl.int32)
         for start in range(TILE, count, TILE):
             i = start + within
-            key = _key(tl.load(values + i, mask=i < count, other=0.0)).to(tl.int64)
+            key = to_order_key(tl.load(values + i, mask=i < count, other=0.0)).to(tl.int64)
             larger += ((i < count) & (key >= middle)).to(tl.int32)
         if tl.sum(larger, axis=0) >= k:
             low = middle
@@ -167,11 +161,11 @@ def _collect_kernel(
         if p < 1.0:
             # V exp(-d) = (1 - p) total, plus a margin for rounding.
             distance = tl.log(V / ((1.0 - p) * total)) + 1.0
-            bound = tl.maximum(bound, _key(maximum - tl.maximum(distance, 1.0)))
+            bound = tl.maximum(bound, to_order_key(maximum - tl.maximum(distance, 1.0)))
         token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(logits + token, mask=token < V, other=0.0)
         value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
-        keep = (token < V) & (_key(value) >= bound)
+        keep = (token < V) & (to_order_key(value) >= bound)
         amount = tl.sum(keep.to(tl.int32), axis=0)
         if amount > 0:
             place = tl.atomic_add(count, amount) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
@@ -194,7 +188,7 @@ def _candidate(kept, kept_noisy, kept_id, count, bound, maximum, TILE: tl.conste
         value = tl.load(kept + i, mask=i < count, other=float("-inf"))
         noisy = tl.load(kept_noisy + i, mask=i < count, other=float("-inf"))
         token = tl.load(kept_id + i, mask=i < count, other=0x7FFFFFFF)
-        inside = (i < count) & (_key(value) >= bound)
+        inside = (i < count) & (to_order_key(value) >= bound)
         weight += tl.where(inside, tl.exp(value - maximum) * ONE, 0.0).to(tl.int64)
         noisy = tl.where(inside, noisy, float("-inf"))
         tile_best, tile_id = _first_max(noisy, tl.where(inside, token, 0x7FFFFFFF))
@@ -240,12 +234,12 @@ def _finish_kernel(
             if (k > 0) & (k < V):
                 total = weight
             better, next_chosen, weight = _candidate(
-                kept, kept_noisy, kept_id, n, _key(chosen) + 1, maximum, TILE
+                kept, kept_noisy, kept_id, n, to_order_key(chosen) + 1, maximum, TILE
             )
             while (weight >= p * total) & (weight > 0.0):
                 token = better
                 better, next_chosen, weight = _candidate(
-                    kept, kept_noisy, kept_id, n, _key(next_chosen) + 1, maximum, TILE
+                    kept, kept_noisy, kept_id, n, to_order_key(next_chosen) + 1, maximum, TILE
                 )
     # Logits that are not numbers must not become an id out of range.
     tl.store(out, tl.minimum(token, V - 1).to(tl.int64))

@@ -6,7 +6,8 @@ import triton
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
-from et_moe.backends.cuda.triton.gated_delta_net import op as kernels
+from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 # Relative L2 error allowed.
 TOLERANCE = {
@@ -69,7 +70,7 @@ def counted(inputs: dict, valid: int | None) -> dict:
 def check(op: str, inputs: dict, valid: int | None = None) -> dict:
     """Runs kernel and reference on copies of the inputs; returns what the kernel left of them."""
     got_inputs, expected_inputs = clone(inputs), clone(inputs)
-    got = getattr(kernels, op)(**counted(got_inputs, valid))
+    got = TRITON_OPS[op](**counted(got_inputs, valid))
     expected = getattr(ops, op)(**counted(expected_inputs, valid))
     tolerance = TOLERANCE[expected.dtype]
     assert got.dtype == expected.dtype and got.shape == expected.shape
@@ -104,7 +105,7 @@ def test_padding(tokens, valid, device):
     expected = check("gated_delta_net", inputs, valid)
     inputs["projected"][valid:] = float("nan")
     got = clone(inputs)
-    out = kernels.gated_delta_net(**counted(got, valid))
+    out = gated_delta_net(**counted(got, valid))
     assert torch.count_nonzero(out[valid:]) == 0 and torch.isfinite(out).all()
     for name in STATES:
         assert torch.equal(got[name], expected[name])
@@ -121,7 +122,7 @@ def test_magnitudes(scale, tokens, device):
         return
     # Denormal results have few digits.
     expected_inputs = clone(inputs)
-    got, expected = kernels.gated_delta_net(**inputs), ops.gated_delta_net(**expected_inputs)
+    got, expected = gated_delta_net(**inputs), ops.gated_delta_net(**expected_inputs)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-38)
     for name in STATES:
         torch.testing.assert_close(inputs[name], expected_inputs[name], rtol=2e-5, atol=1e-5)
@@ -138,10 +139,10 @@ def test_pieces_equal_the_whole(device):
     """A prompt in pieces, one of them a single token, leaves the states of the prompt at once."""
     inputs = net_inputs(GROUP_3, 80, torch.float32, device)
     whole, pieces = clone(inputs), clone(inputs)
-    expected = kernels.gated_delta_net(**whole)
+    expected = gated_delta_net(**whole)
     results = []
     for piece in inputs["projected"].split((70, 1, 9)):
-        results.append(kernels.gated_delta_net(**pieces | {"projected": piece.contiguous()}))
+        results.append(gated_delta_net(**pieces | {"projected": piece.contiguous()}))
     assert relative_error(torch.cat(results), expected) < 1e-5
     for name in STATES:
         assert relative_error(pieces[name], whole[name]) < 1e-5
@@ -152,7 +153,7 @@ def test_pieces_equal_the_whole(device):
 def test_repeatable(tokens, dtype, device):
     inputs = net_inputs(WIDE, tokens, dtype, device)
     first, second = clone(inputs), clone(inputs)
-    assert torch.equal(kernels.gated_delta_net(**first), kernels.gated_delta_net(**second))
+    assert torch.equal(gated_delta_net(**first), gated_delta_net(**second))
     for name in STATES:
         assert torch.equal(first[name], second[name])
 

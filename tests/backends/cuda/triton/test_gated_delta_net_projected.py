@@ -8,7 +8,8 @@ from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.gated_delta_net import op as kernels
 from et_moe.backends.cuda.triton.linear import decode as linear_decode
-from et_moe.backends.cuda.triton.linear import op as linear
+from et_moe.backends.cuda.triton.linear.layout import prepack_linear
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 OPS = ["linear_w4a8", "linear_w4a16"]
 TAPS_2, TAPS_3 = (2, 1, 16, 32, 2), (1, 2, 16, 16, 3)
@@ -21,7 +22,7 @@ class Layer:
         net = net_inputs(shape, 1, dtype, device)
         n = net.pop("projected").shape[1]
         bundle = [t.to(device) for t in ops.quantize_w4(torch.randn(n, k) / k**0.5, group)]
-        self.bundle, self.packed = bundle, linear.prepack_linear(*bundle, group)
+        self.bundle, self.packed = bundle, prepack_linear(*bundle, group)
         self.norm = torch.randn(k).to(device, dtype) if norm else None
         self.op, self.group, self.k = op, group, k
         self.fused, self.composed, self.reference = net, clone(net), clone(net)
@@ -34,7 +35,7 @@ class Layer:
 
     def run_composed(self, x: torch.Tensor) -> torch.Tensor:
         """By the kernels of the two ops."""
-        y = getattr(linear, self.op)(x, *self.packed, self.group, self.norm, 1e-5)
+        y = TRITON_OPS[self.op](x, *self.packed, self.group, self.norm, 1e-5)
         return kernels.gated_delta_net(y, **self.composed, eps=1e-4)
 
     def run_reference(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ import torch
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
-from et_moe.backends.cuda.triton.embedding.op import embedding_w8
 from et_moe.backends.cuda.triton.linear import decode as linear_decode
-from et_moe.backends.cuda.triton.linear import op as linear
+from et_moe.backends.cuda.triton.linear.layout import prepack_linear
+from et_moe.backends.cuda.triton.linear.op import linear_w4a8
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 # Relative L2 error allowed against the reference with fp32 activations.
 TOLERANCE = {"linear_w4a8": 1e-5, "linear_w4a16": 2e-4}
@@ -23,13 +24,13 @@ def weights(n: int, k: int, group: int, device: torch.device):
     """A bundle's weight and scale, and the same as the kernels take it."""
     packed, scale = ops.quantize_w4(torch.randn(n, k), group)
     packed, scale = packed.to(device), scale.to(device)
-    return (packed, scale), linear.prepack_linear(packed, scale, group)
+    return (packed, scale), prepack_linear(packed, scale, group)
 
 
 def run(name, x, n, group, device, **options):
     """(result, reference) of one op."""
     bundle, prepacked = weights(n, x.shape[1], group, device)
-    got = getattr(linear, name)(x, *prepacked, group, **options)
+    got = TRITON_OPS[name](x, *prepacked, group, **options)
     assert got.dtype == x.dtype
     return got, getattr(ops, name)(x, *bundle, group, **options)
 
@@ -121,7 +122,7 @@ def test_w4a16_is_within_its_bound_of_an_outlier(device):
 def test_runs_repeat(name, m, device):
     packed = weights(64, 256, 128, device)[1]
     x = torch.randn(m, 256, device=device)
-    results = [getattr(linear, name)(x, *packed, 128) for _ in range(2)]
+    results = [TRITON_OPS[name](x, *packed, 128) for _ in range(2)]
     assert torch.equal(*results)
 
 
@@ -129,7 +130,7 @@ def test_runs_repeat(name, m, device):
 def test_prepack(k, group, device):
     """Unpacking the layout by its description gives back the weight and its scales."""
     packed, scale = ops.quantize_w4(torch.randn(24, k), group)
-    prepacked, pairs = linear.prepack_linear(packed, scale, group)
+    prepacked, pairs = prepack_linear(packed, scale, group)
     columns = 2 * prepacked.shape[1]
     half = next(h for h in (128, 64, 32) if columns % (2 * h) == 0)
     blocks = prepacked.unflatten(1, (-1, half))
@@ -159,22 +160,4 @@ def test_wrong_arguments(change, device):
     value = arguments[change]
     arguments[change] = 16 if change == "group_size" else value.narrow(-1, 0, value.shape[-1] - 1)
     with pytest.raises(ValueError, match=change):
-        linear.linear_w4a8(**arguments)
-
-
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embedding(dtype, m, device):
-    weight, scale = (t.to(device) for t in ops.quantize_w8(torch.randn(50, 96)))
-    ids = torch.randint(0, 50, (m,), device=device)
-    got = embedding_w8(ids, weight, scale, dtype)
-    expected = ops.embedding_w8(ids, weight, scale, dtype)
-    assert got.dtype == dtype
-    assert torch.equal(got, expected)
-
-
-def test_embedding_out_of_range(device):
-    weight, scale = (t.to(device) for t in ops.quantize_w8(torch.randn(50, 96)))
-    ids = torch.tensor([-1, 50, 3, 2**40], device=device)
-    got = embedding_w8(ids, weight, scale, torch.float32)
-    assert got[[0, 1, 3]].eq(0).all() and got[2].ne(0).any()
+        linear_w4a8(**arguments)

@@ -12,7 +12,9 @@ from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.moe import decode as moe_decode
 from et_moe.backends.cuda.triton.moe import op as moe
 from et_moe.backends.cuda.triton.moe import prefill as moe_prefill
+from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 from et_moe.backends.cuda.triton.moe.routing import route
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 NAMES = ["moe_w4a8", "moe_w4a16"]
 # Relative L2 error against the reference; a GPU's silu and sums differ in the last bits, and INT8
@@ -52,12 +54,12 @@ class Experts:
         draw = random_w4 if count > 64 else gaussian_w4
         w13, w2 = draw(count, 2 * inner, hidden, group), draw(count, hidden, inner, group)
         self.bundle = [t.to(device) for t in (*w13, *w2)]
-        self.prepacked = moe.prepack_experts(*self.bundle, group)
+        self.prepacked = prepack_experts(*self.bundle, group)
         self.count, self.hidden, self.group, self.device = count, hidden, group, device
 
     def run(self, name, x, weights, ids, residual=None):
         """(kernels' result, reference's)."""
-        got = getattr(moe, name)(x, *self.prepacked, weights, ids, self.group, residual)
+        got = TRITON_OPS[name](x, *self.prepacked, weights, ids, self.group, residual)
         assert got.dtype == x.dtype and got.shape == x.shape
         return got, getattr(ops, name)(x, *self.bundle, weights, ids, self.group, residual)
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.quantization import op as quantization
+from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 ROWS = [1, 2, 3, 15, 16, 17, 31, 64, 65, 129]
 
 
 def check(name: str, x: torch.Tensor, tile: int) -> None:
-    q, scale = getattr(quantization, name)(x, tile)
+    q, scale = TRITON_OPS[name](x, tile)
     expected_q, expected_scale = getattr(ops, name)(x, tile)
     assert q.dtype == torch.int8 and scale.dtype == torch.float32
     assert q.shape == expected_q.shape and scale.shape == expected_scale.shape
@@ -59,7 +59,7 @@ def test_denormal_rows(device):
 @pytest.mark.parametrize("name", ["quantize_int8", "silu_quantize_int8"])
 def test_repeatable(name, device):
     x = torch.randn(65, 256, device=device, dtype=torch.bfloat16)
-    first, second = (getattr(quantization, name)(x, 64) for _ in range(2))
+    first, second = (TRITON_OPS[name](x, 64) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 

@@ -1,11 +1,15 @@
-"""The layout of prepacked expert weights, and what `prepack_experts` refuses."""
+"""The layouts of prepacked weights, and what `prepack_experts` refuses."""
+
+import hashlib
 
 import pytest
 import torch
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.moe import layout as prepack
-from et_moe.backends.cuda.triton.moe.layout import PREPACK_VERSION, prepack_experts
+from et_moe.backends.cuda.triton.common import int4_packing
+from et_moe.backends.cuda.triton.linear import layout as linear
+from et_moe.backends.cuda.triton.moe import layout as moe
+from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 
 SHAPES = [(3, 256, 128, 128), (2, 64, 32, 32), (2, 320, 192, 64), (1, 96, 160, 32)]
 
@@ -57,13 +61,36 @@ def test_experts_are_independent():
 def test_pieces_make_up_the_whole(monkeypatch):
     weights = experts(5, 256, 128, 128)
     whole = prepack_experts(*weights, 128)
-    monkeypatch.setattr(prepack, "_PIECE", 2 * weights[0][0].numel())
+    monkeypatch.setattr(int4_packing, "_PIECE", 2 * weights[0][0].numel())
     for tensor, expected in zip(prepack_experts(*weights, 128), whole, strict=True):
         assert torch.equal(tensor, expected)
 
 
-def test_version_is_recorded():
-    assert isinstance(PREPACK_VERSION, int)
+def digest(*tensors: torch.Tensor) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def counting(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    numbers = torch.arange(torch.Size(shape).numel()) * 37 % 251
+    return numbers.reshape(shape).to(dtype)
+
+
+def test_a_version_names_one_layout():
+    """Whoever changes a layout gives it a new version; files of the old one are refused then."""
+    scale = torch.bfloat16
+    experts = prepack_experts(
+        counting(2, 384, 96),
+        counting(2, 384, 3, dtype=scale),
+        counting(2, 192, 96),
+        counting(2, 192, 3, dtype=scale),
+        64,
+    )
+    assert (moe.LAYOUT_VERSION, digest(*experts)) == (1, "b95060e3de49250c")
+    layer = linear.prepack_linear(counting(6, 144), counting(6, 9, dtype=scale), 32)
+    assert (linear.LAYOUT_VERSION, digest(*layer)) == (2, "4911c5c0d4290002")
 
 
 @pytest.mark.parametrize(

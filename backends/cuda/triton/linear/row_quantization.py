@@ -9,30 +9,24 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.quantization.op import int8_scale, round_int8
+from et_moe.backends.cuda.triton.common.int8 import compute_int8_scale, round_to_int8
+from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
 
 
 @triton.jit
-def normed(x, norm_weight, mean_square, eps, DTYPE: tl.constexpr):
-    """fp32 x -> x * rsqrt(mean_square + eps) * (1 + norm_weight), rounded to DTYPE, as fp32."""
-    y = x * tl.rsqrt(mean_square + eps) * (1.0 + norm_weight.to(tl.float32))
-    return y.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
-def quantized(x, PLANES: tl.constexpr):
-    """Tiles fp32 `[R, TILE]` -> r int32 `[R, TILE]` (for `plane_of`) and scales fp32 `[R]`."""
-    inverse, scale = int8_scale(tl.max(tl.abs(x), axis=1))
+def quantize_tiles(x, PLANES: tl.constexpr):
+    """Tiles fp32 `[R, TILE]` -> r int32 `[R, TILE]` (for `take_plane`) and scales fp32 `[R]`."""
+    inverse, scale = compute_int8_scale(tl.max(tl.abs(x), axis=1))
     if PLANES == 2:
         inverse, scale = inverse * 128.0, scale * 0.0078125
-    return round_int8(x * inverse[:, None]), scale
+    return round_to_int8(x * inverse[:, None]), scale
 
 
 @triton.jit
-def plane_of(r, PLANE: tl.constexpr, PLANES: tl.constexpr):
+def take_plane(r, PLANE: tl.constexpr, PLANES: tl.constexpr):
     """int32 whose low byte is an INT8 plane of quantized values r: r itself, or q1 (0) or q0 (1).
 
-    Of r, as from `quantized`, the low 8 or 15 bits count.
+    Of r, as from `quantize_tiles`, the low 8 or 15 bits count.
     """
     if PLANES == 1:
         return r
@@ -68,9 +62,9 @@ def quantize_rows_kernel(
     if norm_weight is not None:
         mean_square = tl.sum(tl.sum(value * value, axis=1), axis=0) / K
         gain = tl.load(norm_weight + column, mask=column < K, other=0.0)
-        value = normed(value, gain, mean_square, eps, x.dtype.element_ty)
-    r, tile_scale = quantized(value, PLANES)
+        value = apply_rms_norm(value, gain, mean_square, eps, x.dtype.element_ty)
+    r, tile_scale = quantize_tiles(value, PLANES)
     for plane in tl.static_range(PLANES):
         target = q + (plane * PADDED_M + row).to(tl.int64) * PADDED_K + column
-        tl.store(target, plane_of(r, plane, PLANES).to(tl.int8), mask=column < PADDED_K)
+        tl.store(target, take_plane(r, plane, PLANES).to(tl.int8), mask=column < PADDED_K)
     tl.store(scale + tile * PADDED_M + row, tile_scale * SCALE_FACTOR, mask=tile * TILE < PADDED_K)
