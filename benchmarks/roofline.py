@@ -8,7 +8,6 @@ count, those of INT8 rows do not.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +15,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
+from et_moe.backends.cuda.triton.linear.decode import supports_k
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.pipeline.models import load_config, parse_config
-
-DECODE_TOKENS = 16
-"""Up to here the router and the experts run their kernels for few tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ def linear(name: str, m: int, k: int, n: int, residual: bool, group: int = 128) 
     weights = n * k / 2 + n * k / group * 2
     outside = 2 * m * (k + n + (n if residual else 0))
     operations = 2.0 * m * n * k
-    if m == 1 and k % 256 == 0 and math.log2(k // 256).is_integer():
+    if m == 1 and supports_k(k):
         return [Kernel(name, weights + outside, operations)]
     return [
         Kernel(f"{name}: quantize", 3 * m * k),

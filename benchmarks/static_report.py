@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -33,11 +32,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language import target_info
 
-from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.gpu import ARCHS, GPUS, gpu_for, ptxas_environment
 from et_moe.backends.cuda.ptx import load_widths, read_early
 from et_moe.backends.cuda.triton import tuning
 from et_moe.backends.cuda.triton.cases.launches import Launch, record_launches
+from et_moe.backends.cuda.triton.cases.lookups import record_lookups
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase
 from et_moe.backends.cuda.triton.cases.table import OP_CASES
 
@@ -121,25 +120,27 @@ def collect(cases: list[OpCase]) -> tuple[dict[Job, Demands], set[tuple[str, str
     reached = set()
     for case in cases:
         for names in targets():
-            tokens = set(case.tokens)
-            if len(tokens) > 1:
-                for table in case.tables:
-                    tokens |= _bucket_tokens(_entries(table, names)[1])
-            for m in sorted(tokens):
-                with _lookups(names) as seen, record_launches() as launches:
-                    case.op(**case.arguments(m, torch.device("meta")))
-                reached |= seen
-                for launch in launches:
-                    _demand(jobs[job_of(launch, names[-1])], case, launch.name, m)
+            with tuning.tuning_target(*names), record_lookups() as lookups:
+                for m in sorted(_tokens(case)):
+                    with record_launches() as launches:
+                        case.op(**case.arguments(m, torch.device("meta")))
+                    for launch in launches:
+                        _demand(jobs[job_of(launch, names[-1])], case, launch.name, m)
+            reached |= {(lookup.table, lookup.gpu, lookup.index) for lookup in lookups}
     return dict(jobs), reached
 
 
-def _bucket_tokens(entries: list[dict]) -> set[int]:
-    """A number of tokens in each bucket, odd where possible: no divisibility must be relied on."""
-    tokens, below = set(), 0
-    for bound in (entry["max_m"] or PREFILL_TOKENS for entry in entries):
-        tokens.add(bound - 1 if bound % 2 == 0 and bound - 1 > below else bound)
-        below = bound
+def _tokens(case: OpCase) -> set[int]:
+    """The case's numbers of tokens, and one for each entry of its tables, odd where possible: no
+    divisibility must be relied on."""
+    tokens = set(case.tokens)
+    tables = [tuning.read_table(name) for name in case.tables] if len(tokens) > 1 else []
+    for table in (table for table in tables if table.key == "tokens"):
+        below = 0
+        for entry in table.entries[tuning.find_gpu(table)]:
+            bound = entry.bound or PREFILL_TOKENS
+            tokens.add(bound - 1 if bound % 2 == 0 and bound - 1 > below else bound)
+            below = bound
     return tokens
 
 
@@ -151,39 +152,12 @@ def _demand(demands: Demands, case: OpCase, kernel: str, m: int) -> None:
         demands.wgmma |= m == PREFILL_TOKENS
 
 
-def _entries(table: str, names: tuple[str, ...]) -> tuple[str, list[dict]]:
-    found = tuning.configurations(table)
-    name = next(n for n in (*names, "default") if n in found)
-    return name, found[name]
-
-
-@contextlib.contextmanager
-def _lookups(names: tuple[str, ...]):
-    """Looks configurations up for a target and records which entries were used."""
-    seen, lookup = set(), tuning.tuned
-
-    def recorder(table, m):
-        config = lookup(table, m)
-        name, entries = _entries(table, names)
-        index = next(i for i, e in enumerate(entries) if e["max_m"] is None or m <= e["max_m"])
-        seen.add((table, name, index))
-        return config
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(tuning.tuning_target(*names))
-        for name, module in list(sys.modules.items()):
-            if name.startswith(kernels.__name__) and vars(module).get("tuned") is lookup:
-                stack.callback(setattr, module, "tuned", lookup)
-                module.tuned = recorder
-        yield seen
-
-
 def all_entries() -> set[tuple[str, str, int]]:
     """Every entry of every tuning table."""
     return {
-        (path.stem, name, index)
-        for path in Path(tuning.__file__).parent.glob("*.json")
-        for name, entries in tuning.configurations(path.stem).items()
+        (path.stem, gpu, index)
+        for path in tuning.FOLDER.glob("*.json")
+        for gpu, entries in tuning.read_table(path.stem).entries.items()
         for index in range(len(entries))
     }
 

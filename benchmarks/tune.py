@@ -2,31 +2,30 @@
 
     python -m et_moe.benchmarks.tune --tables linear_w4a8,linear_gemv
 
-For every table, and every bucket that the cases of its ops look up, each candidate configuration
-(and the one in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are
+For every table, and every size by which the cases of its ops look it up, each candidate (and the
+configuration in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are
 compiled first, on all cores, into Triton's cache: that takes longer than the timing. Kernels are
 launched as in a program, where one call's weights are under way before the call before it ends.
 """
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
 import torch
 import typer
 
-from et_moe.backends.cuda import triton as kernels
 from et_moe.backends.cuda.triton import tuning
 from et_moe.backends.cuda.triton.cases.launches import record_launches
+from et_moe.backends.cuda.triton.cases.lookups import record_lookups
 from et_moe.backends.cuda.triton.cases.op_case import OpCase
 from et_moe.backends.cuda.triton.cases.table import OP_CASES, TUNING_CANDIDATES
 from et_moe.benchmarks.gpu_timing import launched_as_in_programs, microseconds, require_gpu, rotated
@@ -34,43 +33,29 @@ from et_moe.benchmarks.gpu_timing import launched_as_in_programs, microseconds, 
 DEFAULT_TOKENS = "1,2,4,8,16,64,256,1024,4095"
 
 
-def lookups(case: OpCase, m: int) -> set[tuple[str, int]]:
-    """(table, value) of the configurations that a case with m tokens looks up."""
-    seen, original = set(), tuning.tuned
-
-    def recorder(table: str, value: int) -> dict[str, int]:
-        seen.add((table, value))
-        return original(table, value)
-
-    with contextlib.ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith(kernels.__name__) and vars(module).get("tuned") is original:
-                stack.enter_context(mock.patch.object(module, "tuned", recorder))
-        with record_launches():
-            case.op(**case.arguments(m, torch.device("meta")))
-    return seen
-
-
 def uses(table: str, counts: list[int]) -> dict[int, list]:
-    """Value -> (case, tokens) that look up a configuration of `table` for it."""
+    """Size -> (case, tokens) that look up a configuration of `table` for it."""
     users = collections.defaultdict(list)
     for case in (case for case in OP_CASES if table in case.tables):
         for m in counts if len(case.tokens) > 1 else case.tokens:
-            for value in (v for name, v in lookups(case, m) if name == table):
-                users[value].append((case, m))
+            with record_lookups() as lookups, record_launches():
+                case.op(**case.arguments(m, torch.device("meta")))
+            for size in {lookup.size for lookup in lookups if lookup.table == table}:
+                users[size].append((case, m))
     return users
 
 
 @contextlib.contextmanager
 def configured(table: str, config: dict[str, int]):
     """Every lookup in `table` gives `config`."""
-    original = tuning.configurations
+    original = tuning.read_table
 
-    def changed(name: str) -> dict[str, list[dict]]:
-        entry = {"max_m": None, "config": config}
-        return {"default": [entry]} if name == table else original(name)
+    def changed(name: str) -> tuning.Table:
+        found = original(name)
+        only = {"default": [tuning.Entry(None, config)]}
+        return tuning.Table(found.key, only) if name == table else found
 
-    with mock.patch.object(tuning, "configurations", changed):
+    with mock.patch.object(tuning, "read_table", changed):
         yield
 
 
@@ -100,9 +85,9 @@ def compile_all(jobs: list[tuple[str, dict, str, int]]) -> None:
             print("the compiler crashed: what is missing is compiled when it is timed")
 
 
-def best(table: str, value: int, candidates: list[dict], inputs: list) -> tuple[dict, float, float]:
+def best(table: str, size: int, candidates: list[dict], inputs: list) -> tuple[dict, float, float]:
     """(the fastest configuration, its time, the time of the one in use), summed over `inputs`."""
-    current = tuning.tuned(table, value)
+    current = tuning.find_config(table, **{tuning.read_table(table).key: size})
     times = []
     for config in [current, *(c for c in candidates if c != current)]:
         total = 0.0
@@ -116,35 +101,41 @@ def best(table: str, value: int, candidates: list[dict], inputs: list) -> tuple[
         times.append((total, config))
         print(f"  {config}: {total:.2f} us")
     if not times:
-        raise RuntimeError(f"{table}: no configuration runs for {value}")
+        raise RuntimeError(f"{table}: no configuration runs for {size}")
     time, config = min(times, key=lambda item: item[0])
     return config, time, times[0][0]
 
 
-def merge(found: dict[int, dict]) -> list[dict]:
-    """Table entries from value -> configuration; neighbours that agree become one."""
-    entries: list[dict] = []
-    for value, config in sorted(found.items()):
-        if entries and entries[-1]["config"] == config:
-            entries[-1]["max_m"] = value
-        else:
-            entries.append({"max_m": value, "config": config})
-    entries[-1]["max_m"] = None
+def merge(found: dict[int, dict]) -> list[tuning.Entry]:
+    """Entries from size -> configuration; neighbours that agree become one."""
+    entries: list[tuning.Entry] = []
+    for size, config in sorted(found.items()):
+        if entries and entries[-1].config == config:
+            entries.pop()
+        entries.append(tuning.Entry(size, config))
+    entries[-1] = dataclasses.replace(entries[-1], bound=None)
     return entries
 
 
-def save(table: str, gpu: str, entries: list[dict]) -> None:
-    """Writes the entries of one GPU, one line each, leaving the others as they are."""
-    path = Path(tuning.__file__).with_name(f"{table}.json")
-    content = json.loads(path.read_text()) | {gpu: entries}
+def format_table(table: tuning.Table) -> str:
+    """The JSON text of a table, one line an entry."""
     blocks = []
-    for name, rows in content.items():
-        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-        blocks.append(f"  {json.dumps(name)}: [\n{lines}\n  ]")
+    for gpu, entries in table.entries.items():
+        rows = ({f"max_{table.key}": entry.bound, "config": entry.config} for entry in entries)
+        lines = ",\n".join(f"      {json.dumps(row)}" for row in rows)
+        blocks.append(f"    {json.dumps(gpu)}: [\n{lines}\n    ]")
+    entries = "{\n" + ",\n".join(blocks) + "\n  }"
+    return f'{{\n  "key": {json.dumps(table.key)},\n  "entries": {entries}\n}}\n'
+
+
+def save(name: str, gpu: str, entries: list[tuning.Entry]) -> None:
+    """Writes the entries of one GPU, leaving the others as they are."""
+    table, path = tuning.read_table(name), tuning.FOLDER / f"{name}.json"
+    changed = dataclasses.replace(table, entries=table.entries | {gpu: entries})
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    temporary.write_text(format_table(changed))
     temporary.rename(path)
-    tuning.configurations.cache_clear()
+    tuning.read_table.cache_clear()
 
 
 def main(
@@ -173,12 +164,12 @@ def main(
     )
     for table, users in work.items():
         found = {}
-        for value, calls in sorted(users.items()):
-            print(f"{table}, {value}:")
+        for size, calls in sorted(users.items()):
+            print(f"{table}, {size}:")
             inputs = [(c, rotated(lambda c=c, m=m: c.arguments(m, device), l2)) for c, m in calls]
-            config, time, before = best(table, value, TUNING_CANDIDATES[table], inputs)
-            print(f"{table}, {value}: {before:.2f} -> {time:.2f} us with {config}", flush=True)
-            found[value] = config
+            config, time, before = best(table, size, TUNING_CANDIDATES[table], inputs)
+            print(f"{table}, {size}: {before:.2f} -> {time:.2f} us with {config}", flush=True)
+            found[size] = config
         if found and not dry_run:
             save(table, gpu, merge(found))
 

@@ -15,6 +15,8 @@ from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
 from et_moe.backends.cuda.triton.cases.launches import Launch, record_launches
+from et_moe.backends.cuda.triton.linear.layout import prepack_linear
+from et_moe.backends.cuda.triton.linear.op import linear_w4a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.models import parse_config
@@ -83,6 +85,20 @@ def test_a_layer_of_decode_has_at_most_ten_launches(roofline):
     full = parse_config({"model_type": "qwen3_5_moe"})
     for kind in set(full.layer_types):
         assert len(roofline.layer(kind, 1, full, context=4096)) <= 10
+
+
+@pytest.mark.parametrize("k", [128, 256, 512, 768, 1024, 2048, 4096, 8192, 16384])
+def test_a_row_of_any_length_launches_what_it_costs(k):
+    """The matrix-vector kernel takes rows of some lengths only, up to 8192 columns."""
+    from et_moe.benchmarks import roofline
+
+    device, n = torch.device("meta"), 64
+    weight = torch.empty((n, k // 2), dtype=torch.uint8, device=device)
+    scale = torch.empty((n, k // 128), dtype=torch.bfloat16, device=device)
+    x = torch.empty((1, k), dtype=torch.bfloat16, device=device)
+    with record_launches() as recorded:
+        linear_w4a8(x, *prepack_linear(weight, scale, 128), 128)
+    assert len(recorded) == len(roofline.linear("x", 1, k, n, residual=False))
 
 
 def test_bytes_are_those_of_the_weights(roofline):

@@ -14,7 +14,7 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Ten
     heads, dim = shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]
     out = qkv.new_empty((1, heads * dim))
     table = "attention_decode" if qkv.element_size() == 2 else "attention_decode_fp32"
-    config = tuned(table, shape["CAPACITY"])
+    config = find_config(table, capacity=shape["CAPACITY"])
     splits = {n: config[n] for n in ("SPLITS", "BLOCK_N")}
     partial = qkv.new_empty((config["SPLITS"], heads, dim), dtype=torch.float32)
     top = qkv.new_empty((config["SPLITS"], heads), dtype=torch.float32)
@@ -171,7 +171,7 @@ def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Ten
     rows = max(16, triton.next_power_of_2(shape["GROUP"]))
     grid = (config["SPLITS"], shape["KV_HEADS"])
     launch(_decode_kernel, grid, *inputs, partial, top, total, ROWS=rows, **shape, **config)
-    config = tuned("attention_combine", 1)
+    config = find_config("attention_combine", tokens=1)
     config["BLOCK_D"] = min(config["BLOCK_D"], dim)
     grid = (heads, dim // config["BLOCK_D"])
     joined = {"HEADS": heads, "DIM": dim, **splits, **config}

@@ -14,7 +14,7 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -192,12 +192,12 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
     tokens, heads, dim = qkv.shape[0], shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]
     out = qkv.new_empty((tokens, heads * dim))
     q = qkv.new_empty((heads, tokens, dim))
-    config = tuned("attention_append", tokens)
+    config = find_config("attention_append", tokens=tokens)
     rows = triton.next_power_of_2(shape["GROUP"])
     grid = (tokens, shape["KV_HEADS"])
     launch(_append_kernel, grid, *inputs, q, tokens, ROWS=rows, **shape, **config)
     table = "attention_prefill" if qkv.element_size() == 2 else "attention_prefill_fp32"
-    config = tuned(table, tokens)
+    config = find_config(table, tokens=tokens)
     launch(
         _flash_kernel,
         (heads, cdiv(tokens, config["BLOCK_M"])),

@@ -8,7 +8,7 @@ from et_moe.backends.cuda.triton.common.dependent_launch import start_next, wait
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def causal_conv1d(
     """See `et_moe.backends.ops.causal_conv1d`. Columns of x past the channels are ignored."""
     tokens, (channels, taps) = x.shape[0], weight.shape
     out = x.new_empty((tokens, channels))
-    config = tuned("causal_conv1d", tokens)
+    config = find_config("causal_conv1d", tokens=tokens)
     config["BLOCK_T"] = max(config["BLOCK_T"], triton.next_power_of_2(taps - 1))
     launch(
         _causal_conv1d_kernel,

@@ -29,7 +29,7 @@ from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES, prepare_kernel
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 LOG_CHUNK = {2: 6, 4: 4}
 """Base-2 logarithm of the tokens of a chunk, by bytes of an element: fp32 takes more registers."""
@@ -240,11 +240,11 @@ def chunk_gated_delta(
     rows |= {"RAW_GATES": found.gated}
     arguments = (q, k, found.b, found.a, found.a_log, found.dt_bias, num_tokens)
     arguments += (squares, factors)
-    config = tuned("gated_delta_prepare", tokens)
+    config = find_config("gated_delta_prepare", tokens=tokens)
     launch(prepare_kernel, (chunks, heads), *arguments, tokens, **shape, **rows, **config)
 
     table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"
-    config = tuned(table, tokens)
+    config = find_config(table, tokens=tokens)
     config["BLOCK_V"] = min(config["BLOCK_V"], max(value_dim // 2, 16))
     grid = (value_dim // config["BLOCK_V"], heads)
     rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "HEADS": heads, "DV": value_dim}
@@ -254,7 +254,7 @@ def chunk_gated_delta(
         arguments = (found.z, found.norm_weight, num_tokens, out)
         rows = {"Z_ROW": found.z.stride(0), "Z_COLUMN": found.z_column, "HEADS": heads}
         rows |= {"DV": value_dim, "EPS": found.eps}
-        config = tuned("gated_delta_norm", tokens)
+        config = find_config("gated_delta_norm", tokens=tokens)
         grid = (cdiv(tokens * heads, config["ROWS"]),)
         launch(_norm_kernel, grid, *arguments, tokens, **counted, **rows, **config)
     return out

@@ -10,7 +10,7 @@ from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.gated_delta_net.chunk import Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import delta_gates
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def step_gated_delta(
     out = qkv[0].new_empty((1, values))
     found = find_gates(gates, columns[1] + values, values, heads)
     block = value_dim if found.gated else min(value_dim, 32)
-    config = tuned("gated_delta_step", key_dim * block)
+    config = find_config("gated_delta_step", state_elements=key_dim * block)
     launch(
         _step_kernel,
         (heads, value_dim // block),

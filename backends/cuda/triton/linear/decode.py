@@ -24,7 +24,7 @@ from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
 from et_moe.backends.cuda.triton.common.store_once import store_once
 from et_moe.backends.cuda.triton.linear.layout import scale_pair
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_tiles, take_plane
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def linear_decode(
             takes the place of the first C columns, or None.
     """
     n, blocks = weight.shape[0], weight.shape[1] // 128
-    config = tuned("linear_gemv", n)
+    config = find_config("linear_gemv", out_features=n)
     block_n = min(config.pop("BLOCK_ROWS") // blocks, power_of_two(n))
     repeat = min(config.pop("REPEAT"), power_of_two(n // block_n))
     conv_weight, conv_state = (None, None) if conv is None else conv

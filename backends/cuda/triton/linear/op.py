@@ -15,7 +15,7 @@ from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
 from et_moe.backends.cuda.triton.linear.decode import linear_decode, power_of_two, supports_k
 from et_moe.backends.cuda.triton.linear.layout import half_block, scale_pair
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows_kernel
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE, GROUP_SIZES
 
 
@@ -108,7 +108,7 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
     x = x.contiguous()
     if is_one(m) and supports_k(k):
         return linear_decode(x, weight, scale, group_size, norm_weight, eps, residual, planes)
-    config = tuned(f"linear_w4a{8 * planes}", m)
+    config = find_config(f"linear_w4a{8 * planes}", tokens=m)
     block_m = config["BLOCK_M"]
     config["BLOCK_N"] = min(config["BLOCK_N"], power_of_two(n))
     half = half_block(padded_k)

@@ -21,7 +21,7 @@ from et_moe.backends.cuda.triton.moe.decode_dot import (
     rows_of,
     sum_rows,
 )
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 
@@ -172,7 +172,7 @@ def moe_decode(
     topk_ids = topk_ids.contiguous()
 
     inner = x.new_empty((tokens * slots, inner_dim), dtype=torch.float32 if int8 else x.dtype)
-    config = tuned(f"{table}_decode_gate_up", tokens)
+    config = find_config(f"{table}_decode_gate_up", tokens=tokens)
     config["BLOCK_T"] = min(config["BLOCK_T"], triton.next_power_of_2(cdiv(hidden, 128)))
     launch(
         _decode_gate_up_kernel,
@@ -193,7 +193,7 @@ def moe_decode(
         **config,
     )
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    config = tuned(f"{table}_decode_down", tokens)
+    config = find_config(f"{table}_decode_down", tokens=tokens)
     steps = slots * inner_dim // 128
     config["BLOCK_T"] = min(config["BLOCK_T"], triton.next_power_of_2(steps))
     launch(

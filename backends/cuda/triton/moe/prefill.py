@@ -16,7 +16,7 @@ from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.moe.grouped_step import grouped_step, steps, weight_scales
 from et_moe.backends.cuda.triton.moe.routing import route, sum_slots
 from et_moe.backends.cuda.triton.quantization.op import quantize_int8
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 
@@ -234,7 +234,7 @@ def moe_prefill(
     inner, hidden_up = inner_blocks * 64, w2.shape[1] * 64
     table = "moe_w4a8" if int8 else "moe_w4a16"
     tile, inner_tile = (ACTIVATION_TILE, expert_activation_tile(inner)) if int8 else (0, 0)
-    config = tuned(f"{table}_route", tokens)
+    config = find_config(f"{table}_route", tokens=tokens)
     rows, block_experts = route(topk_ids, experts, config)
     block_m, num_blocks = config["BLOCK_M"], block_experts.shape[0]
 
@@ -243,7 +243,7 @@ def moe_prefill(
     if int8:
         source, scale = quantize_int8(source, tile)
         inner_scale = scale.new_empty((num_blocks, inner // inner_tile, block_m))
-    config = tuned(f"{table}_gate_up", tokens)
+    config = find_config(f"{table}_gate_up", tokens=tokens)
     launch(
         _gate_up_kernel,
         (num_blocks * (inner // 64),),
@@ -264,7 +264,7 @@ def moe_prefill(
         BLOCK_M=block_m,
         **config,
     )
-    config = tuned(f"{table}_down", tokens)
+    config = find_config(f"{table}_down", tokens=tokens)
     config["BLOCK_N"] = _divisor(hidden_up, config["BLOCK_N"])
     config["REPEAT"] = _divisor(hidden_up // config["BLOCK_N"], config["REPEAT"])
     span = config["BLOCK_N"] * config["REPEAT"]

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def sum_slots(
     """
     tokens, slots = topk_ids.shape
     hidden = parts.shape[1]
-    config = tuned("moe_sum_slots", tokens)
+    config = find_config("moe_sum_slots", tokens=tokens)
     config["BLOCK"] = max(config["BLOCK"], span)
     launch(
         _sum_slots_kernel,

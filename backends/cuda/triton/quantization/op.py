@@ -8,7 +8,7 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.int8 import compute_int8_scale, round_to_int8
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _quantize(x: torch.Tensor, columns: int, tile: int) -> tuple[torch.Tensor, t
     rows, tiles = x.shape[0], cdiv(columns, tile)
     q = x.new_empty((rows, columns), dtype=torch.int8)
     scale = x.new_empty((rows, tiles), dtype=torch.float32)
-    config = tuned("quantize_int8", rows)
+    config = find_config("quantize_int8", tokens=rows)
     grid = (cdiv(rows * tiles, config["BLOCK"]),)
     launch(
         _quantize_kernel,

@@ -15,7 +15,7 @@ from et_moe.backends.cuda.triton.common.float_order import from_order_key, to_or
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
 from et_moe.backends.cuda.triton.common.tokens import is_decode
-from et_moe.backends.cuda.triton.tuning import tuned
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -183,14 +183,14 @@ def moe_router(
     shape = {"ROWS": experts + 1, "H": hidden}
     norm = {"BLOCK_H": triton.next_power_of_2(hidden)}
     if is_decode(m):
-        config = tuned("router_decode", m)
+        config = find_config("router_decode", tokens=m)
         grid = (cdiv(experts + 1, config["BLOCK_E"]), m)
         arguments = (x, norm_weight, weight, normed_x, logits, eps)
         launch(_decode_logits_kernel, grid, *arguments, **shape, **norm, **config)
     else:
         arguments = (x, norm_weight, weight.select(0, experts), normed_x, logits, eps)
         launch(_norm_gate_kernel, (m,), *arguments, **shape, **norm, num_warps=4)
-        config = tuned("router_prefill", m)
+        config = find_config("router_prefill", tokens=m)
         grid = (cdiv(m, config["BLOCK_M"]), cdiv(experts, config["BLOCK_E"]))
         launch(_prefill_logits_kernel, grid, normed_x, weight, logits, m, **shape, **config)
     topk_weights = x.new_empty((m, top_k + num_shared), dtype=torch.float32)

@@ -1,5 +1,7 @@
 """Kernels run under Triton's interpreter on the CPU, or for real where there is a GPU."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,35 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from et_moe.backends.cuda.triton import tuning
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tensors of a kernel test live."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def reconfigure(monkeypatch) -> Callable[..., None]:
+    """`reconfigure(part, **changes)`: changes of the configurations of tables named with `part`."""
+
+    def change(part: str, **changes: int) -> None:
+        original = tuning.read_table
+
+        def changed(name: str) -> tuning.Table:
+            table = original(name)
+            if part not in name:
+                return table
+            entries = {
+                gpu: [tuning.Entry(entry.bound, entry.config | changes) for entry in rows]
+                for gpu, rows in table.entries.items()
+            }
+            return tuning.Table(table.key, entries)
+
+        monkeypatch.setattr(tuning, "read_table", changed)
+
+    return change
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ import triton
 import triton.language as tl
 
 from et_moe.backends import ops
-from et_moe.backends.cuda.triton.attention import decode as attention_decode
-from et_moe.backends.cuda.triton.attention import prefill as attention_prefill
 from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.attention.rope import sincos
 from et_moe.backends.cuda.triton.cases.launches import record_launches
@@ -68,15 +66,9 @@ def check(inputs: dict, valid: int | None = None) -> None:
 
 
 @pytest.fixture
-def few_splits(monkeypatch):
+def few_splits(reconfigure):
     """Few enough that one split has several tiles, and the interpreter little to do."""
-    config = {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4}
-    original = attention_decode.tuned
-
-    def tuned(table, m):
-        return dict(config) if table.startswith("attention_decode") else original(table, m)
-
-    monkeypatch.setattr(attention_decode, "tuned", tuned)
+    reconfigure("attention_decode", SPLITS=4, BLOCK_N=16, num_warps=4)
 
 
 @pytest.mark.usefixtures("few_splits")
@@ -100,15 +92,9 @@ def test_decode_counted(valid, device):
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(reconfigure):
     """Several tiles of queries and keys within a short prompt."""
-    config = {"BLOCK_M": 32, "BLOCK_N": 16, "STAGES": 1, "num_warps": 4}
-    original = attention_prefill.tuned
-
-    def tuned(table, m):
-        return dict(config) if table.startswith("attention_prefill") else original(table, m)
-
-    monkeypatch.setattr(attention_prefill, "tuned", tuned)
+    reconfigure("attention_prefill", BLOCK_M=32, BLOCK_N=16, STAGES=1, num_warps=4)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -7,7 +7,6 @@ from test_gated_delta_net import GROUP_3, STATES, TOLERANCE, clone, net_inputs, 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.gated_delta_net import op as kernels
-from et_moe.backends.cuda.triton.linear import decode as linear_decode
 from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 
@@ -70,9 +69,8 @@ def test_sizes(shape, group, op, device):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("rows,span,repeat", [(16, 1, 1), (32, 2, 2), (32, 1, 4), (128, 4, 1)])
-def test_several_blocks_per_program(rows, span, repeat, op, monkeypatch, device):
-    config = {"BLOCK_ROWS": rows, "SPAN": span, "REPEAT": repeat, "num_warps": 4}
-    monkeypatch.setattr(linear_decode, "tuned", lambda table, m: dict(config))
+def test_several_blocks_per_program(rows, span, repeat, op, reconfigure, device):
+    reconfigure("linear_gemv", BLOCK_ROWS=rows, SPAN=span, REPEAT=repeat, num_warps=4)
     check(Layer(GROUP_3, op, 512, 128, torch.float32, device, norm=False))
 
 

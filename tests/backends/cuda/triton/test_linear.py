@@ -5,7 +5,6 @@ import torch
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
-from et_moe.backends.cuda.triton.linear import decode as linear_decode
 from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.linear.op import linear_w4a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
@@ -70,9 +69,8 @@ def test_outputs(m, n, device):
 @pytest.mark.parametrize("name", TOLERANCE)
 @pytest.mark.parametrize("group", ops.GROUP_SIZES)
 @pytest.mark.parametrize("span", [1, 2, 4])
-def test_several_blocks_per_program(span, group, name, monkeypatch, device):
-    config = {"BLOCK_ROWS": 32, "SPAN": span, "REPEAT": 4, "num_warps": 4}
-    monkeypatch.setattr(linear_decode, "tuned", lambda table, m: dict(config))
+def test_several_blocks_per_program(span, group, name, reconfigure, device):
+    reconfigure("linear_gemv", BLOCK_ROWS=32, SPAN=span, REPEAT=4, num_warps=4)
     got, expected = run(name, torch.randn(1, 1024, device=device), 150, group, device)
     assert relative_error(got, expected) < TOLERANCE[name]
 

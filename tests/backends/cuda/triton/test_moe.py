@@ -9,9 +9,7 @@ import torch
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
-from et_moe.backends.cuda.triton.moe import decode as moe_decode
 from et_moe.backends.cuda.triton.moe import op as moe
-from et_moe.backends.cuda.triton.moe import prefill as moe_prefill
 from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 from et_moe.backends.cuda.triton.moe.routing import route
 from et_moe.backends.cuda.triton.table import TRITON_OPS
@@ -24,11 +22,10 @@ DTYPES = [(torch.float32, TOLERANCE), (torch.bfloat16, 0.003)]
 
 
 @pytest.fixture(autouse=True)
-def _few_programs(monkeypatch, device):
+def _few_programs(reconfigure, device):
     """The interpreter takes its time per program, whatever the size: make them large."""
     if device.type == "cpu":
-        tuned = moe_decode.tuned
-        monkeypatch.setattr(moe_decode, "tuned", lambda *a: {**tuned(*a), "BLOCK_N": 64})
+        reconfigure("_decode_", BLOCK_N=64)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -201,14 +198,10 @@ def test_repeatable(tokens, device):
 
 
 @pytest.mark.parametrize("block_m", [32, 64, 128])
-def test_blocks_of_pairs(block_m, monkeypatch, device):
+def test_blocks_of_pairs(block_m, reconfigure, device):
     """Every size of block that a tuning table may name."""
     experts = Experts(3, 128, 64, 64, device)
-    tuned = moe_prefill.tuned
-    larger = {"BLOCK_M": block_m}
-    monkeypatch.setattr(
-        moe_prefill, "tuned", lambda t, m: {**tuned(t, m), **(larger if "route" in t else {})}
-    )
+    reconfigure("_route", BLOCK_M=block_m)
     got, expected = experts.run("moe_w4a8", *experts.inputs(70, 2))
     assert relative_error(got, expected) < TOLERANCE
 

@@ -1,0 +1,41 @@
+"""The tuner's parts that need no GPU: which sizes it tunes for, and the tables that it writes."""
+
+import pytest
+
+from et_moe.backends.cuda.triton import tuning
+from et_moe.benchmarks import tune
+
+TABLES = sorted(path.stem for path in tuning.FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_written_as_they_are_read(name):
+    text = (tuning.FOLDER / f"{name}.json").read_text()
+    assert tune.format_table(tuning.read_table(name)) == text
+
+
+def test_save_changes_one_gpu(tmp_path, monkeypatch):
+    name, gpu = "linear_gemv", "NVIDIA B200"
+    before = tuning.read_table(name)
+    (tmp_path / f"{name}.json").write_text(tune.format_table(before))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.read_table.cache_clear()
+    try:
+        tune.save(name, gpu, tune.merge({64: {"SPAN": 1}, 512: {"SPAN": 1}, 4096: {"SPAN": 2}}))
+        entries = [tuning.Entry(512, {"SPAN": 1}), tuning.Entry(None, {"SPAN": 2})]
+        assert tuning.read_table(name) == tuning.Table(before.key, before.entries | {gpu: entries})
+    finally:
+        tuning.read_table.cache_clear()
+
+
+def test_a_table_is_tuned_for_the_sizes_that_it_is_looked_up_by():
+    assert set(tune.uses("linear_gemv", [1])) == {12352, 9216, 2048, 248320}
+    assert set(tune.uses("attention_decode", [1])) == {4096}
+    assert set(tune.uses("router_prefill", [1, 16, 17, 4095])) == {17, 4095}
+
+
+def test_a_configuration_that_is_tried_is_the_only_one():
+    with tune.configured("linear_gemv", {"SPAN": 8}):
+        assert tuning.find_config("linear_gemv", out_features=1) == {"SPAN": 8}
+        assert tuning.find_config("causal_conv1d", tokens=1) != {"SPAN": 8}
+    assert tuning.find_config("linear_gemv", out_features=1) != {"SPAN": 8}
