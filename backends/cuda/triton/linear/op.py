@@ -6,83 +6,12 @@ row to INT8 in tiles of 128 columns (`ACTIVATION_TILE`), W4A16 to 15 bits, as tw
 """
 
 import torch
-import triton
-import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
-from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
-from et_moe.backends.cuda.triton.linear.decode import linear_decode, power_of_two, supports_k
-from et_moe.backends.cuda.triton.linear.layout import half_block, scale_pair
-from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows_kernel
-from et_moe.backends.cuda.triton.tuning import find_config
-from et_moe.backends.ops import ACTIVATION_TILE, GROUP_SIZES
-
-
-@triton.jit
-def _w4_gemm_kernel(
-    q,
-    scale,
-    weight,
-    weight_scale,
-    residual,
-    out,
-    M,
-    N,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    PLANES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """out `[M, N]` = rescaled integer GEMM + residual, one `[BLOCK_M, BLOCK_N]` tile per program.
-
-    The weights are the left operand: they go from shared memory through registers, where they are
-    unpacked, into the matrix unit. GROUP_M tiles of rows share the weights that L2 holds. q and
-    scale have rows for whole tiles of BLOCK_M.
-    """
-    wait_for_previous()
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    pid, width = tl.program_id(0), GROUP_M * tiles_n
-    first = pid // width * GROUP_M
-    height = min(tiles_m - first, GROUP_M)
-    first_m = (first + pid % width % height) * BLOCK_M
-    # The last tile overlaps its neighbour rather than to reach past the end; both store the same.
-    first_n = min(pid % width // height * BLOCK_N, N - BLOCK_N)
-    rows_m, rows_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    k = tl.arange(0, STEP)
-    padded_m = tiles_m * BLOCK_M
-    q += first_m.to(tl.int64) * K + rows_m[:, None] * K + k[None, :]
-    weight += first_n.to(tl.int64) * (K // 2) + rows_n[:, None] * (K // 2) + k[None, :]
-    scale += first_m + rows_m
-    weight_scale += first_n + rows_n
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # Stages of its own make the compiler prefetch the scales too, not only what is multiplied.
-    for block in tl.range(0, K, 2 * HALF, num_stages=STAGES):
-        for offset in tl.static_range(0, HALF, STEP):
-            w = tl.load(weight + block // 2 + offset).to(tl.int8, bitcast=True)
-            group_scales = scale_pair(tl.load(weight_scale + (block // 2 + offset) // STEP * N))
-            for high in tl.static_range(2):
-                begin = block + offset + high * HALF
-                half_w = high_nibbles(w) if high else low_nibbles(w)
-                row_scale = tl.load(scale + begin // TILE * padded_m)
-                d = tl.dot(half_w, tl.trans(tl.load(q + begin)), out_dtype=tl.int32)
-                if PLANES == 2:
-                    low_plane = tl.trans(tl.load(q + padded_m.to(tl.int64) * K + begin))
-                    d = tl.dot(half_w, low_plane, d << 7, out_dtype=tl.int32)
-                acc += d.to(tl.float32) * row_scale[None, :] * group_scales[high][:, None]
-    m, n = first_m + rows_m, first_n + rows_n
-    acc = tl.trans(acc)
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    inside = m[:, None] < M
-    if residual is not None:
-        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+from et_moe.backends.cuda.triton.common.launch import is_one
+from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
+from et_moe.backends.cuda.triton.linear.layout import half_block
+from et_moe.backends.cuda.triton.linear.prefill import linear_prefill
+from et_moe.backends.ops import GROUP_SIZES
 
 
 def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
@@ -104,57 +33,10 @@ def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
 
 def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
     check_linear(x, weight, scale, group_size, norm_weight, residual)
-    (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
     x = x.contiguous()
-    if is_one(m) and supports_k(k):
+    if is_one(x.shape[0]) and supports_k(x.shape[1]):
         return linear_decode(x, weight, scale, group_size, norm_weight, eps, residual, planes)
-    config = find_config(f"linear_w4a{8 * planes}", tokens=m)
-    block_m = config["BLOCK_M"]
-    config["BLOCK_N"] = min(config["BLOCK_N"], power_of_two(n))
-    half = half_block(padded_k)
-    step = min(half, group_size)
-    padded_m = cdiv(m, block_m) * block_m
-    tiles = cdiv(padded_k, ACTIVATION_TILE)
-    q = x.new_empty((planes, padded_m, padded_k), dtype=torch.int8)
-    q_scale = x.new_empty((tiles, padded_m), dtype=torch.float32)
-    launch(
-        quantize_rows_kernel,
-        (m,),
-        x,
-        norm_weight,
-        q,
-        q_scale,
-        eps,
-        padded_m,
-        K=k,
-        PADDED_K=padded_k,
-        TILES=triton.next_power_of_2(tiles),
-        TILE=ACTIVATION_TILE,
-        PLANES=planes,
-        SCALE_FACTOR=NIBBLE_SCALE.value,
-        num_warps=4,
-    )
-    out = x.new_empty((m, n))
-    launch(
-        _w4_gemm_kernel,
-        (cdiv(m, block_m) * cdiv(n, config["BLOCK_N"]),),
-        q,
-        q_scale,
-        weight,
-        scale,
-        residual,
-        out,
-        m,
-        n,
-        K=padded_k,
-        GROUP=group_size,
-        HALF=half,
-        TILE=ACTIVATION_TILE,
-        STEP=step,
-        PLANES=planes,
-        **config,
-    )
-    return out
+    return linear_prefill(x, weight, scale, group_size, norm_weight, eps, residual, planes)
 
 
 def linear_w4a8(
