@@ -16,9 +16,6 @@ norms are factors of rows and columns. Only differences G_i - G_j <= 0 are expon
 past `num_tokens` have k = v = beta = g = 0, which leaves S alone.
 """
 
-import dataclasses
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +25,7 @@ from et_moe.backends.cuda.triton.common.dot import add_dot, dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
+from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES, prepare_kernel
 from et_moe.backends.cuda.triton.tuning import find_config
 
@@ -155,50 +153,6 @@ def _norm_kernel(
     o *= tl.rsqrt(tl.sum(o * o, 1) / DV + EPS)[:, None] * norm_weight
     o = tl.where(inside, o * silu(z), 0.0)
     tl.store(out_tile, o.to(out_ptr.dtype.element_ty), mask=in_out)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gating:
-    """What the layer adds to the rule: raw gates in, a gated norm behind.
-
-    Attributes:
-        projected: `[T, C + V + 2 Hv]`, holds z, b and a from column C on.
-        a_log, dt_bias: `[Hv]`. norm_weight: `[Dv]`. eps: of the norm.
-    """
-
-    projected: torch.Tensor
-    a_log: torch.Tensor
-    dt_bias: torch.Tensor
-    norm_weight: torch.Tensor
-    eps: float
-
-
-class Gates(NamedTuple):
-    """Arguments of the kernels for gates and norm; any tensors where there is no `Gating`."""
-
-    b: torch.Tensor
-    a: torch.Tensor
-    z: torch.Tensor
-    a_log: torch.Tensor
-    dt_bias: torch.Tensor
-    norm_weight: torch.Tensor
-    gated: bool
-    eps: float
-    b_column: int
-    a_column: int
-    z_column: int
-
-
-def find_gates(
-    gates: tuple[torch.Tensor, torch.Tensor] | Gating, channels: int, values: int, heads: int
-) -> Gates:
-    """Of `gates` as in `chunk_gated_delta`; z, b and a lie behind the `channels`."""
-    if isinstance(gates, Gating):
-        projected, layer = gates.projected, (gates.a_log, gates.dt_bias, gates.norm_weight)
-        z, b = channels, channels + values
-        return Gates(projected, projected, projected, *layer, True, gates.eps, b, b + heads, z)
-    g, beta = gates
-    return Gates(beta, g, g, g, g, g, False, 0.0, 0, 0, 0)
 
 
 def chunk_gated_delta(

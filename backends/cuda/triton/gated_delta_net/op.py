@@ -4,7 +4,8 @@ import torch
 
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
 from et_moe.backends.cuda.triton.common.launch import is_one
-from et_moe.backends.cuda.triton.gated_delta_net.chunk import Gating, chunk_gated_delta
+from et_moe.backends.cuda.triton.gated_delta_net.chunk import chunk_gated_delta
+from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating
 from et_moe.backends.cuda.triton.gated_delta_net.step import step_gated_delta
 from et_moe.backends.cuda.triton.linear.decode import linear_decode
 from et_moe.backends.cuda.triton.linear.op import check_linear

@@ -10,24 +10,13 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
+from et_moe.backends.cuda.triton.gated_delta_net.gates import delta_gates
 
 SQUARES = tl.constexpr(3)
 """Matrices `[CHUNK, CHUNK]` of a chunk: T beta, -T beta exp(G) / |k|, P."""
 
 FACTORS = tl.constexpr(3)
 """Vectors `[CHUNK]` of a chunk: what multiplies q S, v' on its way into the state, and S."""
-
-
-@triton.jit
-def delta_gates(b, a, a_log, dt_bias):
-    """beta = sigmoid(b) and g = -exp(a_log) softplus(a + dt_bias)."""
-    x = a + dt_bias
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    # log(1 + e) that keeps a small e (Kahan): the rounding error of u cancels in e / (u - 1).
-    exact = u == 1.0
-    log1p = tl.where(exact, e, tl.log(u) * (e / tl.where(exact, 1.0, u - 1.0)))
-    return tl.sigmoid(b), -tl.exp(a_log) * (tl.maximum(x, 0.0) + log1p)
 
 
 @triton.jit

@@ -8,8 +8,7 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
-from et_moe.backends.cuda.triton.gated_delta_net.chunk import Gating, find_gates
-from et_moe.backends.cuda.triton.gated_delta_net.prepare import delta_gates
+from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, delta_gates, find_gates
 from et_moe.backends.cuda.triton.tuning import find_config
 
 
