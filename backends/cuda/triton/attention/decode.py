@@ -1,4 +1,7 @@
-"""Attention of one new token, split-K ("Flash-Decoding", Dao et al., 2023), in two launches."""
+"""Attention of one new token: the cache is split over programs, and their results are joined.
+
+This is Flash-Decoding (Dao et al., "Flash-Decoding for long-context inference", 2023).
+"""
 
 import torch
 import triton
@@ -18,8 +21,8 @@ from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
-def _split_length(position, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Cached tokens of a split: equal shares, in whole tiles."""
+def _compute_split_length(position, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many cached tokens a split has: an equal share, rounded up to whole tiles of BLOCK_N."""
     return tl.maximum(tl.cdiv(tl.cdiv(position, SPLITS), BLOCK_N), 1) * BLOCK_N
 
 
@@ -48,11 +51,12 @@ def _decode_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One share of the cache for the query heads of one KV head (GROUP, padded to ROWS).
+    """One split of the cache, for the GROUP query heads of one KV head, padded to ROWS.
 
-    The share's softmax maximum (base 2), sum, and weighted sum of v go to `[SPLITS, Hq]` and
-    `[SPLITS, Hq, DIM]`. The new token's k and v are used from registers and appended by split 0;
-    every other access to the cache is to older rows, so nothing races.
+    It leaves the softmax's maximum (of logits in base 2) and sum, fp32 `[SPLITS, Hq]`, and the
+    weighted sum of v, fp32 `[SPLITS, Hq, DIM]`. Split 0 makes the new token's k and v, uses them
+    from registers and appends them to the cache. All else reads older rows of the cache, so nothing
+    races.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -62,12 +66,12 @@ def _decode_kernel(
     in_group = row < GROUP
     head = kv_head * GROUP + row
     one = tl.arange(0, 1)
-    # What is cached is on its way before q exists, which is made ready meanwhile.
+    # The first tile of the cache is on its way before q exists.
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
     k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
     position = tl.load(position_ptr).to(tl.int32)
-    length = _split_length(position, SPLITS, BLOCK_N)
+    length = _compute_split_length(position, SPLITS, BLOCK_N)
     start = split * length
     if (start >= position) & (split > 0):
         return
@@ -133,14 +137,14 @@ def _combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Joins the shares of one query head, BLOCK_D columns, and applies the output gate."""
+    """Joins the splits of one query head, for BLOCK_D columns, and applies the output gate."""
     head = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.arange(0, SPLITS)
     position = tl.load(position_ptr).to(tl.int32)
     gate = tl.load(qkv_ptr + head * (2 * DIM) + DIM + column).to(tl.float32)
     wait_for_previous()
-    used = (split == 0) | (split * _split_length(position, SPLITS, BLOCK_N) < position)
+    used = (split == 0) | (split * _compute_split_length(position, SPLITS, BLOCK_N) < position)
     slot = split * HEADS + head
     part = tl.load(
         partial_ptr + slot[:, None] * DIM + column[None, :], mask=used[:, None], other=0.0
@@ -153,11 +157,12 @@ def _combine_kernel(
 
 
 def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
-    """Attention of one token: `[1, Hq * D]`.
+    """Attention of one token: `[1, Hq * D]` in the dtype of qkv.
 
     Args:
-        inputs: the kernel's leading arguments; `num_tokens` is any tensor if it is not counted.
-        shape: its constexprs, but for those of the configuration and ROWS.
+        inputs: the leading arguments of `_decode_kernel` up to `num_tokens`, for which any tensor
+            stands where HAS_NUM_TOKENS is false.
+        shape: the constexprs of `_decode_kernel` but for ROWS and those of its configuration.
     """
     qkv, *_, position, _ = inputs
     heads, dim = shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]

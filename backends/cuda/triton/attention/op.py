@@ -20,7 +20,11 @@ def attention(
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `et_moe.backends.ops.attention`. D is a power of two, at least 16."""
+    """`ops.attention`: `[T, Hq * D]` in two launches, for D a power of two from 16 on.
+
+    All tensors are contiguous; shapes and dtypes are those of the contract, floats bf16 or fp32.
+    The outputs of padding are zeros.
+    """
     tokens, (kv_heads, capacity, dim) = qkv.shape[0], k_cache.shape
     heads = (qkv.shape[1] // dim - 2 * kv_heads) // 2
     inputs = (qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, position)

@@ -1,4 +1,4 @@
-"""Attention of a prompt: append to the cache, then FlashAttention-2 (Dao, 2023) over the cache."""
+"""Attention of a prompt: k and v are appended to the cache, then FlashAttention-2 (Dao, 2023)."""
 
 import torch
 import triton
@@ -39,14 +39,17 @@ def _append_kernel(
     SCALE_LOG2: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
 ):
-    """One token and group of heads, normed and rotated: k, v to the cache, q `[Hq, T, DIM]`."""
+    """Norms and rotates one token's k and its group of q; k and v go to the cache.
+
+    q is left times SCALE_LOG2, the softmax's scale for base 2, as `[Hq, T, DIM]`.
+    """
     token = tl.program_id(0)
     kv_head = tl.program_id(1)
     column = tl.arange(0, DIM)
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
     one = tl.arange(0, 1)
-    # All but qkv is loaded before qkv exists, and all of qkv before any of it is needed.
+    # Everything else is loaded before qkv exists, and all of qkv before any of it is used.
     valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
     position = tl.load(position_ptr) + token
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
@@ -72,7 +75,7 @@ def _append_kernel(
 
 
 @triton.jit
-def _flash_tile(
+def _attend_tile(
     q,
     k_ptr,
     v_ptr,
@@ -86,7 +89,17 @@ def _flash_tile(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over BLOCK_N cached tokens from `first`; MASKED: some are in the future."""
+    """Attends to the BLOCK_N cached tokens from `first` on, with an online softmax.
+
+    Args:
+        position: `[BLOCK_M]` of the queries; end: the number of tokens in the cache.
+        top, total, acc: fp32 `[BLOCK_M]`, `[BLOCK_M]` and `[BLOCK_M, DIM]`: maximum and sum of the
+            softmax so far, and the weighted sum of v.
+        MASKED: whether some of the cached tokens lie behind a query's position or the end.
+
+    Returns:
+        top, total and acc with these tokens.
+    """
     token = tl.arange(0, BLOCK_N)
     tile = token[:, None] * DIM + tl.arange(0, DIM)[None, :]
     if MASKED:
@@ -126,7 +139,7 @@ def _flash_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_M tokens of one query head, causal over the cache, gated. Padding becomes 0."""
+    """Causal attention of BLOCK_M tokens of one query head, and its gate. Padding becomes 0."""
     head = tl.program_id(0)
     kv_head = head // GROUP
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
@@ -138,7 +151,7 @@ def _flash_kernel(
     ROW: tl.constexpr = 2 * (HEADS + HEADS // GROUP) * DIM
     qkv_ptr += start.to(tl.int64) * ROW + head * (2 * DIM) + DIM
     gate_tile = qkv_ptr + row[:, None] * ROW + column[None, :]
-    if BLOCK_M <= 32:  # more rows of it would take registers that the products need
+    if BLOCK_M <= 32:  # more rows would take registers that the products need
         gate = tl.load(gate_tile, mask=inside, other=0.0)
     wait_for_previous()
     out_ptr += start.to(tl.int64) * (HEADS * DIM) + head * DIM
@@ -157,7 +170,7 @@ def _flash_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     for first in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
-        top, total, acc = _flash_tile(
+        top, total, acc = _attend_tile(
             q,
             k_ptr,
             v_ptr,
@@ -172,7 +185,7 @@ def _flash_kernel(
             False,
         )
     for first in tl.range(seen_by_all, end, BLOCK_N, num_stages=STAGES):
-        top, total, acc = _flash_tile(
+        top, total, acc = _attend_tile(
             q, k_ptr, v_ptr, first, position + start + row, end, top, total, acc, DIM, BLOCK_N, True
         )
     if BLOCK_M > 32:
@@ -182,11 +195,12 @@ def _flash_kernel(
 
 
 def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
-    """Attention of any number of tokens: `[T, Hq * D]`.
+    """Attention of any number of tokens: `[T, Hq * D]` in the dtype of qkv.
 
     Args:
-        inputs: the append kernel's leading arguments; `num_tokens` is any tensor if not counted.
-        shape: its constexprs, but for those of the configuration and ROWS.
+        inputs: the leading arguments of `_append_kernel` up to `num_tokens`, for which any tensor
+            stands where HAS_NUM_TOKENS is false.
+        shape: the constexprs of `_append_kernel` but for ROWS.
     """
     qkv, *_, k_cache, v_cache, position, num_tokens = inputs
     tokens, heads, dim = qkv.shape[0], shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]

@@ -6,11 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def sincos(x):
-    """sin and cos to 1e-7 of angles up to 2^18 (Cephes: Cody-Waite reduction, polynomials).
+    """sin and cos of fp32 angles up to 2^18, to within 1e-7; their shape is that of x.
 
-    libdevice's reduce large angles through local memory.
+    The method is that of the Cephes library: reduction after Cody and Waite, then polynomials.
+    The functions of libdevice reduce large angles through local memory.
     """
-    n = tl.floor(x * 0.6366197723675814 + 0.5)  # in units of pi / 2, which is split in three
+    # The nearest multiple of pi / 2, which is subtracted in three parts.
+    n = tl.floor(x * 0.6366197723675814 + 0.5)
     r = tl.fma(n, -1.5703125, x)
     r = tl.fma(n, -4.837512969970703125e-4, r)
     r = tl.fma(n, -7.54978995489188216e-8, r)
@@ -29,10 +31,15 @@ def sincos(x):
 
 @triton.jit
 def load_heads(row_ptr, mask, HALF: tl.constexpr, DIM: tl.constexpr):
-    """The heads at `row_ptr [M]`, for `norm_and_rotate`: `[M, DIM]` twice.
+    """Loads M heads for `norm_and_rotate`.
+
+    Args:
+        row_ptr, mask: `[M]`, a pointer to the first column of each head, and whether to load it.
+        HALF: half the number of columns that are rotated.
 
     Returns:
-        The heads and, column by column, what each is rotated with (itself where with nothing).
+        `[M, DIM]` twice: the heads, and for each column the one that it is rotated with, or itself
+        where it is not rotated.
     """
     column = tl.arange(0, DIM)
     partner = tl.where(column < HALF, column + HALF, column)
@@ -44,7 +51,10 @@ def load_heads(row_ptr, mask, HALF: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def load_frequencies(inv_freq_ptr, HALF: tl.constexpr, DIM: tl.constexpr):
-    """The rotation's frequency of each column of a head, 0 where there is none."""
+    """The frequency by which each column of a head is rotated, fp32 `[DIM]`; 0 for none.
+
+    inv_freq_ptr: fp32 `[HALF]`.
+    """
     column = tl.arange(0, DIM)
     pair = tl.where(column < HALF, column, column - HALF)
     return tl.load(inv_freq_ptr + pair, mask=column < 2 * HALF, other=0.0)
@@ -54,14 +64,15 @@ def load_frequencies(inv_freq_ptr, HALF: tl.constexpr, DIM: tl.constexpr):
 def norm_and_rotate(
     heads, weights, sin, cos, HALF: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr
 ):
-    """RMSNorm of heads, with a zero-centred weight, then rotation of their first 2 * HALF columns.
+    """RMSNorm of heads with a zero-centred weight, then rotation of their first 2 * HALF columns.
 
     Args:
-        heads: as from `load_heads`; weights: likewise, a single row of them.
-        sin, cos: `[DIM]`, of position * frequency.
+        heads: M heads, as from `load_heads`.
+        weights: the norm's weight, loaded as if it were a single head.
+        sin, cos: fp32 `[DIM]`, of position * frequency.
 
     Returns:
-        `fp32 [M, DIM]`.
+        fp32 `[M, DIM]`.
     """
     x, partner = heads[0].to(tl.float32), heads[1].to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)[:, None]

@@ -23,9 +23,14 @@ def update_conv_state(
     TAPS: tl.constexpr,
     TAPS_P2: tl.constexpr,
 ):
-    """Leaves the last TAPS - 1 of the old state and `count` new inputs in the state, in place."""
+    """Replaces the state by the last TAPS - 1 inputs: `count` new ones behind those of the state.
+
+    Args:
+        x_ptr: new inputs, ROW elements from token to token. state_ptr: `[TAPS - 1, CHANNELS]`.
+        channel, in_channels: `[N]`, the program's channels, and which of them exist.
+    """
     row = tl.arange(0, TAPS_P2)
-    source = count - (TAPS - 1) + row  # before token 0: a row of the old state
+    source = count - (TAPS - 1) + row  # below 0: a row of the old state
     inside = (row < TAPS - 1)[:, None] & in_channels[None, :]
     old = tl.load(
         state_ptr + (source + TAPS - 1)[:, None] * CHANNELS + channel[None, :],
@@ -37,7 +42,7 @@ def update_conv_state(
         mask=inside & (source >= 0)[:, None],
         other=0.0,
     ).to(tl.float32)
-    tl.debug_barrier()  # every warp of this program has read the old state
+    tl.debug_barrier()  # until every warp of this program has read the old state
     tl.store(
         state_ptr + row[:, None] * CHANNELS + channel[None, :],
         (old + fresh).to(state_ptr.dtype.element_ty),
@@ -61,12 +66,14 @@ def _causal_conv1d_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_T tokens of BLOCK_C channels of the output; BLOCK_T is at least TAPS - 1.
+    """BLOCK_T tokens, at least TAPS - 1, of BLOCK_C channels of the output `[T, CHANNELS]`.
 
-    A thread owns channels, and their inputs meet TAPS outputs in its registers. Only the programs
-    of the first tokens read the state; they also replace it, so nothing races.
+    A thread has some channels to itself, and keeps each input in registers for all TAPS outputs
+    that it takes part in. Only the programs of the first tokens read the state, and they replace
+    it, so nothing races.
     """
-    start_next()  # of one token this takes less time than the next kernel takes to load its state
+    # One token takes less time here than the next kernel needs to load its state.
+    start_next()
     block = tl.program_id(0)
     first = block == 0
     start = block.to(tl.int64) * BLOCK_T
@@ -116,7 +123,12 @@ def causal_conv1d(
     state: torch.Tensor,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `et_moe.backends.ops.causal_conv1d`. Columns of x past the channels are ignored."""
+    """`ops.causal_conv1d`: `[T, C]` in x's dtype, in one launch.
+
+    Args:
+        x: `[T, C or more]`, bf16 or fp32, contiguous rows; columns from C on are ignored.
+        weight: `[C, W]`; state: `[W - 1, C]`, updated in place; num_tokens: `int64 [1]` or None.
+    """
     tokens, (channels, taps) = x.shape[0], weight.shape
     out = x.new_empty((tokens, channels))
     config = find_config("causal_conv1d", tokens=tokens)

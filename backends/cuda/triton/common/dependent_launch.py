@@ -1,17 +1,18 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 From sm_90 on (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization") a
-kernel can let its successor start, and a successor waits for its predecessor's end where it first
-needs its results. So launch latency is hidden, and weights are on their way before the activations
-that they meet exist.
+kernel can let its successor start early, and the successor waits for the kernel's end where it
+first needs its results. This hides the latency of launches, and weights are on their way before the
+activations that they are multiplied with exist.
 
-A kernel calls `wait_for_previous` once, in every thread block that does not return at once; only
-then its successor starts. Hence, when a kernel starts, all kernels but its direct predecessor have
-ended, and before `wait_for_previous` it may read whatever the predecessor does not write. (A short
-kernel calls `start_next` before: then its predecessor may still run too when its successor starts.)
-A kernel writes nothing before it waits. The lowering checks all this in the compiled code
-(`backends/cuda/host_program.py`), and launches a kernel plainly, after its predecessor's end, where
-its early reads would be too early.
+Every thread block of a kernel, unless it returns at once, calls `wait_for_previous` once, and the
+successor does not start before that. Hence, when a kernel starts, all kernels before its direct
+predecessor have ended, and ahead of `wait_for_previous` it may read whatever the predecessor does
+not write. It must not write anything ahead of it. A short kernel may call `start_next` first; its
+predecessor may then still run, too, when its successor starts.
+
+The lowering checks all this in the compiled code (`backends/cuda/host_program.py`). Where a kernel
+would read too early, it is launched plainly, after its predecessor's end.
 
 Below sm_90 and in the interpreter there is nothing to wait for, and nothing is prefetched.
 """
@@ -33,16 +34,16 @@ def start_next():
 
 @triton.jit
 def wait_for_previous():
-    """Returns when all kernels before have ended and what they wrote can be read."""
+    """Returns when all kernels before this one have ended and their results can be read."""
     if not is_interpreted() and cuda_capability_geq(9):
         gdc_wait()
-        # Not before: the successor would take room and bandwidth while it can only wait.
+        # Not earlier: the successor would occupy registers and bandwidth only to wait.
         gdc_launch_dependents()
 
 
 @triton.jit
 def prefetch(start, BYTES: tl.constexpr):
-    """Has one thread request BYTES (a multiple of 16) into the L2 cache."""
+    """Has one thread bring the BYTES (a multiple of 16) from pointer `start` into the L2 cache."""
     if not is_interpreted() and cuda_capability_geq(9):
         tl.inline_asm_elementwise(
             "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"

@@ -1,4 +1,4 @@
-"""Floats as integers of the same order, which are compared and reduced faster and need no NaNs."""
+"""Integers that have the order of floats: a warp finds the largest of them in one instruction."""
 
 import triton
 import triton.language as tl

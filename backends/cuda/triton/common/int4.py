@@ -1,9 +1,9 @@
 """INT4 weights in registers: how prepacked nibbles become operands of integer dot products.
 
-Prepacked weights (see `prepack`) hold two's complement nibbles; byte j of a tile of 128 columns
-has column j in its low and column j + 64 in its high nibble. Both nibbles are used in the upper
-half of a byte, as 16 * value: one AND (high) or a shift and an AND (low) unpacks four weights, and
-no offset has to be subtracted. `NIBBLE_SCALE` undoes the factor 16 on the weight scale.
+Prepacked weights (`linear/layout.py`, `moe/layout.py`) are nibbles in two's complement. Both
+nibbles of a byte are used in its upper half, as 16 times their value: a shift and an AND unpack
+four low nibbles, one AND four high ones, and no offset has to be subtracted. `NIBBLE_SCALE`, a
+factor of the weight's scale, makes up for the 16.
 """
 
 import triton
@@ -13,15 +13,16 @@ from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 NIBBLE_SCALE = tl.constexpr(0.0625)
 UPPER_NIBBLES = tl.constexpr(-0x0F0F0F10)
-"""0xF0F0F0F0: of the four bytes of an int32."""
+"""0xF0F0F0F0, the mask of the upper nibbles of the four bytes of an int32."""
 
 
 @triton.jit
-def low_nibbles(packed):
-    """16 * the low nibbles of int8 bytes, as int8."""
+def extract_low_nibbles(packed):
+    """16 times the low nibbles of int8 numbers, as int8 of the same shape."""
     if is_interpreted():
         return packed << 4
-    # Four bytes of a register at a time; element-wise shifts of int8 would cost several times that.
+    # This takes the four bytes of a register at a time. Element-wise shifts of int8 would cost
+    # several times as much.
     return tl.inline_asm_elementwise(
         "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
         "=r,r",
@@ -33,8 +34,8 @@ def low_nibbles(packed):
 
 
 @triton.jit
-def high_nibbles(packed):
-    """16 * the high nibbles of int8 bytes, as int8."""
+def extract_high_nibbles(packed):
+    """16 times the high nibbles of int8 numbers, as int8 of the same shape."""
     if is_interpreted():
         return packed & -16
     return tl.inline_asm_elementwise(
@@ -44,7 +45,7 @@ def high_nibbles(packed):
 
 @triton.jit
 def dot_bytes(a, b, c):
-    """c + the dot product of the four int8 in each int32 of a and b; the shapes broadcast."""
+    """c + the dot product of the four int8 in each int32 of a and of b; all int32, broadcast."""
     if is_interpreted():
         for i in tl.static_range(4):
             c = c + ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
@@ -56,7 +57,7 @@ def dot_bytes(a, b, c):
 
 @triton.jit
 def pack_bytes(a, b, c, d):
-    """The low bytes of four int32 as one int32, a's the lowest."""
+    """One int32 of the low bytes of four, with the byte of a as the lowest."""
     if is_interpreted():
         return (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
     return tl.inline_asm_elementwise(

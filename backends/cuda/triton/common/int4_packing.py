@@ -1,24 +1,24 @@
-"""Reorders INT4 weights of a bundle into what the kernels multiply, on the host."""
+"""Reorders the INT4 weights of a bundle, on the host, into what the kernels multiply."""
 
 import torch
 
 from et_moe.backends.threads import worker_threads
 
 ZERO_BYTE = 0x88
-"""Two weights of zero in a bundle."""
+"""A byte of two weights that are zero, as a bundle has it."""
 
 _PIECE = 1 << 20
-"""Bytes packed at a time: their temporaries stay in the cache."""
+"""Bytes packed at a time; the temporaries of so few stay in the cache."""
 
 
 def _pack_piece(halves: torch.Tensor, out: torch.Tensor) -> None:
-    # Byte i of a half has columns that become the same nibble of bytes 2i and 2i + 1 of the run:
-    # of one little-endian word.
+    # The two columns in byte i of a half become the same nibble of bytes 2i and 2i + 1 of the run,
+    # which are one little-endian word.
     words = halves.to(torch.int16, memory_format=torch.contiguous_format)
     words |= words << 4
     words &= 0x0F0F
     packed = torch.add(words[0], words[1], alpha=16, out=out.view(torch.int16))
-    # A zero of the bundle is nibble 8; flipping the top bit makes two's complement of it.
+    # A bundle has value + 8; flipping the top bit makes it two's complement.
     packed ^= 0x8888 - (1 << 16)
 
 

@@ -11,10 +11,16 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer,
 
 @triton.jit
 def compute_int8_scale(amax, EXACT: tl.constexpr = True):
-    """(127 / amax, amax / 127), or zeros where amax counts as zero.
+    """The factors from float to INT8 and back, both fp32 of the shape of amax.
 
-    EXACT: as torch computes `127 / tensor`, correctly rounded. bf16 numbers often lie half-way
-    between two results; they must round alike, since the next quantization amplifies differences.
+    Args:
+        amax: fp32, the largest magnitude of each tile.
+        EXACT: whether 127 / amax is rounded correctly, as torch's is. bf16 numbers often lie
+            half-way between two results. They must be rounded as torch rounds them, since the next
+            quantization amplifies a difference.
+
+    Returns:
+        127 / amax and amax / 127; zeros for tiles that count as zero (amax below 1e-30).
     """
     zero = amax < _ZERO_AMAX
     safe = tl.where(zero, 1.0, amax)
@@ -24,10 +30,11 @@ def compute_int8_scale(amax, EXACT: tl.constexpr = True):
 
 @triton.jit
 def round_to_int8(x):
-    """round_half_even of float32 in [-127, 127], as int32 whose low byte is the int8 result."""
+    """fp32 in [-127, 127] rounded half to even: int32 whose low byte is the result, as int8."""
     if is_interpreted():
         return (x + _ROUND).to(tl.int32, bitcast=True)
-    # A plain addition could be fused with the multiplication before it, which breaks ties.
+    # The compiler could fuse a plain addition with the multiplication before it, and ties would be
+    # rounded another way.
     return tl.inline_asm_elementwise(
         "add.rn.f32 $0, $1, 0f4B400000;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
     )

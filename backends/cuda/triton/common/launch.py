@@ -1,4 +1,4 @@
-"""How an op of this folder launches a kernel, eagerly, under the interpreter, or while traced."""
+"""How ops launch kernels: eagerly, under the interpreter, and while `torch.export` traces them."""
 
 import contextlib
 import contextvars
@@ -14,11 +14,11 @@ _DEPENDENT = contextvars.ContextVar("dependent_launches", default=False)
 
 @contextlib.contextmanager
 def dependent_launches() -> Iterator[None]:
-    """Kernels launched eagerly in this block start before their predecessor ends, as those of a
-    program do (see `dependent_launch`); for timing, on sm_90 and later.
+    """Lets kernels that are launched in the block start before their predecessor ends.
 
-    What the lowering proves of a program's calls, the caller answers for: before it waits, no
-    kernel reads what the one launched before it writes. It holds within each op of this folder.
+    This is how a program launches them (see `dependent_launch`); eagerly it serves to time them, on
+    sm_90 and later. The lowering proves of a program that no kernel reads, before it waits, what
+    the kernel before it writes. Here the caller answers for that; it holds within each op.
     """
     token = _DEPENDENT.set(True)
     try:
@@ -44,7 +44,7 @@ def launch(kernel: Callable, grid: tuple, *args, **kwargs) -> None:
 
 
 def is_one(size: int | torch.SymInt) -> bool:
-    """Whether a dimension is 1 in every call; a symbolic one never is."""
+    """Whether a size is 1 in every call; a symbolic size counts as larger."""
     return isinstance(size, int) and size == 1
 
 

@@ -1,13 +1,13 @@
-"""How many tokens an op has: which kernels take so many, and how many of them are no padding."""
+"""Numbers of tokens: which kernels run for how many, and how many of them are not padding."""
 
 import torch
 import triton
 import triton.language as tl
 
 DECODE_TOKENS = 16
-"""Up to this many tokens the router and the experts run their kernels for few tokens. From there
-on, token-expert pairs are sorted by expert, and an expert's weights are read once for all its
-pairs."""
+"""Up to this many tokens the router and the experts run their kernels for a few tokens. Of more,
+the pairs of a token and an expert are sorted by expert, and an expert's weights are read once
+however many pairs it has."""
 
 
 def is_decode(tokens: int | torch.SymInt) -> bool:
@@ -17,11 +17,11 @@ def is_decode(tokens: int | torch.SymInt) -> bool:
 
 @triton.jit
 def count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS: tl.constexpr):
-    """How many of `tokens` tokens are no padding.
+    """How many of the `tokens` tokens are not padding, which is at their end.
 
     Args:
-        num_tokens_ptr: pointer to the number if HAS_NUM_TOKENS, else any pointer: then all tokens
-            count.
+        num_tokens_ptr: int64 pointer to the number. Without HAS_NUM_TOKENS it is not read, and no
+            token is padding.
     """
     count = tokens
     if HAS_NUM_TOKENS:

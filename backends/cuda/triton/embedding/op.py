@@ -1,4 +1,4 @@
-"""The INT8 embedding table."""
+"""The embedding with an INT8 table."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from et_moe.backends.cuda.triton.common.launch import launch
 
 @triton.jit
 def _embedding_kernel(ids, weight, scale, out, VOCABULARY, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Row ids[t] of an INT8 table times its scale; an id outside of the table gives zeros."""
+    """Row ids[t] of the table `int8 [VOCABULARY, H]` times its scale; zeros for an id outside."""
     row = tl.program_id(0)
     token = tl.load(ids + row)
     column = tl.arange(0, BLOCK)
@@ -24,7 +24,14 @@ def _embedding_kernel(ids, weight, scale, out, VOCABULARY, H: tl.constexpr, BLOC
 def embedding_w8(
     ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`ops.embedding_w8`, except that an id out of range gives a row of zeros."""
+    """`ops.embedding_w8`, but an id out of range gives a row of zeros; one launch.
+
+    Args:
+        ids: `int64 [T]`. weight: `int8 [V, H]`. scale: `bfloat16 [V, 1]`.
+
+    Returns:
+        `[T, H]` of dtype.
+    """
     rows, (vocabulary, hidden) = ids.shape[0], weight.shape
     out = torch.empty((rows, hidden), dtype=dtype, device=ids.device)
     launch(

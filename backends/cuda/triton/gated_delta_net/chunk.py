@@ -1,19 +1,19 @@
 """The gated delta rule over a whole prompt, in chunks (Yang et al., "Gated Delta Networks", 2024).
 
-With S the state before a chunk, G_i the sum of g over the chunk up to token i, and
-A_ij = beta_i exp(G_i - G_j) k_i . k_j for j < i, the corrections v'_i = beta_i (v_i - k_i^T S_i) of
-all tokens of a chunk solve a unit lower triangular system:
+Let S be the state before a chunk, G_i the sum of g over the chunk's tokens up to i, and
+A_ij = beta_i exp(G_i - G_j) k_i . k_j for j < i, else 0. The corrections
+v'_i = beta_i (v_i - k_i^T S_i) of all tokens of the chunk solve a unit lower triangular system:
 
     T = (I + A)^-1,  P_ij = exp(G_i - G_j) q_i . k_j for j <= i
     v' = T beta (v - exp(G) k S)
     o = exp(G) q S + P v'
     S <- exp(G_last) S + (exp(G_last - G) k)^T v'
 
-`prepare_kernel` makes what is multiplied with v, k S and v' of all chunks at once. `_scan_kernel`
-carries the state from chunk to chunk and makes o on its way; `_norm_kernel` is what a layer adds to
-o, which is rounded to the dtype of q in between. q and k are never normalised in memory: their
-norms are factors of rows and columns. Only differences G_i - G_j <= 0 are exponentiated. Tokens
-past `num_tokens` have k = v = beta = g = 0, which leaves S alone.
+`prepare_kernel` makes, for all chunks at once, the matrices by which v, k S and v' are multiplied.
+`_scan_kernel` carries the state from chunk to chunk and computes o on its way. o is rounded to the
+dtype of q; `_norm_kernel` then applies the layer's gated norm. q and k are never normalised in
+memory; their norms are factors of rows and columns. Only differences G_i - G_j <= 0 are
+exponentiated. Tokens from `num_tokens` on count as k = v = beta = g = 0, which leaves S as it is.
 """
 
 import torch
@@ -30,15 +30,25 @@ from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES
 from et_moe.backends.cuda.triton.tuning import find_config
 
 LOG_CHUNK = {2: 6, 4: 4}
-"""Base-2 logarithm of the tokens of a chunk, by bytes of an element: fp32 takes more registers."""
+"""log2 of the tokens in a chunk, by the bytes of an element; fp32 takes more registers."""
 
 
 @triton.jit
-def _chunk(state, k, q, v, squares, factors, token, like, CHUNK: tl.constexpr):
-    """The state after a chunk, and its o; both transposed.
+def _advance_chunk(state, k, q, v, squares, factors, token, like, CHUNK: tl.constexpr):
+    """Carries the state over a chunk.
 
-    squares: tile pointers to its first square. The product with v comes first, since it is the only
-    one that need not wait for the last product of the chunk before.
+    The product with v comes first, since it is the only one that need not wait for the last product
+    of the chunk before.
+
+    Args:
+        state: fp32 `[BLOCK_V, DK]`, transposed.
+        k, q, v: `[CHUNK, DK]` twice, and `[CHUNK, BLOCK_V]`.
+        squares, factors: pointers to what `prepare_kernel` made of the chunk, squares as a tile of
+            pointers to the first matrix.
+        like: a pointer to the dtype that products round their operands to.
+
+    Returns:
+        The state after the chunk, and o, fp32 `[CHUNK, BLOCK_V]`.
     """
     change = dot(tl.trans(v), tl.trans(tl.load(squares)), like)
     known = dot(state, tl.trans(k), like)
@@ -74,11 +84,11 @@ def _scan_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_V columns of one head's state through all chunks, and of its o `[T, HEADS * DV]`.
+    """Carries BLOCK_V columns of one head's state through all chunks; o goes to `[T, HEADS * DV]`.
 
-    Everything is transposed, value columns by tokens or keys: then what a product leaves in
-    registers is where the next one, of which it is the left operand, needs it, a warp never waits
-    for another, and only what other kernels made goes through shared memory.
+    Everything is transposed: value columns by tokens, or by keys. The result of a product is then
+    where the next product, whose left operand it is, needs it in registers. So no warp waits for
+    another, and only what other kernels made goes through shared memory.
     """
     wait_for_previous()
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
@@ -104,7 +114,7 @@ def _scan_kernel(
     for _ in tl.range(0, whole, CHUNK, num_stages=STAGES):
         k, q, v = tl.load(k_ptr + in_qk), tl.load(q_ptr + in_qk), tl.load(v_ptr + in_v)
         squares = squares_ptr + in_square
-        state, o = _chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        state, o = _advance_chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
         tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty))
         k_ptr += CHUNK * K_ROW
         q_ptr += CHUNK * K_ROW
@@ -118,7 +128,7 @@ def _scan_kernel(
         q = tl.load(q_ptr + in_qk, mask=inside, other=0.0)
         v = tl.load(v_ptr + in_v, mask=inside, other=0.0)
         squares = squares_ptr + in_square
-        state, o = _chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        state, o = _advance_chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
         tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(state_ptr + in_state, tl.trans(state))
 
@@ -138,7 +148,7 @@ def _norm_kernel(
     HAS_NUM_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """out `[T, HEADS, DV]` in place: RMS-normed per head and times SiLU(z). Padding becomes 0."""
+    """Replaces out `[T, HEADS, DV]` by its RMSNorm per head times SiLU(z). Padding becomes 0."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = row // HEADS, row % HEADS
     dv = tl.arange(0, DV)[None, :]
@@ -163,14 +173,18 @@ def chunk_gated_delta(
     num_tokens: torch.Tensor | None,
     key_heads: int,
 ) -> torch.Tensor:
-    """The rule, and with a `Gating` everything behind the convolution: `[T, Hv * Dv]`.
+    """The gated delta rule of a prompt; with a `Gating` also the gates and the layer's gated norm.
 
     Args:
-        qkv: q, k, v, each with a token per row; may be one tensor thrice.
-        columns: where k and v begin in their rows.
-        gates: g and beta, `fp32 [T, Hv]`, or where they come from.
-        state: `fp32 [Hv, Dk, Dv]`, updated in place.
+        qkv: q, k and v, each with one row per token; it may be the same tensor three times.
+        columns: the columns of their rows at which k and v begin; q begins at 0.
+        gates: g and beta, `float32 [T, Hv]`, or what they are made of.
+        state: `float32 [Hv, Dk, Dv]`, updated in place.
         num_tokens: `int64 [1]` or None for T.
+        key_heads: Hk.
+
+    Returns:
+        `[T, Hv * Dv]` in the dtype of q.
     """
     (q, k, v), (heads, key_dim, value_dim) = qkv, state.shape
     tokens, values = q.shape[0], heads * value_dim

@@ -1,4 +1,4 @@
-"""The gated delta net layer: a token in a step, a prompt in chunks of tokens."""
+"""The gated delta net: one token in a single step, a prompt in chunks of tokens."""
 
 import torch
 
@@ -20,7 +20,13 @@ def gated_delta_rule(
     state: torch.Tensor,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `et_moe.backends.ops.gated_delta_rule`. Dk and Dv are powers of two, at least 16."""
+    """`ops.gated_delta_rule` in one launch for one token, else in two.
+
+    Dk and Dv are powers of two from 16 on; q, k and v are contiguous, bf16 or fp32.
+
+    Returns:
+        `[T, Hv, Dv]` in v's dtype.
+    """
     run = step_gated_delta if is_one(v.shape[0]) else chunk_gated_delta
     return run((q, k, v), (0, 0), (g, beta), state, num_tokens, q.shape[1]).view(v.shape)
 
@@ -32,7 +38,8 @@ def _behind_convolution(
     state: torch.Tensor,
     num_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What `gated_delta_net` makes of its convolution, the first channels of qkv's rows."""
+    """All that `gated_delta_net` does behind its convolution, whose results are the first channels
+    of the rows of qkv."""
     heads, key_dim, value_dim = state.shape
     keys = (channels - heads * value_dim) // 2
     run = step_gated_delta if is_one(qkv.shape[0]) else chunk_gated_delta
@@ -50,7 +57,13 @@ def gated_delta_net(
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `et_moe.backends.ops.gated_delta_net`. Dk and Dv are powers of two, at least 16."""
+    """`ops.gated_delta_net` in two launches for one token, else in four.
+
+    Dk and Dv are powers of two from 16 on; all tensors are contiguous, floats bf16 or fp32.
+
+    Returns:
+        `[T, V]` in projected's dtype.
+    """
     qkv = causal_conv1d(projected, conv_weight, conv_state, num_tokens)
     gating = Gating(projected, a_log, dt_bias, norm_weight, eps)
     return _behind_convolution(qkv, conv_weight.shape[0], gating, recurrent_state, num_tokens)
@@ -72,12 +85,13 @@ def gated_delta_net_projected(
     recurrent_state: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """A projection of one token x `[1, K]` and `gated_delta_net`: two launches, of which the first
-    ends with the convolution.
+    """A linear layer on one token and the `gated_delta_net` behind it, in two launches.
+
+    The first launch is that of the linear layer, and computes the convolution as well.
 
     Args:
-        x, weight, scale, group_size, input_norm_weight, input_eps: as `linear_w4a8` (planes 1) or
-            `linear_w4a16` (2) takes them, K one that `linear_decode.takes`.
+        x, weight, scale, group_size, input_norm_weight, input_eps: as `linear_w4a8` takes them for
+            planes 1, or `linear_w4a16` for planes 2; x is `[1, K]` with K as in `supports_k`.
         conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, eps: as
             `gated_delta_net` takes them.
 

@@ -1,6 +1,6 @@
-"""What the chunked gated delta rule needs of each chunk before the state comes, in parallel.
+"""What the chunked gated delta rule needs of each chunk before the state is known.
 
-See `gated_delta_chunk` for the formulas.
+All chunks are prepared in parallel. `chunk.py` has the formulas.
 """
 
 import triton
@@ -10,25 +10,28 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
-from et_moe.backends.cuda.triton.gated_delta_net.gates import delta_gates
+from et_moe.backends.cuda.triton.gated_delta_net.gates import compute_gates
 
 SQUARES = tl.constexpr(3)
-"""Matrices `[CHUNK, CHUNK]` of a chunk: T beta, -T beta exp(G) / |k|, P."""
+"""Number of matrices `[CHUNK, CHUNK]` of a chunk: T beta, -T beta exp(G) / |k|, and P."""
 
 FACTORS = tl.constexpr(3)
-"""Vectors `[CHUNK]` of a chunk: what multiplies q S, v' on its way into the state, and S."""
+"""Number of vectors `[CHUNK]` of a chunk: factors of q S, of v' in the new state, and of S."""
 
 
 @triton.jit
 def _keep_and_add(beta_1, g_1, beta_2, g_2):
-    """Sums g and leaves beta alone: a scan's results are computed once, whereas other vectors are
-    computed anew for every layout in which they meet a matrix."""
+    """Sums g and keeps beta, as a step of a scan.
+
+    beta takes part because the results of a scan are computed once. Other vectors are computed anew
+    for every layout in which they meet a matrix.
+    """
     return beta_2, g_1 + g_2
 
 
 @triton.jit
 def _exp2(x):
-    """2^x of float32, within a few units in the last place, without care for denormals."""
+    """2^x of fp32, to within a few units in the last place; denormals become zero."""
     if is_interpreted():
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
@@ -38,14 +41,19 @@ def _exp2(x):
 
 @triton.jit
 def _double_blocks(x, a, level, DTYPE: tl.constexpr):
-    """With x the inverses of the diagonal blocks of 2^level rows of I + a: those of twice as many.
+    """From the inverses of I + a's diagonal blocks of 2^level rows to those of twice as many rows.
 
-    inv([[P, 0], [B, Q]]) = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]], for all blocks at once: with X the
-    inverse of the block diagonal and B what lies between, X <- X - X B X. Entries of a and, the
-    delta rule being a contraction, of X are at most 1, so fp16 operands are as good as tf32 and
-    twice as fast. x and a may be batches.
+    inv([[P, 0], [B, Q]]) = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. For all blocks at once, with X the
+    inverse of the block diagonal and B the blocks below it: X <- X - X B X. No entry of a is larger
+    than 1, nor one of X, since the delta rule is a contraction. So operands in fp16 are as good as
+    tf32, and twice as fast.
+
+    Args:
+        x, a: fp32 `[..., SIZE, SIZE]`; x is block diagonal.
+        DTYPE: of the operands of products.
     """
-    # The level at which two indices part is that of the highest bit in which they differ.
+    # B has the entries whose row and column lie in neighbouring blocks: their indices, divided by
+    # the size of a block, differ in the lowest bit alone.
     index = tl.arange(0, x.shape[-1]) >> level
     between = tl.where(index[:, None] ^ index[None, :] == 1, a, 0.0).to(DTYPE)
     xb = tl.dot(x.to(DTYPE), between, input_precision="tf32x3")
@@ -53,10 +61,11 @@ def _double_blocks(x, a, level, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _unit_lower_inverse(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """(I + a)^-1 for a strictly lower triangular `a`, doubling the size of inverted blocks.
+def _invert_unit_lower(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular `a [2^LOG_SIZE, 2^LOG_SIZE]`, fp32.
 
-    Blocks of 16 first, each on warps of its own, which need not wait for others.
+    The size of inverted blocks doubles from step to step. Up to 16 rows, each block is computed by
+    warps of its own, which need not wait for others.
     """
     SIZE: tl.constexpr = 1 << LOG_SIZE
     BLOCKS: tl.constexpr = SIZE // 16
@@ -74,8 +83,8 @@ def _unit_lower_inverse(a, LOG_SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _inverse_norm(x):
-    """1 / |x| of each row."""
+def _compute_inverse_norm(x):
+    """1 / |x| of each row of x `[CHUNK, DK]`, as the contract defines it: fp32 `[CHUNK]`."""
     x = x.to(tl.float32)
     return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
 
@@ -103,10 +112,11 @@ def prepare_kernel(
     HAS_NUM_TOKENS: tl.constexpr,
     LOG_CHUNK: tl.constexpr,
 ):
-    """squares `[Hv, chunks, SQUARES, CHUNK, CHUNK]` and factors `fp32 [Hv, chunks, FACTORS, CHUNK]`
-    of one chunk and value head.
+    """Prepares one chunk of one value head.
 
-    RAW_GATES: `b` and `a` are yet to become beta and g.
+    It fills squares `[Hv, chunks, SQUARES, CHUNK, CHUNK]` and factors
+    `float32 [Hv, chunks, FACTORS, CHUNK]`. With RAW_GATES, b and a are yet to become beta and g;
+    without, they are beta and g.
     """
     wait_for_previous()
     CHUNK: tl.constexpr = 1 << LOG_CHUNK
@@ -127,11 +137,11 @@ def prepare_kernel(
     g = tl.load(a_ptr + gate + A_COLUMN, mask=is_valid, other=0.0).to(tl.float32)
     if RAW_GATES:
         a_log = tl.load(a_log_ptr + head).to(tl.float32)
-        beta, g = delta_gates(beta, g, a_log, tl.load(dt_bias_ptr + head).to(tl.float32))
+        beta, g = compute_gates(beta, g, a_log, tl.load(dt_bias_ptr + head).to(tl.float32))
     gate = (tl.where(is_valid, beta, 0.0), tl.where(is_valid, g, 0.0))
     beta, decay = tl.associative_scan(gate, 0, _keep_and_add)
     last = tl.sum(tl.where(token == CHUNK - 1, decay, 0.0))
-    k_scale, q_scale = _inverse_norm(k), _inverse_norm(q) * DK**-0.5
+    k_scale, q_scale = _compute_inverse_norm(k), _compute_inverse_norm(q) * DK**-0.5
     chunk = head * tl.cdiv(tokens, CHUNK).to(tl.int64) + tl.program_id(0)
     factors = factors_ptr + chunk * (FACTORS * CHUNK) + token
     tl.store(factors, tl.exp(decay) * q_scale)
@@ -148,7 +158,7 @@ def prepare_kernel(
     tl.store(square + 2 * CHUNK * CHUNK, p.to(element))
     a = dot(k, tl.trans(k), k_ptr) * (beta * k_scale)[:, None] * between
     a = tl.where(past, a, 0.0)
-    t = _unit_lower_inverse(a, LOG_CHUNK, tl.float32 if element == tl.float32 else tl.float16)
+    t = _invert_unit_lower(a, LOG_CHUNK, tl.float32 if element == tl.float32 else tl.float16)
     t *= beta[None, :]
     tl.store(square, t.to(element))
     tl.store(square + CHUNK * CHUNK, (t * (-tl.exp(decay) * k_scale)[None, :]).to(element))

@@ -1,4 +1,4 @@
-"""The gated delta rule of one token, with what comes before and behind it in its layer."""
+"""The gated delta rule of one token, and what its layer does before and behind it."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
-from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, delta_gates, find_gates
+from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, compute_gates, find_gates
 from et_moe.backends.cuda.triton.tuning import find_config
 
 
@@ -23,19 +23,20 @@ def _add_3(a, b, c, d, e, f):
 
 
 @triton.jit
-def _first(a, b):
+def _keep_first(a, b):
     return a
 
 
 @triton.jit
-def _to_every_warp(x, WARPS: tl.constexpr):
-    """`[WARPS, numel]`, each row all of x, so that what follows needs no other warp.
+def _copy_to_every_warp(x, WARPS: tl.constexpr):
+    """Gives every warp all of x: `[WARPS, numel]`, each row a copy.
 
-    A scan (here of single elements, which computes nothing) has the compiler's own layout for its
-    shape, a row per warp, where other operations would keep that of x.
+    What follows then needs no other warp. A scan over single elements, which computes nothing, has
+    the compiler's own layout for its shape, with one row per warp. Other operations would keep the
+    layout of x.
     """
     rows = tl.broadcast_to(x.reshape(1, 1, x.numel), (WARPS, 1, x.numel))
-    return tl.associative_scan(rows, 1, _first).reshape(WARPS, x.numel)
+    return tl.associative_scan(rows, 1, _keep_first).reshape(WARPS, x.numel)
 
 
 @triton.jit
@@ -66,23 +67,24 @@ def _step_kernel(
     EPS: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
 ):
-    """One token of BLOCK_V columns of a value head. With q and k scaled to unit length,
+    """One token and BLOCK_V columns of a value head. With q and k scaled to unit length:
 
         delta = beta (v - exp(g) k^T S)
         o = exp(g) q^T S + (q . k) delta
         S <- exp(g) S + k delta^T
 
-    GATED: `b` and `a` are yet to become beta and g, and o is RMS-normed and multiplied by SiLU(z),
-    for which BLOCK_V must be the whole head.
-    What counts here is latency, hence as few exchanges between threads as can be: a warp has
-    columns of the state to itself, and sums over their rows in registers and then over lanes. It
-    loads all of q and k and takes their norms. Only the norm of o crosses warps.
+    With GATED, b and a are yet to become beta and g, o is RMS-normed and multiplied by SiLU(z), and
+    BLOCK_V must be the whole head.
+
+    Latency is what counts here, so threads exchange as little as possible. A warp has some columns
+    of the state to itself, and sums over their rows in registers first, then over lanes. Every warp
+    loads all of q and k and computes their norms. Only the norm of o crosses warps.
     """
     COLUMNS: tl.constexpr = BLOCK_V // WARPS
-    VECTOR: tl.constexpr = min(4, COLUMNS)  # columns of a thread
+    VECTOR: tl.constexpr = min(4, COLUMNS)  # columns per thread
     V_LANES: tl.constexpr = COLUMNS // VECTOR
     K_LANES: tl.constexpr = min(max(32 // V_LANES, 1), DK // 2)
-    ROWS: tl.constexpr = DK // K_LANES  # of a thread
+    ROWS: tl.constexpr = DK // K_LANES  # per thread
     head = tl.program_id(0)
     dk = tl.arange(0, K_LANES)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
     dv = tl.arange(0, WARPS)[:, None] * V_LANES + tl.arange(0, V_LANES)[None, :]
@@ -90,7 +92,8 @@ def _step_kernel(
     key = head // GROUP * DK + dk
     first = head * DV + tl.program_id(1) * BLOCK_V
     column = first + tl.arange(0, BLOCK_V)
-    # The compiler spreads a tile over lanes, then warps, then registers, from its last column on.
+    # The compiler spreads a tile over lanes, then warps, then registers, with the last dimension
+    # first. Rows are loaded in the order that brings each to its thread.
     row = tl.arange(0, WARPS * DK)
     lane, warp = row % K_LANES, row // K_LANES % WARPS
     row = lane * ROWS + row // (K_LANES * WARPS)
@@ -110,11 +113,11 @@ def _step_kernel(
     count = count_valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
     if GATED:
         z *= silu(tl.load(z_ptr + Z_COLUMN + column).to(tl.float32))
-        beta, g = delta_gates(beta, g, a_log, dt_bias)
+        beta, g = compute_gates(beta, g, a_log, dt_bias)
     decay = tl.exp(g)
 
-    # Sums are over registers first, then over lanes. With a dimension for each that q and k do not
-    # have, too: so they are spread as the state is, and their sums are where its sums are.
+    # Sums are over registers first, then over lanes. q and k get the dimensions of the state that
+    # they lack, so that they are spread as it is, and their sums are where its sums are.
     q_lane = tl.broadcast_to(q, (ROWS, WARPS, K_LANES, V_LANES, 1))
     k_lane = tl.broadcast_to(k, (ROWS, WARPS, K_LANES, V_LANES, 1))
     squares = tl.reduce((q_lane * q_lane, k_lane * k_lane, q_lane * k_lane), 0, _add_3)
@@ -126,11 +129,10 @@ def _step_kernel(
     o = q_scale * (decay * q_state + k_scale * qk_product * delta)
     state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
     tl.store(state_tile, state.reshape(WARPS * DK, COLUMNS), mask=count > 0)
-    o = _to_every_warp(o, WARPS)
+    o = _copy_to_every_warp(o, WARPS)
     if GATED:
-        # Where a product is an operand of the first sum of two threads, each would fuse its own
-        # with the addition, and their sums would differ in the last bit. Adding 0 takes up the
-        # fusion.
+        # Two threads that add each other's product would each fuse their own multiplication with
+        # the addition, and their sums would differ in the last bit. Adding 0 takes up the fusion.
         o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
     warp = tl.arange(0, WARPS)[:, None]
     target = out_ptr + warp * 0 + column[None, :]
@@ -146,7 +148,7 @@ def step_gated_delta(
     num_tokens: torch.Tensor | None,
     key_heads: int,
 ) -> torch.Tensor:
-    """`chunk_gated_delta` of one token."""
+    """`chunk_gated_delta` of one token, in one launch: `[1, Hv * Dv]` in the dtype of q."""
     heads, key_dim, value_dim = state.shape
     values = heads * value_dim
     out = qkv[0].new_empty((1, values))

@@ -1,7 +1,7 @@
-"""The end of a method: the drawn token goes where the host and the next call look for it.
+"""The end of a method: the drawn token goes to where the host and the next call look for it.
 
-A copy in a CUDA graph waits for the kernels before it and keeps back those behind it ten times as
-long as a kernel does (docs/performance.md); a kernel can write to page-locked memory itself.
+A kernel does this, since it can write to page-locked memory itself. A copy in a CUDA graph would
+delay its neighbours ten times as long as a kernel does (docs/performance.md).
 """
 
 import torch
@@ -14,6 +14,7 @@ from et_moe.backends.cuda.triton.common.launch import launch
 
 @triton.jit
 def _hand_over_kernel(token, position, drawn, tokens):
+    """What `hand_over` does, in one program."""
     wait_for_previous()
     value, at = tl.load(token), tl.load(position)
     tl.store(drawn + (at & 1), value)
@@ -28,11 +29,12 @@ def hand_over(
     drawn: torch.Tensor,
     tokens: torch.Tensor | None,
 ) -> None:
-    """Writes the token to drawn[position % 2] and, if `tokens` is given, makes the inputs of the
-    next call of those of this one: `tokens` becomes the token, `position` its successor.
+    """Writes the token to drawn[position % 2]; with `tokens`, also prepares the next call.
 
     Args:
-        token: `int64 [1, 1]`. position: `int64 [1]`, at least 0.
-        drawn: `int64 [2]`, memory that the host sees, too. tokens: `int64 [1, 1]` or None.
+        token: `int64 [1, 1]`, the drawn token.
+        position: `int64 [1]`, at least 0; with `tokens` it is increased by 1 in place.
+        drawn: `int64 [2]`, memory that the host can read, too.
+        tokens: `int64 [1, 1]`, the method's input, which becomes the token; None in prefill.
     """
     launch(_hand_over_kernel, (1,), token, position, drawn, tokens, num_warps=1)

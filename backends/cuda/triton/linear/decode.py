@@ -1,10 +1,9 @@
-"""A linear layer with INT4 weights on one row: all of it in one launch, a convolution behind it
-included.
+"""A linear layer with INT4 weights on one row, in one launch, perhaps with a convolution behind it.
 
-What counts is the time from the row's arrival to the result: the weights are on their way before,
-into the registers where they are used. To bring them to the matrix unit would take shared memory
-and barriers; instead each thread forms dot products of four bytes, and the row, which is small, is
-brought to where the weights are.
+What counts is the time from the row's arrival to the result. The weights are on their way earlier,
+into the registers in which they are used. The matrix unit would need them in shared memory, behind
+barriers. Instead, each thread computes dot products of four bytes, and the row, which is small, is
+brought to the threads that have the weights.
 """
 
 import torch
@@ -22,14 +21,14 @@ from et_moe.backends.cuda.triton.common.int4 import (
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
 from et_moe.backends.cuda.triton.common.store_once import store_once
-from et_moe.backends.cuda.triton.linear.layout import scale_pair
+from et_moe.backends.cuda.triton.linear.layout import split_scale_pair
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_tiles, take_plane
 from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
-def _quarters(words):
-    """int32 `[A, B, 4 C]` -> four `[A, B, C]`, word 4 c + i of a row in the i-th of them."""
+def _split_every_fourth(words):
+    """Splits words `[A, B, 4 C]` into four `[A, B, C]`; word 4 c + i of a row goes to the i-th."""
     shape: tl.constexpr = (words.shape[0], words.shape[1], words.shape[2] // 4, 2, 2)
     even, odd = tl.reshape(words, shape).split()
     first, third = even.split()
@@ -38,21 +37,28 @@ def _quarters(words):
 
 
 @triton.jit
-def _halves(r, PLANE: tl.constexpr, PLANES: tl.constexpr, RUNS: tl.constexpr, SPAN: tl.constexpr):
-    """Quantized tiles r `[2 RUNS SPAN, 128]` -> what meets low and what meets high nibbles.
+def _split_row(
+    r, PLANE: tl.constexpr, PLANES: tl.constexpr, RUNS: tl.constexpr, SPAN: tl.constexpr
+):
+    """Brings a plane of the row into the order of the weights that it is multiplied with.
 
-    Each is four `[RUNS, 1, 8 SPAN]` as from `_quarters`, of words of four bytes of the plane.
+    Args:
+        r: the row as from `quantize_tiles`, `[2 RUNS SPAN, 128]`.
+
+    Returns:
+        The bytes for the low and for the high nibbles, four to an int32, each as from
+        `_split_every_fourth`: four `[RUNS, 1, 8 SPAN]`.
     """
-    bytes4 = _quarters(tl.reshape(take_plane(r, PLANE, PLANES), (2, RUNS * SPAN, 128)))
+    bytes4 = _split_every_fourth(tl.reshape(take_plane(r, PLANE, PLANES), (2, RUNS * SPAN, 128)))
     words = pack_bytes(bytes4[0], bytes4[1], bytes4[2], bytes4[3])
     words = tl.reshape(words, (RUNS, SPAN, 2, 32)).permute(0, 1, 3, 2)
     low, high = tl.reshape(words, (RUNS, 1, 32 * SPAN, 2)).split()
-    return _quarters(low), _quarters(high)
+    return _split_every_fourth(low), _split_every_fourth(high)
 
 
 @triton.jit
 def _dot(w, q, d):
-    """d + the dot products of bytes of the words in w and q, four tensors each."""
+    """d + the dot products of the bytes in w and q, both as from `_split_every_fourth`."""
     for i in tl.static_range(4):
         d = dot_bytes(w[i], q[i], d)
     return d
@@ -79,14 +85,16 @@ def _w4_gemv_kernel(
     BLOCK_N: tl.constexpr,
     REPEAT: tl.constexpr,
 ):
-    """A linear layer on one row in one launch: RMSNorm, quantization, product, residual.
+    """RMSNorm, quantization, product and residual of one row, and perhaps a convolution.
 
-    K is BLOCKS blocks of 256 columns, and a row of the weight RUNS runs of SPAN blocks. A thread
-    has pieces of 16 bytes: 16 columns of the first half of a block in the low nibbles, 16 of the
-    second in the high ones. Threads go first along a run, then along N, then along the runs: with
-    at least as many pieces in BLOCK_N runs as threads, no result needs more than one warp, and a
-    thread meets 32 columns of x per run. So a small SPAN takes few shuffles and many registers.
-    With conv_weight the row is one token, whose first CHANNELS columns are convolved over time.
+    K is BLOCKS blocks of 256 columns, and a row of the weight is RUNS runs of SPAN blocks. A thread
+    has pieces of 16 bytes: 16 columns of the first half of a block in the low nibbles, and 16 of
+    the second half in the high ones. Threads lie along a run first, then along N, then along the
+    runs. If BLOCK_N runs have at least as many pieces as there are threads, no result needs more
+    than one warp, and a thread uses 32 columns of x per run. So a small SPAN takes few shuffles and
+    many registers. A program computes REPEAT times BLOCK_N results.
+
+    With conv_weight the row is one token, whose first CHANNELS results are convolved over time.
     """
     HALF: tl.constexpr = 128
     RUNS: tl.constexpr = BLOCKS // SPAN
@@ -95,7 +103,7 @@ def _w4_gemv_kernel(
     rows_n, run = tl.arange(0, BLOCK_N), tl.arange(0, RUNS)[:, None, None]
     row, piece = rows_n[None, :, None], tl.arange(0, PIECES)[None, None, :]
     word = tl.arange(0, 4 * PIECES)[None, None, :]
-    # Columns that the last program shares with its neighbour are the neighbour's.
+    # The last program overlaps its neighbour; only the neighbour convolves what both compute.
     own_n = tl.program_id(0) * (BLOCK_N * REPEAT)
     first_n = min(own_n, N - BLOCK_N * REPEAT)
     weight = weight.to(tl.pointer_type(tl.int32)) + first_n.to(tl.int64) * (BLOCKS * HALF // 4)
@@ -103,11 +111,12 @@ def _w4_gemv_kernel(
         prefetch(weight + WORDS, 4 * WORDS)
     weight += (row * RUNS + run) * (4 * PIECES) + word
     part = (run * PIECES + piece) * 16 // GROUP
-    # The hint keeps the scales in the layout of the weights, though along N they are contiguous.
+    # The scales are contiguous along N; without the hint they would be loaded in another layout
+    # than the weights.
     weight_scale = tl.max_contiguous(weight_scale + (part * N + (first_n + row)), (1, 1, 1))
     at = tl.arange(0, 2 * BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    # All loads are on their way before the first value is needed, the weights' before x exists.
-    # The weights are read once: what kernels hand on stays in the L2 cache instead.
+    # All loads are on their way before the first value is needed, and those of the weights before x
+    # exists. The weights are read once; the L2 cache shall keep what kernels hand on instead.
     w, scales = tl.load(weight, eviction_policy="evict_first"), tl.load(weight_scale)
     if norm_weight is not None:
         gain = tl.load(norm_weight + at)
@@ -125,20 +134,21 @@ def _w4_gemv_kernel(
     x_scale = tl.reshape(x_scale * NIBBLE_SCALE, (RUNS, SPAN, 1, 2))
     x_scale = tl.broadcast_to(x_scale, (RUNS, SPAN, PIECES // SPAN, 2))
     low_scale, high_scale = tl.reshape(x_scale, (RUNS, 1, PIECES, 2)).split()
-    q_low, q_high = _halves(r, 0, PLANES, RUNS, SPAN)
+    q_low, q_high = _split_row(r, 0, PLANES, RUNS, SPAN)
     if PLANES == 2:
-        q0_low, q0_high = _halves(r, 1, PLANES, RUNS, SPAN)
+        q0_low, q0_high = _split_row(r, 1, PLANES, RUNS, SPAN)
 
     for i in tl.static_range(REPEAT):
         if i + 1 < REPEAT:
             next_w = tl.load(weight + (i + 1) * WORDS, eviction_policy="evict_first")
             next_scales = tl.load(weight_scale + (i + 1) * BLOCK_N)
         zero = tl.zeros((RUNS, BLOCK_N, PIECES), tl.int32)
-        w_low, w_high = _quarters((w << 4) & UPPER_NIBBLES), _quarters(w & UPPER_NIBBLES)
+        w_low = _split_every_fourth((w << 4) & UPPER_NIBBLES)
+        w_high = _split_every_fourth(w & UPPER_NIBBLES)
         low, high = _dot(w_low, q_low, zero), _dot(w_high, q_high, zero)
         if PLANES == 2:
             low, high = _dot(w_low, q0_low, low << 7), _dot(w_high, q0_high, high << 7)
-        low_group, high_group = scale_pair(scales)
+        low_group, high_group = split_scale_pair(scales)
         y = low.to(tl.float32) * (low_group * low_scale)
         y += high.to(tl.float32) * (high_group * high_scale)
         y = tl.sum(tl.sum(y, axis=0), axis=1)
@@ -157,13 +167,13 @@ def _w4_gemv_kernel(
                 window = load_conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
 
 
-def power_of_two(limit: int) -> int:
+def floor_power_of_two(limit: int) -> int:
     """The largest power of two that is not above `limit`."""
     return 1 << (limit.bit_length() - 1)
 
 
 def supports_k(k: int) -> bool:
-    """Whether `linear_decode` computes rows of k columns: 256, 512, ... up to 8192."""
+    """Whether `linear_decode` takes rows of k columns: 256 times a power of two, up to 8192."""
     return k in (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -178,16 +188,19 @@ def linear_decode(
     planes: int,
     conv: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[1, K]`, for K that it `takes`.
+    """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[1, K]`, K as in `supports_k`.
 
     Args:
-        conv: weight `[C, W]` and state `[W-1, C]`, updated in place, of a `causal_conv1d` which
-            takes the place of the first C columns, or None.
+        conv: weight `[C, W]` and state `[W - 1, C]`, updated in place, of a `causal_conv1d` whose
+            result takes the place of the first C columns; or None.
+
+    Returns:
+        `[1, N]` in x's dtype.
     """
     n, blocks = weight.shape[0], weight.shape[1] // 128
     config = find_config("linear_gemv", out_features=n)
-    block_n = min(config.pop("BLOCK_ROWS") // blocks, power_of_two(n))
-    repeat = min(config.pop("REPEAT"), power_of_two(n // block_n))
+    block_n = min(config.pop("BLOCK_ROWS") // blocks, floor_power_of_two(n))
+    repeat = min(config.pop("REPEAT"), floor_power_of_two(n // block_n))
     conv_weight, conv_state = (None, None) if conv is None else conv
     channels, taps = (0, 1) if conv_weight is None else conv_weight.shape
     out = x.new_empty((1, n))

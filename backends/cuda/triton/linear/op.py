@@ -1,15 +1,15 @@
-"""Linear layers with INT4 weights; contracts in `et_moe.backends.ops.linear`.
+"""Linear layers with INT4 weights.
 
-W4A8 and W4A16 are the same integer arithmetic, rescaled into fp32 once per K-step. W4A8 quantizes a
-row to INT8 in tiles of 128 columns (`ACTIVATION_TILE`), W4A16 to 15 bits, as two INT8 planes (see
-`row_quantization`).
+W4A8 and W4A16 are the same integer arithmetic, rescaled into fp32 once per step along K. Per tile
+of 128 columns (`ACTIVATION_TILE`), W4A8 quantizes a row to INT8 and W4A16 to 15 bits, which are two
+INT8 planes (`row_quantization.py`).
 """
 
 import torch
 
 from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
-from et_moe.backends.cuda.triton.linear.layout import half_block
+from et_moe.backends.cuda.triton.linear.layout import nibble_distance
 from et_moe.backends.cuda.triton.linear.prefill import linear_prefill
 from et_moe.backends.ops import GROUP_SIZES
 
@@ -19,7 +19,7 @@ def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
     (n, packed), k = weight.shape, x.shape[1]
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, expected one of {GROUP_SIZES}")
-    steps = packed // min(half_block(2 * packed), group_size)
+    steps = packed // min(nibble_distance(2 * packed), group_size)
     if 2 * packed != k + -k % 64 or tuple(scale.shape) != (steps, n):
         raise ValueError(
             f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} are not what "
@@ -48,9 +48,17 @@ def linear_w4a8(
     eps: float = 1e-6,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`ops.linear_w4a8` with weight and scale as from `prepack_linear`; `[T, N]` in x's dtype.
+    """`ops.linear_w4a8` in one launch for a single row with K as in `supports_k`, else in two.
 
-    One launch for one row (K a multiple of 256 and K / 256 a power of two), else two.
+    Args:
+        x: `[T, K]`, bf16 or fp32; norm_weight `[K]`, and residual `[T, N]` contiguous.
+        weight, scale: `uint8 [N, K'/2]` and `int32 [steps, N]`, as from `prepack_linear`.
+
+    Returns:
+        `[T, N]` in x's dtype.
+
+    Raises:
+        ValueError: the arguments do not fit each other.
     """
     return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=1)
 
@@ -64,5 +72,8 @@ def linear_w4a16(
     eps: float = 1e-6,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`ops.linear_w4a16`, likewise; x takes part with 15 bits per tile of 128 columns."""
+    """`ops.linear_w4a16` with the arguments, result and errors of `linear_w4a8`.
+
+    Activations take part with 15 bits per tile of 128 columns.
+    """
     return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=2)

@@ -1,14 +1,18 @@
-"""Linear layers with INT4 weights on any number of rows: quantization, then one GEMM."""
+"""Linear layers with INT4 weights on any number of rows: quantization, then a GEMM."""
 
 import torch
 import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
+from et_moe.backends.cuda.triton.common.int4 import (
+    NIBBLE_SCALE,
+    extract_high_nibbles,
+    extract_low_nibbles,
+)
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
-from et_moe.backends.cuda.triton.linear.decode import power_of_two
-from et_moe.backends.cuda.triton.linear.layout import half_block, scale_pair
+from et_moe.backends.cuda.triton.linear.decode import floor_power_of_two
+from et_moe.backends.cuda.triton.linear.layout import nibble_distance, split_scale_pair
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows_kernel
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE
@@ -35,11 +39,11 @@ def _w4_gemm_kernel(
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out `[M, N]` = rescaled integer GEMM + residual, one `[BLOCK_M, BLOCK_N]` tile per program.
+    """A rescaled integer GEMM plus residual, a `[BLOCK_M, BLOCK_N]` tile of out per program.
 
-    The weights are the left operand: they go from shared memory through registers, where they are
-    unpacked, into the matrix unit. GROUP_M tiles of rows share the weights that L2 holds. q and
-    scale have rows for whole tiles of BLOCK_M.
+    The weights are the left operand. They go from shared memory through registers, where they are
+    unpacked, into the matrix unit. GROUP_M tiles of rows run together and share the weights in the
+    L2 cache. q and scale are those of `quantize_rows_kernel`, M padded to a multiple of BLOCK_M.
     """
     wait_for_previous()
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -47,7 +51,7 @@ def _w4_gemm_kernel(
     first = pid // width * GROUP_M
     height = min(tiles_m - first, GROUP_M)
     first_m = (first + pid % width % height) * BLOCK_M
-    # The last tile overlaps its neighbour rather than to reach past the end; both store the same.
+    # The last tile overlaps its neighbour rather than reach past the end; both store the same.
     first_n = min(pid % width // height * BLOCK_N, N - BLOCK_N)
     rows_m, rows_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     k = tl.arange(0, STEP)
@@ -57,14 +61,16 @@ def _w4_gemm_kernel(
     scale += first_m + rows_m
     weight_scale += first_n + rows_n
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # Stages of its own make the compiler prefetch the scales too, not only what is multiplied.
+    # The number of stages stands here, not at the launch, so that scales are prefetched, too.
     for block in tl.range(0, K, 2 * HALF, num_stages=STAGES):
         for offset in tl.static_range(0, HALF, STEP):
             w = tl.load(weight + block // 2 + offset).to(tl.int8, bitcast=True)
-            group_scales = scale_pair(tl.load(weight_scale + (block // 2 + offset) // STEP * N))
+            group_scales = split_scale_pair(
+                tl.load(weight_scale + (block // 2 + offset) // STEP * N)
+            )
             for high in tl.static_range(2):
                 begin = block + offset + high * HALF
-                half_w = high_nibbles(w) if high else low_nibbles(w)
+                half_w = extract_high_nibbles(w) if high else extract_low_nibbles(w)
                 row_scale = tl.load(scale + begin // TILE * padded_m)
                 d = tl.dot(half_w, tl.trans(tl.load(q + begin)), out_dtype=tl.int32)
                 if PLANES == 2:
@@ -90,12 +96,12 @@ def linear_prefill(
     residual: torch.Tensor | None,
     planes: int,
 ) -> torch.Tensor:
-    """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[T, K]`, for any T and K."""
+    """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[T, K]`: `[T, N]` in x's dtype."""
     (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
     config = find_config(f"linear_w4a{8 * planes}", tokens=m)
     block_m = config["BLOCK_M"]
-    config["BLOCK_N"] = min(config["BLOCK_N"], power_of_two(n))
-    half = half_block(padded_k)
+    config["BLOCK_N"] = min(config["BLOCK_N"], floor_power_of_two(n))
+    half = nibble_distance(padded_k)
     step = min(half, group_size)
     padded_m = cdiv(m, block_m) * block_m
     tiles = cdiv(padded_k, ACTIVATION_TILE)

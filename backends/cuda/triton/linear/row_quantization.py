@@ -1,8 +1,8 @@
-"""RMSNorm and quantization of whole rows: in registers, and as a kernel hoisted out of a GEMM.
+"""RMSNorm and quantization of whole rows, in registers and as a kernel ahead of a GEMM.
 
-A row is quantized per tile of columns into one or two INT8 planes. One plane is `quantize_int8`.
-Two hold 15 bits, r = 128 q1 + q0 with q1 in -127..127 and q0 in -64..63: for Gaussian rows an error
-of 0.005%, a thirtieth of what rounding to bf16 costs.
+A row is quantized per tile of columns into one or two INT8 planes. One plane is what
+`ops.quantize_int8` defines. Two planes hold 15 bits, r = 128 q1 + q0 with q1 in -127..127 and q0 in
+-64..63. For Gaussian rows that is an error of 0.005%, a thirtieth of what rounding to bf16 costs.
 """
 
 import triton
@@ -15,7 +15,10 @@ from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
 
 @triton.jit
 def quantize_tiles(x, PLANES: tl.constexpr):
-    """Tiles fp32 `[R, TILE]` -> r int32 `[R, TILE]` (for `take_plane`) and scales fp32 `[R]`."""
+    """Quantizes tiles x, fp32 `[R, TILE]`, to r, int32 `[R, TILE]`, and fp32 scales `[R]`.
+
+    `take_plane` takes the planes from r.
+    """
     inverse, scale = compute_int8_scale(tl.max(tl.abs(x), axis=1))
     if PLANES == 2:
         inverse, scale = inverse * 128.0, scale * 0.0078125
@@ -24,9 +27,9 @@ def quantize_tiles(x, PLANES: tl.constexpr):
 
 @triton.jit
 def take_plane(r, PLANE: tl.constexpr, PLANES: tl.constexpr):
-    """int32 whose low byte is an INT8 plane of quantized values r: r itself, or q1 (0) or q0 (1).
+    """int32 whose low byte is one plane of r, which is as from `quantize_tiles`.
 
-    Of r, as from `quantize_tiles`, the low 8 or 15 bits count.
+    Of two planes, 0 is q1 and 1 is q0. Only the low 8 bits of r count, or 15 of two planes.
     """
     if PLANES == 1:
         return r
@@ -49,9 +52,9 @@ def quantize_rows_kernel(
     PLANES: tl.constexpr,
     SCALE_FACTOR: tl.constexpr,
 ):
-    """RMSNorm (if norm_weight is given) and quantization of one row per program.
+    """RMSNorm (if norm_weight is given) and quantization of one row of x `[M, K]` per program.
 
-    x `[M, K]` -> q int8 `[PLANES, PADDED_M, PADDED_K]`, zero from column K on, and scale fp32
+    q is int8 `[PLANES, PADDED_M, PADDED_K]`, zero from column K on. scale is fp32
     `[ceil(PADDED_K / TILE), PADDED_M]`, times SCALE_FACTOR. Rows from M on are not written.
     """
     wait_for_previous()

@@ -1,8 +1,8 @@
-"""A few tokens through INT4 experts: two matrix-vector kernels over (token, slot) pairs.
+"""A few tokens through INT4 experts: two matrix-vector kernels over pairs of a token and a slot.
 
-This is bound by the bytes of the weights, so every thread block loads all of its weights at once
-and prepares the activations while they are under way. Quantizing the few activations again in every
-thread block costs less than a launch of its own.
+The bytes of the weights set the time, so every thread block loads all of its weights at once and
+prepares the activations while they are on their way. Each thread block quantizes the few
+activations anew, which costs less than a launch of its own.
 """
 
 import torch
@@ -14,11 +14,11 @@ from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.moe.decode_dot import (
     QUADS,
+    arange_rows,
     dot_steps,
-    inner_position,
     load_weights,
+    place_column,
     quantize_steps,
-    rows_of,
     sum_rows,
 )
 from et_moe.backends.cuda.triton.tuning import find_config
@@ -45,16 +45,16 @@ def _decode_gate_up_kernel(
     LANES: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """silu(gate) * up of one pair and BLOCK_N (at most 64) of the INNER columns.
+    """silu(gate) * up of one pair, for BLOCK_N (at most 64) of the INNER columns.
 
-    x `[tokens, K]`, inner `[pairs, INNER]`, see `inner_position`. BLOCK_T tiles of 128 columns are
-    loaded at once. x is quantized once in a thread block and reaches its lanes through shared
-    memory: fewer instructions than LANES times over, and the latency is the router's.
-    PREFETCH (sm_90 and later) has the W2_BYTES of the expert's w2 brought into the L2 cache for the
-    next kernel, which then is not bound by memory; memory would be idle between the two.
+    x is `[tokens, K]`, and inner `[pairs, INNER]` with its columns where `place_column` says.
+    BLOCK_T tiles of 128 columns are loaded at once. A thread block quantizes x once and brings it
+    to its lanes through shared memory. That takes fewer instructions than to quantize it in every
+    lane, and its latency is hidden behind the router. PREFETCH, on sm_90 and later, brings the
+    W2_BYTES of the expert's w2 into the L2 cache for the next kernel, while memory would be idle.
     """
     TILES: tl.constexpr = (K + 127) // 128
-    # Are all activations loaded at once? Then they are quantized while the router runs.
+    # If all activations are loaded at once, they are quantized while the router runs.
     AT_ONCE: tl.constexpr = BLOCK_T >= TILES
     COPIES: tl.constexpr = LANES if TILE == 0 else 1
     pair = tl.program_id(1)
@@ -69,8 +69,8 @@ def _decode_gate_up_kernel(
         return
     column = tl.program_id(0) * BLOCK_N
     block = expert * (INNER // 64) + column // 64
-    # Rows of the product: BLOCK_N of gate, then BLOCK_N of up.
-    i = rows_of(2 * BLOCK_N, LANES)
+    # The rows of the product are BLOCK_N of gate, then BLOCK_N of up.
+    i = arange_rows(2 * BLOCK_N, LANES)
     row = i // BLOCK_N * 64 + column % 64 + i % BLOCK_N
     words = w13.to(tl.pointer_type(tl.int32)) + block * (TILES * 2048)
     scales = w13_scale + block * (TILES * (128 // GROUP) * 128)
@@ -85,7 +85,7 @@ def _decode_gate_up_kernel(
             activations = quantize_steps(x + start * 128 + first, limit, TILE, COPIES, False)
         acc += dot_steps(weights, activations, GROUP, TILE)
     gate, up = sum_rows(acc).reshape(2, BLOCK_N).permute(1, 0).split()
-    n = inner_position(column + tl.arange(0, BLOCK_N))
+    n = place_column(column + tl.arange(0, BLOCK_N))
     tl.store(inner + pair * INNER + n, (silu(gate) * up).to(inner.dtype.element_ty))
 
 
@@ -109,11 +109,11 @@ def _decode_down_kernel(
     BLOCK_T: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Weighted sum over the slots of one token for BLOCK_N (at most 64) columns, plus the residual.
+    """The weighted sum over one token's slots, plus residual, for BLOCK_N (at most 64) columns.
 
-    inner `[pairs, K]`, see `inner_position`. The (slot, tile of 128 columns) pairs are one
-    dimension, of which BLOCK_T are loaded at once; if these are all, they are before `inner`
-    exists.
+    inner is `[pairs, K]` with its columns where `place_column` says. Slots and tiles of 128 columns
+    are one dimension, of which BLOCK_T are loaded at once. If these are all, the weights are loaded
+    before inner exists.
     """
     TILES: tl.constexpr = K // 128
     AT_ONCE: tl.constexpr = BLOCK_T >= SLOTS * TILES
@@ -121,11 +121,12 @@ def _decode_down_kernel(
         wait_for_previous()
     token = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N
-    row = column % 64 + rows_of(BLOCK_N, LANES)
+    row = column % 64 + arange_rows(BLOCK_N, LANES)
     words = w2.to(tl.pointer_type(tl.int32))
     n = column + tl.arange(0, BLOCK_N)
     target = token * HIDDEN + n
-    # Of an earlier kernel than the last one, as the ids and their weights.
+    # The residual is ready, as are the ids and their weights: an earlier kernel than the last wrote
+    # them.
     if residual is not None:
         addend = tl.load(residual + target, mask=n < HIDDEN, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_N // LANES, BLOCK_T, LANES, QUADS), tl.float32)
@@ -163,7 +164,7 @@ def moe_decode(
     residual: torch.Tensor | None,
     int8: bool,
 ) -> torch.Tensor:
-    """`moe_w4a8` (int8) or `moe_w4a16` on prepacked weights, for few tokens."""
+    """`moe_w4a8` (int8) or `moe_w4a16` of up to `DECODE_TOKENS` tokens: `[T, H]` in x's dtype."""
     tokens, hidden = x.shape
     slots = topk_ids.shape[1]
     experts, inner_blocks = w13.shape[:2]

@@ -1,13 +1,14 @@
-"""Products of INT4 weights and a few activations, summed up where they are: in lanes.
+"""Products of INT4 weights and a few activations, summed up in the lanes that hold them.
 
-A step is a tile of 128 columns, whose weights are 64 bytes of a row (see `prepack`). Four lanes,
-its quads, hold 16 bytes each: four words, each of four low and of four high nibbles, which lie 64
-columns on. The other lanes of a warp hold LANES rows and 8 / LANES steps, the warps further
-steps, and registers the rest. Tensors of weights, `[ROWS / LANES, STEPS, LANES, QUADS, ...]`,
-and of activations, `[STEPS, LANES, QUADS, ...]`, have their dimensions in the order in which Triton
-then gives lanes and warps to them. So activations that are loaded LANES times over are in the lanes
-that need them (if there are 8 / LANES steps for each warp), and through shared memory goes only
-what warps add up at the end.
+A step is a tile of 128 columns, whose weights are 64 bytes of a row (`layout.py`). Four lanes, its
+quads, hold 16 bytes each. These are four words of four low and four high nibbles each; the high
+nibbles lie 64 columns on. Along with the quads, the lanes of a warp hold LANES rows and 8 / LANES
+steps; further steps are in other warps, and the rest in registers.
+
+Tensors of weights are `[ROWS / LANES, STEPS, LANES, QUADS, ...]`, those of activations
+`[STEPS, LANES, QUADS, ...]`: the order of dimensions in which Triton gives them lanes and warps.
+Activations that are loaded LANES times over are then in the lanes that need them, if there are
+8 / LANES steps for each warp. Only what warps add up at the end goes through shared memory.
 """
 
 import triton
@@ -19,32 +20,35 @@ from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 QUADS = tl.constexpr(4)
 _WORDS = tl.constexpr(4)
-# The upper bits of what round_int8 returns are 0x4B400000, those of four of them shifted and added
-# 0x8B400000; 0x80808080 is added to avoid borrows, and taken from each byte again.
+# What round_to_int8 returns has the upper bits 0x4B400000. The sum of four of them, each shifted by
+# one byte more, has 0x8B400000 too much. 0x80808080 is added so that no byte borrows from the next
+# one, and is then taken from each byte again.
 _BYTES_BIAS = tl.constexpr(-0x0ABF7F80)
 _BYTES_SIGN = tl.constexpr(-0x7F7F7F80)
 
 
 @triton.jit
-def rows_of(ROWS: tl.constexpr, LANES: tl.constexpr):
-    """0 to ROWS, `[ROWS / LANES, LANES]`."""
+def arange_rows(ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The row numbers 0 to ROWS - 1, `[ROWS / LANES, LANES]`."""
     return tl.arange(0, ROWS // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
-def inner_position(n):
-    """Where column n is kept between the kernels: the same word of four quads is contiguous."""
+def place_column(n):
+    """Where column n lies between the two kernels; the same words of four quads are contiguous."""
     return n // 64 * 64 + n // 4 % 4 * 16 + n // 16 % 4 * 4 + n % 4
 
 
 @triton.jit
 def _load_activations(x, limit, LANES: tl.constexpr, INNER: tl.constexpr):
-    """`float32 [2, WORDS, STEPS, LANES, QUADS, 4]` (2: low and high nibbles).
+    """Loads activations as `float32 [2, WORDS, STEPS, LANES, QUADS, 4]`.
+
+    The first dimension is low and high nibbles, the last the bytes of a word.
 
     Args:
-        x, limit: `[STEPS]`, pointers to each step's first column, and how many columns from there
-            on exist; the others are 0.
-        INNER: whether columns are in the order of `inner_position`.
+        x, limit: `[STEPS]`, a pointer to each step's first column, and how many columns exist from
+            there on; the others count as 0.
+        INNER: whether columns lie where `place_column` says.
     """
     half, word = tl.arange(0, 2)[:, None], tl.arange(0, _WORDS)[None, :]
     quad, byte = tl.arange(0, QUADS)[:, None], tl.arange(0, 4)[None, :]
@@ -57,8 +61,11 @@ def _load_activations(x, limit, LANES: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
-def _tile_amax(x, TILE: tl.constexpr):
-    """Largest magnitude of each quad's tile, `[2, STEPS, LANES, QUADS or 1]`."""
+def _find_tile_amax(x, TILE: tl.constexpr):
+    """The largest magnitude in each quad's tile: `[2, STEPS, LANES, QUADS]`.
+
+    Tiles from 64 columns on are common to all quads; the last dimension is 1 then.
+    """
     amax = tl.max(tl.max(tl.abs(x), axis=5), axis=1)
     if TILE >= 64:
         amax = tl.max(amax, axis=3, keep_dims=True)
@@ -75,20 +82,23 @@ def _tile_amax(x, TILE: tl.constexpr):
 
 @triton.jit
 def quantize_steps(x, limit, TILE: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr):
-    """Activations of low and high nibbles, see `_load_activations`, as `dot_steps` takes them.
+    """Loads activations, as `_load_activations` does, and quantizes them for `dot_steps`.
+
+    TILE is the number of columns that share a scale, 32, 64 or 128, or 0 for float activations.
 
     Returns:
-        int8, four in an int32, `[1, STEPS, LANES, QUADS, WORDS]` each, and their scales,
-        `float32 [1, STEPS, LANES, QUADS or 1]` each. For TILE 0 the floats instead of all these.
+        The int8 numbers for low and for high nibbles, four to an int32, each
+        `[1, STEPS, LANES, QUADS, WORDS]`, and their scales, each
+        `float32 [1, STEPS, LANES, QUADS or 1]`. With TILE 0, four times the floats.
     """
     x = _load_activations(x, limit, LANES, INNER)
     if TILE == 0:
         return x, x, x, x
     else:
-        inverse, scale = compute_int8_scale(_tile_amax(x, TILE), TILE == 128)
+        inverse, scale = compute_int8_scale(_find_tile_amax(x, TILE), TILE == 128)
         q = round_to_int8(x * inverse[:, None, :, :, :, None])
         q = tl.sum(q << (tl.arange(0, 4) * 8)[None, None, None, None, None, :], axis=5)
-        # Of each q only the low byte was meant: as if that were unsigned, less what is above it.
+        # Only the low byte of each q counts; _BYTES_BIAS removes what the bits above it have added.
         q = (q + _BYTES_BIAS) ^ _BYTES_SIGN
         q_low, q_high = q.permute(2, 3, 4, 1, 0).split()
         a_low, a_high = scale[None, :, :, :, :].permute(0, 2, 3, 4, 1).split()
@@ -105,44 +115,52 @@ def load_weights(
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Weights of steps, int32 `[ROWS / LANES, STEPS, LANES, QUADS, WORDS]`, and their scales.
+    """Loads the weights of steps, and the scales of their low and high nibbles.
 
     Args:
-        words, scales: prepacked weights, as int32 words, and scales (see `prepack`).
-        block, valid: `[STEPS]`, which block of ROWS rows and a tile of columns; what is not valid
-            counts as zero.
-        row: `[ROWS / LANES, LANES]`, rows of the block.
+        words, scales: pointers to prepacked weights, as int32, and to their scales (`layout.py`).
+        block, valid: `[STEPS]`, the block of ROWS rows and 128 columns that each step reads, and
+            whether it does; else its weights count as zero.
+        row: `[ROWS / LANES, LANES]`, the rows to load of each block.
+
+    Returns:
+        int32 `[ROWS / LANES, STEPS, LANES, QUADS * WORDS]`, and two scales
+        `float32 [ROWS / LANES, STEPS, LANES, QUADS]`.
     """
     row, valid = row[:, None, :, None], valid[None, :, None, None]
     block = block[None, :, None, None]
     word = tl.arange(0, QUADS * _WORDS)[None, None, None, :]
     packed = tl.load(words + (block * (ROWS * 16) + (row * 16 + word)), mask=valid, other=0)
-    # All lanes load the scales of their weights. Triton must not know that those of rows are
-    # contiguous: it would load several by one lane, and move them through shared memory.
+    # All lanes load the scales of their own weights. If Triton knew that the scales of rows are
+    # contiguous, one lane would load several, and they would move through shared memory.
     group = (tl.arange(0, QUADS) * 16 // GROUP)[None, None, None, :]
     row = tl.max_contiguous(row, (1, 1, 1, 1))
     source = scales + ((block * (128 // GROUP) + group) * ROWS + row)
     low = tl.load(source, mask=valid, other=0.0).to(tl.float32) * NIBBLE_SCALE
     if GROUP == 128:
         return packed, low, low
-    # The high nibbles are 64 // GROUP groups on.
+    # Those of the high nibbles lie 64 // GROUP groups on.
     source += 64 // GROUP * ROWS
     return packed, low, tl.load(source, mask=valid, other=0.0).to(tl.float32) * NIBBLE_SCALE
 
 
 @triton.jit
-def _quarters(x):
-    """The four parts of the last of five dimensions, in the order 0, 2, 1, 3."""
+def _split_bit_reversed(x):
+    """Splits the last of five dimensions, which is 4 long, into its parts 0, 2, 1 and 3."""
     even, odd = x.reshape((x.shape[0], x.shape[1], x.shape[2], x.shape[3], 2, 2)).split()
     return even.split() + odd.split()
 
 
 @triton.jit
 def _dot_float(packed, x):
-    """Products of low and of high nibbles with float activations, as `dot_steps` adds them up."""
+    """Sums over a lane's columns of low and of high nibbles times float activations.
+
+    Returns:
+        `float32 [ROWS / LANES, STEPS, LANES, QUADS]` each, both times 16.
+    """
     SHAPE: tl.constexpr = (1, x.shape[2], x.shape[3], QUADS * _WORDS, 4, 2)
     x_low, x_high = x.permute(2, 3, 4, 1, 5, 0).reshape(SHAPE).split()
-    x_low, x_high = _quarters(x_low), _quarters(x_high)
+    x_low, x_high = _split_bit_reversed(x_low), _split_bit_reversed(x_high)
     low = tl.zeros(packed.shape, tl.float32)
     high = tl.zeros(packed.shape, tl.float32)
     for i in tl.static_range(4):
@@ -155,11 +173,11 @@ def _dot_float(packed, x):
 
 
 @triton.jit
-def _biased_low_nibbles(packed):
-    """The low nibbles of int32 words, plus 8: with the top bit flipped they are not negative."""
+def _extract_biased_low_nibbles(packed):
+    """The low nibbles of the bytes of int32 words, each plus 8: with the top bit flipped."""
     if is_interpreted():
         return (packed ^ 0x08080808) & 0x0F0F0F0F
-    # One instruction, of which the compiler makes two.
+    # This is one instruction; the compiler would make two.
     return tl.inline_asm_elementwise(
         "lop3.b32 $0, $1, 0x08080808, 0x0F0F0F0F, 0x28;",
         "=r,r",
@@ -172,26 +190,28 @@ def _biased_low_nibbles(packed):
 
 @triton.jit
 def _dot_int8(packed, q_low, q_high):
-    """Products of low and of high nibbles with int8 activations: sums over the words of a lane.
+    """Sums over a lane's columns of low and of high nibbles times int8 activations.
 
     Returns:
-        int32 `[ROWS / LANES, STEPS, LANES, QUADS]` each, the second one times 16.
+        int32 `[ROWS / LANES, STEPS, LANES, QUADS]` each; the second is times 16.
     """
     WORDS: tl.constexpr = (packed.shape[0], packed.shape[1], packed.shape[2], QUADS, _WORDS)
-    weights, q_low, q_high = _quarters(packed.reshape(WORDS)), _quarters(q_low), _quarters(q_high)
+    weights = _split_bit_reversed(packed.reshape(WORDS))
+    q_low, q_high = _split_bit_reversed(q_low), _split_bit_reversed(q_high)
     low = tl.zeros(q_low[0].shape, tl.int32)
     high = tl.zeros(weights[0].shape, tl.int32)
     for i in tl.static_range(4):
-        low = dot_bytes(q_low[i], tl.full(low.shape, -0x07070708, tl.int32), low)  # times -8
+        # -8 in each byte makes up for the 8 that the nibbles have too much.
+        low = dot_bytes(q_low[i], tl.full(low.shape, -0x07070708, tl.int32), low)
     for i in tl.static_range(4):
-        low = dot_bytes(_biased_low_nibbles(weights[i]), q_low[i], low)
+        low = dot_bytes(_extract_biased_low_nibbles(weights[i]), q_low[i], low)
         high = dot_bytes(weights[i] & UPPER_NIBBLES, q_high[i], high)
     return low, high
 
 
 @triton.jit
 def dot_steps(weights, activations, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """sum over a lane's columns of weight[row, column] x[column].
+    """The sum of weight[row, column] x[column] over a lane's columns.
 
     Args:
         weights, activations: as from `load_weights` and `quantize_steps`.
@@ -218,8 +238,7 @@ def dot_steps(weights, activations, GROUP: tl.constexpr, TILE: tl.constexpr):
 def sum_rows(products):
     """`float32 [ROWS]` from `[ROWS / LANES, STEPS, LANES, QUADS]`."""
     ROWS: tl.constexpr = products.shape[0] * products.shape[2]
-    # One dimension after the other: across warps, Triton 3.6 adds up wrongly what a reshape has put
-    # together of several dimensions, if lanes then hold it out of order. First the one that lies
-    # within a warp: else what warps exchange is four times as much, and Triton 3.6 runs out of
-    # registers.
+    # The dimensions are summed one after the other. If a reshape joined them, lanes would hold the
+    # result out of order, and Triton 3.6 adds it up wrongly across warps. The one that lies within
+    # a warp comes first; else warps exchange four times as much, and registers run out.
     return tl.sum(tl.sum(products, axis=3), axis=1).reshape(ROWS)

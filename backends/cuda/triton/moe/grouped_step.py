@@ -1,50 +1,62 @@
-"""One step along K of the experts' grouped GEMMs, see `moe_prefill`."""
+"""One step along K of the experts' grouped GEMMs (`prefill.py`)."""
 
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, high_nibbles, low_nibbles
+from et_moe.backends.cuda.triton.common.int4 import (
+    NIBBLE_SCALE,
+    extract_high_nibbles,
+    extract_low_nibbles,
+)
 from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 
 @triton.constexpr_function
-def _step_bytes(group: int, tile: int) -> int:
-    """Bytes of a weight's row per step: both nibbles of one must lie in one group and tile each."""
+def _count_step_bytes(group: int, tile: int) -> int:
+    """Bytes per step of a row of the weight.
+
+    The low nibbles of a step must share a group and a tile of activations, and so must the high
+    ones.
+    """
     return 32 if group == 32 or tile == 32 else 64
 
 
 @triton.constexpr_function
-def steps(k: int, group: int, tile: int) -> int:
-    """Steps over k columns."""
-    return (k + 127) // 128 * (64 // _step_bytes(group, tile))
+def count_steps(k: int, group: int, tile: int) -> int:
+    """How many steps k columns take, for the kernels' GROUP and TILE."""
+    return (k + 127) // 128 * (64 // _count_step_bytes(group, tile))
 
 
 @triton.jit
-def weight_scales(rows, odd, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """Scales `float32 [ROWS]` of the low and of the high nibbles of a step.
+def load_weight_scales(
+    rows, odd, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
+):
+    """Loads the scales, fp32 `[ROWS]` each, of the low and of the high nibbles of a step.
 
-    rows: pointers to the int32 that hold the bf16 scales of each row and of its neighbour, STRIDE
-    from group to group (an asynchronous copy takes four bytes at least, and only such loads are
-    pipelined). odd: whether a row's is the upper one.
+    Args:
+        rows: `[ROWS]`, pointers to the int32 that hold the bf16 scales of a row and of its
+            neighbour, STRIDE apart from group to group. An asynchronous copy has four bytes at
+            least, and only such loads are pipelined.
+        odd: `[ROWS]`, whether a row's scale is the upper half.
     """
-    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
+    STEP: tl.constexpr = _count_step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
     group = step // CHUNKS * (128 // GROUP) + step % CHUNKS * STEP // GROUP
-    low = _upper_or_lower(tl.load(rows + group * STRIDE), odd)
+    low = _select_half(tl.load(rows + group * STRIDE), odd)
     if GROUP == 128:
         return low, low
-    return low, _upper_or_lower(tl.load(rows + (group + 64 // GROUP) * STRIDE), odd)
+    return low, _select_half(tl.load(rows + (group + 64 // GROUP) * STRIDE), odd)
 
 
 @triton.jit
-def _upper_or_lower(pair, upper):
-    """One of two bf16 in an int32, as float32."""
+def _select_half(pair, upper):
+    """The upper or the lower bf16 of an int32, as fp32."""
     return tl.where(upper, pair & -0x10000, pair << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _load_x(x_rows, x_used, column, K: tl.constexpr):
-    """Activations `[BLOCK_M, columns]`."""
+    """Loads activations `[BLOCK_M, columns]`; unused rows and columns from K on give 0."""
     mask = x_used[:, None]
     if K % 128 != 0:
         mask &= (column < K)[None, :]
@@ -52,8 +64,8 @@ def _load_x(x_rows, x_used, column, K: tl.constexpr):
 
 
 @triton.jit
-def _product(w, x, acc):
-    """acc (or None) + w x^T of floats, or w x^T of integers; as floats."""
+def _multiply(w, x, acc):
+    """acc (or None) + w x^T of floats, or w x^T of int8 numbers; fp32 in both cases."""
     if x.dtype == tl.int8:
         return tl.dot(w, x.trans(), out_dtype=tl.int32).to(tl.float32)
     else:
@@ -62,7 +74,7 @@ def _product(w, x, acc):
 
 
 @triton.jit
-def grouped_step(
+def add_grouped_step(
     acc,
     step,
     x_rows,
@@ -76,24 +88,24 @@ def grouped_step(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """acc + the sum over a step's columns of weight[n, k] x[m, k], `float32 [ROWS, BLOCK_M]`.
+    """acc + the sum of weight[n, k] x[m, k] over the columns of a step, `float32 [ROWS, BLOCK_M]`.
 
     Args:
-        x_rows: `[BLOCK_M]` pointers to rows of K activations, of which those in x_used are read;
-            the others count as zeros. (Any row would do, but many blocks would read the same one.)
-        x_scale_rows: the same of their scales, one per TILE (32, 64 or 128) columns, X_SCALE_STRIDE
-            apart. TILE 0: activations are floats, without scales.
-        weight_rows: `[ROWS]` pointers to the 64 bytes of each row in its first block of 128
-            columns; WEIGHT_STRIDE bytes on are those of the next block.
-        scales: as from `weight_scales`.
+        x_rows, x_used: `[BLOCK_M]`, pointers to rows of K activations, and which of them to read.
+            The others count as zeros; to read any row instead, many blocks would read the same.
+        x_scale_rows: `[BLOCK_M]`, pointers to the rows' scales, one per TILE (32, 64 or 128)
+            columns, X_SCALE_STRIDE apart. With TILE 0, activations are floats without scales.
+        weight_rows: `[ROWS]`, pointers to the 64 bytes of each row in its first block of 128
+            columns. Those in the next block lie WEIGHT_STRIDE bytes on.
+        scales: of the step, as from `load_weight_scales`.
     """
-    STEP: tl.constexpr = _step_bytes(GROUP, TILE)
+    STEP: tl.constexpr = _count_step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
     block = step // CHUNKS
     within = step % CHUNKS * STEP + tl.arange(0, STEP)
     packed = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
     packed = packed.to(tl.int8, bitcast=True)
-    low, high = low_nibbles(packed), high_nibbles(packed)
+    low, high = extract_low_nibbles(packed), extract_high_nibbles(packed)
     weight_low = (scales[0] * NIBBLE_SCALE)[:, None]
     weight_high = (scales[1] * NIBBLE_SCALE)[:, None]
     if TILE != 0:
@@ -101,16 +113,16 @@ def grouped_step(
         a_rows = x_scale_rows + tile * X_SCALE_STRIDE
         a_low = tl.load(a_rows, mask=x_used, other=0.0)[None, :]
     if GROUP == 128 and TILE == 128:
-        # Both nibbles share their scales: one product of twice as many columns.
+        # Both nibbles share their scales, so one product has twice as many columns.
         both = tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], 128)
         x = _load_x(x_rows, x_used, block * 128 + tl.arange(0, 128), K)
-        return acc + _product(both, x, None) * (weight_low * a_low)
+        return acc + _multiply(both, x, None) * (weight_low * a_low)
     x_low = _load_x(x_rows, x_used, block * 128 + within, K)
     x_high = _load_x(x_rows, x_used, block * 128 + 64 + within, K)
-    d_low = _product(low, x_low, None)
+    d_low = _multiply(low, x_low, None)
     if GROUP == 128 and TILE == 0:
-        return acc + _product(high, x_high, d_low) * weight_low
-    d_high = _product(high, x_high, None)
+        return acc + _multiply(high, x_high, d_low) * weight_low
+    d_high = _multiply(high, x_high, None)
     if TILE != 0:
         a_high = a_low
         if TILE != 128:

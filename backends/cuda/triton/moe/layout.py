@@ -1,9 +1,9 @@
-"""The order in which the MoE kernels want INT4 expert weights: a format of its own, versioned.
+"""The order in which the kernels of the experts read INT4 weights, versioned.
 
-A weight `[N, K]` is cut into blocks of 64 rows by 128 columns, padded with zeros. A block is 4 KB
-of 64 rows by 64 bytes: byte j has column j in its low and column j + 64 in its high nibble, so both
-nibbles of a run of bytes are the plain operand of a dot product. Nibbles are two's complement
-(`int4` says why). All column blocks of a row block follow each other: a thread block streams
+A weight `[N, K]` is cut into blocks of 64 rows by 128 columns, padded with zeros. A block is 4 KB,
+64 rows of 64 bytes. Byte j has column j in its low and column j + 64 in its high nibble, in two's
+complement, so that both nibbles of a run of bytes are plain operands of a dot product
+(`common/int4.py`). The blocks of the same rows follow each other, so that a thread block streams
 contiguous memory.
 """
 
@@ -18,12 +18,12 @@ ROWS = 64
 COLUMNS = 128
 
 
-def _ceil(value: int, multiple: int) -> int:
+def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
 def _pad(x: torch.Tensor, rows: int, columns: int, value: int = 0) -> torch.Tensor:
-    """Pads the last two dimensions with `value`."""
+    """x with its last two dimensions padded with `value` to rows and columns."""
     if x.shape[-2:] == (rows, columns):
         return x
     out = x.new_full((*x.shape[:-2], rows, columns), value)
@@ -31,13 +31,13 @@ def _pad(x: torch.Tensor, rows: int, columns: int, value: int = 0) -> torch.Tens
     return out
 
 
-def _blocks(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def _cut_blocks(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """`uint8 [..., N, K/2]` of a bundle as `uint8 [..., rows/64, columns/128, 64, 64]`, a view."""
     padded = _pad(weight, rows, columns // 2, ZERO_BYTE)
     return padded.unflatten(-1, (-1, COLUMNS // 2)).unflatten(-3, (-1, ROWS)).transpose(-3, -2)
 
 
-def _scale_blocks(scale: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+def _cut_scale_blocks(scale: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     """`[..., N, G]` to `bfloat16 [..., rows/64, groups, 64]`."""
     padded = _pad(scale.bfloat16(), rows, groups)
     return padded.unflatten(-2, (-1, ROWS)).transpose(-2, -1).contiguous()
@@ -64,7 +64,7 @@ def prepack_experts(
     w2_scale: torch.Tensor,
     group_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reorders the experts' weights for `moe_w4a8` and `moe_w4a16` of this folder.
+    """Reorders the experts' weights of a bundle for the kernels of `moe_w4a8` and `moe_w4a16`.
 
     Experts are independent: slices of the tables may be packed one after the other and
     concatenated along the first dimension.
@@ -91,14 +91,14 @@ def prepack_experts(
             f"w2: expected {(experts, hidden, inner // 2)} for w13 {tuple(w13.shape)}, "
             f"got {tuple(w2.shape)}"
         )
-    hidden_up, inner_up = _ceil(hidden, COLUMNS), _ceil(inner, COLUMNS)
-    gate_up = _blocks(w13.unflatten(1, (2, -1)), inner_up, hidden_up)
-    gate_up_scale = _scale_blocks(
+    hidden_up, inner_up = _round_up(hidden, COLUMNS), _round_up(inner, COLUMNS)
+    gate_up = _cut_blocks(w13.unflatten(1, (2, -1)), inner_up, hidden_up)
+    gate_up_scale = _cut_scale_blocks(
         w13_scale.unflatten(1, (2, -1)), inner_up, hidden_up // group_size
     )
     return (
         pack_nibbles(gate_up.permute(0, 2, 3, 1, 4, 5)),
         gate_up_scale.permute(0, 2, 3, 1, 4).contiguous(),
-        pack_nibbles(_blocks(w2, hidden_up, inner_up)),
-        _scale_blocks(w2_scale, hidden_up, inner_up // group_size),
+        pack_nibbles(_cut_blocks(w2, hidden_up, inner_up)),
+        _cut_scale_blocks(w2_scale, hidden_up, inner_up // group_size),
     )

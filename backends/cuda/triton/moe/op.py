@@ -1,11 +1,12 @@
-"""Expert MLPs with INT4 weights; contracts in `et_moe.backends.ops.moe`.
+"""Expert MLPs with INT4 weights.
 
-Error of `moe_w4a8`, relative L2, with Gaussian inputs in bf16 (test_moe.py): under 0.1% against the
-eager reference, since all sums are fp32 and only the result is rounded; 1.2% to 1.48% against bf16
-activations, over the tokens of a batch (a single token scatters by 0.1%), of a budget of 1.5%.
-INT8 tiles of 128 columns in front of GEMM 1 and of 64 in front of GEMM 2 are the fastest within it:
-halving a tile doubles the rescaling of int32 sums, which at 128 takes as long as the matrix unit.
-Experts up to 128 wide take 32 in front of GEMM 2: see `expert_activation_tile`.
+The relative L2 error of `moe_w4a8`, with Gaussian inputs in bf16 (test_moe.py), is under 0.1%
+against the eager reference, since all sums are fp32 and only the result is rounded. Against bf16
+activations it is 1.2% to 1.48% over the tokens of a batch (a single token scatters by 0.1%), and
+1.5% is the budget. INT8 tiles of 128 columns in front of GEMM 1 and of 64 in front of GEMM 2 are
+the fastest within it. To halve a tile doubles the rescaling of int32 sums, and with tiles of 128
+this takes as long as the matrix unit already. Experts up to 128 wide have tiles of 32 in front of
+GEMM 2, see `expert_activation_tile`.
 """
 
 import torch
@@ -32,7 +33,17 @@ def moe_w4a8(
     group_size: int,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `et_moe.backends.ops.moe_w4a8`; the weights are those of `prepack_experts`."""
+    """`ops.moe_w4a8` in two launches for up to `DECODE_TOKENS` tokens, else in five.
+
+    Args:
+        x: `[T, H]`, bf16 or fp32; residual: `[T, H]` or None.
+        w13, w13_scale, w2, w2_scale: as from `prepack_experts`.
+        topk_weights: float `[T, S]`. topk_ids: int32 or int64 `[T, S]`; a slot whose id is outside
+            of the table is skipped.
+
+    Returns:
+        `[T, H]` in x's dtype.
+    """
     packed = (w13, w13_scale, w2, w2_scale)
     return _moe(True, x, *packed, topk_weights, topk_ids, group_size, residual)
 
@@ -48,6 +59,6 @@ def moe_w4a16(
     group_size: int,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `et_moe.backends.ops.moe_w4a16`; the weights are those of `prepack_experts`."""
+    """`ops.moe_w4a16` with the arguments and result of `moe_w4a8`, in two launches or four."""
     packed = (w13, w13_scale, w2, w2_scale)
     return _moe(False, x, *packed, topk_weights, topk_ids, group_size, residual)

@@ -1,8 +1,8 @@
-"""Many tokens through INT4 experts: a routing sort, two grouped GEMMs, a sum over slots.
+"""Many tokens through INT4 experts: a routing sort, two grouped GEMMs, and a sum over slots.
 
-The GEMMs compute transposed products: weights are the left operand, so that they go from memory
-through registers, where they are unpacked, into the matrix unit, and never back to shared memory;
-activations are the right operand and stay in shared memory as they are.
+The GEMMs compute transposed products. Weights are the left operand: they go from memory through
+registers, where they are unpacked, into the matrix unit, and never back to shared memory.
+Activations are the right operand and stay in shared memory as they are.
 """
 
 import torch
@@ -13,7 +13,11 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.int8 import compute_int8_scale, round_to_int8
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.silu import silu
-from et_moe.backends.cuda.triton.moe.grouped_step import grouped_step, steps, weight_scales
+from et_moe.backends.cuda.triton.moe.grouped_step import (
+    add_grouped_step,
+    count_steps,
+    load_weight_scales,
+)
 from et_moe.backends.cuda.triton.moe.routing import route, sum_slots
 from et_moe.backends.cuda.triton.quantization.op import quantize_int8
 from et_moe.backends.cuda.triton.tuning import find_config
@@ -39,14 +43,15 @@ def _gate_up_kernel(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """silu(gate) * up of a block of pairs and 64 of the INNER columns.
+    """silu(gate) * up of a block of pairs, for 64 of the INNER columns.
 
-    x `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner `[blocks * BLOCK_M, INNER]`: int8
-    with inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or without scales if TILE is 0.
+    x is `[tokens, K]`, x_scale `[tokens, ceil(K / TILE)]`. inner is `[blocks * BLOCK_M, INNER]`:
+    int8 with scales inner_scale `[blocks, INNER / INNER_TILE, BLOCK_M]`, or if TILE is 0 of x's
+    dtype and without scales. rows and block_experts are as from `route`.
     """
     wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
-    STEPS: tl.constexpr = steps(K, GROUP, TILE)
+    STEPS: tl.constexpr = count_steps(K, GROUP, TILE)
     PARTS: tl.constexpr = INNER // 64
     block = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
@@ -60,17 +65,17 @@ def _gate_up_kernel(
 
     x_rows = x + token.to(tl.int64) * K
     x_scale_rows = token if TILE == 0 else x_scale + token * TILES
-    # Rows of the product: 64 of gate, then 64 of up.
+    # The rows of the product are 64 of gate, then 64 of up.
     row_block = expert * PARTS + part
     weight_rows = w13 + row_block * (TILES * 8192) + tl.arange(0, 128) * 64
     scale_rows = w13_scale.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128) // 2
     scale_rows += row_block * (TILES * (128 // GROUP) * 64)
     odd = tl.arange(0, 128) % 2 == 1
     acc = tl.zeros((128, BLOCK_M), tl.float32)
-    # The number of stages stands here, not at the launch, to have the small loads pipelined too.
+    # The number of stages stands here, not at the launch, so that small loads are pipelined, too.
     for step in tl.range(STEPS, num_stages=STAGES):
-        scales = weight_scales(scale_rows, odd, step, 64, GROUP, TILE)
-        acc = grouped_step(
+        scales = load_weight_scales(scale_rows, odd, step, 64, GROUP, TILE)
+        acc = add_grouped_step(
             acc, step, x_rows, used, x_scale_rows, weight_rows, scales, K, 1, 8192, GROUP, TILE
         )
     gate, up = acc.reshape(2, 64, BLOCK_M).permute(1, 2, 0).split()
@@ -92,11 +97,11 @@ def _gate_up_kernel(
 
 
 @triton.jit
-def _unit(bound):
-    """A power of two u for each bound, with bound < 2^15 u, and 1 / u.
+def _choose_unit(bound):
+    """A power of two u with bound < 2^15 u for each bound, and 1 / u; all fp32 of one shape.
 
-    Quotients by u of what the bound holds for fit fp16, and keep its 11 bits down to 2^-29 of the
-    bound. NaN and infinity take the largest u.
+    Numbers up to the bound fit fp16 when they are divided by u, and those down to 2^-29 of the
+    bound keep all 11 bits of fp16. For a bound of NaN or infinity u is the largest.
     """
     bits = bound.to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.minimum(tl.maximum(bits, 15 << 23), 254 << 23) - (14 << 23)
@@ -104,7 +109,7 @@ def _unit(bound):
 
 
 @triton.jit
-def _largest_parts(
+def _bound_parts(
     x_scale_rows,
     x_used,
     scales,
@@ -114,10 +119,12 @@ def _largest_parts(
     TILE: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    """What w2 times inner times the routing weight can be at most, for each row `[BLOCK_M]`.
+    """A bound, fp32 `[BLOCK_M]`, of the magnitudes of each row's results.
 
-    x_scale_rows, x_used, TILE: as `grouped_step` takes them. scales: pointer to the SCALES weight
-    scales of the columns that the program computes.
+    Args:
+        x_scale_rows, x_used, TILE: as `add_grouped_step` takes them.
+        scales: pointer to the SCALES weight scales of the columns that the program computes.
+        weight: fp32 `[BLOCK_M]`, the routing weights.
     """
     tile = tl.arange(0, triton.next_power_of_2(K // TILE))
     inside = x_used[None, :] & (tile < K // TILE)[:, None]
@@ -125,7 +132,7 @@ def _largest_parts(
     x_scale = tl.max(tl.load(at, mask=inside, other=0.0), axis=0)
     i = tl.arange(0, triton.next_power_of_2(SCALES))
     weight_scale = tl.load(scales + i, mask=i < SCALES, other=0.0).to(tl.float32)
-    # |inner| is at most 127 scales, a weight 8.
+    # An activation is at most 127 times its scale, a weight 8 times its own.
     largest = x_scale * tl.max(tl.abs(weight_scale), axis=0) * (127.0 * 8.0 * K)
     return largest * tl.abs(weight)
 
@@ -151,18 +158,18 @@ def _down_kernel(
     REPEAT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The routing weight times w2 of the expert times inner, to `out [pairs, HIDDEN]` by pair.
+    """The routing weight times w2 of the expert times inner: each pair's row of out.
 
-    A program computes REPEAT times BLOCK_N columns: K is short, so that filling the pipeline anew
-    for every block of columns would cost as much as its products.
+    A program computes REPEAT times BLOCK_N columns. K is short, and to fill the pipeline anew for
+    every block of columns would cost as much as its products.
 
-    out is float32, or float16 in units of `unit float32 [pairs, PARTS]`, a power of two for each of
-    the PARTS programs that share a row, which needs TILE. (Rounding to bf16 would cost as much as
-    that of the sum.)
+    out is `[pairs, HIDDEN]`: float32, or with unit and a TILE float16, to be multiplied by unit.
+    unit is float32 `[pairs, PARTS]`, a power of two for each of the PARTS programs that share a
+    row. (Rounding to bf16 instead would add as much error as that of the sum.)
     """
     wait_for_previous()
     TILES: tl.constexpr = K // 128
-    STEPS: tl.constexpr = steps(K, GROUP, TILE)
+    STEPS: tl.constexpr = count_steps(K, GROUP, TILE)
     PARTS: tl.constexpr = HIDDEN_UP // (BLOCK_N * REPEAT)
     block = tl.program_id(0) // PARTS
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -177,25 +184,25 @@ def _down_kernel(
     x_scale_rows = m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m
     part = tl.program_id(0) % PARTS
     n = part * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
-    SCALES: tl.constexpr = TILES * (128 // GROUP)  # of a column
+    SCALES: tl.constexpr = TILES * (128 // GROUP)  # per column of out
     weight_rows = w2 + (expert * HIDDEN_UP + n) // 64 * (TILES * 4096) + n % 64 * 64
     part_scales = w2_scale + (expert * PARTS + part) * (BLOCK_N * REPEAT * SCALES)
     if unit is not None:
         COUNT: tl.constexpr = BLOCK_N * REPEAT * SCALES
-        largest = _largest_parts(x_scale_rows, used, part_scales, weight, K, BLOCK_M, TILE, COUNT)
-        row_unit, inverse = _unit(largest)
+        largest = _bound_parts(x_scale_rows, used, part_scales, weight, K, BLOCK_M, TILE, COUNT)
+        row_unit, inverse = _choose_unit(largest)
         tl.store(unit + pair * PARTS + part, row_unit, mask=used)
         weight *= inverse
     i = tl.arange(0, BLOCK_N)
     scale_rows = part_scales.to(tl.pointer_type(tl.int32)) + (i // 64 * (SCALES * 32) + i % 64 // 2)
     odd = i % 2 == 1
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # One loop over blocks and steps, so that loads run ahead from block to block.
+    # There is one loop over blocks and steps, so that loads run ahead from block to block.
     for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
         step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * 64)
         block_scales = scale_rows + i // STEPS * (BLOCK_N * SCALES // 2)
-        scales = weight_scales(block_scales, odd, step, 32, GROUP, TILE)
-        acc = grouped_step(
+        scales = load_weight_scales(block_scales, odd, step, 32, GROUP, TILE)
+        acc = add_grouped_step(
             *(acc, step, x_rows, used, x_scale_rows, weights, scales),
             *(K, BLOCK_M, 4096, GROUP, TILE),
         )
@@ -208,8 +215,8 @@ def _down_kernel(
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
 
-def _divisor(size: int, block: int) -> int:
-    """The largest of block, block / 2, ... that divides size."""
+def _find_divisor(size: int, block: int) -> int:
+    """The largest of block, block / 2, block / 4, ... that divides size."""
     while size % block:
         block //= 2
     return block
@@ -227,7 +234,7 @@ def moe_prefill(
     residual: torch.Tensor | None,
     int8: bool,
 ) -> torch.Tensor:
-    """`moe_w4a8` (int8) or `moe_w4a16` on prepacked weights, for any number of tokens."""
+    """`moe_w4a8` (int8) or `moe_w4a16` of any number of tokens: `[T, H]` in x's dtype."""
     tokens, hidden = x.shape
     slots = topk_ids.shape[1]
     experts, inner_blocks = w13.shape[:2]
@@ -265,11 +272,11 @@ def moe_prefill(
         **config,
     )
     config = find_config(f"{table}_down", tokens=tokens)
-    config["BLOCK_N"] = _divisor(hidden_up, config["BLOCK_N"])
-    config["REPEAT"] = _divisor(hidden_up // config["BLOCK_N"], config["REPEAT"])
+    config["BLOCK_N"] = _find_divisor(hidden_up, config["BLOCK_N"])
+    config["REPEAT"] = _find_divisor(hidden_up // config["BLOCK_N"], config["REPEAT"])
     span = config["BLOCK_N"] * config["REPEAT"]
     programs = hidden_up // span
-    # 0.02% of error, which only a result in fp32 would show.
+    # fp16 parts add an error of 0.02%, which only a result in fp32 would show.
     half = int8 and x.element_size() == 2
     parts = x.new_empty((tokens * slots, hidden), dtype=torch.float16 if half else torch.float32)
     unit = parts.new_empty((tokens * slots, programs), dtype=torch.float32) if half else None

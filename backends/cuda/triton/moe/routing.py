@@ -1,4 +1,4 @@
-"""Around the grouped GEMMs: token-expert pairs into blocks by expert, and slots summed up again."""
+"""Around the grouped GEMMs: pairs of token and slot are sorted by expert, and slots summed up."""
 
 import torch
 import triton
@@ -11,7 +11,11 @@ from et_moe.backends.cuda.triton.tuning import find_config
 
 @triton.jit
 def _scatter(ids, expert, rows, place, pair):
-    """Writes the pairs of `expert` to consecutive places per lane; returns the next places."""
+    """Writes each lane's pair, if it is one of `expert`, to the lane's place in rows.
+
+    Returns:
+        The lanes' next places.
+    """
     match = ids == expert
     tl.store(rows + place, pair, mask=match)
     return place + match.to(tl.int32)
@@ -28,20 +32,21 @@ def _route_kernel(
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Program e lays the (token, slot) pairs of expert e into blocks of BLOCK_M rows.
+    """Program e puts the pairs of token and slot of expert e into blocks of BLOCK_M rows.
 
-    With `first` pairs of lower experts, the blocks of e start at first // BLOCK_M + e: that leaves
-    room for all blocks of lower experts without knowing their counts, and num_pairs // BLOCK_M +
-    EXPERTS blocks hold everything. Pair CHUNK i + l belongs to lane l; the lanes' pairs follow each
-    other, so that one scan over the lanes' counts is enough.
+    If lower experts have `first` pairs, the blocks of e start at first // BLOCK_M + e. That leaves
+    room for all blocks of the lower experts without knowing how many each has, and
+    num_pairs // BLOCK_M + EXPERTS blocks hold everything. Pair CHUNK i + l belongs to lane l. The
+    pairs of a lane follow each other, so that one scan over the lanes' counts gives all places.
 
-    rows `int32 [num_blocks * BLOCK_M]`: pairs, -1 in the unused rows of a block.
-    block_experts `int32 [num_blocks]`: -1 for a block that stays empty (its rows are not written).
+    rows is int32 `[num_blocks * BLOCK_M]`: pairs, and -1 in the unused rows of a block.
+    block_experts is int32 `[num_blocks]`: -1 for a block that stays empty, whose rows are not
+    written.
     """
     wait_for_previous()
     expert = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
-    full = num_pairs // CHUNK * CHUNK  # without masks, ids are loaded 16 bytes at a time
+    full = num_pairs // CHUNK * CHUNK  # up to here there are no masks, and loads have 16 bytes
     inside = full + lane < num_pairs
     rest = tl.load(topk_ids + full + lane, mask=inside, other=-1)
     lower = ((rest >= 0) & (rest < expert)).to(tl.int32)
@@ -75,14 +80,16 @@ def _route_kernel(
 def route(
     topk_ids: torch.Tensor, experts: int, config: dict[str, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups the (token, slot) pairs by expert, on the device and without atomics.
+    """Sorts the pairs of token and slot by expert, on the device and without atomics.
 
     Args:
-        topk_ids: int32 or int64 `[T, SLOTS]`; ids outside 0..experts-1 are left out.
-        config: with `BLOCK_M`, the rows of a block.
+        topk_ids: int32 or int64 `[T, S]`; ids outside of 0..experts-1 are left out. A pair is the
+            index of one of them.
+        config: of the launch, with `BLOCK_M`, the number of rows of a block.
 
     Returns:
-        rows and block_experts, see `_route_kernel`.
+        Pairs, `int32 [blocks * BLOCK_M]`, -1 for an unused row, and the expert of each block,
+        `int32 [blocks]`, -1 for an empty one, whose rows are undefined.
     """
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
     num_blocks = pairs // config["BLOCK_M"] + experts
@@ -116,7 +123,10 @@ def _sum_slots_kernel(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds up the slots of a token in order, and the residual: `[T, SLOTS, HIDDEN]` to `[T, H]`."""
+    """Adds up the slots of one token, in order, and the residual, for BLOCK columns.
+
+    `sum_slots` describes the arguments; parts is `[T, SLOTS, HIDDEN]`.
+    """
     token = tl.program_id(0).to(tl.int64)
     span = tl.program_id(1) * (BLOCK // SPAN) + tl.arange(0, BLOCK // SPAN)
     column = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
@@ -127,7 +137,7 @@ def _sum_slots_kernel(
     total = tl.zeros((BLOCK // SPAN, SPAN), tl.float32)
     for slot in tl.static_range(SLOTS):
         expert = tl.load(topk_ids + token * SLOTS + slot)
-        # Skipped slots were never written.
+        # The parts of skipped slots were never written.
         mask = inside & (expert >= 0) & (expert < EXPERTS)
         pair = token * SLOTS + slot
         part = tl.load(parts + pair * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
@@ -149,14 +159,14 @@ def sum_slots(
     experts: int,
     out: torch.Tensor,
 ) -> None:
-    """out = the sum of `parts [T * SLOTS, H]` over the slots of each token, in order, + residual.
+    """Writes to out the sum of the parts over the slots of each token, in order, plus residual.
 
     Args:
-        parts: rows of slots whose id is outside 0..experts-1 are left out.
-        unit: `float32 [T * SLOTS, N]`, N * span >= H, what parts are multiples of; None for 1.
-        span: columns with the same unit, a power of two.
-        topk_ids: integer `[T, SLOTS]`.
-        residual, out: `[T, H]`.
+        parts: float `[T * S, H]`; rows of slots whose id is outside of 0..experts-1 are left out.
+        unit: `float32 [T * S, N]` with N * span >= H, by which parts are multiplied; None for 1.
+        span: how many columns share a unit, a power of two.
+        topk_ids: int32 or int64 `[T, S]`.
+        residual, out: `[T, H]`; residual may be None.
     """
     tokens, slots = topk_ids.shape
     hidden = parts.shape[1]

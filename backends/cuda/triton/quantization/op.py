@@ -1,4 +1,4 @@
-"""INT8 quantization of activations; contracts in `et_moe.backends.ops.quantization`."""
+"""INT8 quantization of activations with one scale per row and tile of columns."""
 
 import torch
 import triton
@@ -22,10 +22,10 @@ def _quantize_kernel(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Quantizes BLOCK tiles; GATED reads silu(gate) * up from rows [gate | up].
+    """Quantizes BLOCK tiles of x, or of silu(gate) * up if GATED.
 
-    x `[rows, COLUMNS]`, twice as wide if GATED; q `int8 [rows, COLUMNS]`;
-    scale `float32 [rows, ceil(COLUMNS / TILE)]`.
+    x is `[rows, COLUMNS]`, or if GATED `[rows, 2 * COLUMNS]`, rows of gate and up. q is
+    `int8 [rows, COLUMNS]`, scale `float32 [rows, ceil(COLUMNS / TILE)]`.
     """
     TILES: tl.constexpr = (COLUMNS + TILE - 1) // TILE
     WIDTH: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
@@ -45,7 +45,8 @@ def _quantize_kernel(
         value = silu(value) * tl.load(source + COLUMNS, mask=mask, other=0.0).to(tl.float32)
     inverse, tile_scale = compute_int8_scale(tl.max(tl.abs(value), axis=1))
     quantized = round_to_int8(value * inverse[:, None]).to(tl.int8)
-    wait_for_previous()  # in front of the experts that is the routing sort, which leaves x alone
+    # In front of the experts the previous kernel is the routing sort, which does not write x.
+    wait_for_previous()
     tl.store(q + row[:, None] * COLUMNS + column, quantized, mask=mask)
     tl.store(scale + i, tile_scale, mask=valid)
 
@@ -72,10 +73,18 @@ def _quantize(x: torch.Tensor, columns: int, tile: int) -> tuple[torch.Tensor, t
 
 
 def quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `et_moe.backends.ops.quantize_int8`."""
+    """`ops.quantize_int8` of x `[M, K]`, bf16 or fp32, in one launch.
+
+    Returns:
+        `int8 [M, K]` and scales `float32 [M, ceil(K / tile)]`.
+    """
     return _quantize(x, x.shape[1], tile)
 
 
 def silu_quantize_int8(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `et_moe.backends.ops.silu_quantize_int8`."""
+    """`ops.silu_quantize_int8` of x `[M, 2 * I]`, rows of gate and up, in one launch.
+
+    Returns:
+        `int8 [M, I]` and scales `float32 [M, ceil(I / tile)]`.
+    """
     return _quantize(x, x.shape[1] // 2, tile)

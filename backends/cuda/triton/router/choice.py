@@ -20,9 +20,10 @@ def _choose_kernel(
     TOP_K: tl.constexpr,
     NUM_SHARED: tl.constexpr,
 ):
-    """Top-k and softmax over its logits: all slots of one token, from logits `[M, EXPERTS + 1]`.
+    """All slots of one token: the TOP_K experts with the largest logits, and their softmax.
 
-    The last logit is that of the shared experts' gate.
+    logits is fp32 `[T, EXPERTS + 1]`, and the last is that of the shared experts' gate.
+    topk_weights is fp32, topk_ids int32, both `[T, TOP_K + NUM_SHARED]`.
     """
     wait_for_previous()
     SLOTS: tl.constexpr = TOP_K + NUM_SHARED
@@ -36,8 +37,7 @@ def _choose_kernel(
     valid = row >= 0
     if num_tokens is not None:
         valid = row < tl.load(num_tokens)
-    # Integers, of which a warp finds the largest in one instruction: NaNs come first, whatever
-    # their sign, and adding 0 makes equals of zeros.
+    # NaNs come first, whatever their sign.
     keys = tl.where(values == values, to_order_key(values), 0x7FFFFFFF)
     keys = tl.where(expert < EXPERTS, keys, LEAST)
     ids = tl.where(slot < SLOTS, EXPERTS + slot - TOP_K, 0)

@@ -1,4 +1,4 @@
-"""Norm and logits of the router, for a few tokens and for many."""
+"""RMSNorm and logits of the router, for a few tokens and for many."""
 
 import torch
 import triton
@@ -12,8 +12,8 @@ from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
-def _normed_row(x, gain, row, eps, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Row of x after RMSNorm with the weights `gain [BLOCK_H]`: fp32 `[BLOCK_H]`, zero from H."""
+def _norm_row(x, gain, row, eps, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A row of x `[T, H]` after RMSNorm with weight gain: fp32 `[BLOCK_H]`, zero from H on."""
     column = tl.arange(0, BLOCK_H)
     value = tl.load(x + row.to(tl.int64) * H + column, mask=column < H, other=0.0).to(tl.float32)
     return apply_rms_norm(value, gain, tl.sum(value * value, axis=0) / H, eps, x.dtype.element_ty)
@@ -32,8 +32,10 @@ def _decode_logits_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """logits `[M, ROWS]` of BLOCK_E rows of weight `[ROWS, H]` and one token; the first program of
-    a token also writes its normed row."""
+    """Logits, fp32 `[T, ROWS]`, of one token and BLOCK_E rows of weight `[ROWS, H]`.
+
+    The first program of a token also writes the token's row of normed_x `[T, H]`.
+    """
     row = tl.program_id(1)
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_H)
@@ -42,7 +44,7 @@ def _decode_logits_kernel(
     w = tl.load(weight + expert[:, None] * H + column[None, :], mask=mask, other=0.0)
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     wait_for_previous()
-    value = _normed_row(x, gain, row, eps, H, BLOCK_H)
+    value = _norm_row(x, gain, row, eps, H, BLOCK_H)
     result = tl.sum(w.to(tl.float32) * value[None, :], axis=1)
     tl.store(logits + row * ROWS + expert, result, mask=expert < ROWS)
     if tl.program_id(0) == 0:
@@ -62,13 +64,13 @@ def _norm_gate_kernel(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """normed_x `[M, H]` and the gate's logit, the last of `[M, ROWS]`, one row per program."""
+    """One token's row of normed_x `[T, H]`, and the gate's logit, the last of fp32 `[T, ROWS]`."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK_H)
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     w = tl.load(gate_weight + column, mask=column < H, other=0.0).to(tl.float32)
     wait_for_previous()
-    value = _normed_row(x, gain, row, eps, H, BLOCK_H)
+    value = _norm_row(x, gain, row, eps, H, BLOCK_H)
     at = normed_x + row.to(tl.int64) * H + column
     tl.store(at, value.to(x.dtype.element_ty), mask=column < H)
     tl.store(logits + row * ROWS + ROWS - 1, tl.sum(w * value, axis=0))
@@ -86,12 +88,15 @@ def _prefill_logits_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """logits `[M, ROWS]` of BLOCK_E experts, all but the last row of weight, and BLOCK_M tokens."""
+    """Logits, fp32 `[M, ROWS]`, of BLOCK_M tokens and BLOCK_E experts.
+
+    The experts are all but the last row of weight `[ROWS, H]`.
+    """
     wait_for_previous()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
-    # Rows past the end repeat the last one; their results are not used.
+    # Rows past the end are read as the last one; their results are not stored.
     x_rows = normed_x + tl.minimum(row, M - 1).to(tl.int64)[:, None] * H
     weight += tl.minimum(expert, ROWS - 1)[:, None] * H
     acc = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
@@ -115,10 +120,13 @@ def _empty_outputs(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor,
 def compute_decode_logits(
     x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x after RMSNorm, `[T, H]` in x's dtype, and its logits `float32 [T, E + 1]`, for few tokens.
+    """RMSNorm and logits of up to `DECODE_TOKENS` tokens, in one launch.
 
     Args:
         x, norm_weight, weight, eps: as `ops.moe_router` takes them; contiguous.
+
+    Returns:
+        x normed, `[T, H]` in x's dtype, and logits `float32 [T, E + 1]`, the gate's last.
     """
     (m, hidden), rows = x.shape, weight.shape[0]
     normed_x, logits = _empty_outputs(x, weight)
@@ -143,7 +151,7 @@ def compute_decode_logits(
 def compute_prefill_logits(
     x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for any number of tokens."""
+    """As `compute_decode_logits`, for any number of tokens, in two launches."""
     (m, hidden), rows = x.shape, weight.shape[0]
     normed_x, logits = _empty_outputs(x, weight)
     shape = {"ROWS": rows, "H": hidden}

@@ -1,8 +1,8 @@
-"""The router of the mixture of experts; the contract is `ops.moe_router`.
+"""The router of the mixture of experts: RMSNorm, logits, and the choice of experts.
 
-A few rows: logits over many programs, each of which norms the row anew. Many rows: the norm and the
-shared expert's gate row by row, then the logits on tensor cores. Behind both, one program per row
-chooses.
+For a few tokens, many programs compute the logits, and each of them norms its token anew. For many
+tokens, norm and shared expert's gate are computed token by token, then the logits on tensor cores.
+Behind both, one program per token chooses its experts.
 """
 
 import torch
@@ -21,7 +21,19 @@ def moe_router(
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ops.moe_router` in two launches for a few rows, else three."""
+    """`ops.moe_router` in two launches for up to `DECODE_TOKENS` tokens, else in three.
+
+    Args:
+        x: `[T, H]`, bf16 or fp32; norm_weight `[H]` and weight `[E + 1, H]` have the same dtype.
+        num_tokens: `int64 [1]` or None.
+
+    Returns:
+        x normed, `[T, H]` in x's dtype; weights `float32` and ids `int32`, both
+        `[T, top_k + num_shared]`.
+
+    Raises:
+        ValueError: there are fewer experts than top_k.
+    """
     m, experts = x.shape[0], weight.shape[0] - 1
     if not 0 < top_k <= experts:
         raise ValueError(f"top_k {top_k} of {experts} experts: expected 1..{experts}")

@@ -1,20 +1,21 @@
-"""Sampling of the next token in three launches; the contract is `ops.sample`.
+"""Sampling of the next token in three launches, without sorting the vocabulary.
 
-The first kernel reduces blocks of the vocabulary: the largest logit, or, where nothing is cut off,
-the largest logit plus noise. What top-k and top-p keep is an upper set of the logits, so nothing
-needs to be sorted:
+The tokens that top-k and top-p keep are all those whose logit is above some bound, so it is enough
+to find the bound.
 
-1. The second kernel collects the tokens that may be kept. It drops those below the k-th largest of
+1. The first kernel reduces blocks of the vocabulary to the largest logit or, where all tokens are
+   kept, to the largest logit plus noise.
+2. The second kernel collects the tokens that may be kept. It drops those below the k-th largest of
    the maxima of groups, and those so far below the maximum that all of them together weigh less
    than 1 - top_p.
-2. The third, one program, finishes. Top-k: bisection on the bits of the k-th largest logit.
-3. Top-p: the token with the largest logit plus noise is the result if the weight of larger logits
-   is below top_p. If not, no token with a smaller logit is kept either: the next candidate is the
-   best among the larger ones. The first candidate is kept with a probability of about top_p.
+3. The third kernel, one program, finds the k-th largest logit by bisection on its bits. For top-p,
+   the token with the largest logit plus noise is the result if the larger logits together weigh
+   less than top_p. If not, no token with a smaller logit is kept either, and the next candidate is
+   the best of those with larger logits. The first candidate is kept with a probability of about
+   top_p.
 
-The temperature is read by the kernels: one CUDA graph serves greedy decoding and sampling. Tokens
-are collected in any order; all that is done with them does not depend on it (weights are added as
-integers).
+The kernels read the temperature, so one CUDA graph serves greedy decoding and sampling. Tokens are
+collected in any order, on which nothing depends; weights are added as integers.
 """
 
 import torch
@@ -29,12 +30,12 @@ BLOCK = 1024
 GROUP = 128
 TILE = 1024
 ONE = tl.constexpr(2**40)
-"""Weights exp(l - maximum) are integers in units of 1 / ONE."""
+"""Weights exp(l - maximum) are added as integers in units of 1 / ONE."""
 
 
 @triton.jit
-def _gumbel(token, position, seed):
-    """Noise of int32 token ids, see `ops.sampling.gumbel`."""
+def _draw_gumbel(token, position, seed):
+    """The noise of int32 token ids, as `ops.sampling.gumbel` defines it: fp32 of their shape."""
     zero = tl.zeros_like(token)
     low = zero + (position & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     word, _, _, _ = tl.philox(seed, token, low, zero, zero)
@@ -43,22 +44,23 @@ def _gumbel(token, position, seed):
 
 
 @triton.jit
-def _first_max(values, ids):
-    """The largest value and the lowest of the ids that have it."""
+def _find_first_max(values, ids):
+    """The largest value, and the lowest of the ids that have it."""
     best = tl.max(values, axis=0)
     return best, tl.min(tl.where(values == best, ids, 0x7FFFFFFF), axis=0)
 
 
 @triton.jit
 def _is_filtered(top_k, top_p, V):
+    """Whether top-k or top-p may drop any of V tokens."""
     return ((top_k > 0) & (top_k < V)) | (top_p < 1.0)
 
 
 @triton.jit
-def _kth_largest(values, count, k, TILE: tl.constexpr):
-    """Key of the k-th largest of `count` values; 1 <= k <= count."""
+def _find_kth_largest(values, count, k, TILE: tl.constexpr):
+    """The key of the k-th largest of `count` values, 1 <= k <= count."""
     within = tl.arange(0, TILE)
-    # The first tile stays in registers: mostly it is all there is.
+    # The first tile, which is mostly all there is, stays in registers.
     first = to_order_key(tl.load(values + within, mask=within < count, other=0.0)).to(tl.int64)
     low = tl.full((), -(2**31), tl.int64)  # at least k values have this key or a larger one
     high = tl.full((), 2**31, tl.int64)  # fewer than k have
@@ -93,9 +95,12 @@ def _block_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Per block of the vocabulary: the largest l = logit / temperature and the lowest id that has
-    it, with noise where sampling keeps all tokens; the sum of exp(l - largest l); and the largest l
-    of each group of the block. Also sets `count` to zero."""
+    """Reduces one block of the vocabulary, with l = logit / temperature, or the logit for 0.
+
+    It stores the largest l, plus noise where all tokens are kept, the lowest id that has it, the
+    sum of exp(l - largest l), and the largest l of each group of the block. The first program sets
+    count to 0.
+    """
     wait_for_previous()
     block = tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -104,8 +109,8 @@ def _block_kernel(
     if t > 0.0:
         value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
         if not _is_filtered(tl.load(top_k), tl.load(top_p), V):
-            value += _gumbel(token, tl.load(position), tl.load(seed))
-    best, best_id = _first_max(value, token)
+            value += _draw_gumbel(token, tl.load(position), tl.load(seed))
+    best, best_id = _find_first_max(value, token)
     tl.store(block_value + block, best)
     tl.store(block_id + block, best_id)
     reference = tl.where(best == float("-inf"), 0.0, best)
@@ -118,8 +123,8 @@ def _block_kernel(
 
 
 @triton.jit
-def _total(block_value, block_sum, BLOCKS, PADDED_BLOCKS: tl.constexpr):
-    """The largest l, and the sum of exp(l - largest l)."""
+def _sum_weights(block_value, block_sum, BLOCKS, PADDED_BLOCKS: tl.constexpr):
+    """The largest l of the vocabulary, and the sum of exp(l - largest l)."""
     b = tl.arange(0, PADDED_BLOCKS)
     value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))
     sums = tl.load(block_sum + b, mask=b < BLOCKS, other=0.0)
@@ -149,15 +154,15 @@ def _collect_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Appends l, l + noise and id of those tokens of a block that may be kept."""
+    """Appends l, l + noise and id of those tokens of one block that may be kept."""
     wait_for_previous()
     t, k, p = tl.load(temperature), tl.load(top_k), tl.load(top_p)
     if (t > 0.0) & _is_filtered(k, p, V):
-        maximum, total = _total(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
+        maximum, total = _sum_weights(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
         groups = BLOCKS * (BLOCK // GROUP)
         bound = tl.full((), -(2**31), tl.int32)
         if (k > 0) & (k <= groups):
-            bound = _kth_largest(group_value, groups, k, PADDED_GROUPS)
+            bound = _find_kth_largest(group_value, groups, k, PADDED_GROUPS)
         if p < 1.0:
             # V exp(-d) = (1 - p) total, plus a margin for rounding.
             distance = tl.log(V / ((1.0 - p) * total)) + 1.0
@@ -169,16 +174,19 @@ def _collect_kernel(
         amount = tl.sum(keep.to(tl.int32), axis=0)
         if amount > 0:
             place = tl.atomic_add(count, amount) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            noisy = value + _gumbel(token, tl.load(position), tl.load(seed))
+            noisy = value + _draw_gumbel(token, tl.load(position), tl.load(seed))
             tl.store(kept + place, value, mask=keep)
             tl.store(kept_noisy + place, noisy, mask=keep)
             tl.store(kept_id + place, token, mask=keep)
 
 
 @triton.jit
-def _candidate(kept, kept_noisy, kept_id, count, bound, maximum, TILE: tl.constexpr):
-    """Among collected tokens with a key of at least `bound`: the one with the largest l + noise, as
-    (id, l), and the weight of all."""
+def _find_candidate(kept, kept_noisy, kept_id, count, bound, maximum, TILE: tl.constexpr):
+    """Of collected tokens with a key of at least `bound`, finds the one with the largest l + noise.
+
+    Returns:
+        Its id, its l, and the weight of all these tokens.
+    """
     best = tl.full((), float("-inf"), tl.float32)
     best_id = tl.full((), 0x7FFFFFFF, tl.int32)
     best_value = tl.full((), float("-inf"), tl.float32)
@@ -191,7 +199,7 @@ def _candidate(kept, kept_noisy, kept_id, count, bound, maximum, TILE: tl.conste
         inside = (i < count) & (to_order_key(value) >= bound)
         weight += tl.where(inside, tl.exp(value - maximum) * ONE, 0.0).to(tl.int64)
         noisy = tl.where(inside, noisy, float("-inf"))
-        tile_best, tile_id = _first_max(noisy, tl.where(inside, token, 0x7FFFFFFF))
+        tile_best, tile_id = _find_first_max(noisy, tl.where(inside, token, 0x7FFFFFFF))
         if (tile_best > best) | ((tile_best == best) & (tile_id < best_id)):
             best, best_id = tile_best, tile_id
             best_value = tl.max(tl.where(inside & (token == tile_id), value, float("-inf")), axis=0)
@@ -216,29 +224,29 @@ def _finish_kernel(
     PADDED_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The token: from the blocks' maxima, or, with top-k or top-p, from the collected tokens."""
+    """Chooses the token from the blocks' maxima, or with top-k or top-p from those collected."""
     wait_for_previous()
     b = tl.arange(0, PADDED_BLOCKS)
     value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))
     ids = tl.load(block_id + b, mask=b < BLOCKS, other=0x7FFFFFFF)
-    _, token = _first_max(value, ids)
+    _, token = _find_first_max(value, ids)
     t, k, p = tl.load(temperature), tl.load(top_k), tl.load(top_p)
     if (t > 0.0) & _is_filtered(k, p, V):
-        maximum, total = _total(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
+        maximum, total = _sum_weights(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
         n = tl.load(count)
         bound = tl.full((), -(2**31), tl.int32)
         if (k > 0) & (k < n):
-            bound = _kth_largest(kept, n, k, TILE)
-        token, chosen, weight = _candidate(kept, kept_noisy, kept_id, n, bound, maximum, TILE)
+            bound = _find_kth_largest(kept, n, k, TILE)
+        token, chosen, weight = _find_candidate(kept, kept_noisy, kept_id, n, bound, maximum, TILE)
         if p < 1.0:
             if (k > 0) & (k < V):
                 total = weight
-            better, next_chosen, weight = _candidate(
+            better, next_chosen, weight = _find_candidate(
                 kept, kept_noisy, kept_id, n, to_order_key(chosen) + 1, maximum, TILE
             )
             while (weight >= p * total) & (weight > 0.0):
                 token = better
-                better, next_chosen, weight = _candidate(
+                better, next_chosen, weight = _find_candidate(
                     kept, kept_noisy, kept_id, n, to_order_key(next_chosen) + 1, maximum, TILE
                 )
     # Logits that are not numbers must not become an id out of range.
@@ -253,7 +261,15 @@ def sample(
     seed: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
-    """`ops.sample` in three launches: `int64 [1, 1]`."""
+    """`ops.sample` in three launches.
+
+    Args:
+        logits: `float32 [1, V]`.
+        temperature, top_p: `float32 [1]`. top_k, seed, position: `int64 [1]`.
+
+    Returns:
+        `int64 [1, 1]`.
+    """
 
     def scratch(size, dtype=torch.float32):
         return logits.new_empty((size,), dtype=dtype)
