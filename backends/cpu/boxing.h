@@ -47,6 +47,13 @@ struct Unboxed<double> {
   static double get(EValue& value) { return value.toDouble(); }
 };
 
+template <>
+struct Unboxed<bool> {
+  static constexpr const char* kKind = "a Boolean";
+  static bool holds(const EValue& value) { return value.isBool(); }
+  static bool get(EValue& value) { return value.toBool(); }
+};
+
 template <class T>
 bool holds(Op& op, const Span<EValue*>& stack, size_t i) {
   return Unboxed<T>::holds(*stack[i]) || op.fail("argument %zu is not %s", i, Unboxed<T>::kKind);

@@ -8,18 +8,25 @@ namespace {
 // Whether logit a comes before b; NaN, which only a broken model has, before all others.
 bool precedes(float a, float b) { return a > b || (a != a && b == b); }
 
-// The routed experts of one token in order of falling logit, and the softmax of their logits.
-void select(const float* logits, int64_t experts, int64_t top_k, float* weights, int32_t* ids) {
+// The routed experts of one token in order of falling logit, and their weights: the softmax of
+// their logits or, unless `normalize`, of all logits.
+void select(const float* logits, int64_t experts, int64_t top_k, bool normalize, float* weights,
+            int32_t* ids) {
   for (int64_t e = 0; e < experts; ++e) {
     if (e >= top_k && !precedes(logits[e], logits[ids[top_k - 1]])) continue;
     int64_t j = std::min(e, top_k - 1);
     for (; j > 0 && precedes(logits[e], logits[ids[j - 1]]); --j) ids[j] = ids[j - 1];
     ids[j] = static_cast<int32_t>(e);
   }
+  const float largest = logits[ids[0]];
   float total = 0.0f;
   for (int64_t j = 0; j < top_k; ++j) {
-    weights[j] = std::exp(logits[ids[j]] - logits[ids[0]]);
+    weights[j] = std::exp(logits[ids[j]] - largest);
     total += weights[j];
+  }
+  if (!normalize) {
+    total = 0.0f;
+    for (int64_t e = 0; e < experts; ++e) total += std::exp(logits[e] - largest);
   }
   for (int64_t j = 0; j < top_k; ++j) weights[j] /= total;
 }
@@ -27,13 +34,14 @@ void select(const float* logits, int64_t experts, int64_t top_k, float* weights,
 template <class T>
 class Router {
  public:
-  Router(Op& op, const Tensor& weight, int64_t top_k, int64_t num_shared)
+  Router(Op& op, const Tensor& weight, int64_t top_k, int64_t num_shared, bool normalize)
       : op_(op),
         weight_(weight.const_data_ptr<T>(), weight.size(1)),
         hidden_(weight.size(1)),
         experts_(weight.size(0) - 1),
         top_k_(top_k),
-        num_shared_(num_shared) {}
+        num_shared_(num_shared),
+        normalize_(normalize) {}
 
   void run(const Tensor& x, const Tensor& norm_weight, double eps, int64_t valid,
            const Tensor& normed, float* weights, int32_t* ids) {
@@ -41,7 +49,7 @@ class Router {
     float* packed = op_.scratch<float>(tokens * weight_.row_elements());
     float* logits = op_.scratch<float>(tokens * rows);
     if (packed == nullptr || logits == nullptr) return;
-    normalize(x, norm_weight, eps, MutableFloats(normed), packed);
+    norm(x, norm_weight, eps, MutableFloats(normed), packed);
     multiply(packed, valid, logits);
     op_.parallel(valid, experts_ * 4, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
@@ -53,12 +61,12 @@ class Router {
   }
 
  private:
-  void normalize(const Tensor& x, const Tensor& norm_weight, double eps, MutableFloats normed,
-                 float* packed) {
-    const Floats input(x), norm(norm_weight);
+  void norm(const Tensor& x, const Tensor& norm_weight, double eps, MutableFloats normed,
+            float* packed) {
+    const Floats input(x), weight(norm_weight);
     op_.parallel(x.size(0), hidden_ * 8, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        const NormedRow row(input + t * hidden_, norm, hidden_, eps);
+        const NormedRow row(input + t * hidden_, weight, hidden_, eps);
         weight_.pack(row, packed + t * weight_.row_elements());
         for_lanes(hidden_, [&](int64_t i, int64_t count) {
           normed.store(t * hidden_ + i, row.load(i, count), count);
@@ -84,7 +92,7 @@ class Router {
   }
 
   void route(const float* logits, float* weights, int32_t* ids) {
-    select(logits, experts_, top_k_, weights, ids);
+    select(logits, experts_, top_k_, normalize_, weights, ids);
     const float gate = 1.0f / (1.0f + std::exp(-logits[experts_]));
     for (int64_t j = 0; j < num_shared_; ++j) {
       weights[top_k_ + j] = gate;
@@ -95,13 +103,14 @@ class Router {
   Op& op_;
   DenseWeights<T> weight_;
   int64_t hidden_, experts_, top_k_, num_shared_;
+  bool normalize_;
 };
 
 }  // namespace
 
 void moe_router(Op& op, const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
                 int64_t top_k, int64_t num_shared, double eps, const OptionalTensor& num_tokens,
-                Tensor& normed, Tensor& topk_weights, Tensor& topk_ids) {
+                bool normalize, Tensor& normed, Tensor& topk_weights, Tensor& topk_ids) {
   int64_t valid = 0;
   if (!op.check("x", x, kFloats, {kAny, kAny}) ||
       !op.check("norm_weight", norm_weight, kFloats, {x.size(1)}) ||
@@ -127,9 +136,9 @@ void moe_router(Op& op, const Tensor& x, const Tensor& norm_weight, const Tensor
                topk_ids.mutable_data_ptr<int32_t>());
   };
   if (weight.scalar_type() == ScalarType::BFloat16) {
-    run(Router<bf16>(op, weight, top_k, num_shared));
+    run(Router<bf16>(op, weight, top_k, num_shared, normalize));
   } else {
-    run(Router<float>(op, weight, top_k, num_shared));
+    run(Router<float>(op, weight, top_k, num_shared, normalize));
   }
 }
 

@@ -26,7 +26,7 @@ void embedding_w8(Op& op, const Tensor& ids, const Tensor& weight, const Tensor&
 
 void moe_router(Op& op, const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
                 int64_t top_k, int64_t num_shared, double eps, const OptionalTensor& num_tokens,
-                Tensor& normed, Tensor& topk_weights, Tensor& topk_ids);
+                bool normalize, Tensor& normed, Tensor& topk_weights, Tensor& topk_ids);
 
 void moe(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights,
          const Tensor& topk_ids, const OptionalTensor& residual, Tensor& out);

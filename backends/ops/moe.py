@@ -18,7 +18,9 @@ from et_moe.backends.ops.quantization import (
 )
 
 
-def _moe_router_fake(x, norm_weight, weight, top_k, num_shared, eps=1e-6, num_tokens=None):
+def _moe_router_fake(
+    x, norm_weight, weight, top_k, num_shared, eps=1e-6, num_tokens=None, normalize=True
+):
     slots = (x.shape[0], top_k + num_shared)
     return (
         torch.empty_like(x),
@@ -36,11 +38,13 @@ def moe_router(
     num_shared: int,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
+    normalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMSNorm, router logits, top-k, softmax over these, and the shared expert's gate.
+    """RMSNorm, router logits, top-k, softmax, and the shared expert's gate.
 
-    That is the softmax over all experts, its top-k and their renormalisation, but that logits which
-    differ stay apart where their probabilities do not.
+    The routed weights are those of Hugging Face's `Qwen3NextTopKRouter`: the softmax over all
+    experts at the top-k, divided by their sum if `normalize`, which is the softmax over these
+    alone. Experts are chosen by logit, which tells them apart where their probabilities are equal.
 
     Args:
         x: float `[T, H]`, before the norm.
@@ -49,26 +53,24 @@ def moe_router(
         top_k: routed experts per token.
         num_shared: how many experts of the tables the shared expert occupies (ids from E on).
         num_tokens: `int64 [1]` or None for T. Rows from num_tokens on are padding.
+        normalize: whether the routed weights of a token add up to 1 (`norm_topk_prob` of a
+            Hugging Face configuration).
 
     Returns:
         x normed `[T, H]` (x's dtype); topk_weights `float32 [T, top_k + num_shared]`, routed first,
-        in order of falling logit (NaNs before all others; ties: lower id first), the softmax of
-        their logits, then sigmoid(shared gate) num_shared times; topk_ids `int32` of the same
-        shape. Padding rows have id -1 and weight 0.
+        in order of falling logit (NaNs before all others; ties: lower id first), then
+        sigmoid(shared gate) num_shared times; topk_ids `int32` of the same shape. Padding rows have
+        id -1 and weight 0.
     """
     normed = rms_norm(x, norm_weight, eps)
     logits = normed.float() @ weight.float().T
     experts = weight.shape[0] - 1
     values, ids = logits[:, :experts].sort(dim=-1, descending=True, stable=True)
     values, ids = values[:, :top_k], ids[:, :top_k]
+    routed = values.softmax(-1) if normalize else logits[:, :experts].softmax(-1).gather(1, ids)
     shared_ids = torch.arange(experts, experts + num_shared, device=x.device)
-    weights = torch.cat(
-        (
-            values.softmax(-1),
-            logits[:, experts:].sigmoid().expand(-1, num_shared),
-        ),
-        dim=-1,
-    )
+    shared = logits[:, experts:].sigmoid().expand(-1, num_shared)
+    weights = torch.cat((routed, shared), dim=-1)
     ids = torch.cat((ids, shared_ids.expand(x.shape[0], -1)), dim=-1)
     if num_tokens is not None:
         padding = (torch.arange(x.shape[0], device=x.device) >= num_tokens)[:, None]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_harness import TOKENS, Harness, normal, quantized
+from op_harness import TOKENS, Harness, normal, quantized, reference
 
 HIDDEN, EXPERTS = 64, 6
 
@@ -90,6 +90,21 @@ def test_router(harness: Harness, top_k: int, shared: int, dtype: torch.dtype) -
     norm = normal(72, dtype=dtype, seed=2) * 0.1
     calls = [[normal(t, 72, dtype=dtype, seed=t), norm, weight, top_k, shared] for t in TOKENS]
     harness.compare("moe_router", calls)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(9, 2), (9, 9), (512, 10)])
+def test_router_without_normalization(
+    harness: Harness, experts: int, top_k: int, dtype: torch.dtype
+) -> None:
+    weight = normal(experts + 1, 72, dtype=dtype, seed=1) * 0.5
+    norm = normal(72, dtype=dtype, seed=2) * 0.1
+    calls = [
+        [normal(t, 72, dtype=dtype, seed=t), norm, weight, top_k, 1, 1e-6, None, False]
+        for t in TOKENS
+    ]
+    harness.compare("moe_router", calls)
+    sums = reference("moe_router", calls[-1])[1][:, :top_k].sum(-1)
+    assert top_k == experts or (sums < 0.999).all()
 
 
 def test_router_with_padding(harness: Harness, dtype: torch.dtype) -> None:

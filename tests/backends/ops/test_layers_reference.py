@@ -12,6 +12,8 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeSparseMoeBlock,
     Qwen3_5MoeTextRotaryEmbedding,
 )
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextTopKRouter
 
 from et_moe.backends import ops
 
@@ -237,6 +239,34 @@ def test_sparse_moe(tokens: int, experts: int, top_k: int, shared: int) -> None:
     close(result[:tokens], expected)
     assert torch.equal(result[tokens:], padded[tokens:])
     close(ops.moe(normed, w13, w2, weights, ids)[:tokens], expected - x)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 1), (16, 16), (512, 10)])
+def test_router_of_qwen3_next(experts: int, top_k: int, normalize: bool) -> None:
+    """With and without `norm_topk_prob`; Qwen3-Next-80B has 512 experts, of which 10 are chosen."""
+    config = Qwen3NextConfig(
+        hidden_size=HIDDEN,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=normalize,
+    )
+    router, gate = randomize(Qwen3NextTopKRouter(config)), torch.randn(1, HIDDEN)
+    x = torch.randn(33, HIDDEN) * 3
+    normed, weights, ids = ops.moe_router(
+        x,
+        torch.zeros(HIDDEN),
+        torch.cat((router.weight, gate)),
+        top_k,
+        1,
+        EPS,
+        normalize=normalize,
+    )
+    _, expected_weights, expected_ids = router(normed)
+    assert torch.equal(ids[:, :top_k].long(), expected_ids) and (ids[:, top_k] == experts).all()
+    close(weights[:, :top_k], expected_weights)
+    assert normalize or top_k == experts or (weights[:, :top_k].sum(-1) < 0.999).all()
+    close(weights[:, top_k:], (normed @ gate.T).sigmoid())
 
 
 def test_router_prefers_the_lower_id_among_equals() -> None:

@@ -25,7 +25,8 @@ class OpCase:
         op: the function that launches the op's kernels.
         arguments: `(m, device) -> keyword arguments` of `op` for m tokens. On the meta device only
             shapes and dtypes count; elsewhere the values must be valid (ids in range, ...).
-        tables: names of the tuning tables that the op looks up.
+        tables: names of the tuning tables that are tuned for this case. It reaches all of their
+            entries; a case without tables serves to compile and to count.
         tokens: values of m that together reach every kernel of the op; the tools add a value for
             each entry of `tables`, unless there is a single one here. `PREFILL_TOKENS` stands for
             a symbolic m.

@@ -1,4 +1,4 @@
-"""The experts of Qwen3.5-35B-A3B, of which the last is the shared one, and narrow ones."""
+"""The experts of Qwen3.5-35B-A3B and Qwen3-Next-80B-A3B, the shared one last, and narrow ones."""
 
 import torch
 
@@ -35,28 +35,45 @@ def _arguments(hidden: int, inner: int, experts: int, slots: int, group: int):
     return arguments
 
 
-def _case(op, *tables: str, gemms=(), streams=()) -> OpCase:
-    names = ("route", "gate_up", "down", "decode_gate_up", "decode_down")
-    return OpCase(
-        f"{op.__name__}/qwen3_5_35b",
-        op,
-        _arguments(2048, 512, 257, 9, 128),
-        tables=(*(f"{op.__name__}_{name}" for name in names), "moe_sum_slots", *tables),
-        tokens=(1, DECODE_TOKENS, DECODE_TOKENS + 1, PREFILL_TOKENS),
-        gemms=frozenset(gemms),
-        streams={name: ("w13",) if "gate_up" in name else ("w2",) for name in streams},
-    )
+_TOKENS = (1, DECODE_TOKENS, DECODE_TOKENS + 1, PREFILL_TOKENS)
+_QWEN3_5_35B = _arguments(2048, 512, 257, 9, 128)
+_QWEN3_NEXT_80B = _arguments(2048, 512, 513, 11, 128)
 
+
+def _tables(op: str) -> tuple[str, ...]:
+    names = ("route", "gate_up", "down", "decode_gate_up", "decode_down")
+    return (*(f"{op}_{name}" for name in names), "moe_sum_slots")
+
+
+def _streams(*kernels: str) -> dict[str, tuple[str, ...]]:
+    return {name: ("w13",) if "gate_up" in name else ("w2",) for name in kernels}
+
+
+_INT8 = {"gemms": frozenset(_PREFILL), "streams": _streams(*_PREFILL, *_DECODE)}
 
 CASES = [
-    _case(moe_w4a8, "quantize_int8", gemms=_PREFILL, streams=(*_PREFILL, *_DECODE)),
+    OpCase(
+        "moe_w4a8/qwen3_5_35b",
+        moe_w4a8,
+        _QWEN3_5_35B,
+        (*_tables("moe_w4a8"), "quantize_int8"),
+        _TOKENS,
+        **_INT8,
+    ),
+    OpCase("moe_w4a8/qwen3_next_80b", moe_w4a8, _QWEN3_NEXT_80B, (), _TOKENS, **_INT8),
     # On sm_90 Triton copies the weights of bf16 products 8 bytes at a time.
-    _case(moe_w4a16, streams=_DECODE),
+    OpCase(
+        "moe_w4a16/qwen3_5_35b",
+        moe_w4a16,
+        _QWEN3_5_35B,
+        _tables("moe_w4a16"),
+        _TOKENS,
+        streams=_streams(*_DECODE),
+    ),
     OpCase(
         "moe_w4a8/narrow",
         moe_w4a8,
         _arguments(128, 128, 9, 3, 32),
-        tokens=(1, PREFILL_TOKENS),
         gemms=frozenset(_PREFILL),
     ),
 ]

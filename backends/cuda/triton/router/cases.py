@@ -1,4 +1,4 @@
-"""The router of Qwen3.5-35B-A3B: 256 experts of which 8, and one shared expert."""
+"""The routers of Qwen3.5-35B-A3B and of Qwen3-Next-80B-A3B, each with one shared expert."""
 
 import torch
 
@@ -6,25 +6,33 @@ from et_moe.backends.cuda.triton.cases.op_case import OpCase, random_tensor
 from et_moe.backends.cuda.triton.router.op import moe_router
 
 
-def _arguments(m: int, device: torch.device) -> dict:
-    return {
-        "x": random_tensor(m, 2048, device=device),
-        "norm_weight": random_tensor(2048, device=device) * 0.1,
-        "weight": random_tensor(257, 2048, device=device) * 0.02,
-        "top_k": 8,
-        "num_shared": 1,
-        "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
-    }
+def _case(
+    name: str, experts: int, top_k: int, tables: tuple[str, ...] = (), normalize: bool = True
+) -> OpCase:
+    def arguments(m, device):
+        return {
+            "x": random_tensor(m, 2048, device=device),
+            "norm_weight": random_tensor(2048, device=device) * 0.1,
+            "weight": random_tensor(experts + 1, 2048, device=device) * 0.02,
+            "top_k": top_k,
+            "num_shared": 1,
+            "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
+            "normalize": normalize,
+        }
+
+    return OpCase(
+        f"moe_router/{name}",
+        moe_router,
+        arguments,
+        tables,
+        streams={"_decode_logits_kernel": ("weight",), "_prefill_logits_kernel": ("weight",)},
+    )
 
 
 CASES = [
-    OpCase(
-        "moe_router",
-        moe_router,
-        _arguments,
-        tables=("router_decode", "router_prefill"),
-        streams={"_decode_logits_kernel": ("weight",), "_prefill_logits_kernel": ("weight",)},
-    )
+    _case("qwen3_5_35b", 256, 8, tables=("router_decode", "router_prefill")),
+    _case("qwen3_next_80b", 512, 10),
+    _case("qwen3_next_80b_not_normalized", 512, 10, normalize=False),
 ]
 
 CANDIDATES = {

@@ -19,8 +19,11 @@ def _choose_kernel(
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_SHARED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
-    """All slots of one token: the TOP_K experts with the largest logits, and their softmax.
+    """All slots of one token: the TOP_K experts with the largest logits, and their weights.
+
+    The weights are the softmax of the chosen logits if NORMALIZE, else that of all logits.
 
     logits is fp32 `[T, EXPERTS + 1]`, and the last is that of the shared experts' gate.
     topk_weights is fp32, topk_ids int32, both `[T, TOP_K + NUM_SHARED]`.
@@ -52,7 +55,10 @@ def _choose_kernel(
             largest = from_order_key(best)
     weights = tl.exp(from_order_key(best_keys) - largest)
     weights = tl.where(slot < TOP_K, weights, 0.0)
-    weights /= tl.sum(weights, axis=0)
+    if NORMALIZE:
+        weights /= tl.sum(weights, axis=0)
+    else:
+        weights /= tl.sum(tl.where(expert < EXPERTS, tl.exp(values - largest), 0.0), axis=0)
     weights = tl.where(slot < TOP_K, weights, 1.0 / (1.0 + tl.exp(-gate)))
     at = row.to(tl.int64) * SLOTS + slot
     tl.store(topk_weights + at, tl.where(valid, weights, 0.0), mask=slot < SLOTS)
@@ -60,13 +66,17 @@ def _choose_kernel(
 
 
 def choose_experts(
-    logits: torch.Tensor, num_tokens: torch.Tensor | None, top_k: int, num_shared: int
+    logits: torch.Tensor,
+    num_tokens: torch.Tensor | None,
+    top_k: int,
+    num_shared: int,
+    normalize: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights `float32` and ids `int32` of the chosen and the shared experts, `[T, slots]` each.
 
     Args:
         logits: `float32 [T, E + 1]`, the shared experts' gate last.
-        num_tokens, top_k, num_shared: as `ops.moe_router` takes them.
+        num_tokens, top_k, num_shared, normalize: as `ops.moe_router` takes them.
     """
     tokens, experts = logits.shape[0], logits.shape[1] - 1
     slots = (tokens, top_k + num_shared)
@@ -82,6 +92,7 @@ def choose_experts(
         BLOCK_E=triton.next_power_of_2(experts),
         TOP_K=top_k,
         NUM_SHARED=num_shared,
+        NORMALIZE=normalize,
         num_warps=1,
     )
     return topk_weights, topk_ids

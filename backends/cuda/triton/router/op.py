@@ -20,6 +20,7 @@ def moe_router(
     num_shared: int,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
+    normalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.moe_router` in two launches for up to `DECODE_TOKENS` tokens, else in three.
 
@@ -39,4 +40,4 @@ def moe_router(
         raise ValueError(f"top_k {top_k} of {experts} experts: expected 1..{experts}")
     compute_logits = compute_decode_logits if is_decode(m) else compute_prefill_logits
     normed_x, logits = compute_logits(x.contiguous(), norm_weight, weight.contiguous(), eps)
-    return normed_x, *choose_experts(logits, num_tokens, top_k, num_shared)
+    return normed_x, *choose_experts(logits, num_tokens, top_k, num_shared, normalize)

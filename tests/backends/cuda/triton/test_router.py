@@ -62,6 +62,27 @@ def test_tables(m, experts, top_k, num_shared, device):
     check(moe_router(*args, top_k, num_shared), ops.moe_router(*args, top_k, num_shared))
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("m,hidden", [(1, 2048), (3, 96), (20, 96)])
+def test_as_many_experts_as_qwen3_next_has(m, hidden, normalize, device):
+    args = inputs(m, device, experts=512, hidden=hidden)
+    got = moe_router(*args, 10, 1, normalize=normalize)
+    check(got, ops.moe_router(*args, 10, 1, normalize=normalize))
+
+
+@pytest.mark.parametrize("m", [1, 19])
+@pytest.mark.parametrize("experts,top_k,num_shared", [(4, 2, 0), (60, 4, 1), (8, 8, 2)])
+def test_weights_that_are_not_normalized(m, experts, top_k, num_shared, device):
+    """They are parts of the softmax over all experts, and leave room for those not chosen."""
+    args = inputs(m, device, experts=experts)
+    num_tokens = torch.tensor([m - 1], device=device)
+    for valid in (None, num_tokens):
+        got = moe_router(*args, top_k, num_shared, num_tokens=valid, normalize=False)
+        check(got, ops.moe_router(*args, top_k, num_shared, num_tokens=valid, normalize=False))
+    if top_k < experts:
+        assert (moe_router(*args, top_k, 0, normalize=False)[1].sum(-1) < 0.999).all()
+
+
 @pytest.mark.parametrize("m", [3, 40])
 @pytest.mark.parametrize("valid", [0, 1, 2])
 def test_padding(m, valid, device):
@@ -72,12 +93,14 @@ def test_padding(m, valid, device):
     assert (got[2][valid:] == -1).all() and (got[1][valid:] == 0).all()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("m", [1, 17])
 @pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-30, 1e4, 1e15])
-def test_extreme_rows(m, scale, device):
+def test_extreme_rows(m, scale, normalize, device):
     x, norm, weight = inputs(m, device)
     args = (x * scale, norm, weight * 100)  # one weight is 1, most others underflow
-    check(moe_router(*args, 4, 1), ops.moe_router(*args, 4, 1))
+    expected = ops.moe_router(*args, 4, 1, normalize=normalize)
+    check(moe_router(*args, 4, 1, normalize=normalize), expected)
 
 
 @pytest.mark.parametrize("m", [1, 2])
