@@ -1,4 +1,4 @@
-"""Ops that their kernels compute in fewer launches together."""
+"""Pairs of ops that kernels compute together, in fewer launches."""
 
 from torch.fx import Graph, Node
 
@@ -8,19 +8,27 @@ from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net_proje
 from et_moe.backends.cuda.triton.linear.decode import supports_k
 
 PLANES = {"linear_w4a8": 1, "linear_w4a16": 2}
+"""INT8 planes that the activations of a linear op are quantized to."""
 
 
-def _op(node: object) -> str:
-    """Name of the op that a node calls; of anything else nothing."""
+def _op_name(node: object) -> str:
+    """The name of the `et_moe` op that a node calls; empty for anything else."""
     target = getattr(node, "target", None)
     return target._opname if getattr(target, "namespace", None) == "et_moe" else ""
 
 
-def _projection(net: Node) -> Node | None:
-    """The linear layer that can be computed with a `gated_delta_net`: one token, nobody else's."""
+def _find_projection(net: Node) -> Node | None:
+    """The linear layer that can be computed together with a `gated_delta_net`, if there is one.
+
+    It has one token, no residual, and no user besides.
+    """
     arguments = op_arguments(net)
     linear = arguments["projected"]
-    if _op(linear) not in PLANES or len(linear.users) > 1 or arguments["num_tokens"] is not None:
+    if (
+        _op_name(linear) not in PLANES
+        or len(linear.users) > 1
+        or arguments["num_tokens"] is not None
+    ):
         return None
     given = op_arguments(linear)
     tokens, k = given["x"].meta["val"].shape
@@ -28,17 +36,17 @@ def _projection(net: Node) -> Node | None:
 
 
 def fuse(graph: Graph) -> None:
-    """Replaces a linear layer and the `gated_delta_net` of one token behind it by one function.
+    """Replaces each linear layer with a `gated_delta_net` of one token behind it by one function.
 
-    A graph's other nodes stay calls of ops; results and updates of state are the same.
+    All other nodes of the graph stay as they are, and so do results and updates of state.
     """
     for net in list(graph.nodes):
-        if _op(net) != "gated_delta_net" or (linear := _projection(net)) is None:
+        if _op_name(net) != "gated_delta_net" or (linear := _find_projection(net)) is None:
             continue
         arguments, given = op_arguments(net), op_arguments(linear)
         del arguments["projected"], arguments["num_tokens"]
         del given["residual"]
-        planes = PLANES[_op(linear)]
+        planes = PLANES[_op_name(linear)]
         norm = {"input_norm_weight": given.pop("norm_weight"), "input_eps": given.pop("eps")}
         net.target = gated_delta_net_projected
         net.args, net.kwargs = (), {**given, **norm, "planes": planes, **arguments}

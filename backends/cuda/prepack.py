@@ -1,4 +1,4 @@
-"""Weights in the order that the kernels read them: which ones, their shapes, and their making."""
+"""Brings weights into the order that the kernels read: which ones, to what shapes, and how."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +16,11 @@ Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class _Packer:
-    """Which arguments of an op are prepacked together.
+    """How weights of an op are prepacked.
 
-    `pack(*arguments, group_size)` gives as many tensors, which take the arguments' places.
+    Attributes:
+        arguments: names of the op's arguments that are prepacked together.
+        pack: `pack(*arguments, group_size)` returns the tensors that take the arguments' places.
     """
 
     arguments: tuple[str, ...]
@@ -35,11 +37,13 @@ _PACKERS = {
 }
 
 PREPACK_VERSION = f"experts-{moe.LAYOUT_VERSION}.linear-{linear.LAYOUT_VERSION}"
-"""Names the layouts; code and weights fit only if they agree on it."""
+"""Names the versions of the layouts; code and weights fit only if it is the same for both."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
+    """Weights of one call of an op that are prepacked together, by name."""
+
     packer: _Packer
     names: tuple[str, ...]
     group_size: int
@@ -51,8 +55,8 @@ class WeightPlan:
 
     Attributes:
         spec: name -> (dtype, shape) of the tensors in the `.ptd`, in the order of the graphs'
-            weights. Names are the bundle's.
-        layout: names the order of their elements; the `.ptd` says it too.
+            weights. The names are those of the bundle.
+        layout: names the order of their elements; the `.ptd` has it, too.
     """
 
     spec: Spec
@@ -85,7 +89,7 @@ class WeightPlan:
             yield name, tensor
 
 
-def _groups(graph: MethodGraph, weights: Mapping[Node, str]) -> Iterator[_Group]:
+def _find_groups(graph: MethodGraph, weights: Mapping[Node, str]) -> Iterator[_Group]:
     for node in graph.program.graph.nodes:
         if getattr(node.target, "namespace", None) != "et_moe":
             continue
@@ -120,7 +124,7 @@ def plan_weights(graphs: Mapping[str, MethodGraph]) -> WeightPlan:
             if spec.setdefault(name, entry) != entry:
                 raise ValueError(f"{method}: weight {name} is {entry}, elsewhere {spec[name]}")
             meta[name] = torch.empty(entry[1], dtype=entry[0], device="meta")
-        for group in _groups(graph, {node: name for name, node in nodes.items()}):
+        for group in _find_groups(graph, {node: name for name, node in nodes.items()}):
             for name in group.names:
                 if groups.setdefault(name, group) != group:
                     raise ValueError(f"{method}: two ops want weight {name} in different orders")
