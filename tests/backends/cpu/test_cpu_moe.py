@@ -104,7 +104,7 @@ def test_router_without_normalization(
     ]
     harness.compare("moe_router", calls)
     sums = reference("moe_router", calls[-1])[1][:, :top_k].sum(-1)
-    assert top_k == experts or (sums < 0.999).all()
+    assert top_k == experts or sums.mean() < 0.99
 
 
 def test_router_with_padding(harness: Harness, dtype: torch.dtype) -> None:
