@@ -7,6 +7,7 @@ covered, and the hashes of the tensors stand in a named blob, so that they can b
 parallel: `CHECKSUMS`, one uint64 per tensor in the order of the names sorted as bytes.
 """
 
+import contextlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -160,11 +161,18 @@ class PtdWriter:
         self._context = atomic_file(path)
 
     def __enter__(self) -> "PtdWriter":
-        self._file = self._context.__enter__()
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(self._context)
+            self._file.write(self._header)
+            self._context = stack.pop_all()
+        self._end = 0
         return self
 
-    def _seek(self, index: int) -> None:
-        self._file.seek(len(self._header) + self._offsets[index])
+    def _append(self, index: int, data: numpy.ndarray) -> None:
+        """Writes a segment behind zeros up to where it begins: a pipe cannot seek."""
+        self._file.write(bytes(self._offsets[index] - self._end))
+        self._file.write(data)
+        self._end = self._offsets[index] + data.nbytes
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes the next tensor; ValueError if it is not the one that `spec` has next."""
@@ -177,8 +185,7 @@ class PtdWriter:
             raise ValueError(f"{name}: got {found}, expected {self._spec[name]}")
         data = tensor.contiguous().flatten().view(torch.uint8).numpy()
         self._digests[name] = xxhash.xxh3_64_intdigest(data)
-        self._seek(index)
-        self._file.write(data)
+        self._append(index, data)
 
     def __exit__(self, *error) -> bool | None:
         if error[0] is None:
@@ -195,9 +202,7 @@ class PtdWriter:
         missing = [name for name in self._spec if name not in self._digests]
         if missing:
             raise ValueError(f"{missing[0]} was never written ({len(missing)} missing)")
-        self._file.seek(0)
-        self._file.write(self._header)
         names = sorted(self._digests, key=str.encode)
-        self._seek(len(self._spec))
-        self._file.write(numpy.array([self._digests[n] for n in names], dtype="<u8").tobytes())
+        digests = numpy.array([self._digests[n] for n in names], dtype="<u8")
+        self._append(len(self._spec), digests)
         self._file.write(_trailer(len(self._header), xxhash.xxh3_64_intdigest(self._header)))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from et_moe.backends.atomic_file import atomic_folder
 from et_moe.pipeline.models import Model, Random, parse_config
 from et_moe.pipeline.safetensors_stream import SafetensorsWriter
 
@@ -57,9 +57,7 @@ def make_checkpoint(
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir}: exists and is not an empty directory")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir.with_name(f"{output_dir.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with atomic_folder(output_dir) as temporary:
         files = model.preset_files(preset, text)
         if files.tokenizer is not None:
             write_tokenizer(files.tokenizer, temporary, text["max_position_embeddings"])
@@ -67,12 +65,6 @@ def make_checkpoint(
         _write_json(temporary / "generation_config.json", files.generation)
         shapes = tensor_shapes(model, text, files.prefix)
         _write_weights(temporary, model, shapes, seed, text["initializer_range"])
-        os.rename(temporary, output_dir)
-    except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = str(output_dir)  # of the temporary files nothing is left
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def text_config(
