@@ -8,10 +8,13 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace et_moe {
 namespace {
@@ -20,26 +23,54 @@ namespace {
   throw std::runtime_error(path + ": " + what + ": " + std::strerror(errno));
 }
 
-std::string temporary_name(const std::string& path) {
-  return path + "." + std::to_string(getpid()) + ".tmp";
+/// The file that `path` leads to: the end of a chain of links, which need not exist.
+std::string follow_links(const std::string& path) {
+  std::filesystem::path target(path);
+  constexpr int kMostLinks = 40;  // as the kernel has it
+  for (int i = 0; i < kMostLinks; ++i) {
+    std::error_code no_link;
+    const auto next = std::filesystem::read_symlink(target, no_link);
+    if (no_link) break;
+    target = target.parent_path() / next;
+  }
+  return target;
 }
 
-/// Opens the temporary file that becomes `path`.
-int create(const std::string& temporary, const std::string& path) {
-  const int fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+/// A name beside `path` that nobody can have planted something at.
+std::string temporary_name(const std::string& path) {
+  std::random_device random;
+  char name[40];
+  std::snprintf(name, sizeof name, "et-moe-%08x%08x.tmp", random(), random());
+  return std::filesystem::path(path).replace_filename(name);
+}
+
+/// A descriptor of what is to be written to as it is, or -1 for a file that is to be replaced.
+int open_in_place(const std::string& path, const struct stat& found) {
+  for (int stream : {STDOUT_FILENO, STDERR_FILENO}) {
+    struct stat info{};
+    if (fstat(stream, &info) == 0 && info.st_dev == found.st_dev && info.st_ino == found.st_ino) {
+      std::fflush(stdout);
+      return fcntl(stream, F_DUPFD_CLOEXEC, 0);
+    }
+  }
+  if (S_ISREG(found.st_mode)) return -1;
+  const int fd = open(path.c_str(), O_WRONLY | O_NOCTTY | O_CLOEXEC);
   if (fd < 0) fail(path, "cannot be written");
   return fd;
 }
 
-void write_all(int fd, const void* data, size_t size, const std::string& path) {
-  const char* bytes = static_cast<const char*>(data);
-  while (size > 0) {
-    const ssize_t written = ::write(fd, bytes, size);
-    if (written < 0 && errno == EINTR) continue;
-    if (written <= 0) fail(path, "cannot be written");
-    bytes += written;
-    size -= static_cast<size_t>(written);
-  }
+/// Makes a file with the owner, group and permissions of the one that it is to replace, or with
+/// 0666 less the umask; -1 on an error. Nobody else may open it before it has its final
+/// permissions.
+int create(const std::string& temporary, const struct stat* replaced) {
+  const int flags = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
+  const int fd = open(temporary.c_str(), flags, replaced ? 0600 : 0666);
+  if (fd < 0 || !replaced) return fd;
+  // A process may set a group of its own, but no owner. Some file systems have neither.
+  [[maybe_unused]] const bool kept = fchown(fd, replaced->st_uid, replaced->st_gid) == 0 ||
+                                     fchown(fd, static_cast<uid_t>(-1), replaced->st_gid) == 0;
+  fchmod(fd, replaced->st_mode & 0777);
+  return fd;
 }
 
 }  // namespace
@@ -56,17 +87,53 @@ std::string read_file(const std::string& path) {
   return content.str();
 }
 
-void write_file(const std::string& path, std::string_view content) {
-  const std::string temporary = temporary_name(path);
-  const int fd = create(temporary, path);
-  try {
-    write_all(fd, content.data(), content.size(), path);
-    if (::close(fd) != 0) fail(path, "cannot be written");
-    if (std::rename(temporary.c_str(), path.c_str()) != 0) fail(path, "cannot be written");
-  } catch (...) {
-    unlink(temporary.c_str());
-    throw;
+OutputFile::OutputFile(std::string path) : path_(std::move(path)) {
+  struct stat found{};
+  const bool exists = stat(path_.c_str(), &found) == 0;
+  check(exists || errno == ENOENT);
+  if (exists) fd_ = open_in_place(path_, found);
+  if (fd_ >= 0) return;
+  target_ = follow_links(path_);
+  temporary_ = temporary_name(target_);
+  fd_ = create(temporary_, exists ? &found : nullptr);
+  check(fd_ >= 0);
+}
+
+OutputFile::~OutputFile() { discard(); }
+
+void OutputFile::check(bool success) const {
+  if (!success) fail(path_, "cannot be written");
+}
+
+void OutputFile::discard() {
+  if (fd_ >= 0) ::close(fd_);
+  if (!temporary_.empty()) unlink(temporary_.c_str());
+  fd_ = -1;
+}
+
+void OutputFile::write(const void* data, size_t size) {
+  const char* bytes = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t written = ::write(fd_, bytes, size);
+    if (written < 0 && errno == EINTR) continue;
+    check(written > 0);
+    bytes += written;
+    size -= static_cast<size_t>(written);
   }
+}
+
+void OutputFile::close() {
+  if (temporary_.empty()) return check(::close(std::exchange(fd_, -1)) == 0);
+  check(fsync(fd_) == 0);
+  check(::close(std::exchange(fd_, -1)) == 0);
+  check(std::rename(temporary_.c_str(), target_.c_str()) == 0);
+  temporary_.clear();
+}
+
+void write_file(const std::string& path, std::string_view content) {
+  OutputFile file(path);
+  file.write(content.data(), content.size());
+  file.close();
 }
 
 std::vector<int64_t> read_ids(const std::string& path) {
@@ -112,7 +179,7 @@ MappedFile::MappedFile(const std::string& path) {
 MappedFile::~MappedFile() { munmap(const_cast<uint8_t*>(data_), size_); }
 
 NpyWriter::NpyWriter(const std::string& path, size_t rows, size_t columns)
-    : path_(path), temporary_(temporary_name(path)), columns_(columns) {
+    : file_(path), columns_(columns) {
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" +
                        std::to_string(rows) + ", " + std::to_string(columns) + "), }";
   constexpr size_t kPreamble = 10;
@@ -122,33 +189,9 @@ NpyWriter::NpyWriter(const std::string& path, size_t rows, size_t columns)
   std::string start("\x93NUMPY\x01\x00", 8);
   start.push_back(static_cast<char>(size & 0xff));
   start.push_back(static_cast<char>(size >> 8));
-  fd_ = create(temporary_, path_);
-  try {
-    write((start + header).data(), kPreamble + header.size());
-  } catch (...) {
-    discard();
-    throw;
-  }
+  file_.write((start + header).data(), kPreamble + header.size());
 }
 
-NpyWriter::~NpyWriter() { discard(); }
-
-void NpyWriter::discard() {
-  if (fd_ < 0) return;
-  ::close(fd_);
-  unlink(temporary_.c_str());
-}
-
-void NpyWriter::write(const void* data, size_t size) { write_all(fd_, data, size, path_); }
-
-void NpyWriter::write_row(const float* row) { write(row, columns_ * sizeof(float)); }
-
-void NpyWriter::close() {
-  if (fsync(fd_) != 0 || std::rename(temporary_.c_str(), path_.c_str()) != 0) {
-    fail(path_, "cannot be written");
-  }
-  ::close(fd_);
-  fd_ = -1;
-}
+void NpyWriter::write_row(const float* row) { file_.write(row, columns_ * sizeof(float)); }
 
 }  // namespace et_moe

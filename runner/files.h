@@ -12,7 +12,33 @@ namespace et_moe {
 /// The content of a file. Throws std::runtime_error that names it.
 std::string read_file(const std::string& path);
 
-/// Writes a temporary file beside `path`, then renames it. Throws std::runtime_error.
+/// A file that is being written. It is a temporary file beside `path`, which becomes `path` on
+/// `close`; a destructor that comes before removes it. A symbolic link is followed and its target
+/// replaced; the owner, the group and the permissions of a file that is replaced stay as far as the
+/// process may set them. What is no regular file (a FIFO, a device) is written to directly, and so
+/// is the file that standard output or standard error already goes to.
+/// `backends/atomic_file.py` does the same for the pipeline's outputs.
+///
+/// All functions throw std::runtime_error that names `path`.
+class OutputFile {
+ public:
+  explicit OutputFile(std::string path);
+  ~OutputFile();
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+
+  void write(const void* data, size_t size);
+  void close();
+
+ private:
+  void check(bool success) const;
+  void discard();
+
+  std::string path_, target_, temporary_;  // no temporary: the file is written to directly
+  int fd_ = -1;
+};
+
+/// Writes a whole `OutputFile`.
 void write_file(const std::string& path, std::string_view content);
 
 /// A JSON list of token ids, such as [1, 2, 3]. Throws std::runtime_error that names the file and
@@ -41,20 +67,13 @@ class MappedFile {
 class NpyWriter {
  public:
   NpyWriter(const std::string& path, size_t rows, size_t columns);
-  ~NpyWriter();
-  NpyWriter(const NpyWriter&) = delete;
-  NpyWriter& operator=(const NpyWriter&) = delete;
 
   void write_row(const float* row);
-  void close();
+  void close() { file_.close(); }
 
  private:
-  void write(const void* data, size_t size);
-  void discard();
-
-  std::string path_, temporary_;
+  OutputFile file_;
   size_t columns_;
-  int fd_ = -1;
 };
 
 }  // namespace et_moe

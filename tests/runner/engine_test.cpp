@@ -1,9 +1,7 @@
-// Stats, files and seals: what needs no program to test.
+// Stats and seals: what needs no program to test.
 #include "runner/engine.h"
 
 #include <gtest/gtest.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstdlib>
@@ -82,43 +80,6 @@ TEST(Engine, LogProbabilityIsLogSoftmax) {
   const float logits[] = {1000.0f, 999.0f, 998.0f};
   const double sum = 1 + std::exp(-1.0) + std::exp(-2.0);
   EXPECT_NEAR(log_probability(logits, 3, 1), -1 - std::log(sum), 1e-12);
-}
-
-TEST(Files, WriteReplacesWholeFilesAndLeavesNothingBehind) {
-  const std::string folder = temporary_folder(), path = folder + "/a";
-  write_file(path, "first");
-  write_file(path, "second");
-  EXPECT_EQ(read_file(path), "second");
-  EXPECT_THROW(write_file(folder + "/missing/a", "x"), std::runtime_error);
-  EXPECT_THROW(write_file(folder, "x"), std::runtime_error);
-  EXPECT_NE(access((folder + "." + std::to_string(getpid()) + ".tmp").c_str(), F_OK), 0);
-}
-
-TEST(Files, IdsAreAListOfIntegers) {
-  const std::string path = temporary_folder() + "/ids.json";
-  write_file(path, "[1, 2,3]");
-  EXPECT_EQ(read_ids(path), (std::vector<int64_t>{1, 2, 3}));
-  for (const char* bad : {"", "{}", "[1, 2", "[1.5]", "[\"1\"]", "[[1]]", "[[[[[[1]]]]]]", "1"}) {
-    write_file(path, bad);
-    EXPECT_THROW(read_ids(path), std::runtime_error) << bad;
-  }
-}
-
-TEST(Files, NpyHasAnAlignedHeaderAndAppearsOnClose) {
-  const std::string path = temporary_folder() + "/a.npy";
-  const float row[] = {1, 2, 3};
-  {
-    NpyWriter dropped(path, 2, 3);
-    dropped.write_row(row);
-  }
-  EXPECT_NE(access(path.c_str(), F_OK), 0);
-  NpyWriter writer(path, 2, 3);
-  writer.write_row(row);
-  writer.write_row(row);
-  writer.close();
-  const std::string content = read_file(path);
-  EXPECT_EQ(content.size() % 64, 24u);
-  EXPECT_NE(content.find("'shape': (2, 3)"), std::string::npos);
 }
 
 TEST(SealedFile, AnyChangeOfACoveredByteIsNoticed) {

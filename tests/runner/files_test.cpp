@@ -1,0 +1,236 @@
+// Outputs: what they replace, what they leave behind, and what is written to as it is.
+#include "runner/files.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <set>
+#include <thread>
+
+namespace {
+int synced = 0;
+}
+
+/// In place of the C library's: counts.
+extern "C" int fsync(int fd) {
+  ++synced;
+  return static_cast<int>(syscall(SYS_fsync, fd));
+}
+
+namespace et_moe {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Files : public ::testing::Test {
+ protected:
+  Files() {
+    std::string name = ::testing::TempDir() + "et_moe_XXXXXX";
+    folder = mkdtemp(name.data());
+    umask(022);
+  }
+  ~Files() override { fs::remove_all(folder); }
+
+  std::string path(const char* name) const { return folder / name; }
+
+  std::set<std::string> names() const {
+    std::set<std::string> found;
+    for (const auto& entry : fs::directory_iterator(folder)) found.insert(entry.path().filename());
+    return found;
+  }
+
+  fs::path folder;
+};
+
+/// Stands in for a full disk: the kernel refuses bytes of a file beyond a limit.
+class FullDisk {
+ public:
+  explicit FullDisk(rlim_t limit) {
+    std::signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &before_);
+    const rlimit now{limit, before_.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &now);
+  }
+  ~FullDisk() { setrlimit(RLIMIT_FSIZE, &before_); }
+
+ private:
+  rlimit before_{};
+};
+
+mode_t permissions(const std::string& path) {
+  struct stat info{};
+  stat(path.c_str(), &info);
+  return info.st_mode & 07777;
+}
+
+long open_descriptors() {
+  return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator());
+}
+
+using Names = std::set<std::string>;
+
+TEST_F(Files, WriteReplacesWholeFilesAndLeavesNothingBehind) {
+  write_file(path("a"), "first");
+  write_file(path("a"), "second");
+  EXPECT_EQ(read_file(path("a")), "second");
+  EXPECT_THROW(write_file(path("missing/a"), "x"), std::runtime_error);
+  EXPECT_THROW(write_file(folder, "x"), std::runtime_error);
+  fs::create_symlink("loop", folder / "loop");
+  EXPECT_THROW(write_file(path("loop"), "x"), std::runtime_error);
+  EXPECT_EQ(names(), (Names{"a", "loop"}));
+}
+
+TEST_F(Files, AFailedWriteLeavesNeitherFilesNorDescriptors) {
+  write_file(path("a"), "kept");
+  const long before = open_descriptors();
+  for (rlim_t limit : {0, 10}) {
+    const FullDisk full(limit);
+    EXPECT_THROW(write_file(path("a"), std::string(100, 'x')), std::runtime_error);
+    const float row[100] = {};
+    EXPECT_THROW(NpyWriter(path("a"), 1, 100).write_row(row), std::runtime_error);
+  }
+  EXPECT_EQ(open_descriptors(), before);
+  EXPECT_EQ(read_file(path("a")), "kept");
+  EXPECT_EQ(names(), Names{"a"});
+}
+
+TEST_F(Files, ContentIsOnTheDiskBeforeTheNameIs) {
+  synced = 0;
+  write_file(path("a"), "x");
+  EXPECT_EQ(synced, 1);
+  NpyWriter(path("b"), 0, 1).close();
+  EXPECT_EQ(synced, 2);
+}
+
+TEST_F(Files, PermissionsOfWhatIsReplacedStay) {
+  for (mode_t mode : {0600, 0640, 0444, 0777}) {
+    write_file(path("a"), "first");
+    chmod(path("a").c_str(), mode);
+    write_file(path("a"), "second");
+    EXPECT_EQ(permissions(path("a")), mode);
+  }
+}
+
+TEST_F(Files, ANewFileObeysTheUmask) {
+  for (mode_t mask : {022, 077, 002}) {
+    umask(mask);
+    write_file(path("a"), "x");
+    EXPECT_EQ(permissions(path("a")), 0666 & ~mask);
+    fs::remove(path("a"));
+  }
+}
+
+TEST_F(Files, ContentIsNeverOpenToMoreThanTheFileWas) {
+  write_file(path("a"), "x");
+  chmod(path("a").c_str(), 0600);
+  const OutputFile file(path("a"));
+  for (const auto& name : names()) EXPECT_EQ(permissions(path(name.c_str())), 0600u) << name;
+  EXPECT_EQ(names().size(), 2u);
+}
+
+TEST_F(Files, TheOwnerOfWhatIsReplacedStays) {
+  if (geteuid() != 0) GTEST_SKIP() << "only root may give files away";
+  write_file(path("a"), "x");
+  ASSERT_EQ(chown(path("a").c_str(), 12345, 23456), 0);
+  write_file(path("a"), "y");
+  struct stat info{};
+  stat(path("a").c_str(), &info);
+  EXPECT_EQ(info.st_uid, 12345u);
+  EXPECT_EQ(info.st_gid, 23456u);
+}
+
+TEST_F(Files, ALinkIsFollowed) {
+  fs::create_directory(folder / "d");
+  fs::create_symlink("d/second", folder / "first");
+  fs::create_symlink("../target", folder / "d" / "second");
+  for (const char* content : {"made", "replaced"}) {  // the target does not exist yet, then it does
+    write_file(path("first"), content);
+    EXPECT_EQ(read_file(path("target")), content);
+    EXPECT_TRUE(fs::is_symlink(path("first")) && fs::is_symlink(path("d/second")));
+  }
+  EXPECT_EQ(names(), (Names{"d", "first", "target"}));
+}
+
+TEST_F(Files, AFifoIsWrittenTo) {
+  ASSERT_EQ(mkfifo(path("fifo").c_str(), 0600), 0);
+  fs::create_symlink("fifo", folder / "link");
+  for (const char* name : {"fifo", "link"}) {
+    std::string content;
+    std::thread reader([&] { content = read_file(path("fifo")); });
+    write_file(path(name), std::string(100'000, 'x'));
+    reader.join();
+    EXPECT_EQ(content, std::string(100'000, 'x'));
+  }
+  EXPECT_TRUE(fs::is_fifo(path("fifo")));
+  EXPECT_EQ(names(), (Names{"fifo", "link"}));
+}
+
+TEST_F(Files, WhatStandardOutputGoesToIsWrittenThroughIt) {
+  // A link of our own to where /dev/stdout leads: as root a fault would replace that one for the
+  // whole machine.
+  fs::create_symlink("/proc/self/fd/1", folder / "link");
+  for (const char* name : {"file", "link"}) {
+    std::fflush(stdout);  // or the child prints it too
+    const pid_t child = fork();
+    if (child == 0) {
+      dup2(open(path("file").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDOUT_FILENO);
+      std::printf("before ");
+      write_file(path(name), "within ");
+      std::printf("after");
+      std::fflush(stdout);
+      _exit(0);
+    }
+    waitpid(child, nullptr, 0);
+    EXPECT_EQ(read_file(path("file")), "before within after") << name;
+  }
+  EXPECT_EQ(names(), (Names{"file", "link"}));
+}
+
+TEST_F(Files, TemporaryNamesDifferAndSayNothingOfTheProcess) {
+  Names seen;
+  for (int i = 0; i < 3; ++i) {
+    const OutputFile file(path("a"));
+    for (const auto& name : names()) seen.insert(name);
+  }
+  EXPECT_EQ(seen.size(), 3u);
+  for (const auto& name : seen) EXPECT_EQ(name.find(std::to_string(getpid())), name.npos) << name;
+  EXPECT_EQ(names(), Names{});
+}
+
+TEST_F(Files, IdsAreAListOfIntegers) {
+  const std::string ids = path("ids.json");
+  write_file(ids, "[1, 2,3]");
+  EXPECT_EQ(read_ids(ids), (std::vector<int64_t>{1, 2, 3}));
+  for (const char* bad : {"", "{}", "[1, 2", "[1.5]", "[\"1\"]", "[[1]]", "[[[[[[1]]]]]]", "1"}) {
+    write_file(ids, bad);
+    EXPECT_THROW(read_ids(ids), std::runtime_error) << bad;
+  }
+}
+
+TEST_F(Files, NpyHasAnAlignedHeaderAndAppearsOnClose) {
+  const std::string npy = path("a.npy");
+  const float row[] = {1, 2, 3};
+  {
+    NpyWriter dropped(npy, 2, 3);
+    dropped.write_row(row);
+  }
+  EXPECT_NE(access(npy.c_str(), F_OK), 0);
+  NpyWriter writer(npy, 2, 3);
+  writer.write_row(row);
+  writer.write_row(row);
+  writer.close();
+  const std::string content = read_file(npy);
+  EXPECT_EQ(content.size() % 64, 24u);
+  EXPECT_NE(content.find("'shape': (2, 3)"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace et_moe
