@@ -31,7 +31,8 @@ from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, Par
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import Dim, ExportedProgram
 
-from et_moe.backends.cuda.compile import CompiledMethod, compile_method
+from et_moe.backends.cuda.code_cache import compile_cached
+from et_moe.backends.cuda.compile import CompiledMethod
 from et_moe.backends.cuda.gpu import gpu_for
 from et_moe.backends.cuda.graphs import DTYPE_NAMES, bounds, input_nodes, output_values
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, WeightPlan, plan_weights
@@ -91,7 +92,7 @@ class EtMoeCudaBackend(BackendDetails):
         graph, store = lowering.methods[method], NamedDataStore()
         compiled = lowering.compiled[method] = {}
         for arch in lowering.archs:
-            code = compile_method(graph, lowering.plan, arch, lowering.cache_dir)
+            code = compile_cached(graph, lowering.plan, arch, lowering.cache_dir)
             store.add_named_data(f"{method}.{arch}", code.code, alignment=16)
             compiled[arch] = code
         return PreprocessResult(
@@ -252,7 +253,7 @@ def lower(
         methods: by name, with the same state and weights.
         archs: of `gpu.ARCHS`, at least one.
         constant_methods: further methods without inputs: ints and strings.
-        cache_dir: see `compile_method`.
+        cache_dir: see `compile_cached`.
 
     Raises:
         ValueError: an unknown architecture, none at all, or methods that differ in a weight.

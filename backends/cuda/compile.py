@@ -3,16 +3,12 @@
 import copy
 import dataclasses
 import hashlib
-import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import triton
 from torch.fx import Graph, GraphModule, Node
 
 from et_moe.backends.cuda.build import build, toolchain
@@ -140,59 +136,6 @@ def check_in_place(source: str, graph: MethodGraph) -> None:
         raise RuntimeError("the token is not handed over in place")
 
 
-def _sources_digest() -> str:
-    """Of everything in this folder that decides what code comes out: Python and tuning tables."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json")):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def cache_key(graph: MethodGraph, plan: WeightPlan, gpu: Gpu, tools: str) -> str:
-    """Changes with anything that changes the compiled code."""
-    values = [n.meta["val"] for n in graph.program.graph.nodes if n.op == "placeholder"]
-    parts = [
-        str(graph.program.graph),
-        [None if v is None else f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values],
-        sorted(map(str, graph.program.range_constraints.items())),
-        [graph.inputs, graph.state, graph.weights],
-        [[name, *map(str, entry)] for name, entry in plan.spec.items()],
-        dataclasses.astuple(gpu),
-        [torch.__version__, triton.__version__, tools, _sources_digest()],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _load(folder: Path, arch: str) -> CompiledMethod | None:
-    """An entry of the cache, or None if it is absent or damaged."""
-    try:
-        entry = json.loads((folder / "method.json").read_text())
-        code = (folder / "code.so").read_bytes()
-        source = (folder / "host.cpp").read_text()
-        kernels = [Kernel(**kernel) for kernel in entry["kernels"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    method = CompiledMethod(arch, code, source, kernels)
-    return method if method.sha256 == entry.get("sha256") else None
-
-
-def _store(folder: Path, method: CompiledMethod) -> None:
-    """Writes an entry of the cache; it appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        (temporary / "code.so").write_bytes(method.code)
-        (temporary / "host.cpp").write_text(method.source)
-        kernels = [dataclasses.asdict(kernel) for kernel in method.kernels]
-        entry = {"sha256": method.sha256, "kernels": kernels}
-        (temporary / "method.json").write_text(json.dumps(entry))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _generate(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> HostProgram:
     with (
         tempfile.TemporaryDirectory() as work,
@@ -203,9 +146,7 @@ def _generate(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> HostProgram:
         return generate(module, inputs, Path(work))
 
 
-def compile_method(
-    graph: MethodGraph, plan: WeightPlan, arch: str, cache_dir: Path | None = None
-) -> CompiledMethod:
+def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledMethod:
     """Compiles one method for one architecture; no GPU, driver or CUDA toolkit is needed.
 
     The code takes the method's inputs, state and weights (prepacked, see `plan`) and `drawn` of
@@ -214,20 +155,13 @@ def compile_method(
 
     Args:
         arch: one of `gpu.ARCHS`; kernels are tuned for the first GPU of that architecture there.
-        cache_dir: folder of earlier results, reused if nothing has changed; None for no cache.
 
     Raises:
         UnsupportedOpError: the graph has an op without a kernel, which would be a library call.
         RuntimeError: unsupported versions, a missing compiler, or state that is copied.
     """
     gpu = gpu_for(arch)
-    tools = toolchain()  # before minutes of work
-    folder = None if cache_dir is None else cache_dir / cache_key(graph, plan, gpu, tools)
-    if folder is not None and (cached := _load(folder, arch)):
-        return cached
+    toolchain()  # before minutes of work
     program = _generate(graph, plan, gpu)
     check_in_place(program.source, graph)
-    method = CompiledMethod(arch, build(program), program.source, program.kernels)
-    if folder is not None:
-        _store(folder, method)
-    return method
+    return CompiledMethod(arch, build(program), program.source, program.kernels)
