@@ -31,7 +31,7 @@ from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, Par
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import Dim, ExportedProgram
 
-from et_moe.backends.cuda.code_cache import compile_cached
+from et_moe.backends.cuda.code_cache import CodeCache, compile_cached, open_cache
 from et_moe.backends.cuda.compile import CompiledMethod
 from et_moe.backends.cuda.gpu import gpu_for
 from et_moe.backends.cuda.graphs import DTYPE_NAMES, bounds, input_nodes, output_values
@@ -52,7 +52,7 @@ class _Lowering:
     methods: Mapping[str, MethodGraph]
     plan: WeightPlan
     archs: tuple[str, ...]
-    cache_dir: Path | None
+    cache: CodeCache | None
     compiled: dict[str, dict[str, CompiledMethod]]
 
 
@@ -92,7 +92,7 @@ class EtMoeCudaBackend(BackendDetails):
         graph, store = lowering.methods[method], NamedDataStore()
         compiled = lowering.compiled[method] = {}
         for arch in lowering.archs:
-            code = compile_cached(graph, lowering.plan, arch, lowering.cache_dir)
+            code = compile_cached(graph, lowering.plan, arch, lowering.cache)
             store.add_named_data(f"{method}.{arch}", code.code, alignment=16)
             compiled[arch] = code
         return PreprocessResult(
@@ -253,7 +253,7 @@ def lower(
         methods: by name, with the same state and weights.
         archs: of `gpu.ARCHS`, at least one.
         constant_methods: further methods without inputs: ints and strings.
-        cache_dir: see `compile_cached`.
+        cache_dir: folder of compiled code that is reused and kept, see `code_cache`; None for none.
 
     Raises:
         ValueError: an unknown architecture, none at all, or methods that differ in a weight.
@@ -264,7 +264,8 @@ def lower(
     for arch in archs:
         gpu_for(arch)
     plan = plan_weights(methods)
-    lowering = _Lowering(methods, plan, tuple(dict.fromkeys(archs)), cache_dir, compiled={})
+    cache = open_cache(cache_dir)
+    lowering = _Lowering(methods, plan, tuple(dict.fromkeys(archs)), cache, compiled={})
     # What a runner checks of the `.ptd` before the delegate binds state and weights.
     weights = [[n, DTYPE_NAMES[dtype], list(shape)] for n, (dtype, shape) in plan.spec.items()]
     constants = {

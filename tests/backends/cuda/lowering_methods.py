@@ -104,7 +104,7 @@ def _lower(folder: Path) -> None:
         for arch, code in codes.items():
             (folder / f"{name}.{arch}.so").write_bytes(code.code)
             (folder / f"{name}.{arch}.cpp").write_text(code.source)
-    damaged = next((folder / "cache").iterdir()) / "code.so"
+    damaged = next((folder / "cache").iterdir())
     start = time.monotonic()
     again = lower(methods(), archs, constants, folder / "cache")
     report |= {"seconds": time.monotonic() - start, "same": again.pte == program.pte}
