@@ -118,12 +118,19 @@ def constant_methods(config: Config, precision: Precision, max_seq_len: int) -> 
 
 
 def resolve_max_seq_len(c: Config, requested: int | None) -> int:
-    """The context length: at least 2, at most what the model was made for; 4096 by default."""
+    """The context length: at least 3, at most what the model was made for; 4096 by default.
+
+    `prefill` takes 2 tokens or more, and `torch.export` wants a dimension that varies.
+    """
+    smallest, limit = 3, c.max_position_embeddings
+    if limit < smallest:
+        raise ConfigError(f"max_position_embeddings {limit}: expected at least {smallest}")
     if requested is None:
-        return min(4096, c.max_position_embeddings)
-    if not 2 <= requested <= c.max_position_embeddings:
-        limit = c.max_position_embeddings
-        raise ConfigError(f"--max-seq-len {requested}: expected 2 to {limit} (the model's limit)")
+        return min(4096, limit)
+    if not smallest <= requested <= limit:
+        raise ConfigError(
+            f"--max-seq-len {requested}: expected {smallest} to {limit} (the model's limit)"
+        )
     return requested
 
 

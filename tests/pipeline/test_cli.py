@@ -257,8 +257,8 @@ def test_wrong_options(refused, tmp_path: Path, options: list[str], message: str
 def test_values_out_of_range(refused, tiny_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     common = ("export", "--prequantized", tiny_bundle, "--output-dir", output)
-    for length in (-1, 0, 1, 65):
-        message = f"--max-seq-len {length}: expected 2 to 64"
+    for length in (-1, 0, 1, 2, 65):
+        message = f"--max-seq-len {length}: expected 3 to 64"
         refused(*common, "--max-seq-len", length, parts=[message])
     refused(*common, "--backend", "cuda", "--cuda-arch", "sm_1", parts=["sm_1", "sm_90"])
     refused("make-checkpoint", "--output", output, "--layers", 0, parts=["layers", "0"])
