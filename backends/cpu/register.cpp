@@ -11,22 +11,26 @@ namespace {
 using executorch::runtime::Error;
 using executorch::runtime::Kernel;
 
+/// Whether it has what x86-64-v3 names, for which the kernels are compiled.
 bool processor_supported() {
 #ifdef __x86_64__
-  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                                __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+                                __builtin_cpu_supports("movbe");
   return supported;
 #else
   return true;
 #endif
 }
 
-#define ET_MOE_KERNEL(name)                                                                        \
-  Kernel("et_moe::" #name ".out", [](KernelRuntimeContext& context, Span<EValue*> stack) {         \
-    if (!processor_supported()) {                                                                  \
-      ET_LOG(Error, "et_moe::" #name ": this processor lacks AVX2 or FMA, which the kernels use"); \
-      return context.fail(Error::NotSupported);                                                    \
-    }                                                                                              \
-    call("et_moe::" #name, name, context, stack);                                                  \
+#define ET_MOE_KERNEL(name)                                                                   \
+  Kernel("et_moe::" #name ".out", [](KernelRuntimeContext& context, Span<EValue*> stack) {    \
+    if (!processor_supported()) {                                                             \
+      ET_LOG(Error, "et_moe::" #name ": this processor is older than x86-64-v3 (AVX2, FMA)"); \
+      return context.fail(Error::NotSupported);                                               \
+    }                                                                                         \
+    call("et_moe::" #name, name, context, stack);                                             \
   })
 
 const Kernel kKernels[] = {
