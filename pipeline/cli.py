@@ -13,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from et_moe.backends.cuda.errors import ToolchainError
+from et_moe.pipeline.signals import Ended, ending_signals
+
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
 )
@@ -231,7 +234,7 @@ def export(
         activation_dtype.value,
         max_seq_len,
         archs,
-        cache_dir.expanduser() if cache else None,
+        cache_dir if cache else None,
         debug_sidecar,
     )
     with _progress() as progress:
@@ -326,17 +329,19 @@ def _show_warning(message, category, *_) -> None:
 
 
 def main() -> None:
-    """Entry point: a bad input ends with one line on stderr and exit code 1."""
+    """Entry point. A bad input or a machine that lacks a tool ends with one line on stderr and exit
+    code 1; SIGTERM and SIGHUP with one line and 128 plus their number."""
     # ExecuTorch imports torchao, which reports the GPU libraries it does without.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     warnings.showwarning = _show_warning
     try:
-        app()
-    except (ValueError, OSError) as error:
+        with ending_signals():
+            app()
+    except (ValueError, OSError, ToolchainError, Ended) as error:
         console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
-        sys.exit(1)
+        sys.exit(error.exit_code if isinstance(error, Ended) else 1)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,25 @@
 """Builds a host program and its kernels into a shared object, reproducibly."""
 
+import contextlib
+import os
+import platform
 import re
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from et_moe.backends.cuda.errors import ToolchainError
 from et_moe.backends.cuda.gpu import cuda_include_dir, ptxas
 from et_moe.backends.cuda.host_program import run_body
 from et_moe.backends.cuda.inductor import HostProgram, UnsupportedOpError
 
-MARCH = "x86-64-v3"
+MARCH = "x86-64"
+"""The host program launches kernels and computes nothing: it is for any processor of the kind."""
 
 RUNTIME_FUNCTIONS = frozenset(
     f"aoti_torch_{name}"
@@ -89,23 +97,58 @@ def _data(binaries: dict[str, bytes]) -> str:
     return "\n".join([*lines, ".byte 0", ""])
 
 
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[None]:
+    """Inside the block all temporary files lie in one folder, which is removed at its end.
+
+    Those of this process and of the compilers that it starts: when an exception or a signal ends
+    them, Triton, ptxas and g++ leave files behind.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(tempfile, "tempdir", folder),
+        mock.patch.dict(os.environ, {"TMPDIR": folder}),
+    ):
+        yield
+
+
 def _run(command: list[str], folder: Path) -> str:
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
     except FileNotFoundError:
-        raise RuntimeError(f"{command[0]} not found: a C++ compiler is needed") from None
-    if result.returncode:
-        raise RuntimeError(f"{command[0]} failed on the host program:\n{result.stderr[-4000:]}")
-    return result.stdout
+        raise ToolchainError(f"{command[0]} not found: a C++ compiler is needed") from None
+    with process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # with the programs that g++ has started
+            raise
+    if process.returncode:
+        raise ToolchainError(f"{command[0]} failed on the host program:\n{errors[-4000:]}")
+    return output
 
 
 def toolchain() -> str:
     """Versions of what makes code: the C++ compiler, the CUDA headers and the assembler.
 
     Raises:
-        RuntimeError: one of them is missing.
+        ToolchainError: one of them is missing, or this is no x86-64 machine.
     """
+    if (machine := platform.machine()) != "x86_64":
+        raise ToolchainError(
+            f"compiling for CUDA needs an x86-64 machine, this is {machine}: a program holds code "
+            "for the processor beside the GPU, too"
+        )
     compiler = _run(["g++", "--version"], Path.cwd()).splitlines()[0]
+    _run(["nm", "--version"], Path.cwd())
     header = (cuda_include_dir() / "cuda.h").read_text()
     cuda = re.search(r"#define CUDA_VERSION (\d+)", header)
     assembler = _run([str(ptxas()), "--version"], Path.cwd()).splitlines()[-1]
@@ -115,12 +158,12 @@ def toolchain() -> str:
 def build(program: HostProgram) -> bytes:
     """Compiles and links a host program with its kernels.
 
-    The result exports AOTInductor's C interface, is for x86-64-v3, and asks its loader for nothing
+    The result exports AOTInductor's C interface, is for x86-64, and asks its loader for nothing
     but CUDA and `RUNTIME_FUNCTIONS`. The same input gives the same bytes in any folder.
 
     Raises:
         UnsupportedOpError: the program calls a library op.
-        RuntimeError: the C++ compiler is missing or fails.
+        ToolchainError: the C++ compiler is missing or fails.
     """
     torch_headers = Path(torch.__file__).parent / "include"
     _check_functions(run_body(program.source))

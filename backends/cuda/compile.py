@@ -1,4 +1,4 @@
-"""Compiles a method's graph to a CUDA shared object, on any Linux machine."""
+"""Compiles a method's graph to a CUDA shared object, on any x86-64 Linux machine."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from et_moe.backends.cuda.build import build, toolchain
+from et_moe.backends.cuda.build import build, scratch_folder, toolchain
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
 from et_moe.backends.cuda.graphs import input_nodes
@@ -158,10 +158,12 @@ def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledM
 
     Raises:
         UnsupportedOpError: the graph has an op without a kernel, which would be a library call.
-        RuntimeError: unsupported versions, a missing compiler, or state that is copied.
+        ToolchainError: unsupported versions, or a missing compiler.
+        RuntimeError: state that is copied.
     """
     gpu = gpu_for(arch)
     toolchain()  # before minutes of work
-    program = _generate(graph, plan, gpu)
-    check_in_place(program.source, graph)
-    return CompiledMethod(arch, build(program), program.source, program.kernels)
+    with scratch_folder():
+        program = _generate(graph, plan, gpu)
+        check_in_place(program.source, graph)
+        return CompiledMethod(arch, build(program), program.source, program.kernels)

@@ -12,6 +12,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from et_moe.backends.cuda.errors import ToolchainError
+
 SUPPORTED_VERSIONS = {"2.13": "3.7"}
 """torch version -> triton version that `pretend_gpu` was tested with."""
 
@@ -108,12 +110,12 @@ def cuda_include_dir() -> Path:
     """Folder of `cuda.h` and `cuda_runtime.h`, from the `nvidia-cuda-*` wheels (extra `cuda`).
 
     Raises:
-        RuntimeError: the wheels are not installed.
+        ToolchainError: the wheels are not installed.
     """
     for folder in (root / "include" for root in _toolkit_folders()):
         if all((folder / header).is_file() for header in ("cuda.h", "cuda_runtime.h", "nv/target")):
             return folder
-    raise RuntimeError("no CUDA headers found: install them with `pip install 'et-moe[cuda]'`")
+    raise ToolchainError("no CUDA headers found: install them with `pip install 'et-moe[cuda]'`")
 
 
 def ptxas() -> Path:
@@ -124,12 +126,12 @@ def ptxas() -> Path:
     not, nor does 12.8 without optimisation).
 
     Raises:
-        RuntimeError: the wheel is not installed.
+        ToolchainError: the wheel is not installed.
     """
     for file in (root / "bin/ptxas" for root in _toolkit_folders()):
         if file.is_file():
             return file
-    raise RuntimeError("no ptxas found: install it with `pip install 'et-moe[cuda]'`")
+    raise ToolchainError("no ptxas found: install it with `pip install 'et-moe[cuda]'`")
 
 
 def ptxas_environment() -> dict[str, str]:
@@ -138,12 +140,12 @@ def ptxas_environment() -> dict[str, str]:
 
 
 def check_versions() -> None:
-    """Raises RuntimeError unless torch and triton are versions that `pretend_gpu` knows."""
+    """Raises ToolchainError unless torch and triton are versions that `pretend_gpu` knows."""
     found = (torch.__version__, triton.__version__)
     torch_version, triton_version = (".".join(version.split(".")[:2]) for version in found)
     if SUPPORTED_VERSIONS.get(torch_version) != triton_version:
         known = ", ".join(f"torch {t} with triton {v}" for t, v in SUPPORTED_VERSIONS.items())
-        raise RuntimeError(
+        raise ToolchainError(
             f"compiling for CUDA is not supported with torch {torch.__version__} and "
             f"triton {triton.__version__}: expected {known}"
         )
@@ -289,12 +291,14 @@ def pretend_gpu(gpu: Gpu) -> Iterator[None]:
     the block ends, also by an exception. Not for use in several threads at once.
 
     Raises:
-        RuntimeError: versions of torch or triton that this was not tested with, or Triton's
+        ToolchainError: versions of torch or triton that this was not tested with, or Triton's
             interpreter is on, under which there are no kernels to compile.
     """
     check_versions()
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("cannot compile for CUDA under the interpreter: unset TRITON_INTERPRET")
+        raise ToolchainError(
+            "cannot compile for CUDA under Triton's interpreter: unset TRITON_INTERPRET"
+        )
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_device)
         for target, values in _patches(gpu):

@@ -161,6 +161,42 @@ def _launches(folder: Path) -> None:
     (folder / "launches.json").write_text(json.dumps(report))
 
 
+def _ended(folder: Path) -> None:
+    """What a compile says that is ended by a signal while ptxas works."""
+    from unittest import mock
+
+    from et_moe.backends.cuda import gpu
+    from et_moe.backends.cuda.compile import compile_method
+    from et_moe.backends.cuda.prepack import plan_weights
+    from et_moe.pipeline.signals import Ended, ending_signals
+
+    assembler, seen = folder / "ptxas", folder / "seen"
+    # Stands in for ptxas: says its version, or ends its caller and goes on.
+    script = f"""#!/bin/sh
+        [ "$1" = --version ] && exec {gpu.ptxas()} --version
+        find "$TMPDIR" -name '*.ptx' > {seen}
+        kill -TERM $PPID
+        exec sleep 60"""
+    assembler.write_text(script)
+    assembler.chmod(0o755)
+    graphs = {"decode": method(Small(), True)}
+    report = {}
+    with mock.patch.object(gpu, "ptxas", lambda: assembler):
+        try:
+            with ending_signals():
+                compile_method(graphs["decode"], plan_weights(graphs), "sm_90")
+        except Ended as e:
+            report["error"] = str(e)
+    report["files_then"] = bool(seen.read_text())
+    (folder / "ended.json").write_text(json.dumps(report))
+
+
 if __name__ == "__main__":
-    commands = {"lower": _lower, "again": _again, "errors": _errors, "launches": _launches}
+    commands = {
+        "lower": _lower,
+        "again": _again,
+        "ended": _ended,
+        "errors": _errors,
+        "launches": _launches,
+    }
     commands[sys.argv[1]](Path(sys.argv[2]))

@@ -1,6 +1,8 @@
 """The table of GPUs, and pretending to have one."""
 
 import os
+import platform
+import shutil
 import stat
 
 import pytest
@@ -11,6 +13,7 @@ from torch._inductor.runtime.hints import DeviceProperties
 
 from et_moe.backends.cuda import gpu
 from et_moe.backends.cuda.build import toolchain
+from et_moe.backends.cuda.errors import ToolchainError
 from et_moe.backends.cuda.gpu import ARCHS, GPUS, default_archs, gpu_for, pretend_gpu
 
 
@@ -100,14 +103,14 @@ def test_version_guard(monkeypatch, torch_version, triton_version):
     message = (
         f"not supported with torch {torch_version} and triton {triton_version}: expected torch"
     )
-    with pytest.raises(RuntimeError, match=message), pretend_gpu(gpu_for("sm_90")):
+    with pytest.raises(ToolchainError, match=message), pretend_gpu(gpu_for("sm_90")):
         pytest.fail("entered")
     assert _snapshot() == before
 
 
 def test_interpreter_guard(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    refused = pytest.raises(RuntimeError, match="unset TRITON_INTERPRET")
+    refused = pytest.raises(ToolchainError, match="unset TRITON_INTERPRET")
     with refused, pretend_gpu(gpu_for("sm_90")):
         pytest.fail("entered")
 
@@ -148,13 +151,23 @@ def test_missing_toolkit_is_named(monkeypatch):
     import nvidia.cu13
 
     monkeypatch.setattr(nvidia.cu13, "__path__", ["/nonexistent"])
-    with pytest.raises(RuntimeError, match=r"no CUDA headers found: .*et-moe\[cuda\]"):
+    with pytest.raises(ToolchainError, match=r"no CUDA headers found: .*et-moe\[cuda\]"):
         toolchain()
-    with pytest.raises(RuntimeError, match=r"no ptxas found: .*et-moe\[cuda\]"):
+    with pytest.raises(ToolchainError, match=r"no ptxas found: .*et-moe\[cuda\]"):
         gpu.ptxas()
 
 
 def test_missing_compiler_is_named(monkeypatch, tmp_path):
+    compiler = shutil.which("g++")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"g\+\+ not found"):
+    with pytest.raises(ToolchainError, match=r"^g\+\+ not found: a C\+\+ compiler is needed$"):
+        toolchain()
+    (tmp_path / "g++").symlink_to(compiler)
+    with pytest.raises(ToolchainError, match=r"^nm not found: a C"):
+        toolchain()
+
+
+def test_other_machines_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(ToolchainError, match="needs an x86-64 machine, this is aarch64: "):
         toolchain()

@@ -1,0 +1,67 @@
+"""What `et-moe` says of a machine that lacks something."""
+
+import os
+import pwd
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from et_moe.pipeline import cli
+
+End = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def export(monkeypatch, capfd, tmp_path: Path) -> End:
+    """Runs `et-moe export` of a shape without weights: exit code, and the last line of stderr."""
+
+    def run(*options: object) -> tuple[int, str]:
+        command = ["et-moe", "export", "--preset", "tiny", "--graph-only", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", [*command, "--output-dir", str(tmp_path / "program")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        return ended.value.code, error.splitlines()[-1]
+
+    return run
+
+
+CUDA = ("--backend", "cuda", "--cuda-arch", "sm_90", "--no-cache")
+
+
+def test_a_missing_tool_is_one_line(export: End, monkeypatch, tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    assert export(*CUDA) == (1, "error: g++ not found: a C++ compiler is needed")
+    assert [p.name for p in tmp_path.iterdir()] == ["bin"]
+
+
+def test_the_interpreter_is_one_line(export: End, monkeypatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    message = "cannot compile for CUDA under Triton's interpreter: unset TRITON_INTERPRET"
+    assert export(*CUDA) == (1, f"error: {message}")
+
+
+def test_a_machine_without_homes_exports(export: End, monkeypatch, tmp_path: Path) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert os.path.expanduser("~") == "~"
+    code, last = export()
+    assert code == 0 and last.startswith("wrote ")
+    assert (tmp_path / "program" / "model.pte").is_file()
+
+
+def test_the_shortest_context(export: End, tmp_path: Path) -> None:
+    code, last = export("--max-seq-len", 2)
+    assert (code, last) == (1, "error: --max-seq-len 2: expected 3 to 4096 (the model's limit)")
+    assert not list(tmp_path.iterdir())
+    assert export("--max-seq-len", 3)[0] == 0
