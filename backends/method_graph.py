@@ -1,20 +1,104 @@
-"""What the model hands to a backend: one exported method, with the meaning of its inputs."""
+"""What the model hands to a backend: one exported method, with the meaning of its tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 
 @dataclass(frozen=True)
+class HandOver:
+    """How a method that draws a token makes the inputs of its next call, all by name.
+
+    A backend may start that call before anyone has seen the token.
+
+    Attributes:
+        token: the output that is the next token, `int64 [1, 1]`.
+        tokens: the input that the token becomes, `int64 [1, 1]`.
+        position: the input that grows by one, `int64 [1]`: how many tokens came before.
+    """
+
+    token: str
+    tokens: str
+    position: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodGraph:
     """An exported method whose graph is made of `torch.ops.et_moe` ops and a few aten ops.
 
-    Weights and state are inputs, not constants: the graph's user inputs are `inputs`, then
-    `state` (updated in place), then `weights`, in that order, each a list of names. The outputs
-    are the next token, `int64 [1, 1]`, and its logits, `float32 [1, V]`.
+    Weights and state are inputs of the graph, not constants: it takes the tensors called `inputs`,
+    then `state` (updated in place), then `weights`, and returns those called `outputs`. Names are
+    what a runner binds by; the order is the graph's alone.
+
+    Where a dimension of an input varies from call to call, a backend may pad the tensor with zeros
+    along it, so another input has to say how much of it is valid.
+
+    Attributes:
+        hand_over: of a method that draws a token, how the next call follows; None for any other
+            method, whose outputs are just returned.
+
+    Raises:
+        ValueError: names that are not unique, that do not fit the graph in number, or a `hand_over`
+            that names no tensor of its dtype and shape.
     """
 
     program: ExportedProgram
     inputs: list[str]
-    state: list[str]
-    weights: list[str]
+    outputs: list[str]
+    state: list[str] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    hand_over: HandOver | None = None
+
+    def __post_init__(self) -> None:
+        names = [*self.inputs, *self.state, *self.weights]
+        for kind, given in (("inputs, state and weights", names), ("outputs", self.outputs)):
+            if repeated := sorted({n for n in given if given.count(n) > 1}):
+                raise ValueError(f"{kind} are not unique: {repeated}")
+        for kind, given, found in (
+            ("inputs", names, len(_placeholders(self.program))),
+            ("outputs", self.outputs, len(self.program.graph.output_node().args[0])),
+        ):
+            if len(given) != found:
+                raise ValueError(f"the graph has {found} {kind}, {len(given)} are named")
+        if self.hand_over is not None:
+            _check_hand_over(self, self.hand_over)
+
+    def input_nodes(self) -> dict[str, Node]:
+        """Placeholders by name, in the order of the graph: inputs, state, weights."""
+        names = [*self.inputs, *self.state, *self.weights]
+        return dict(zip(names, _placeholders(self.program), strict=True))
+
+    def output_values(self) -> dict[str, torch.Tensor]:
+        """Fake tensors of the results by name, in the order of the graph."""
+        nodes = self.program.graph.output_node().args[0]
+        return {name: n.meta["val"] for name, n in zip(self.outputs, nodes, strict=True)}
+
+    def bounds(self, size: int | torch.SymInt) -> tuple[int, int]:
+        """Smallest and largest value of a dimension of the graph."""
+        if isinstance(size, int):
+            return size, size
+        limits = self.program.range_constraints[size.node.expr]
+        return int(limits.lower), int(limits.upper)
+
+
+def _placeholders(program: ExportedProgram) -> list[Node]:
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    return [node for node in nodes if node.meta["val"] is not None]  # None: an absent option
+
+
+def _check_hand_over(graph: MethodGraph, names: HandOver) -> None:
+    inputs = {name: node.meta["val"] for name, node in graph.input_nodes().items()}
+    inputs = {name: inputs[name] for name in graph.inputs}
+    for kind, name, tensors, shape in (
+        ("output", names.token, graph.output_values(), (1, 1)),
+        ("input", names.tokens, inputs, (1, 1)),
+        ("input", names.position, inputs, (1,)),
+    ):
+        if name not in tensors:
+            raise ValueError(f"hand_over: the method has no {kind} {name}")
+        value = tensors[name]
+        if value.dtype != torch.int64 or tuple(value.shape) != shape:
+            found = f"{value.dtype} {list(value.shape)}"
+            raise ValueError(f"hand_over: {kind} {name} is {found}, expected int64 {list(shape)}")

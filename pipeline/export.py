@@ -27,7 +27,7 @@ from et_moe.pipeline.quantize import (
 )
 from et_moe.pipeline.storage import STORAGES, Precision, Storages, storages_to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_PREFILL_TOKENS = 2048
 """Longest prompt piece of one prefill call; a runner feeds longer prompts piece by piece."""
 
@@ -76,23 +76,30 @@ def build_graphs(config: Config, precision: Precision, max_seq_len: int) -> dict
     graphs = {}
     for method, given in methods.items():
         with FakeTensorMode():
-            inputs = [_example(i) for i in given]
+            inputs = [_example(i) for i in given.inputs]
             state = {
                 name: torch.empty(shape, dtype=kind)
                 for name, (kind, shape) in graph.state_spec(max_seq_len).items()
             }
             weights = {n: torch.empty(shape, dtype=kind) for n, (kind, shape) in spec.items()}
         program = torch.export.export(
-            _Method(graph, given),
+            _Method(graph, given.inputs),
             (inputs, state, weights),
             dynamic_shapes=(
-                [_dynamic(i) for i in given],
+                [_dynamic(i) for i in given.inputs],
                 dict.fromkeys(state),
                 dict.fromkeys(weights),
             ),
             strict=False,
         )
-        graphs[method] = MethodGraph(program, [i.name for i in given], list(state), list(weights))
+        graphs[method] = MethodGraph(
+            program=program,
+            inputs=[i.name for i in given.inputs],
+            outputs=list(given.outputs),
+            state=list(state),
+            weights=list(weights),
+            hand_over=given.hand_over,
+        )
     return graphs
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from et_moe.backends.method_graph import HandOver
 from et_moe.pipeline.config import Config, ConfigError, end_of_turn, read_json, warn
 from et_moe.pipeline.storage import Precision
 
@@ -41,6 +42,21 @@ class Input:
     name: str
     dtype: torch.dtype
     shape: tuple[int | tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a program, as a runner sees it.
+
+    Attributes:
+        inputs: runtime inputs, in order.
+        outputs: names of what it returns, in order.
+        hand_over: how its next call follows from what it returns, or None.
+    """
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    hand_over: HandOver | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +143,8 @@ class Model(Protocol):
         """The graph with its parameters, on the current default device."""
         ...
 
-    def methods(self, config: Any, max_prefill_tokens: int) -> dict[str, tuple[Input, ...]]:
-        """The methods of a program and their runtime inputs in order."""
+    def methods(self, config: Any, max_prefill_tokens: int) -> dict[str, Method]:
+        """The methods of a program by name."""
         ...
 
     def random(self, name: str, shape: tuple[int, ...], std: float) -> Random:

@@ -26,65 +26,112 @@ void check_sampling(const Sampling& s) {
   if (!(s.top_p > 0 && s.top_p <= 1)) fail("top_p", s.top_p, "more than 0 and at most 1");
 }
 
+void check_ids(const std::vector<int64_t>& ids, int64_t vocab_size) {
+  for (int64_t id : ids) {
+    if (id < 0 || id >= vocab_size) {
+      throw std::runtime_error("token id " + std::to_string(id) + " is outside the vocabulary of " +
+                               std::to_string(vocab_size));
+    }
+  }
+}
+
 }  // namespace
 
 Engine::Engine(std::shared_ptr<Model> model)
     : model_(std::move(model)), session_(model_->new_session()) {}
 
-Step Engine::prefill(const std::vector<int64_t>& prompt, const Sampling& sampling,
+void Engine::check(const std::vector<int64_t>& ids, const GenerationConfig& config) const {
+  const ModelInfo& info = model_->info();
+  if (ids.empty()) throw std::runtime_error("the prompt is empty");
+  const int64_t before = session_->position() + (pending_ ? 1 : 0);
+  const auto count = static_cast<int64_t>(ids.size());
+  if (before + count > info.max_seq_len) {
+    const std::string held = before ? " after " + std::to_string(before) + " in the sequence" : "";
+    throw std::runtime_error("the prompt has " + std::to_string(count) + " tokens" + held +
+                             ", the context of the program holds " +
+                             std::to_string(info.max_seq_len));
+  }
+  if (config.max_new_tokens < 0) {
+    throw std::runtime_error("max_new_tokens " + std::to_string(config.max_new_tokens) +
+                             ": expected at least 0");
+  }
+  check_ids(ids, info.vocab_size);
+  check_sampling(config.sampling);
+}
+
+Step Engine::prefill(const std::vector<int64_t>& tokens, const Sampling& sampling,
                      llm::Stats& stats) {
   const auto piece = static_cast<size_t>(model_->info().max_prefill_tokens);
   Step step{};
-  for (size_t begin = 0; begin < prompt.size(); begin += piece) {
+  for (size_t begin = 0; begin < tokens.size(); begin += piece) {
     const double start = llm::now_ms();
-    step = model_->run(*session_, prompt.data() + begin, std::min(piece, prompt.size() - begin),
-                       static_cast<int64_t>(begin), sampling);
+    step = model_->run(*session_, tokens.data() + begin, std::min(piece, tokens.size() - begin),
+                       sampling);
     stats.aggregate_model_execution_time_ms += llm::now_ms() - start;
   }
   return step;
 }
 
-std::vector<int64_t> Engine::generate(const std::vector<int64_t>& prompt,
-                                      const GenerationConfig& config, llm::Stats& stats,
-                                      const TokenCallback& on_token) {
-  const ModelInfo& info = model_->info();
-  const auto length = static_cast<int64_t>(prompt.size());
-  if (prompt.empty()) throw std::runtime_error("the prompt is empty");
-  if (length > info.max_seq_len) {
-    throw std::runtime_error("the prompt has " + std::to_string(length) +
-                             " tokens, the context of the program holds " +
-                             std::to_string(info.max_seq_len));
+Generation Engine::decode(int64_t first, int64_t limit, const Sampling& sampling, llm::Stats& stats,
+                          const TokenCallback& on_token) {
+  const std::vector<int64_t>& eos_ids = model_->info().eos_ids;
+  Generation generation{{}, FinishReason::kLength};
+  int64_t token = first;
+  for (int64_t count = 1; count <= limit; ++count) {
+    generation.ids.push_back(token);
+    pending_ = token;
+    const bool go_on = on_token(token);
+    if (std::find(eos_ids.begin(), eos_ids.end(), token) != eos_ids.end()) {
+      generation.finish_reason = FinishReason::kStop;
+      break;
+    }
+    if (!go_on) {
+      generation.finish_reason = FinishReason::kCallback;
+      break;
+    }
+    if (count == limit) break;
+    const double start = llm::now_ms();
+    CallOptions options;
+    options.run_ahead = count + 1 < limit;
+    token = model_->run(*session_, &token, 1, sampling, options).token;
+    stats.aggregate_model_execution_time_ms += llm::now_ms() - start;
   }
+  return generation;
+}
+
+void Engine::reset() {
+  model_->reset(*session_);
+  pending_.reset();
+}
+
+Generation Engine::generate(const std::vector<int64_t>& prompt, const GenerationConfig& config,
+                            llm::Stats& stats, const TokenCallback& on_token) {
   if (config.max_new_tokens < 1) {
     throw std::runtime_error("max_new_tokens " + std::to_string(config.max_new_tokens) +
                              ": expected at least 1");
   }
-  check_sampling(config.sampling);
-  model_->reset(*session_);
-  stats.num_prompt_tokens = length;
-  stats.model_execution_start_ms = llm::now_ms();
-  Step step = prefill(prompt, config.sampling, stats);
-  stats.prompt_eval_end_ms = stats.first_token_ms = llm::now_ms();
+  reset();
+  return append(prompt, config, stats, on_token);
+}
 
+Generation Engine::append(const std::vector<int64_t>& ids, const GenerationConfig& config,
+                          llm::Stats& stats, const TokenCallback& on_token) {
+  check(ids, config);
+  std::vector<int64_t> tokens(ids);
+  if (pending_) tokens.insert(tokens.begin(), *pending_);
+  stats.num_prompt_tokens = static_cast<int64_t>(ids.size());
+  stats.model_execution_start_ms = llm::now_ms();
+  const Step step = prefill(tokens, config.sampling, stats);
+  pending_.reset();
+  stats.prompt_eval_end_ms = stats.first_token_ms = llm::now_ms();
   // The last token drawn needs no room in the cache.
-  const int64_t limit = std::min(config.max_new_tokens, info.max_seq_len - length + 1);
-  std::vector<int64_t> generated;
-  while (true) {
-    generated.push_back(step.token);
-    on_token(step.token);
-    const bool end =
-        std::find(info.eos_ids.begin(), info.eos_ids.end(), step.token) != info.eos_ids.end();
-    const auto count = static_cast<int64_t>(generated.size());
-    if (end || count >= limit) break;
-    const double start = llm::now_ms();
-    step = model_->run(*session_, &generated.back(), 1, length + count - 1, config.sampling,
-                       /*more=*/count + 1 < limit);
-    stats.aggregate_model_execution_time_ms += llm::now_ms() - start;
-  }
-  stats.num_generated_tokens = static_cast<int64_t>(generated.size());
+  const int64_t room = model_->info().max_seq_len - session_->position() + 1;
+  Generation generation =
+      decode(step.token, std::min(config.max_new_tokens, room), config.sampling, stats, on_token);
+  stats.num_generated_tokens = static_cast<int64_t>(generation.ids.size());
   stats.inference_end_ms = stats.model_execution_end_ms = llm::now_ms();
   stats.gpu = model_->gpu_memory();
-  return generated;
+  return generation;
 }
 
 void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_logits) {
@@ -94,16 +141,12 @@ void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_log
     throw std::runtime_error(std::to_string(ids.size()) + " tokens do not fit the context of " +
                              std::to_string(info.max_seq_len));
   }
-  for (int64_t id : ids) {  // the caller looks an id up before it is fed
-    if (id < 0 || id >= info.vocab_size) {
-      throw std::runtime_error("token id " + std::to_string(id) + " is outside the vocabulary of " +
-                               std::to_string(info.vocab_size));
-    }
-  }
-  model_->want_logits();
-  model_->reset(*session_);
+  check_ids(ids, info.vocab_size);  // the callback looks an id up before it is fed
+  reset();
+  CallOptions options;
+  options.logits = true;
   for (size_t i = 0; i + 1 < ids.size(); ++i) {
-    on_logits(i + 1, model_->run(*session_, &ids[i], 1, static_cast<int64_t>(i), {}).logits);
+    on_logits(i + 1, model_->run(*session_, &ids[i], 1, Sampling(), options).logits);
   }
 }
 

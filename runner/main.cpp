@@ -149,9 +149,11 @@ void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer
     stats.inference_start_ms = et_moe::llm::now_ms();
     const std::vector<int64_t> prompt = read_prompt(f, tokenizer);
     Printer printer(tokenizer);
-    ids = engine.generate(prompt, f.generation, stats, [&](int64_t id) {
+    const auto on_token = [&](int64_t id) {
       if (show) printer.token(id);
-    });
+      return true;
+    };
+    ids = engine.generate(prompt, f.generation, stats, on_token).ids;
     if (show) printer.finish();
     if (i < 0) continue;
     const std::string json = stats.to_json();
@@ -168,7 +170,7 @@ void run(const Flags& f) {
   if (!f.tokenizer_path.empty()) tokenizer.emplace(et_moe::Tokenizer::load(f.tokenizer_path));
   Stats stats;
   stats.model_load_start_ms = et_moe::llm::now_ms();
-  et_moe::ModelOptions options;
+  et_moe::DeviceOptions options;
   options.cuda_graph = f.cuda_graph;
   Engine engine(std::make_shared<et_moe::Model>(f.model_path, f.data_path, options));
   stats.model_load_end_ms = et_moe::llm::now_ms();

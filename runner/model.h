@@ -1,16 +1,17 @@
-// A loaded program: its methods, weights, and the sessions that run on it.
+// A loaded text model: what its program says of it, and the sequences that run on it.
 #pragma once
-
-#include <executorch/runtime/executor/program.h>
 
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "backends/cuda/runtime/context.h"
+#include "runner/device.h"
+#include "runner/program.h"
 #include "runner/stats.h"
+#include "runner/text_inputs.h"
 #include "runner/weights.h"
 
 namespace et_moe {
@@ -24,85 +25,81 @@ struct ModelInfo {
   std::vector<int64_t> eos_ids;
 };
 
-/// How the next token is drawn; the op `sample` (backends/ops/sampling.py) defines the meaning.
-struct Sampling {
-  float temperature = 0.0f;  // 0 is greedy
-  int64_t top_k = 0;         // 0 keeps all
-  float top_p = 1.0f;        // 1 keeps all
-  int64_t seed = 0;
-};
-
-/// The state of one sequence: KV cache, convolution and recurrent state.
-/// In host memory for a CPU program, on the GPU for a CUDA program.
+/// One sequence on a model: its state, and how far it has come. It must go before the model does.
 class Session {
+ public:
+  /// Number of tokens that were fed since it was made or reset.
+  int64_t position() const { return position_; }
+
  private:
   friend class Model;
-  explicit Session(const std::vector<TensorSpec>& state);
-  explicit Session(std::unique_ptr<cuda::Session> gpu);
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::vector<std::unique_ptr<void, Free>> buffers_;
-  std::vector<size_t> sizes_;
-  uint64_t id_;  // never used twice, unlike an address
-  std::unique_ptr<cuda::Session> gpu_;
+  explicit Session(std::unique_ptr<SequenceState> state) : state_(std::move(state)) {}
+
+  std::unique_ptr<SequenceState> state_;
+  int64_t position_ = 0;
+  int64_t drawn_ = 0;  // the token that the last call drew, and how
+  Sampling sampling_;
+  bool failed_ = false;  // the last call did: who knows what it has done to the state
 };
 
-/// The next token and the logits it was drawn from; `logits` holds vocab_size floats and is valid
-/// until the model runs again. A CUDA program leaves them on the GPU unless they were asked for.
+/// The next token, and the logits it was drawn from if they were asked for, else null: vocab_size
+/// floats in host memory, valid until the model runs again.
 struct Step {
   int64_t token;
   const float* logits;
 };
 
-/// How a program is run.
-struct ModelOptions {
-  bool cuda_graph = false;  // capture and replay CUDA graphs; a CPU program ignores it
+/// How one call is made.
+struct CallOptions {
+  bool logits = false;     // whether the step has logits
+  bool run_ahead = false;  // whether the next call on the session feeds the token that this one
+                           // draws, with the same sampling: a GPU may begin it at once
 };
 
 /// A `.pte` with its `.ptd`. Not thread-safe; any number of sessions may take turns.
 class Model {
  public:
   /// Throws std::runtime_error that names the file and says what is wrong with it.
-  Model(const std::string& pte_path, const std::string& ptd_path, const ModelOptions& options = {});
+  Model(const std::string& pte_path, const std::string& ptd_path,
+        const DeviceOptions& options = {});
   ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
   const ModelInfo& info() const { return info_; }
-  std::unique_ptr<Session> new_session() const;
+  /// A session that has been fed nothing. Throws std::runtime_error if there is no memory for it.
+  std::unique_ptr<Session> new_session();
   /// Zeroes a session's state: its next token starts a new sequence.
-  void reset(Session& session) const;
-  /// From now on steps have logits, also those of a CUDA program.
-  void want_logits();
+  void reset(Session& session);
   /// Of a CUDA program: memory before and after loading, and now. Nothing for a CPU program.
-  std::optional<llm::GpuMemory> gpu_memory() const;
+  std::optional<llm::GpuMemory> gpu_memory() const { return device_->memory(); }
 
-  /// Feeds `count` tokens that follow the first `position` of the session and draws the next one:
-  /// one token through the method `decode`, more through `prefill`.
-  /// `more`: the next call on the session feeds the token drawn by this one, with the same
-  /// sampling, or resets it. Of a CUDA program that call may begin at once. Throws
-  /// std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the vocabulary,
-  /// more tokens than max_seq_len, or a failure of the program.
-  Step run(Session& session, const int64_t* tokens, size_t count, int64_t position,
-           const Sampling& sampling, bool more = false);
+  /// Feeds `count` tokens that follow those of the session, and draws the next one: one token
+  /// through the method `decode`, more through `prefill`.
+  ///
+  /// A session that was asked to run ahead may have been fed the token it drew already. The next
+  /// call must begin with that token; it need not end there, nor have the same sampling unless it
+  /// does.
+  ///
+  /// Throws std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the
+  /// vocabulary, more tokens than max_seq_len, another token than the one that a session that runs
+  /// ahead was fed, or a failure of the program. After a failure the session has to be reset.
+  Step run(Session& session, const int64_t* tokens, size_t count, const Sampling& sampling,
+           const CallOptions& options = {});
 
  private:
-  struct LoadedMethod;
-  LoadedMethod& load_method(const std::string& name);
-  executorch::runtime::EValue constant(const std::string& name);
   void read_info();
-  void load_methods();
-  void bind(LoadedMethod& method, Session& session);
+  /// Throws std::runtime_error unless the methods have inputs and outputs of a text model.
+  void check_methods(const Bindings& bindings) const;
+  void check_call(const Session& session, const int64_t* tokens, size_t count) const;
+  /// Settles a session that runs ahead, unless the call is the one that it runs. Returns how many
+  /// of the tokens it has been fed.
+  size_t settle(Session& session, const int64_t* tokens, size_t count, const Sampling& sampling);
 
-  std::string pte_path_;
-  std::optional<executorch::extension::MmapDataLoader> loader_;
-  std::optional<executorch::runtime::Program> program_;
-  std::vector<TensorSpec> state_, weight_specs_;  // what the runner binds
-  std::unique_ptr<Weights> weights_;
-  std::unique_ptr<cuda::Context> cuda_;  // null for a CPU program
-  llm::GpuMemory gpu_memory_;
-  std::map<std::string, std::unique_ptr<LoadedMethod>> methods_;
+  ProgramFile program_;
+  std::optional<Weights> weights_;
+  std::unique_ptr<Device> device_;
+  std::optional<TextInputs> inputs_;
   ModelInfo info_{};
 };
 

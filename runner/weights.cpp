@@ -1,7 +1,6 @@
 #include "runner/weights.h"
 
 #define XXH_INLINE_ALL
-#include <executorch/runtime/core/exec_aten/util/scalar_type_util.h>
 #include <xxhash.h>
 
 #include <algorithm>
@@ -37,20 +36,6 @@ void parallel(size_t count, const Task& task) {
 
 }  // namespace
 
-size_t TensorSpec::nbytes() const {
-  size_t count = executorch::runtime::elementSize(dtype);
-  for (int32_t size : sizes) count *= static_cast<size_t>(size);
-  return count;
-}
-
-std::string TensorSpec::describe() const {
-  std::string text = std::string(executorch::runtime::toString(dtype)) + " [";
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    text += (i ? ", " : "") + std::to_string(sizes[i]);
-  }
-  return text + "]";
-}
-
 Weights::Weights(const std::string& path, const std::vector<TensorSpec>& specs) {
   check_seal(MappedFile(path), path);
   auto loader = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
@@ -66,8 +51,9 @@ Weights::Weights(const std::string& path, const std::vector<TensorSpec>& specs) 
                                "; is it the .ptd of another model?");
     }
     const auto sizes = layout->sizes();
-    TensorSpec found{spec.name, layout->scalar_type(), {sizes.begin(), sizes.end()}};
-    if (found.dtype != spec.dtype || found.sizes != spec.sizes) {
+    const std::vector<int32_t> shape(sizes.begin(), sizes.end());
+    const TensorSpec found{spec.name, layout->scalar_type(), shape, shape};
+    if (!spec.accepts(found.dtype, shape.data(), shape.size())) {
       throw std::runtime_error(path + ": " + spec.name + " is " + found.describe() +
                                ", the program takes " + spec.describe() +
                                "; is it the .ptd of another model?");

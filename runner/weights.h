@@ -3,25 +3,14 @@
 
 #include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/extension/flat_tensor/flat_tensor_data_map.h>
-#include <executorch/runtime/core/exec_aten/exec_aten.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "backends/bindings.h"
+
 namespace et_moe {
-
-/// A tensor that a method takes: its name, dtype and shape.
-struct TensorSpec {
-  std::string name;
-  executorch::aten::ScalarType dtype;
-  std::vector<int32_t> sizes;
-
-  /// Bytes of a contiguous tensor of this kind.
-  size_t nbytes() const;
-  /// Such as "bfloat16 [8, 128]", for messages.
-  std::string describe() const;
-};
 
 /// Maps a `.ptd`, checks its seal, that it has each tensor asked for with its dtype and shape, and
 /// the hash of each tensor's bytes (see backends/sealed_file.py for the format).

@@ -5,21 +5,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    to_edge,
+)
 from executorch.exir.passes import MemoryPlanningPass
+from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
+from et_moe.backends.bindings import TensorSpec, get_bindings, tensor_spec
 from et_moe.backends.method_graph import MethodGraph
-
-DTYPE_NAMES = {
-    torch.uint8: "uint8",
-    torch.int8: "int8",
-    torch.int64: "int64",
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-}
-
-
-WeightSpec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -31,11 +27,11 @@ class WeightPlan:
         layout: none to be named: elements are in the bundle's order.
     """
 
-    spec: WeightSpec
+    spec: TensorSpec
     layout: str = ""
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors of a bundle in the order of `spec`, floats cast to the graphs' dtype."""
+        """Tensors of a bundle in the order of `spec`; floats are cast to the graphs' dtype."""
         for name, (dtype, _) in self.spec.items():
             if name in tensors:
                 yield name, tensors[name].to(dtype)
@@ -49,56 +45,52 @@ class LoweredProgram:
     plan: WeightPlan
 
 
-def _inputs(graph: MethodGraph) -> WeightSpec:
-    """Dtype and shape of the state and weight inputs, by name."""
-    names = [*graph.inputs, *graph.state, *graph.weights]
-    nodes = [n for n in graph.program.graph.nodes if n.op == "placeholder"]
-    values = {name: node.meta["val"] for name, node in zip(names, nodes, strict=True)}
-    return {name: (values[name].dtype, tuple(values[name].shape)) for name in names}
-
-
-def _bindings(graphs: Mapping[str, MethodGraph]) -> tuple[WeightSpec, WeightSpec]:
-    """State and weights by name, which all methods must agree on."""
-    found = []
-    for graph in graphs.values():
-        inputs = _inputs(graph)
-        found.append(({n: inputs[n] for n in graph.state}, {n: inputs[n] for n in graph.weights}))
-    if any(f != found[0] for f in found):
-        raise ValueError(f"methods {list(graphs)} differ in state or weights")
-    return found[0]
-
-
 def plan_weights(graphs: Mapping[str, MethodGraph]) -> WeightPlan:
-    """The weights that the methods share."""
-    return WeightPlan(_bindings(graphs)[1])
+    """The weights that the methods share.
+
+    Raises:
+        ValueError: methods differ in weights.
+    """
+    specs = [tensor_spec(graph, graph.weights) for graph in graphs.values()]
+    if any(spec != specs[0] for spec in specs):
+        raise ValueError(f"methods {list(graphs)} differ in state or weights")
+    return WeightPlan(specs[0])
+
+
+def _count_updates(signature: ExportGraphSignature) -> int:
+    """How many results of a method are inputs that it updates; its outputs come behind them."""
+    kinds = [spec.kind for spec in signature.output_specs]
+    count = sum(kind != OutputKind.USER_OUTPUT for kind in kinds)
+    if any(kind != OutputKind.USER_OUTPUT for kind in kinds[count:]):
+        raise RuntimeError("torch returns outputs before updated inputs, which is not expected")
+    return count
 
 
 def lower(graphs: Mapping[str, MethodGraph], constants: Mapping[str, object]) -> LoweredProgram:
-    """Makes a `.pte` whose methods take runtime inputs, then state, then weights.
+    """Makes a `.pte` whose methods take their inputs, then state, then weights.
 
-    State and weights are inputs that the runner binds once (state it allocates, weights it maps
-    from the `.ptd`), listed by the constant method `get_bindings`, a JSON object of lists
-    [name, dtype, shape]. Methods return the mutated state first, then token and logits.
+    State and weights are inputs that the runner binds once: it allocates the state, and maps the
+    weights from the `.ptd`. The constant method `get_bindings` (see `backends/bindings.py`) lists
+    them. Methods return the updated state before their outputs.
 
     Args:
         graphs: methods by name; all with the same state and weights.
         constants: further constant methods: ints and strings.
+
+    Raises:
+        ValueError: methods differ in state or weights.
     """
-    state, weights = _bindings(graphs)
-    bindings = {
-        kind: [[name, DTYPE_NAMES[dtype], list(shape)] for name, (dtype, shape) in spec.items()]
-        for kind, spec in (("state", state), ("weights", weights))
-    }
-    edge = to_edge(
-        {name: graph.program for name, graph in graphs.items()},
-        # Custom ops are not part of the core ATen set that the check knows.
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods={
-            **constants,
-            "get_backend": json.dumps("cpu"),
-            "get_bindings": json.dumps(bindings),
-        },
-    )
+    plan = plan_weights(graphs)
+    # Custom ops are not part of the core ATen set that the check knows.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    edge = to_edge({name: graph.program for name, graph in graphs.items()}, compile_config=config)
+    programs = {name: edge.exported_program(name) for name in graphs}
+    updates = {name: _count_updates(p.graph_signature) for name, p in programs.items()}
+    bindings = get_bindings(graphs, plan.spec, updates)
+    # Where the outputs are is known only now, and `to_edge` takes constants before.
+    constants = {**constants, "get_backend": json.dumps("cpu"), "get_bindings": bindings}
     planning = MemoryPlanningPass(alloc_graph_input=False)
-    program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
-    return LoweredProgram(program.buffer, WeightPlan(weights))
+    program = EdgeProgramManager(programs, constants, config).to_executorch(
+        ExecutorchBackendConfig(memory_planning_pass=planning)
+    )
+    return LoweredProgram(program.buffer, plan)

@@ -31,14 +31,14 @@ from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, Par
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import Dim, ExportedProgram
 
+from et_moe.backends.bindings import describe_method, describe_tensors, get_bindings, tensor_spec
 from et_moe.backends.cuda.code_cache import CodeCache, compile_cached, open_cache
 from et_moe.backends.cuda.compile import CompiledMethod
 from et_moe.backends.cuda.gpu import gpu_for
-from et_moe.backends.cuda.graphs import DTYPE_NAMES, bounds, input_nodes, output_values
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, WeightPlan, plan_weights
 from et_moe.backends.method_graph import MethodGraph
 
-FORMAT = 2
+FORMAT = 3
 """Version of the delegate's JSON."""
 
 ALIGNMENT = 256
@@ -64,7 +64,7 @@ _LIBRARY.define("method(str name, Tensor[] inputs) -> Tensor[]")
 
 @torch.library.register_fake("et_moe_cuda::method", lib=_LIBRARY)
 def _method_fake(name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    results = output_values(_LOWERING.get().methods[name])
+    results = _LOWERING.get().methods[name].output_values().values()
     return [inputs[0].new_empty(tuple(r.shape), dtype=r.dtype) for r in results]
 
 
@@ -120,39 +120,23 @@ class EtMoeCudaPartitioner(Partitioner):
         )
 
 
-def _tensor(graph: MethodGraph, name: str, value: torch.Tensor) -> dict[str, object]:
-    limits = [bounds(graph, size) for size in value.shape]
-    entry = {"name": name, "dtype": DTYPE_NAMES[value.dtype], "shape": [high for _, high in limits]}
-    if any(low != high for low, high in limits):
-        entry["min_shape"] = [low for low, _ in limits]
-    return entry
-
-
 def describe(
     method: str, graph: MethodGraph, plan: WeightPlan, compiled: Mapping[str, CompiledMethod]
 ) -> dict[str, object]:
     """What a delegate has to know of a method, as JSON.
 
-    Tensors are objects with `name`, `dtype` and `shape`; where a dimension varies from call to call
-    `shape` has its upper bounds and `min_shape` its lower ones. The code takes `inputs`, `state`
-    and `weights` in this order, then `drawn`, `int64 [2]`, and returns `outputs`. The token of a
-    call at position p is in drawn[p % 2], too; a method of one token leaves `tokens` and `position`
-    as the next call takes them.
+    Tensors, inputs, outputs and `hand_over` are described as in `get_bindings`, see
+    `backends/bindings.py`. The code takes `inputs`, `state` and `weights` in this order and returns
+    `outputs`. Where a method hands over its token, the code takes `drawn`, `int64 [2]`, behind all
+    others: the token of a call at position p is left in drawn[p % 2], too, and the inputs that
+    `hand_over` names are left as the next call takes them.
     """
-    nodes = input_nodes(graph)
     return {
         "format": FORMAT,
         "method": method,
-        "inputs": [_tensor(graph, n, nodes[n].meta["val"]) for n in graph.inputs],
-        "state": [_tensor(graph, n, nodes[n].meta["val"]) for n in graph.state],
-        "weights": [
-            {"name": n, "dtype": DTYPE_NAMES[plan.spec[n][0]], "shape": list(plan.spec[n][1])}
-            for n in graph.weights
-        ],
-        "outputs": [
-            _tensor(graph, n, v)
-            for n, v in zip(("token", "logits"), output_values(graph), strict=True)
-        ],
+        **describe_method(graph),
+        "state": describe_tensors(tensor_spec(graph, graph.state)),
+        "weights": describe_tensors({name: plan.spec[name] for name in graph.weights}),
         "alignment": ALIGNMENT,
         "prepack": PREPACK_VERSION,
         "versions": {
@@ -226,10 +210,10 @@ def _lowering(lowering: _Lowering) -> Iterator[None]:
 
 def _opaque(name: str, graph: MethodGraph) -> ExportedProgram:
     """The method as ExecuTorch is to see it: its runtime inputs, one op, its outputs."""
-    nodes = input_nodes(graph)
+    nodes = graph.input_nodes()
     examples, dims = [], []
     for value in (nodes[n].meta["val"] for n in graph.inputs):
-        limits = [bounds(graph, size) for size in value.shape]
+        limits = [graph.bounds(size) for size in value.shape]
         examples.append(torch.zeros([high for _, high in limits], dtype=value.dtype))
         dims.append(
             {
@@ -239,6 +223,15 @@ def _opaque(name: str, graph: MethodGraph) -> ExportedProgram:
             }
         )
     return torch.export.export(_Method(name), (examples,), dynamic_shapes=(dims,))
+
+
+def _check_outputs(method: str, graph: MethodGraph) -> None:
+    for name, value in graph.output_values().items():
+        if not all(isinstance(size, int) for size in value.shape):
+            raise ValueError(
+                f"method {method}: the shape of output {name} varies from call to call, which the "
+                "CUDA delegate does not support"
+            )
 
 
 def lower(
@@ -256,22 +249,23 @@ def lower(
         cache_dir: folder of compiled code that is reused and kept, see `code_cache`; None for none.
 
     Raises:
-        ValueError: an unknown architecture, none at all, or methods that differ in a weight.
+        ValueError: an unknown architecture, none at all, methods that differ in state or a weight,
+            or an output whose shape varies from call to call.
         RuntimeError, UnsupportedOpError: see `compile_method`.
     """
     if not archs:
         raise ValueError("no CUDA architecture given")
     for arch in archs:
         gpu_for(arch)
+    for name, graph in methods.items():
+        _check_outputs(name, graph)
     plan = plan_weights(methods)
     cache = open_cache(cache_dir)
     lowering = _Lowering(methods, plan, tuple(dict.fromkeys(archs)), cache, compiled={})
-    # What a runner checks of the `.ptd` before the delegate binds state and weights.
-    weights = [[n, DTYPE_NAMES[dtype], list(shape)] for n, (dtype, shape) in plan.spec.items()]
     constants = {
         **constant_methods,
         "get_backend": json.dumps("cuda"),
-        "get_bindings": json.dumps({"state": [], "weights": weights}),
+        "get_bindings": get_bindings(methods, plan.spec, dict.fromkeys(methods, 0)),
     }
     with _lowering(lowering):
         program = to_edge_transform_and_lower(

@@ -60,7 +60,7 @@ def cache_key(graph: MethodGraph, plan: WeightPlan, gpu: Gpu, tools: str) -> str
         str(graph.program.graph),
         [None if v is None else f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values],
         sorted(map(str, graph.program.range_constraints.items())),
-        [graph.inputs, graph.state, graph.weights],
+        [graph.inputs, graph.outputs, graph.state, graph.weights, str(graph.hand_over)],
         [[name, *map(str, entry)] for name, entry in plan.spec.items()],
         dataclasses.astuple(gpu),
         [torch.__version__, triton.__version__, sympy.__version__, tools, sources_digest()],

@@ -14,15 +14,13 @@ from torch.fx import Graph, GraphModule, Node
 from et_moe.backends.cuda.build import build, scratch_folder, toolchain
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
-from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.host_program import kernel_calls
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
-from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.hand_over.op import _hand_over_kernel, hand_over
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.backends.cuda.triton.tuning import tuning_target
-from et_moe.backends.method_graph import MethodGraph
+from et_moe.backends.method_graph import HandOver, MethodGraph
 
 aten = torch.ops.aten
 
@@ -62,7 +60,7 @@ def _retarget(graph: MethodGraph, plan: WeightPlan) -> tuple[GraphModule, list[t
     device = torch.device("cuda", 0)
     module = GraphModule(torch.nn.Module(), copy.deepcopy(graph.program.graph))
     fuse(module.graph)
-    names = iter(input_nodes(graph))
+    names = iter(graph.input_nodes())
     inputs, nodes = [], {}
     for node in list(module.graph.nodes):
         if node.op == "placeholder":
@@ -87,36 +85,41 @@ def _retarget(graph: MethodGraph, plan: WeightPlan) -> tuple[GraphModule, list[t
             node.target = TRITON_OPS[op]
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
-    inputs.append(_end_with_hand_over(module.graph, nodes))
+    if graph.hand_over is not None:
+        results = dict(zip(graph.outputs, module.graph.output_node().args[0], strict=True))
+        inputs.append(_end_with_hand_over(module.graph, nodes, results, graph.hand_over))
     module.recompile()
     return module, inputs
 
 
-def _end_with_hand_over(graph: Graph, inputs: Mapping[str, Node]) -> torch.Tensor:
-    """Adds the call of `hand_over` to a graph with these inputs; returns the input `drawn` that the
-    graph has now behind all others."""
-    tokens, last = inputs["tokens"], list(inputs.values())[-1]
+def _end_with_hand_over(
+    graph: Graph, inputs: Mapping[str, Node], results: Mapping[str, Node], names: HandOver
+) -> torch.Tensor:
+    """Adds the call of `hand_over` to a graph with these inputs and results.
+
+    Returns:
+        The value of the input `drawn`, which the graph has now behind all others.
+    """
+    tokens, last = inputs[names.tokens], list(inputs.values())[-1]
     with graph.inserting_after(last):
         drawn = graph.placeholder("drawn")
     with tokens.meta["val"].fake_mode:
         value = torch.empty(2, dtype=torch.int64, device=tokens.meta["val"].device)
     drawn.meta["val"] = value
-    end = graph.output_node()
-    next_tokens = tokens if is_one(tokens.meta["val"].shape[1]) else None
-    arguments = (end.args[0][0], inputs["position"], drawn, next_tokens)
-    with graph.inserting_before(end):
-        graph.call_function(hand_over, arguments)
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(
+            hand_over, (results[names.token], inputs[names.position], drawn, tokens)
+        )
     return value
 
 
 def check_in_place(source: str, graph: MethodGraph) -> None:
     """Raises RuntimeError unless every tensor that is updated is passed to ops' kernels: state to
-    them only, and `drawn` and the inputs that are handed over to the kernel that does it.
+    them only, and `drawn` and the inputs that `hand_over` names to the kernel that does it.
 
     A copy of such a tensor, before or after it is updated, would be a kernel of Inductor's.
     """
-    names = [*graph.inputs, *graph.state, *graph.weights, "drawn"]
-    passed = {name: f"arg{i}_1" for i, name in enumerate(names)}
+    passed = {name: f"arg{i}_1" for i, name in enumerate(graph.input_nodes())}
     calls = [
         (kernel, {word for a in arguments for word in re.findall(r"\w+", a)})
         for kernel, arguments in kernel_calls(source)
@@ -128,11 +131,12 @@ def check_in_place(source: str, graph: MethodGraph) -> None:
     used = set().union(*(words for _, words in calls))
     if unused := sorted(name for name in graph.state if passed[name] not in used):
         raise RuntimeError(f"state {unused} is used by no kernel")
+    if graph.hand_over is None:
+        return
     handed = [words for kernel, words in calls if kernel.startswith(_hand_over_kernel.__name__)]
-    wanted = ["position", "drawn"]
-    if is_one(input_nodes(graph)["tokens"].meta["val"].shape[1]):
-        wanted.append("tokens")
-    if len(handed) != 1 or not {passed[name] for name in wanted} <= handed[0]:
+    wanted = {passed[graph.hand_over.position], passed[graph.hand_over.tokens]}
+    wanted.add(f"arg{len(passed)}_1")  # `drawn`, behind all others
+    if len(handed) != 1 or not wanted <= handed[0]:
         raise RuntimeError("the token is not handed over in place")
 
 
@@ -149,9 +153,9 @@ def _generate(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> HostProgram:
 def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledMethod:
     """Compiles one method for one architecture; no GPU, driver or CUDA toolkit is needed.
 
-    The code takes the method's inputs, state and weights (prepacked, see `plan`) and `drawn` of
-    `triton.hand_over` as CUDA tensors in that order, contiguous and aligned to 16 bytes. It updates
-    in place state and what `hand_over` writes.
+    The code takes the method's inputs, state and weights (prepacked, see `plan`), and behind them,
+    if the method has a `hand_over`, `drawn` of `triton.hand_over`: CUDA tensors in that order,
+    contiguous and aligned to 16 bytes. It updates in place state and what `hand_over` writes.
 
     Args:
         arch: one of `gpu.ARCHS`; kernels are tuned for the first GPU of that architecture there.

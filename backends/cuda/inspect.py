@@ -19,8 +19,8 @@ def inspect(pte: bytes) -> dict[str, object]:
 
     Returns:
         `backend`: its id; `bytes`: of the file; `constants`: constant method -> value; `methods`:
-        method -> what `backend.describe` says of it (inputs, state, weights, outputs, versions,
-        prepack, and per architecture bytes, digest, launches per call and kernels).
+        method -> what `backend.describe` says of it (inputs, outputs, hand_over, state, weights,
+        versions, prepack, and per architecture bytes, digest, launches per call and kernels).
 
     Raises:
         ValueError: not a `.pte`, none of this backend's, of another format version, or damaged (the
@@ -92,6 +92,7 @@ def print_tables(description: dict) -> None:
     console.print(f"{description['backend']}, {description['bytes']:,} bytes, made with {versions}")
     code = Table("method", "arch", "launches", "bytes", "sha256", title="code")
     kernels = Table("method", "arch", "kernel", "launches", "warps", "shared memory")
+    calls = Table("method", "kind", "tensor", "dtype", "shape", title="inputs and outputs")
     tensors = Table("method", "tensors", "number", "bytes", title="tensors")
     for name, method in methods.items():
         for arch, entry in method["code"].items():
@@ -100,14 +101,38 @@ def print_tables(description: dict) -> None:
             for k in entry["kernels"]:
                 numbers = (str(k[key]) for key in ("launches", "num_warps", "shared_memory"))
                 kernels.add_row(name, arch, k["name"], *numbers)
+        for kind in ("input", "output"):
+            for tensor in method[f"{kind}s"]:
+                use = _hand_over_text(method["hand_over"], tensor["name"])
+                calls.add_row(name, kind, tensor["name"] + use, tensor["dtype"], _shape(tensor))
         for kind in ("inputs", "state", "weights", "outputs"):
             size = sum(_nbytes(tensor) for tensor in method[kind])
             tensors.add_row(name, kind, str(len(method[kind])), f"{size:,}")
-    for table in (code, kernels, tensors):
+    for table in (code, kernels, calls, tensors):
         console.print(table)
     constants = {k: v for k, v in description["constants"].items() if k != "get_bindings"}
     for name, value in constants.items():
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _hand_over_text(hand_over: dict | None, name: str) -> str:
+    """What the next call takes from this tensor or for it, to be put behind its name."""
+    if hand_over is None:
+        return ""
+    token = hand_over["token"]
+    uses = {
+        token: " (handed over)",
+        hand_over["tokens"]: f" (next: {token})",
+        hand_over["position"]: " (next: + 1)",
+    }
+    return uses.get(name, "")
+
+
+def _shape(tensor: dict) -> str:
+    """Such as "[1, 2..2048]": a range where a dimension varies from call to call."""
+    high = tensor["shape"]
+    sizes = zip(tensor.get("min_shape", high), high, strict=True)
+    return f"[{', '.join(str(h) if lo == h else f'{lo}..{h}' for lo, h in sizes)}]"
 
 
 def _nbytes(tensor: dict) -> int:

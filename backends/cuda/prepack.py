@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch.fx import Node
 
-from et_moe.backends.cuda.graphs import input_nodes, op_arguments
+from et_moe.backends.cuda.graphs import op_arguments
 from et_moe.backends.cuda.triton.linear import layout as linear
 from et_moe.backends.cuda.triton.moe import layout as moe
 from et_moe.backends.method_graph import MethodGraph
@@ -116,7 +116,7 @@ def plan_weights(graphs: Mapping[str, MethodGraph]) -> WeightPlan:
     groups: dict[str, _Group] = {}
     meta: dict[str, torch.Tensor] = {}
     for method, graph in graphs.items():
-        inputs = input_nodes(graph)
+        inputs = graph.input_nodes()
         nodes = {name: inputs[name] for name in graph.weights}
         for name, node in nodes.items():
             value = node.meta["val"]

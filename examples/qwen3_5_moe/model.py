@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from et_moe.backends.method_graph import HandOver
 from et_moe.examples.qwen3_5_moe.config import DEFAULTS, ModelConfig, parse_config
 from et_moe.examples.qwen3_5_moe.graph import Qwen3_5Moe
 from et_moe.examples.qwen3_5_moe.presets import PRESETS, preset_files
 from et_moe.examples.qwen3_5_moe.tensors import Tensors, inverse_frequencies, random_values
-from et_moe.pipeline.models import Graph, Input, Parts, PresetFiles, Random, Shapes
+from et_moe.pipeline.models import Graph, Input, Method, Parts, PresetFiles, Random, Shapes
 from et_moe.pipeline.storage import Precision
 
 SAMPLING = (
@@ -55,16 +56,18 @@ class Qwen3_5MoeModel:
     def build(self, config: ModelConfig, precision: Precision) -> Graph:
         return Qwen3_5Moe(config, precision)
 
-    def methods(self, config: ModelConfig, max_prefill_tokens: int) -> dict[str, tuple[Input, ...]]:
-        position = Input("position", torch.int64, (1,))
+    def methods(self, config: ModelConfig, max_prefill_tokens: int) -> dict[str, Method]:
+        position, outputs = Input("position", torch.int64, (1,)), ("token", "logits")
+        prefill = (
+            Input("tokens", torch.int64, (1, (2, max_prefill_tokens))),
+            position,
+            Input("num_tokens", torch.int64, (1,)),
+            *SAMPLING,
+        )
+        decode = (Input("tokens", torch.int64, (1, 1)), position, *SAMPLING)
         return {
-            "prefill": (
-                Input("tokens", torch.int64, (1, (2, max_prefill_tokens))),
-                position,
-                Input("num_tokens", torch.int64, (1,)),
-                *SAMPLING,
-            ),
-            "decode": (Input("tokens", torch.int64, (1, 1)), position, *SAMPLING),
+            "prefill": Method(prefill, outputs),
+            "decode": Method(decode, outputs, HandOver("token", "tokens", "position")),
         }
 
     def random(self, name: str, shape: tuple[int, ...], std: float) -> Random:

@@ -12,7 +12,6 @@ from checkpoints import storages
 from torch.fx import GraphModule
 
 from et_moe.backends.cuda.fusion import fuse
-from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
 from et_moe.backends.cuda.triton.cases.launches import Launch, record_launches
 from et_moe.backends.cuda.triton.linear.layout import prepack_linear
@@ -60,7 +59,7 @@ def launches(method: str, tokens: int) -> list[Launch]:
     graphs = build_graphs(CONFIG, Precision(storages(group_size=32), dtype=torch.float32), 32)
     graph, spec = copy.deepcopy(graphs[method].program.graph), plan_weights(graphs).spec
     values = {}
-    for name, node in input_nodes(graphs[method]).items():
+    for name, node in graphs[method].input_nodes().items():
         dtype, shape = spec.get(name, (node.meta["val"].dtype, node.meta["val"].shape))
         values[node.name] = torch.zeros((1, tokens) if name == "tokens" else shape, dtype=dtype)
         if name == "num_tokens":

@@ -6,7 +6,7 @@
 //     list of ids, and a JSON list of TOKENS ids is printed for each. GRAPH is 0 or 1.
 //   delegate_check ahead MODEL.pte MODEL.ptd GRAPH TOKENS PROMPT
 //     Generates twice with a call on its way beyond the last token, which refuses what it is not
-//     and gives way to a reset; prints the ids of both.
+//     and gives way to a reset, the second time to further tokens after it; prints the ids of both.
 //   delegate_check faults MODEL.pte MODEL.ptd GRAPH STEP
 //     Loads and generates, once for every STEP-th call of CUDA with that call failing. Each failure
 //     must be an error that names a CUDA error (a failed capture: a message), leave nothing behind,
@@ -19,6 +19,7 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <regex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -45,7 +46,7 @@ void no_violations() {
 }
 
 std::shared_ptr<et_moe::Model> load(char** argv) {
-  et_moe::ModelOptions options;
+  et_moe::DeviceOptions options;
   options.cuda_graph = std::string(argv[4]) == "1";
   return std::make_shared<et_moe::Model>(argv[2], argv[3], options);
 }
@@ -57,21 +58,18 @@ void sessions(int argc, char** argv) {
   struct Sequence {
     std::unique_ptr<et_moe::Session> session;
     Ids ids;  // to feed next
-    int64_t position = 0;
     Ids generated;
   };
   std::vector<Sequence> sequences;
   for (int i = 6; i < argc; ++i) {
-    sequences.push_back({model->new_session(), nlohmann::json::parse(argv[i]).get<Ids>(), 0, {}});
+    sequences.push_back({model->new_session(), nlohmann::json::parse(argv[i]).get<Ids>(), {}});
   }
   for (bool busy = true; busy;) {
     busy = false;
     for (Sequence& s : sequences) {
       if (s.generated.size() == count) continue;
       const size_t piece = std::min(most, s.ids.size());
-      const int64_t token =
-          model->run(*s.session, s.ids.data(), piece, s.position, et_moe::Sampling()).token;
-      s.position += static_cast<int64_t>(piece);
+      const int64_t token = model->run(*s.session, s.ids.data(), piece, {}).token;
       s.ids.erase(s.ids.begin(), s.ids.begin() + static_cast<int64_t>(piece));
       if (s.ids.empty()) {
         s.generated.push_back(token);
@@ -90,24 +88,32 @@ void ahead(char** argv) {
   const Ids prompt = nlohmann::json::parse(argv[6]).get<Ids>();
   for (int sequence = 0; sequence < 2; ++sequence) {
     model->reset(*session);
-    const auto run = [&](const Ids& ids, int64_t position) {
-      return model->run(*session, ids.data(), ids.size(), position, {}, /*more=*/true).token;
+    const auto run = [&](const Ids& ids, const et_moe::Sampling& sampling = {}) {
+      et_moe::CallOptions options;
+      options.run_ahead = true;
+      return model->run(*session, ids.data(), ids.size(), sampling, options).token;
     };
-    auto position = static_cast<int64_t>(prompt.size());
-    Ids generated = {run(prompt, 0)};
+    Ids generated = {run(prompt)};
     while (static_cast<int64_t>(generated.size()) < count) {
-      generated.push_back(run({generated.back()}, position++));
+      generated.push_back(run({generated.back()}));
     }
     const int64_t last = generated.back();
-    const std::vector<std::pair<Ids, int64_t>> others = {
-        {{last ^ 1}, position}, {{last}, position - 1}, {prompt, 0}};
-    for (const auto& [ids, at] : others) {
+    et_moe::Sampling other;
+    other.seed = 1;
+    const std::vector<std::pair<Ids, et_moe::Sampling>> refused = {
+        {{last ^ 1}, {}}, {{last ^ 1, last}, {}}, {prompt, {}}, {{last}, other}};
+    for (const auto& [ids, sampling] : refused) {
       try {
-        run(ids, at);
+        run(ids, sampling);
         throw std::logic_error("a session that runs ahead took another call");
       } catch (const std::runtime_error& e) {
         if (!std::strstr(e.what(), "reset it")) throw;
       }
+    }
+    const int64_t length = session->position();
+    if (sequence == 1) {
+      generated.push_back(run({last, prompt.front()}, other));
+      if (session->position() != length + 2) throw std::logic_error("a token was fed twice");
     }
     std::cout << nlohmann::json(generated).dump() << "\n";
   }
@@ -120,7 +126,7 @@ Ids generate(char** argv) {
   et_moe::llm::Stats stats;
   Ids ids;
   for (int run = 0; run < 2; ++run) {
-    const Ids more = engine.generate({1, 2, 3}, config, stats, [](int64_t) {});
+    const Ids more = engine.generate({1, 2, 3}, config, stats, [](int64_t) { return true; }).ids;
     ids.insert(ids.end(), more.begin(), more.end());
   }
   return ids;
@@ -149,7 +155,7 @@ void faults(char** argv) {
       std::cout << n << ": tolerated\n";
     } catch (const std::runtime_error& e) {
       std::cout << n << ": " << e.what() << "\n";
-      if (std::string(e.what()).find("cudaError") == std::string::npos) {
+      if (!std::regex_search(e.what(), std::regex("cudaError|CUDA_ERROR_"))) {
         throw std::logic_error("no name of a CUDA error " + when + ": " + e.what());
       }
     }

@@ -197,7 +197,7 @@ using namespace et_moe::fake_cuda;
 extern "C" {
 
 CUresult cuGetErrorName(CUresult error, const char** text) {
-  *text = error_name(static_cast<int>(error));
+  *text = driver_error_name(static_cast<int>(error));
   return CUDA_SUCCESS;
 }
 

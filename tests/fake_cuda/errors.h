@@ -10,6 +10,8 @@ namespace et_moe::fake_cuda {
 /// As cudaGetErrorName and cudaGetErrorString; "unrecognized error code" for one not known here.
 const char* error_name(int error);
 const char* error_text(int error);
+/// As cuGetErrorName: the driver has the same numbers and names of its own.
+const char* driver_error_name(int error);
 
 /// The error of a name; throws std::runtime_error for an unknown one.
 cudaError_t error_of(const std::string& name);

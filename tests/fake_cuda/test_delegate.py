@@ -1,7 +1,4 @@
-"""The runner and its CUDA delegate over the fake driver (see fake_cuda.h), with real programs.
-
-The programs are a small model's (make_programs.py), exported once for all workers of a test run.
-"""
+"""The runner and its CUDA delegate over the fake driver (see fake_cuda.h), with real programs."""
 
 import json
 import os
@@ -12,83 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
 from et_moe.backends.sealed_file import MAGIC, write_sealed
 
-FOLDER = Path(__file__).parent
 CAPTURE = pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 # Two calls of at most 16 tokens, the second one padded.
 LONG, SHORT = [5, 77, 130, 9, 31, 64, 250, 3, 8, 19, 20, 33, 41, 57, 101, 99, 5, 6, 7], [9, 8]
 TRAILER = 24
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory) -> Path:
-    """Folders `cpu` and `cuda` with one model's programs."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / "fake_cuda_programs"
-    with FileLock(base / "fake_cuda_programs.lock"):
-        if not folder.exists():
-            env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            env["PYTHONPATH"] = str(FOLDER.parent)
-            command = [sys.executable, FOLDER / "make_programs.py", folder]
-            subprocess.run(command, env=env, check=True)
-    return folder
-
-
-class Fake:
-    """Runs a build's programs over its fake driver."""
-
-    def __init__(self, build: Path, report: Path) -> None:
-        self._build, self._report = build, report
-
-    def run(
-        self, *command, preload: Path | None = None, **environment: str
-    ) -> subprocess.CompletedProcess:
-        """`environment`: of fake_cuda.h, without the prefix, in lower case."""
-        env = {"LD_PRELOAD": str(preload)} if preload else {}
-        env |= {f"ET_MOE_FAKE_CUDA_{k.upper()}": v for k, v in environment.items()}
-        env |= {"LD_LIBRARY_PATH": str(self._build / "tests/fake_cuda")}
-        env |= {"ET_MOE_FAKE_CUDA_REPORT": str(self._report)}
-        return subprocess.run(
-            [self._build / command[0], *map(str, command[1:])],
-            env=os.environ | env,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    def runner(self, program: Path, *flags, ptd: Path | None = None, **environment):
-        files = ("--model_path", program / "model.pte", "--data_path", ptd or program / "model.ptd")
-        return self.run("runner/qwen3_5_moe_runner", *files, *flags, **environment)
-
-    def check(self, *command, **environment: str) -> str:
-        """Output of delegate_check, which must succeed."""
-        done = self.run("tests/fake_cuda/delegate_check", *command, **environment)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
-
-    def report(self) -> dict:
-        return json.loads(self._report.read_text())
-
-
-@pytest.fixture
-def fake(build_dir: Path, tmp_path: Path) -> Fake:
-    return Fake(build_dir, tmp_path / "report.json")
-
-
-@pytest.fixture
-def sanitized(tmp_path: Path) -> Fake:
-    """Built with AddressSanitizer and UBSan: the preset `sanitize`, see scripts/test.sh."""
-    default = FOLDER.parent.parent / "build" / "sanitize"
-    folder = Path(os.environ.get("ET_MOE_SANITIZE_BUILD_DIR", default))
-    if not folder.is_dir():
-        pytest.fail(f"{folder}: no build found; run scripts/test.sh")
-    return Fake(folder, tmp_path / "report.json")
 
 
 def files(program: Path) -> tuple[Path, Path]:
@@ -164,16 +92,23 @@ def test_runner_says_what_failed(fake, programs, graph: bool) -> None:
         assert report["failed"] == name and not report["leaks"] and not report["violations"]
         if done.returncode:
             assert done.returncode == 1, f"{name}: {done.stderr}"
-            assert re.search(r"^error: .*cudaError\w+", done.stderr, re.MULTILINE), done.stderr
+            named = re.search(r"^error: .*(cudaError|CUDA_ERROR_)\w+", done.stderr, re.MULTILINE)
+            assert named, done.stderr
             failed += 1
     assert failed > 10
 
 
-@pytest.mark.parametrize("error", ["cudaErrorIllegalAddress", "cudaErrorLaunchFailure"])
-def test_errors_that_end_the_context(fake, programs, error: str) -> None:
-    for call in ("cuLaunchKernel:5", "cudaStreamSynchronize:2"):
+@pytest.mark.parametrize(
+    ("error", "driver_error"),
+    [
+        ("cudaErrorIllegalAddress", "CUDA_ERROR_ILLEGAL_ADDRESS"),
+        ("cudaErrorLaunchFailure", "CUDA_ERROR_LAUNCH_FAILED"),
+    ],
+)
+def test_errors_that_end_the_context(fake, programs, error: str, driver_error: str) -> None:
+    for call, name in (("cuLaunchKernel:5", driver_error), ("cudaStreamSynchronize:2", error)):
         done = fake.runner(programs / "cuda", *flags(SHORT, 4), fail=call, error=error)
-        assert done.returncode == 1 and error in done.stderr
+        assert done.returncode == 1 and name in done.stderr
 
 
 @CAPTURE
@@ -208,7 +143,56 @@ def test_a_session_that_runs_ahead(fake, programs, build_dir, graph: bool) -> No
         execute=str(programs / "cuda/kernels.json"),
     )
     expected = cpu_tokens(build_dir, programs, SHORT, 5)
-    assert [json.loads(line) for line in printed.splitlines()] == [expected] * 2
+    # The second time another token was appended to what it had gone on with.
+    further = cpu_tokens(build_dir, programs, [*SHORT, *expected, SHORT[0]], 1)
+    assert [json.loads(line) for line in printed.splitlines()] == [expected, expected + further]
+
+
+SCRIPT = [
+    {"score": [5, 77, 130]},
+    {"generate": SHORT, "max_new_tokens": 6, "stop_after": 3},
+    {"append": [41, 57, 101], "max_new_tokens": 2},
+    {"append": [7], "max_new_tokens": 3, "temperature": 0.7, "seed": 5},
+]
+"""The callback ends a generation while the next token is on its way, and more is fed behind it."""
+
+
+def engine(fake, program: Path, script: list[dict], *flags: str, **environment) -> list[dict]:
+    printed = fake.check(
+        *(*files(program), *flags),
+        tool="runner/engine_check",
+        stdin="".join(json.dumps(command) + "\n" for command in script),
+        **environment,
+    )
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+@CAPTURE
+@pytest.mark.timeout(900)
+def test_executed_sequences_go_on_where_they_stopped(fake, programs, graph: bool) -> None:
+    options = ["--cuda_graph"] if graph else []
+    sidecar = str(programs / "cuda/kernels.json")
+    found = engine(fake, programs / "cuda", SCRIPT, *options, execute=sidecar)
+    expected = engine(fake, programs / "cpu", SCRIPT)
+    assert found[1:] == expected[1:]
+    assert [answer["finish"] for answer in found[1:]] == ["callback", "length", "length"]
+    np.testing.assert_allclose(found[0]["logprobs"], expected[0]["logprobs"], atol=1e-3)
+
+
+def test_calls_run_ahead_after_logits_were_asked_for(fake, programs) -> None:
+    """A callback that ends a generation leaves the call behind it unasked for."""
+
+    def calls(**generate) -> dict[str, int]:
+        script = [{"score": LONG[:4]}, {"generate": SHORT, **generate}]
+        engine(fake, programs / "cuda", script, "--cuda_graph")
+        return fake.report()["calls_by_name"]
+
+    stopped, ended = calls(max_new_tokens=9, stop_after=6), calls(max_new_tokens=6)
+    assert stopped["cudaEventRecord"] == ended["cudaEventRecord"] + 1
+    # Logits were copied for the three scored tokens alone, a token for the prompt.
+    few, many = calls(max_new_tokens=4), calls(max_new_tokens=9)
+    assert many["cudaMemcpyAsync"] == few["cudaMemcpyAsync"]
+    assert many["cudaStreamSynchronize"] == few["cudaStreamSynchronize"]
 
 
 @pytest.mark.timeout(900)
@@ -294,9 +278,19 @@ def test_inspect(programs) -> None:
     assert description["backend"] == "EtMoeCudaBackend" and description["bytes"] > 1 << 20
     for method in description["methods"].values():
         assert list(method["code"]) == ["sm_90"]
+        assert [t["name"] for t in method["outputs"]] == ["token", "logits"]
         assert [t["name"] for t in method["state"]] and len(method["weights"]) > 30
     printed = run(pte)
     assert printed.returncode == 0
     assert "_decode_gate_up_kernel" in printed.stdout and "get_max_seq_len: 64" in printed.stdout
+    rows = [" ".join(re.findall(r"[^\s│]+", line)) for line in printed.stdout.splitlines()]
+    for row in (
+        "prefill input tokens int64 [1, 2..16]",
+        "prefill output token int64 [1, 1]",
+        "decode input tokens (next: token) int64 [1, 1]",
+        "decode input position (next: + 1) int64 [1]",
+        "decode output token (handed over) int64 [1, 1]",
+    ):
+        assert row in rows
     refused = run(programs / "cpu/model.pte")
     assert refused.returncode == 1 and "not a program for CUDA" in refused.stderr

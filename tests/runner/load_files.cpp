@@ -21,7 +21,7 @@ std::vector<int64_t> generate(const std::string& pte, const std::string& ptd) {
   et_moe::GenerationConfig config;
   config.max_new_tokens = 3;
   et_moe::llm::Stats stats;
-  return engine.generate({1, 2, 3}, config, stats, [](int64_t) {});
+  return engine.generate({1, 2, 3}, config, stats, [](int64_t) { return true; }).ids;
 }
 
 }  // namespace

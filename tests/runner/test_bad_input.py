@@ -141,10 +141,11 @@ def test_a_sealed_file_of_something_else(refused, tmp_path: Path) -> None:
 
 def test_another_format_version(refused, tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
-    graphs = {name: MethodGraph(program, ["x"], [], []) for name in ("prefill", "decode")}
+    graph = MethodGraph(program=program, inputs=["x"], outputs=["y"])
+    graphs = {"prefill": graph, "decode": graph}
     path = tmp_path / "model.pte"
     for constants, message in (
-        ({"get_format_version": 2}, "format version 2, this runner reads version 1"),
+        ({"get_format_version": 1}, "format version 1, this runner reads version 2"),
         ({"get_format_version": "1"}, "get_format_version is not a count"),
         ({}, "has no method get_format_version"),
     ):

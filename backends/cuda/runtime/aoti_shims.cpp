@@ -15,18 +15,18 @@ namespace et_moe::cuda {
 namespace {
 
 thread_local Arena* current_arena = nullptr;
-thread_local std::string first_error;
+thread_local std::optional<DelegateError> first_error;
 
 enum : int32_t { kCpu = 0, kCuda = 1 };
 
-/// Runs `body`; an exception becomes an error code, and its text is kept for `take_error`.
+/// Runs `body`; an exception becomes an error code, and is kept for `take_error`.
 template <typename Body>
 int32_t guarded(const char* name, const Body& body) {
   try {
     body();
     return 0;
   } catch (const std::exception& e) {
-    if (first_error.empty()) first_error = std::string(name) + ": " + e.what();
+    if (!first_error) first_error.emplace(error_code(e), std::string(name) + ": " + e.what());
     return 1;
   }
 }
@@ -39,7 +39,7 @@ Tensor* make(std::byte* data, int64_t dim, const int64_t* sizes, const int64_t* 
 
 }  // namespace
 
-std::string take_error() { return std::exchange(first_error, {}); }
+std::optional<DelegateError> take_error() { return std::exchange(first_error, std::nullopt); }
 
 int64_t itemsize(int32_t dtype) {
   switch (dtype) {

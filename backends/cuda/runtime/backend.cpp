@@ -6,9 +6,8 @@
 #include <executorch/runtime/core/evalue.h>
 #include <executorch/runtime/platform/log.h>
 
-#include <new>
-
 #include "backends/cuda/runtime/compiled_method.h"
+#include "backends/cuda/runtime/errors.h"
 
 namespace et_moe::cuda {
 namespace {
@@ -18,13 +17,12 @@ using executorch::runtime::BackendExecutionContext;
 using executorch::runtime::BackendInitContext;
 using executorch::runtime::CompileSpec;
 using executorch::runtime::DelegateHandle;
-using executorch::runtime::Error;
 using executorch::runtime::EValue;
 using executorch::runtime::FreeableBuffer;
 using executorch::runtime::Result;
 using executorch::runtime::Span;
 
-/// Runs `body`; an exception is logged and becomes an error.
+/// Runs `body`; an exception is logged and becomes its error code.
 template <typename Body>
 Error guarded(const Body& body) {
   try {
@@ -32,8 +30,45 @@ Error guarded(const Body& body) {
     return Error::Ok;
   } catch (const std::exception& e) {
     ET_LOG(Error, "%s", e.what());
-    return Error::DelegateInvalidCompatibility;
+    return error_code(e);
   }
+}
+
+/// The tensor of an argument; throws DelegateError (InvalidArgument) if it does not fit.
+const executorch::aten::Tensor& tensor_of(const MethodInfo& info, const EValue& argument,
+                                          const char* kind, const TensorSpec& spec) {
+  if (argument.isTensor()) {
+    const auto& tensor = argument.toTensor();
+    const auto sizes = tensor.sizes();
+    if (spec.accepts(tensor.scalar_type(), sizes.data(), sizes.size())) return tensor;
+  }
+  throw DelegateError(Error::InvalidArgument, "method " + info.method + ": the " + kind + " " +
+                                                  spec.name + " does not fit, expected " +
+                                                  spec.describe());
+}
+
+/// The arguments of a call, inputs before outputs, as the method's code takes them.
+HostTensors bind(const MethodInfo& info, Span<EValue*> arguments) {
+  const auto& [inputs, outputs, _] = info.spec;
+  if (arguments.size() != inputs.size() + outputs.size()) {
+    throw DelegateError(Error::InvalidProgram,
+                        "method " + info.method + " is given " + std::to_string(arguments.size()) +
+                            " tensors, expected " + std::to_string(inputs.size()) + " inputs and " +
+                            std::to_string(outputs.size()) + " outputs");
+  }
+  HostTensors tensors;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const auto& tensor = tensor_of(info, *arguments[i], "input", inputs[i]);
+    if (info.free_dimension && info.free_dimension->input == i) {
+      tensors.length = tensor.sizes()[info.free_dimension->dimension];
+    }
+    tensors.inputs.push_back(tensor.const_data_ptr());
+  }
+  for (const OutputSpec& output : outputs) {
+    const EValue& argument = *arguments[inputs.size() + output.index];
+    tensors.outputs.push_back(tensor_of(info, argument, "output", output).mutable_data_ptr());
+  }
+  return tensors;
 }
 
 class EtMoeCudaBackend final : public executorch::runtime::BackendInterface {
@@ -46,10 +81,11 @@ class EtMoeCudaBackend final : public executorch::runtime::BackendInterface {
     CompiledMethod* method = nullptr;
     const Error error = guarded([&] {
       const auto* data = context.get_named_data_map();
-      if (!data) throw std::runtime_error("the program is loaded without its data");
-      method = new CompiledMethod(Context::current(),
-                                  {static_cast<const char*>(processed->data()), processed->size()},
-                                  *data);
+      if (!data) {
+        throw DelegateError(Error::InvalidProgram, "the program is loaded without its data");
+      }
+      const auto* text = static_cast<const char*>(processed->data());
+      method = new CompiledMethod(MethodInfo::parse({text, processed->size()}), *data);
     });
     processed->Free();
     if (error != Error::Ok) return error;
@@ -57,24 +93,10 @@ class EtMoeCudaBackend final : public executorch::runtime::BackendInterface {
   }
 
   Error execute(BackendExecutionContext&, DelegateHandle* handle,
-                Span<EValue*> args) const override {
+                Span<EValue*> arguments) const override {
     return guarded([&] {
       auto* method = static_cast<CompiledMethod*>(handle);
-      const MethodInfo& info = method->info();
-      const size_t count = info.inputs.size();
-      if (args.size() < count + 2) throw std::runtime_error("too few arguments");
-      std::vector<const void*> inputs;
-      for (size_t i = 0; i < count; ++i) {
-        const auto& tensor = args[i]->toTensor();
-        if (tensor.nbytes() > info.inputs[i].nbytes() ||
-            static_cast<int32_t>(tensor.scalar_type()) != info.inputs[i].dtype) {
-          throw std::runtime_error("the input " + info.inputs[i].name + " does not fit");
-        }
-        inputs.push_back(tensor.const_data_ptr());
-      }
-      method->run(Context::current(), inputs, args[0]->toTensor().size(1),
-                  args[args.size() - 2]->toTensor().mutable_data_ptr<int64_t>(),
-                  args[args.size() - 1]->toTensor().mutable_data_ptr<float>());
+      method->run(bind(method->info(), arguments));
     });
   }
 

@@ -1,53 +1,73 @@
 #include "backends/cuda/runtime/context.h"
 
-#include <stdexcept>
+#include <map>
+#include <mutex>
 #include <string_view>
+#include <utility>
+
+#include "backends/cuda/runtime/errors.h"
+#include "backends/cuda/runtime/scope.h"
 
 namespace et_moe::cuda {
 namespace {
 
+using executorch::runtime::NamedDataMap;
+
 constexpr char kLayout[] = "et_moe.layout";  // LAYOUT of backends/sealed_file.py
-thread_local Context* active = nullptr;
 
 /// Opens the driver before any member of a context makes a CUDA call.
 struct DriverOpened {
   DriverOpened() { open_driver(); }
 };
 
+/// Addresses of the first and the last name in a data map. The files that make up the map own that
+/// memory for as long as they are loaded, so this tells loaded programs apart. The address of the
+/// map does not: ExecuTorch merges those of the program and of the weights anew for each method,
+/// one after the other.
+using ProgramKey = std::pair<const char*, const char*>;
+
+ProgramKey key_of(const NamedDataMap& data) {
+  const auto count = data.get_num_keys();
+  if (!count.ok() || *count == 0) {
+    throw DelegateError(Error::InvalidProgram, "the program is loaded without its data");
+  }
+  const auto first = data.get_key(0), last = data.get_key(*count - 1);
+  return {first.ok() ? *first : nullptr, last.ok() ? *last : nullptr};
+}
+
 }  // namespace
 
-Context::Context() : stream_((DriverOpened(), Stream())) {}
+Context::Context(bool use_graphs) : use_graphs_(use_graphs), stream_((DriverOpened(), Stream())) {}
 
 Context::~Context() = default;
 
-Context::Scope::Scope(Context& context, Session* session) : previous_(active) {
-  context.session_ = session;
-  active = &context;
-}
-
-Context::Scope::~Scope() {
-  active->session_ = nullptr;
-  active = previous_;
-}
-
-Context& Context::current() {
-  if (active) return *active;
-  static Context own;
-  return own;
+std::shared_ptr<Context> Context::of(const NamedDataMap& data) {
+  if (auto active = LoadScope::context()) return active;
+  static std::mutex mutex;
+  static std::map<ProgramKey, std::weak_ptr<Context>> contexts;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (auto it = contexts.begin(); it != contexts.end();) {
+    it = it->second.expired() ? contexts.erase(it) : std::next(it);
+  }
+  auto& known = contexts[key_of(data)];
+  auto context = known.lock();
+  if (!context) known = context = std::make_shared<Context>();
+  return context;
 }
 
 std::unique_ptr<Session> Context::new_session() const {
   return std::make_unique<Session>(stream_, state_);
 }
 
-void Context::adopt(const executorch::runtime::NamedDataMap& data, const MethodInfo& info) {
+void Context::adopt(const NamedDataMap& data, const MethodInfo& info) {
   const auto layout = data.get_data(kLayout);
   const std::string_view have(layout.ok() ? static_cast<const char*>(layout->data()) : "",
                               layout.ok() ? layout->size() : 0);
   if (have != info.prepack) {
-    throw std::runtime_error("the weights are prepacked as \"" + std::string(have) +
-                             "\", the program takes \"" + info.prepack +
-                             "\": export program and weights with one version of et-moe, for CUDA");
+    throw DelegateError(Error::InvalidExternalData,
+                        "the weights are prepacked as \"" + std::string(have) +
+                            "\", the program takes \"" + info.prepack +
+                            "\": export program and weights with one version of et-moe, for CUDA");
   }
   if (!weights_) {
     weights_ = std::make_unique<DeviceWeights>(data, info.weights);
@@ -56,9 +76,13 @@ void Context::adopt(const executorch::runtime::NamedDataMap& data, const MethodI
 }
 
 Session& Context::session() {
-  if (session_) return *session_;
+  if (Session* active = CallScope::session()) return *active;
   if (!own_session_) own_session_ = new_session();
   return *own_session_;
+}
+
+void Context::forget(const CompiledMethod& method) {
+  if (own_session_) own_session_->forget(method);
 }
 
 }  // namespace et_moe::cuda

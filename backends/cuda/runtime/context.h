@@ -16,58 +16,44 @@ namespace et_moe::cuda {
 
 class CompiledMethod;
 
-/// Shared by the methods of a program: weights, scratch memory, stream, and which session runs.
-///
-/// A program that uses ExecuTorch's API alone gets one context of its own per process; one that
-/// wants several models or sessions makes contexts and activates them around `load_method` and
-/// `execute`.
+/// Weights, scratch memory and stream, shared by the methods of a program, each of which keeps it
+/// alive. Calls of methods and sessions of one context are made by one thread at a time.
 class Context {
  public:
-  /// Throws std::runtime_error where there is no driver or GPU to run on.
-  Context();
+  /// `use_graphs`: whether calls are captured into CUDA graphs, one per session, method and length,
+  /// and replayed. Throws DelegateError where there is no driver or GPU to run on.
+  explicit Context(bool use_graphs = false);
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  /// While this lives, methods that are loaded or executed on this thread use the context and, for
-  /// execution, the session.
-  class Scope {
-   public:
-    explicit Scope(Context& context, Session* session = nullptr);
-    ~Scope();
-    Scope(const Scope&) = delete;
-    Scope& operator=(const Scope&) = delete;
+  /// The context for a method that is being loaded: that of the active LoadScope; else the one that
+  /// the other methods of the same program have, or a new one. `data` has the program's code and
+  /// its weights. Programs are told apart by the memory that these lie in: each load of a file is
+  /// another one, even of the same file. May be called by several threads. Throws DelegateError.
+  static std::shared_ptr<Context> of(const executorch::runtime::NamedDataMap& data);
 
-   private:
-    Context* previous_;
-  };
-
-  /// The active context, else the process's own.
-  static Context& current();
-
+  /// State for one more sequence, as the methods that are loaded so far need it. It must go before
+  /// they do. Throws CudaError.
   std::unique_ptr<Session> new_session() const;
   void reset(Session& session) const { session.reset(stream_); }
 
-  /// Whether calls are captured into CUDA graphs, one per method and length, and replayed.
-  bool use_graphs = false;
-  /// Whether logits are copied to the method's output, which else stays as it is.
-  bool copy_logits = false;
-  /// Whether a call of one token is followed at once by that of the next position, on the token it
-  /// draws and with the same further inputs: the GPU goes on while the caller looks at the token.
-  /// The session then takes that call next, or a reset. Not where logits are copied.
-  bool run_ahead = false;
-
  private:
   friend class CompiledMethod;
+  /// Takes over what a method needs of the data: checks its layout, and uploads the weights if this
+  /// is the first. Throws DelegateError (InvalidExternalData).
   void adopt(const executorch::runtime::NamedDataMap& data, const MethodInfo& info);
+  /// The session of the active CallScope, else the context's own.
   Session& session();
+  /// Drops what the context's own session keeps for a method that goes.
+  void forget(const CompiledMethod& method);
 
+  const bool use_graphs_;
   Stream stream_;
   Arena arena_;
   std::unique_ptr<DeviceWeights> weights_;
-  std::vector<TensorInfo> state_;
+  std::vector<TensorSpec> state_;
   std::unique_ptr<Session> own_session_;  // for callers that never made one
-  Session* session_ = nullptr;
 };
 
 }  // namespace et_moe::cuda

@@ -13,9 +13,26 @@ std::string version(int number) {
 
 }  // namespace
 
+Error error_code(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return Error::Ok;
+    case cudaErrorMemoryAllocation:
+      return Error::MemoryAllocationFailed;
+    case cudaErrorNoDevice:
+      return Error::NotFound;
+    case cudaErrorInsufficientDriver:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorNotSupported:
+      return Error::NotSupported;
+    default:
+      return Error::Internal;
+  }
+}
+
 CudaError::CudaError(const char* call, cudaError_t error)
-    : std::runtime_error(std::string(call) + ": " + cudaGetErrorName(error) + " (" +
-                         cudaGetErrorString(error) + ")") {}
+    : DelegateError(error_code(error), std::string(call) + ": " + cudaGetErrorName(error) + " (" +
+                                           cudaGetErrorString(error) + ")") {}
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -28,23 +45,26 @@ void open_driver() {
   static void* driver = nullptr;
   if (!driver) driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
   if (!driver) {
-    throw std::runtime_error(
+    throw DelegateError(
+        Error::NotFound,
         std::string("this is a program for CUDA, and there is no NVIDIA driver here: ") +
-        dlerror() + "; install one, or export with `--backend cpu`");
+            dlerror() + "; install one, or export with `--backend cpu`");
   }
   int have = 0;
   ET_MOE_CUDA(cudaDriverGetVersion(&have));
   // Any driver of the runtime's major version will do (CUDA's minor version compatibility).
   if (have / 1000 < CUDART_VERSION / 1000) {
-    throw std::runtime_error("the NVIDIA driver supports CUDA " + version(have) +
-                             ", this program needs " + version(CUDART_VERSION / 1000 * 1000) +
-                             " or newer: update the driver");
+    throw DelegateError(Error::NotSupported, "the NVIDIA driver supports CUDA " + version(have) +
+                                                 ", this program needs " +
+                                                 version(CUDART_VERSION / 1000 * 1000) +
+                                                 " or newer: update the driver");
   }
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error == cudaErrorNoDevice) {
     cudaGetLastError();
-    throw std::runtime_error("there is an NVIDIA driver but no GPU (cudaErrorNoDevice)");
+    throw DelegateError(Error::NotFound,
+                        "there is an NVIDIA driver but no GPU (cudaErrorNoDevice)");
   }
   check(error, "cudaGetDeviceCount");
 }

@@ -5,14 +5,17 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
-#include <vector>
+
+#include "backends/cuda/runtime/errors.h"
 
 namespace et_moe::cuda {
 
+/// The code that ExecuTorch has for an error of CUDA.
+Error error_code(cudaError_t error);
+
 /// A CUDA call that failed: its name, CUDA's name of the error and what it means.
-class CudaError : public std::runtime_error {
+class CudaError : public DelegateError {
  public:
   CudaError(const char* call, cudaError_t error);
 };
@@ -22,8 +25,8 @@ void check(cudaError_t error, const char* call);
 #define ET_MOE_CUDA(call) ::et_moe::cuda::check((call), #call)
 
 /// Makes the CUDA driver's functions visible to the code of a `.pte`, which does not name the
-/// library they are in. Throws std::runtime_error that says what is missing: the driver, one new
-/// enough for this program, or a GPU.
+/// library they are in. Throws DelegateError that says what is missing: the driver or a GPU
+/// (NotFound), or a driver new enough for this program (NotSupported).
 void open_driver();
 
 /// Compute capability of the current GPU as the exporter writes it, such as "sm_90".

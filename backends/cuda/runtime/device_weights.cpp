@@ -22,23 +22,25 @@ struct Piece {
   size_t size;
 };
 
-FreeableBuffer find(const NamedDataMap& data, const TensorInfo& tensor) {
+DelegateError misfit(const std::string& text) {
+  return DelegateError(Error::InvalidExternalData, text);
+}
+
+FreeableBuffer find(const NamedDataMap& data, const TensorSpec& tensor) {
   const auto layout = data.get_tensor_layout(tensor.name);
   if (!layout.ok()) {
-    throw std::runtime_error("the weights have no tensor " + tensor.name +
-                             "; is it the .ptd of another model or backend?");
+    throw misfit("the weights have no tensor " + tensor.name +
+                 "; is it the .ptd of another model or backend?");
   }
   const auto sizes = layout->sizes();
-  const bool same_shape =
-      std::equal(sizes.begin(), sizes.end(), tensor.shape.begin(), tensor.shape.end());
-  if (static_cast<int32_t>(layout->scalar_type()) != tensor.dtype || !same_shape) {
-    throw std::runtime_error("the weight " + tensor.name +
-                             " has another dtype or shape than the program takes; is it the .ptd "
-                             "of another model or prepack version?");
+  if (!tensor.accepts(layout->scalar_type(), sizes.data(), sizes.size())) {
+    throw misfit("the weight " + tensor.name +
+                 " has another dtype or shape than the program takes; is it the .ptd of another "
+                 "model or prepack version?");
   }
   auto buffer = data.get_data(tensor.name);
   if (!buffer.ok() || buffer->size() != tensor.nbytes()) {
-    throw std::runtime_error("the weights are truncated at tensor " + tensor.name);
+    throw misfit("the weights are truncated at tensor " + tensor.name);
   }
   return std::move(*buffer);
 }
@@ -92,7 +94,7 @@ void copy_all(const std::vector<Piece>& pieces) {
 
 }  // namespace
 
-DeviceWeights::DeviceWeights(const NamedDataMap& data, const std::vector<TensorInfo>& tensors) {
+DeviceWeights::DeviceWeights(const NamedDataMap& data, const std::vector<TensorSpec>& tensors) {
   std::vector<FreeableBuffer> sources;
   const std::vector<size_t> offsets = aligned_offsets(tensors);
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -102,10 +104,10 @@ DeviceWeights::DeviceWeights(const NamedDataMap& data, const std::vector<TensorI
   const size_t total = offsets.back();
   const MemoryInfo memory = memory_info();
   if (total > memory.free) {
-    throw std::runtime_error("too little GPU memory: the weights need " +
-                             std::to_string(total >> 20) + " MiB, " +
-                             std::to_string(memory.free >> 20) + " of " +
-                             std::to_string(memory.total >> 20) + " MiB are free");
+    throw DelegateError(Error::MemoryAllocationFailed,
+                        "too little GPU memory: the weights need " + std::to_string(total >> 20) +
+                            " MiB, " + std::to_string(memory.free >> 20) + " of " +
+                            std::to_string(memory.total >> 20) + " MiB are free");
   }
   if (total == 0) return;
   memory_ = DeviceBuffer(total);

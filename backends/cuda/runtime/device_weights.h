@@ -17,9 +17,10 @@ class DeviceWeights {
  public:
   /// Checks that `data` has every tensor with its dtype, shape and size, that they fit into the
   /// GPU's free memory, and copies them there through pinned memory on several threads.
-  /// Throws std::runtime_error that names the tensor, or says how much memory is needed and free.
+  /// Throws DelegateError: InvalidExternalData that names the tensor, or MemoryAllocationFailed
+  /// that says how much memory is needed and free.
   DeviceWeights(const executorch::runtime::NamedDataMap& data,
-                const std::vector<TensorInfo>& tensors);
+                const std::vector<TensorSpec>& tensors);
 
   /// Address of a tensor; all are aligned to 256 bytes.
   std::byte* at(const std::string& name) const { return memory_.data() + offsets_.at(name); }

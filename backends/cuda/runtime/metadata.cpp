@@ -4,69 +4,89 @@
 #include <stdexcept>
 
 #include "backends/cuda/runtime/alignment.h"
-#include "backends/cuda/runtime/tensor.h"
+#include "backends/cuda/runtime/errors.h"
 
 namespace et_moe::cuda {
 namespace {
 
-constexpr int kFormat = 2;
+constexpr int kFormat = 3;
 
-int32_t parse_dtype(const std::string& name) {
-  static const std::map<std::string, int32_t> dtypes = {
-      {"uint8", 0},   {"int8", 1},    {"int32", 3}, {"int64", 4},
-      {"float16", 5}, {"float32", 6}, {"bool", 11}, {"bfloat16", 15}};
-  const auto found = dtypes.find(name);
-  if (found == dtypes.end()) throw std::runtime_error("unknown dtype " + name);
-  return found->second;
+std::optional<FreeDimension> find_free_dimension(const std::vector<TensorSpec>& inputs) {
+  std::optional<FreeDimension> found;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const TensorSpec& input = inputs[i];
+    for (size_t d = 0; d < input.shape.size(); ++d) {
+      if (input.min_shape[d] == input.shape[d]) continue;
+      if (found) throw std::runtime_error("more than one dimension varies from call to call");
+      found = {i, d};
+    }
+    for (size_t d = 0; found && found->input == i && d < found->dimension; ++d) {
+      if (input.shape[d] != 1) {
+        throw std::runtime_error("the input " + input.name + " varies in an inner dimension");
+      }
+    }
+  }
+  return found;
 }
 
-std::vector<TensorInfo> parse_tensors(const nlohmann::json& list) {
-  std::vector<TensorInfo> tensors;
-  for (const auto& entry : list) {
-    tensors.push_back({entry.at("name").get<std::string>(),
-                       parse_dtype(entry.at("dtype").get<std::string>()),
-                       entry.at("shape").get<std::vector<int64_t>>()});
+/// Index of a tensor of `count` int64 elements.
+template <typename Spec>
+size_t find_integers(const std::vector<Spec>& tensors, const std::string& name, size_t count) {
+  const size_t i = find_tensor(tensors, name);
+  if (i == tensors.size() || tensors[i].dtype != executorch::aten::ScalarType::Long ||
+      tensors[i].nbytes() != count * sizeof(int64_t)) {
+    throw std::runtime_error("hand_over: no int64 tensor " + name);
   }
-  return tensors;
+  return i;
+}
+
+std::optional<HandOverIndices> find_hand_over(const MethodSpec& spec) {
+  if (!spec.hand_over) return std::nullopt;
+  return HandOverIndices{find_integers(spec.outputs, spec.hand_over->token, 1),
+                         find_integers(spec.inputs, spec.hand_over->tokens, 1),
+                         find_integers(spec.inputs, spec.hand_over->position, 1)};
+}
+
+MethodInfo parse_info(const nlohmann::json& json) {
+  MethodInfo info;
+  info.method = json.at("method").get<std::string>();
+  info.prepack = json.at("prepack").get<std::string>();
+  info.spec = MethodSpec::parse(json);
+  info.state = parse_tensors(json.at("state"));
+  info.weights = parse_tensors(json.at("weights"));
+  for (const auto& [arch, code] : json.at("code").items()) {
+    info.code[arch] = {code.at("data").get<std::string>(), code.at("bytes").get<size_t>(),
+                       code.at("sha256").get<std::string>()};
+  }
+  info.free_dimension = find_free_dimension(info.spec.inputs);
+  info.hand_over = find_hand_over(info.spec);
+  return info;
 }
 
 }  // namespace
 
-size_t TensorInfo::nbytes() const {
-  int64_t count = itemsize(dtype);
-  for (int64_t size : shape) count *= size;
-  return static_cast<size_t>(count);
-}
-
-std::vector<size_t> aligned_offsets(const std::vector<TensorInfo>& tensors) {
+std::vector<size_t> aligned_offsets(const std::vector<TensorSpec>& tensors) {
   std::vector<size_t> offsets{0};
-  for (const TensorInfo& tensor : tensors) {
+  for (const TensorSpec& tensor : tensors) {
     offsets.push_back(offsets.back() + aligned(tensor.nbytes()));
   }
   return offsets;
 }
 
 MethodInfo MethodInfo::parse(std::string_view text) {
+  const std::string where = "the delegate's description of a method: ";
   try {
     const auto json = nlohmann::json::parse(text);
     if (json.at("format").get<int>() != kFormat) {
-      throw std::runtime_error("format " + json.at("format").dump() + ", this runner reads " +
-                               std::to_string(kFormat));
+      throw DelegateError(Error::DelegateInvalidCompatibility,
+                          where + "format " + json.at("format").dump() + ", this runner reads " +
+                              std::to_string(kFormat) + "; export it again with `et-moe export`");
     }
-    MethodInfo info{json.at("method").get<std::string>(),
-                    json.at("prepack").get<std::string>(),
-                    parse_tensors(json.at("inputs")),
-                    parse_tensors(json.at("state")),
-                    parse_tensors(json.at("weights")),
-                    parse_tensors(json.at("outputs")),
-                    {}};
-    for (const auto& [arch, code] : json.at("code").items()) {
-      info.code[arch] = {code.at("data").get<std::string>(), code.at("bytes").get<size_t>(),
-                         code.at("sha256").get<std::string>()};
-    }
-    return info;
+    return parse_info(json);
+  } catch (const DelegateError&) {
+    throw;
   } catch (const std::exception& e) {
-    throw std::runtime_error(std::string("the delegate's description of a method: ") + e.what());
+    throw DelegateError(Error::InvalidProgram, where + e.what());
   }
 }
 
@@ -83,9 +103,10 @@ const CodeInfo& MethodInfo::code_for(const std::string& architecture) const {
     if (same_major && arch < architecture) best = &info;
   }
   if (best) return *best;
-  throw std::runtime_error("this GPU is " + architecture + ", the program has code for " + have +
-                           ": export it again with `--backend cuda --cuda-arch " + architecture +
-                           "`");
+  throw DelegateError(Error::NotSupported,
+                      "this GPU is " + architecture + ", the program has code for " + have +
+                          ": export it again with `--backend cuda --cuda-arch " + architecture +
+                          "`");
 }
 
 }  // namespace et_moe::cuda

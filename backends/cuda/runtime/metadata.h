@@ -3,22 +3,17 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "backends/bindings.h"
+
 namespace et_moe::cuda {
 
-struct TensorInfo {
-  std::string name;
-  int32_t dtype;               // c10::ScalarType
-  std::vector<int64_t> shape;  // upper bounds where a dimension varies from call to call
-
-  size_t nbytes() const;
-};
-
 /// Where in one piece of memory each tensor begins, and behind the last one its size.
-std::vector<size_t> aligned_offsets(const std::vector<TensorInfo>& tensors);
+std::vector<size_t> aligned_offsets(const std::vector<TensorSpec>& tensors);
 
 struct CodeInfo {
   std::string data;  // name of the blob in the `.pte`
@@ -26,16 +21,31 @@ struct CodeInfo {
   std::string sha256;  // of the blob, hexadecimal
 };
 
+/// The dimension of an input that varies from call to call. Those before it are 1, so that a
+/// shorter tensor is the beginning of a longer one.
+struct FreeDimension {
+  size_t input, dimension;
+};
+
+/// Indices of the tensors that `HandOver` names, among outputs and inputs.
+struct HandOverIndices {
+  size_t token, tokens, position;
+};
+
 struct MethodInfo {
   std::string method, prepack;
-  std::vector<TensorInfo> inputs, state, weights, outputs;
+  MethodSpec spec;
+  std::vector<TensorSpec> state, weights;
   std::map<std::string, CodeInfo> code;  // by architecture
+  std::optional<FreeDimension> free_dimension;
+  std::optional<HandOverIndices> hand_over;
 
-  /// Throws std::runtime_error that names the key at fault.
+  /// Throws DelegateError: DelegateInvalidCompatibility for another version of the format,
+  /// InvalidProgram, with the key or tensor at fault, for anything else.
   static MethodInfo parse(std::string_view json);
 
   /// The code for a GPU: of its own architecture, or of an older one with the same major version.
-  /// Throws std::runtime_error that lists what there is and how to export for this one.
+  /// Throws DelegateError (NotSupported) that lists what there is and how to export for this one.
   const CodeInfo& code_for(const std::string& architecture) const;
 };
 

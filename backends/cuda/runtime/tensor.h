@@ -6,10 +6,11 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
+#include <optional>
 #include <vector>
 
 #include "backends/cuda/runtime/arena.h"
+#include "backends/cuda/runtime/errors.h"
 
 namespace et_moe::cuda {
 
@@ -46,7 +47,7 @@ class ArenaScope {
 };
 
 /// What went wrong first, on this thread, in a function that compiled code called since the last
-/// time this was asked; empty for nothing. The code itself only learns that something did.
-std::string take_error();
+/// time this was asked. The code itself only learns that something did.
+std::optional<DelegateError> take_error();
 
 }  // namespace et_moe::cuda

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
-from et_moe.backends.method_graph import MethodGraph
+from et_moe.backends.method_graph import HandOver, MethodGraph
 
 HIDDEN, VOCABULARY, GROUP = 128, 256, 32
 MAX_TOKENS = 64
@@ -48,6 +48,23 @@ class Small(torch.nn.Module):
         return logits.argmax(-1, keepdim=True), logits
 
 
+class Scores(Small):
+    """Gives the logits of the last token and nothing else: no next call follows from it."""
+
+    def forward(self, count, ids, state, w):
+        last = self.hidden(ids, count, state, w).float()
+        return (torch.ops.et_moe.linear_w4a8(last, w["head.weight"], w["head.scale"], GROUP),)
+
+
+class AllLogits(Small):
+    """Gives the logits of every token."""
+
+    def forward(self, tokens, position, num_tokens, state, w):
+        x = self.hidden(tokens, None, state, w).float()
+        logits = torch.ops.et_moe.linear_w4a8(x, w["head.weight"], w["head.scale"], GROUP)
+        return logits[:1].argmax(-1, keepdim=True), logits
+
+
 class LibraryCall(Small):
     """Has a matrix product that no kernel of ours computes."""
 
@@ -64,25 +81,51 @@ class CopiedState(Small):
         return super().forward(tokens, position, num_tokens, state, w)
 
 
-def method(model: torch.nn.Module, decode: bool) -> MethodGraph:
-    """Exports one method on fake tensors."""
-    names = ["tokens", "position"] + ([] if decode else ["num_tokens"])
+class _Decode(torch.nn.Module):
+    """A model without the argument that decode leaves out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, tokens, position, state, w):
+        return self._model(tokens, position, None, state, w)
+
+
+def _export(model: torch.nn.Module, inputs: dict[str, tuple[int, ...]], **names) -> MethodGraph:
+    """Exports one method of int64 inputs on fake tensors; a size of 8 varies from call to call."""
     with FakeTensorMode():
         arguments = (
-            torch.empty((1, 1 if decode else 8), dtype=torch.int64),
-            torch.empty(1, dtype=torch.int64),
-            None if decode else torch.empty(1, dtype=torch.int64),
+            *(torch.empty(shape, dtype=torch.int64) for shape in inputs.values()),
             {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in STATE.items()},
             {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in WEIGHTS.items()},
         )
-    tokens = None if decode else {1: Dim("T", min=2, max=MAX_TOKENS)}
+    length = {1: Dim("T", min=2, max=MAX_TOKENS)}
+    varying = [length if 8 in shape else None for shape in inputs.values()]
     program = torch.export.export(
         model,
         arguments,
-        dynamic_shapes=(tokens, None, None, dict.fromkeys(STATE), dict.fromkeys(WEIGHTS)),
+        dynamic_shapes=(*varying, dict.fromkeys(STATE), dict.fromkeys(WEIGHTS)),
         strict=False,
     )
-    return MethodGraph(program, names, list(STATE), list(WEIGHTS))
+    named = {"inputs": list(inputs), "state": list(STATE), "weights": list(WEIGHTS)}
+    return MethodGraph(program=program, **named, **names)
+
+
+def method(model: torch.nn.Module, decode: bool) -> MethodGraph:
+    """The method `decode`, or `prefill`, of a model such as `Small`."""
+    outputs = ["token", "logits"]
+    if decode:
+        inputs = {"tokens": (1, 1), "position": (1,)}
+        hand_over = HandOver("token", "tokens", "position")
+        return _export(_Decode(model), inputs, outputs=outputs, hand_over=hand_over)
+    inputs = {"tokens": (1, 8), "position": (1,), "num_tokens": (1,)}
+    return _export(model, inputs, outputs=outputs)
+
+
+def scores() -> MethodGraph:
+    """A method whose inputs have other names than those of `method` and that hands nothing over."""
+    return _export(Scores(), {"count": (1,), "ids": (1, 8)}, outputs=["logits"])
 
 
 def methods() -> dict[str, MethodGraph]:

@@ -8,7 +8,6 @@ from checkpoints import SMALL_FOR_CUDA, storages
 from torch import fx
 
 from et_moe.backends.cuda.fusion import fuse
-from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.examples.qwen3_5_moe.model import MODEL
@@ -52,7 +51,7 @@ class Side:
 
     def __init__(self, graphs: dict, weights: dict, functions: dict) -> None:
         self._graphs, self._weights, self._functions = graphs, weights, functions
-        nodes = input_nodes(graphs["decode"])
+        nodes = graphs["decode"].input_nodes()
         self.state = {
             name: torch.zeros(nodes[name].meta["val"].shape, dtype=nodes[name].meta["val"].dtype)
             for name in graphs["decode"].state
@@ -63,7 +62,7 @@ class Side:
         if self._functions:
             fuse(graph)
         values = inputs | SAMPLING | self.state | self._weights
-        names = {node.name: name for name, node in input_nodes(self._graphs[method]).items()}
+        names = {node.name: name for name, node in self._graphs[method].input_nodes().items()}
         executor = Executor(graph, self._functions)
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         executor.run(*(values[names[n]] if n in names else None for n in placeholders))
@@ -78,7 +77,7 @@ def sides(request, tmp_path) -> tuple[Side, Side]:
     precision = Precision(source.storages, request.param, torch.float32)
     graphs = build_graphs(source.config, precision, 64)
     weights = {name: tensor for group in source.groups() for name, tensor in group.items()}
-    nodes = input_nodes(graphs["decode"])
+    nodes = graphs["decode"].input_nodes()
     for name in graphs["decode"].weights:
         weights[name] = weights[name].to(nodes[name].meta["val"].dtype)
     packed = dict(plan_weights(graphs).pack(weights))

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from lowering_methods import MAX_TOKENS, STATE, VOCABULARY, WEIGHTS, Small, method, methods
+from lowering_methods import (
+    MAX_TOKENS,
+    VOCABULARY,
+    WEIGHTS,
+    AllLogits,
+    Small,
+    method,
+    methods,
+)
 
 from et_moe.backends.cuda.backend import lower
 from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
@@ -112,7 +120,12 @@ def test_pte_describes_the_methods(description):
     assert json.loads(constants["get_backend"]) == "cuda"
     assert set(description["methods"]) == {"prefill", "decode"}
     plan = plan_weights(methods())
+    bindings = json.loads(constants["get_bindings"])
+    assert set(bindings) == {"methods", "state", "weights"}
     for name, entry in description["methods"].items():
+        for key, value in bindings["methods"][name].items():
+            assert entry[key] == value
+        assert (entry["state"], entry["weights"]) == (bindings["state"], bindings["weights"])
         tokens = {"name": "tokens", "dtype": "int64", "shape": [1, 1]}
         if name == "prefill":
             tokens |= {"shape": [1, MAX_TOKENS], "min_shape": [1, 2]}
@@ -124,9 +137,11 @@ def test_pte_describes_the_methods(description):
         assert [w["name"] for w in entry["weights"]] == list(WEIGHTS)
         assert [tuple(w["shape"]) for w in entry["weights"]] == [s for _, s in plan.spec.values()]
         assert entry["outputs"] == [
-            {"name": "token", "dtype": "int64", "shape": [1, 1]},
-            {"name": "logits", "dtype": "float32", "shape": [1, VOCABULARY]},
+            {"name": "token", "dtype": "int64", "shape": [1, 1], "index": 0},
+            {"name": "logits", "dtype": "float32", "shape": [1, VOCABULARY], "index": 1},
         ]
+        hand_over = {"token": "token", "tokens": "tokens", "position": "position"}
+        assert entry["hand_over"] == (hand_over if name == "decode" else None)
         assert entry["prepack"] == PREPACK_VERSION
         assert entry["versions"]["torch"] == torch.__version__.partition("+")[0]
 
@@ -256,9 +271,7 @@ def test_architectures_are_checked_first(archs, message):
         lower({"decode": method(Small(), True)}, archs, {}, None)
 
 
-def test_state_names_must_fit():
-    graph = method(Small(), True)
-    graph.state.append("another")
-    with pytest.raises(ValueError, match="11 inputs, 12 are named"):
-        lower({"decode": graph}, ["sm_90"], {}, None)
-    assert len(STATE) == 1
+def test_outputs_that_vary_are_refused():
+    graph = method(AllLogits(), False)
+    with pytest.raises(ValueError, match="method prefill: the shape of output logits varies"):
+        lower({"prefill": graph}, ["sm_90"], {}, None)

@@ -8,7 +8,6 @@ import torch
 from lowering_methods import GROUP, HIDDEN, STATE, WEIGHTS, Small, method, methods
 
 from et_moe.backends.cuda import prepack
-from et_moe.backends.cuda.graphs import input_nodes
 from et_moe.backends.cuda.prepack import plan_weights
 from et_moe.backends.cuda.triton.linear import layout as linear
 from et_moe.backends.cuda.triton.moe import layout as moe
@@ -104,7 +103,7 @@ def test_a_wrong_shape_is_named(graphs):
 
 def test_methods_must_agree(graphs):
     narrow = copy.deepcopy(graphs["decode"])
-    node = input_nodes(narrow)["norm.weight"]
+    node = narrow.input_nodes()["norm.weight"]
     node.meta["val"] = node.meta["val"][:64]
     with pytest.raises(ValueError, match=r"narrow: weight norm.weight is .*64.*, elsewhere .*128"):
         plan_weights({**graphs, "narrow": narrow})
@@ -128,4 +127,4 @@ def test_one_weight_in_two_orders(graphs, monkeypatch):
 
 
 def test_inputs_are_named_in_order(graphs):
-    assert list(input_nodes(graphs["decode"])) == ["tokens", "position", *STATE, *WEIGHTS]
+    assert list(graphs["decode"].input_nodes()) == ["tokens", "position", *STATE, *WEIGHTS]

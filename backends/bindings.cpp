@@ -1,0 +1,108 @@
+#include "backends/bindings.h"
+
+#include <executorch/runtime/core/exec_aten/util/scalar_type_util.h>
+
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+
+namespace et_moe {
+namespace {
+
+using executorch::aten::ScalarType;
+
+ScalarType parse_dtype(const std::string& name) {
+  static const std::map<std::string, ScalarType> types = {
+      {"uint8", ScalarType::Byte},    {"int8", ScalarType::Char},
+      {"int32", ScalarType::Int},     {"int64", ScalarType::Long},
+      {"float32", ScalarType::Float}, {"bfloat16", ScalarType::BFloat16}};
+  const auto found = types.find(name);
+  if (found == types.end()) throw std::runtime_error("unknown dtype " + name);
+  return found->second;
+}
+
+/// Sizes as a tensor has them. Throws std::runtime_error for one that is none.
+std::vector<int32_t> parse_shape(const nlohmann::json& sizes, const std::string& name) {
+  std::vector<int32_t> shape;
+  for (const int64_t size : sizes.get<std::vector<int64_t>>()) {
+    if (size < 0 || size > INT32_MAX) {
+      throw std::runtime_error("the tensor " + name + " has a dimension of " +
+                               std::to_string(size));
+    }
+    shape.push_back(static_cast<int32_t>(size));
+  }
+  return shape;
+}
+
+TensorSpec parse_tensor(const nlohmann::json& entry) {
+  const auto name = entry.at("name").get<std::string>();
+  const std::vector<int32_t> shape = parse_shape(entry.at("shape"), name);
+  const auto least = entry.find("min_shape");
+  TensorSpec tensor{name, parse_dtype(entry.at("dtype").get<std::string>()), shape,
+                    least == entry.end() ? shape : parse_shape(*least, name)};
+  size_t bytes = executorch::runtime::elementSize(tensor.dtype);
+  bool valid = tensor.min_shape.size() == shape.size();
+  for (size_t i = 0; valid && i < shape.size(); ++i) {
+    valid = tensor.min_shape[i] <= shape[i] &&
+            !__builtin_mul_overflow(bytes, static_cast<size_t>(shape[i]), &bytes);
+  }
+  if (!valid) throw std::runtime_error("the tensor " + name + " has an impossible shape");
+  return tensor;
+}
+
+}  // namespace
+
+size_t TensorSpec::nbytes() const {
+  size_t count = executorch::runtime::elementSize(dtype);
+  for (int32_t size : shape) count *= static_cast<size_t>(size);
+  return count;
+}
+
+bool TensorSpec::accepts(ScalarType type, const int32_t* sizes, size_t rank) const {
+  bool fits = type == dtype && rank == shape.size();
+  for (size_t i = 0; fits && i < rank; ++i) {
+    fits = min_shape[i] <= sizes[i] && sizes[i] <= shape[i];
+  }
+  return fits;
+}
+
+std::string TensorSpec::describe() const {
+  std::string text = std::string(executorch::runtime::toString(dtype)) + " [";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (i > 0) text += ", ";
+    if (min_shape[i] != shape[i]) text += std::to_string(min_shape[i]) + "..";
+    text += std::to_string(shape[i]);
+  }
+  return text + "]";
+}
+
+std::vector<TensorSpec> parse_tensors(const nlohmann::json& list) {
+  std::vector<TensorSpec> tensors;
+  for (const auto& entry : list) tensors.push_back(parse_tensor(entry));
+  return tensors;
+}
+
+MethodSpec MethodSpec::parse(const nlohmann::json& method) {
+  MethodSpec spec;
+  spec.inputs = parse_tensors(method.at("inputs"));
+  for (const auto& entry : method.at("outputs")) {
+    spec.outputs.push_back({parse_tensor(entry), entry.at("index").get<size_t>()});
+  }
+  if (const auto& names = method.at("hand_over"); !names.is_null()) {
+    spec.hand_over = {names.at("token").get<std::string>(), names.at("tokens").get<std::string>(),
+                      names.at("position").get<std::string>()};
+  }
+  return spec;
+}
+
+Bindings Bindings::parse(const std::string& text) {
+  const auto json = nlohmann::json::parse(text);
+  Bindings bindings;
+  for (const auto& [name, method] : json.at("methods").items()) {
+    bindings.methods[name] = MethodSpec::parse(method);
+  }
+  bindings.state = parse_tensors(json.at("state"));
+  bindings.weights = parse_tensors(json.at("weights"));
+  return bindings;
+}
+
+}  // namespace et_moe

@@ -1,0 +1,74 @@
+// What a program says of its methods, so that tensors are bound by name: the JSON that
+// backends/bindings.py writes.
+#pragma once
+
+#include <executorch/runtime/core/exec_aten/exec_aten.h>
+
+#include <cstdint>
+#include <map>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace et_moe {
+
+/// A contiguous tensor that a method takes or returns.
+struct TensorSpec {
+  std::string name;
+  executorch::aten::ScalarType dtype;
+  std::vector<int32_t> shape;      // upper bounds where a dimension varies from call to call
+  std::vector<int32_t> min_shape;  // lower bounds; equal to `shape` where nothing varies
+
+  /// Bytes of a tensor of the largest shape.
+  size_t nbytes() const;
+  /// Whether a tensor of this dtype and shape is one of these.
+  bool accepts(executorch::aten::ScalarType type, const int32_t* sizes, size_t rank) const;
+  /// Such as "Long [1, 2..2048]", for messages.
+  std::string describe() const;
+};
+
+/// An output, and its place among what the method of the program returns.
+struct OutputSpec : TensorSpec {
+  size_t index = 0;
+};
+
+/// Which output of a method is the next token, `int64 [1, 1]`, and which inputs of the next call
+/// follow from it: the token, `int64 [1, 1]`, and how many came before, `int64 [1]`.
+struct HandOver {
+  std::string token, tokens, position;
+};
+
+/// What a method takes and returns per call.
+struct MethodSpec {
+  std::vector<TensorSpec> inputs;  // in the order in which the program's method takes them
+  std::vector<OutputSpec> outputs;
+  std::optional<HandOver> hand_over;
+
+  /// Throws std::runtime_error, or an exception of nlohmann::json, that names what is wrong.
+  static MethodSpec parse(const nlohmann::json& method);
+};
+
+/// What the constant method `get_bindings` says of a program.
+struct Bindings {
+  std::map<std::string, MethodSpec> methods;
+  std::vector<TensorSpec> state;    // of one sequence; methods update it in place
+  std::vector<TensorSpec> weights;  // in the `.ptd`; shared by all methods
+
+  /// Throws like `MethodSpec::parse`.
+  static Bindings parse(const std::string& text);
+};
+
+/// Throws like `MethodSpec::parse`.
+std::vector<TensorSpec> parse_tensors(const nlohmann::json& list);
+
+/// Index of the tensor of a name; the number of tensors if there is none.
+template <typename Spec>
+size_t find_tensor(const std::vector<Spec>& tensors, std::string_view name) {
+  size_t i = 0;
+  while (i < tensors.size() && tensors[i].name != name) ++i;
+  return i;
+}
+
+}  // namespace et_moe

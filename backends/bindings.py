@@ -1,0 +1,105 @@
+"""What a program says of its methods, so that others bind tensors by name.
+
+The constant method `get_bindings` of a `.pte` returns one JSON object:
+
+    methods   method -> inputs, outputs and hand_over, see `describe_method`
+    state     tensors that belong to one sequence and that methods update in place
+    weights   tensors of the `.ptd`, shared by all methods
+
+A tensor is an object with `name`, `dtype` and `shape`. Where a dimension varies from call to call
+`shape` has its upper bounds, and `min_shape` its lower ones. `bindings.h` reads the same.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import torch
+
+from et_moe.backends.method_graph import MethodGraph
+
+TensorSpec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of tensors by name."""
+
+DTYPE_NAMES = {
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def describe_tensors(spec: TensorSpec) -> list[dict[str, object]]:
+    """The JSON of tensors whose shapes are fixed."""
+    return [
+        {"name": name, "dtype": DTYPE_NAMES[dtype], "shape": list(shape)}
+        for name, (dtype, shape) in spec.items()
+    ]
+
+
+def _describe_value(graph: MethodGraph, name: str, value: torch.Tensor) -> dict[str, object]:
+    limits = [graph.bounds(size) for size in value.shape]
+    (entry,) = describe_tensors({name: (value.dtype, tuple(high for _, high in limits))})
+    if any(low != high for low, high in limits):
+        entry["min_shape"] = [low for low, _ in limits]
+    return entry
+
+
+def describe_method(graph: MethodGraph, first_output: int = 0) -> dict[str, object]:
+    """The JSON of what a method takes and returns per call.
+
+    Args:
+        first_output: how many other tensors the program's method returns before its outputs.
+
+    Returns:
+        `inputs`: tensors, in the order in which the program's method takes them; a program for the
+        CPU takes the program's `state` and `weights` behind them.
+        `outputs`: tensors, each with its `index` among what the program's method returns.
+        `hand_over`: None, or the fields of `HandOver`.
+    """
+    nodes = graph.input_nodes()
+    outputs = graph.output_values().items()
+    return {
+        "inputs": [_describe_value(graph, n, nodes[n].meta["val"]) for n in graph.inputs],
+        "outputs": [
+            _describe_value(graph, name, value) | {"index": first_output + i}
+            for i, (name, value) in enumerate(outputs)
+        ],
+        "hand_over": None if graph.hand_over is None else dataclasses.asdict(graph.hand_over),
+    }
+
+
+def tensor_spec(graph: MethodGraph, names: list[str]) -> TensorSpec:
+    """Dtypes and shapes of inputs, state or weights of a graph, which must not vary."""
+    nodes = graph.input_nodes()
+    values = {name: nodes[name].meta["val"] for name in names}
+    return {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
+
+
+def get_bindings(
+    graphs: Mapping[str, MethodGraph], weights: TensorSpec, first_outputs: Mapping[str, int]
+) -> str:
+    """The text that the constant method `get_bindings` returns.
+
+    Args:
+        graphs: methods by name; all with the same state and weights.
+        weights: what the `.ptd` holds for them, in the order of the graphs' weights.
+        first_outputs: method -> see `describe_method`.
+
+    Raises:
+        ValueError: methods differ in state, or in names of weights.
+    """
+    specs = [(tensor_spec(graph, graph.state), graph.weights) for graph in graphs.values()]
+    if any(spec != (specs[0][0], list(weights)) for spec in specs):
+        raise ValueError(f"methods {list(graphs)} differ in state or weights")
+    return json.dumps(
+        {
+            "methods": {
+                name: describe_method(graph, first_outputs[name]) for name, graph in graphs.items()
+            },
+            "state": describe_tensors(specs[0][0]),
+            "weights": describe_tensors(weights),
+        }
+    )

@@ -1,0 +1,60 @@
+#include "backends/cuda/runtime/container.h"
+
+#include <memory>
+
+#include "backends/cuda/runtime/cuda.h"
+#include "backends/cuda/runtime/errors.h"
+
+namespace et_moe::cuda {
+namespace {
+
+/// The code for a failed call of the driver, of which compiled code tells the name only.
+Error code_of_driver_error(const std::string& text) {
+  const auto has = [&text](const char* name) { return text.find(name) != std::string::npos; };
+  if (has("CUDA_ERROR_OUT_OF_MEMORY")) return Error::MemoryAllocationFailed;
+  if (has("CUDA_ERROR_NO_BINARY_FOR_GPU")) return Error::NotSupported;
+  return Error::Internal;
+}
+
+}  // namespace
+
+Container::Container(const void* data, size_t size, const std::string& name)
+    : name_(name),
+      code_(data, size, name),
+      run_(code_.function<Run>("AOTInductorModelContainerRunSingleThreaded")),
+      delete_(code_.function<Delete>("AOTInductorModelContainerDelete")),
+      last_error_(code_.function<LastError>("AOTInductorGetLastError")) {
+  using Create = int32_t(void**, size_t, const char*, const char*);
+  auto* create = code_.function<Create>("AOTInductorModelContainerCreateWithDevice");
+  if (create(&handle_, 1, "cuda", nullptr) != 0) fail("the code " + name + " cannot be set up");
+}
+
+Container::~Container() { delete_(handle_); }
+
+void Container::fail(const std::string& what) const {
+  if (const auto cause = take_error()) {
+    throw DelegateError(cause->code(), what + ": " + cause->what());
+  }
+  const char* text = nullptr;
+  std::string message = what;
+  if (last_error_(&text) == 0 && text && *text) message += std::string(": ") + text;
+  const cudaError_t error = cudaGetLastError();
+  if (message.find("CUDA error: ") != std::string::npos && error != cudaSuccess) {
+    // The text lacks the name.
+    throw DelegateError(error_code(error), message + " (" + cudaGetErrorName(error) + ")");
+  }
+  throw DelegateError(code_of_driver_error(message), message);
+}
+
+std::vector<std::unique_ptr<Tensor>> Container::run(std::vector<std::unique_ptr<Tensor>> inputs,
+                                                    size_t count, cudaStream_t stream) const {
+  std::vector<Tensor*> handles, results(count);
+  for (auto& input : inputs) handles.push_back(input.release());
+  const int32_t status =
+      run_(handle_, handles.data(), handles.size(), results.data(), count, stream, nullptr);
+  for (Tensor* handle : handles) delete handle;  // the code made null those that it took over
+  if (status != 0) fail("the code " + name_ + " failed");
+  return {results.begin(), results.end()};
+}
+
+}  // namespace et_moe::cuda

@@ -1,0 +1,203 @@
+#include "runner/program.h"
+
+#include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
+#include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/platform/runtime.h>
+
+#include <stdexcept>
+#include <utility>
+
+#include "runner/log.h"
+#include "runner/sealed_file.h"
+
+namespace et_moe {
+namespace {
+
+using executorch::aten::ScalarType;
+using executorch::extension::from_blob;
+using executorch::extension::MallocMemoryAllocator;
+using executorch::extension::MmapDataLoader;
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
+using executorch::runtime::HierarchicalAllocator;
+using executorch::runtime::MemoryManager;
+using executorch::runtime::Method;
+using executorch::runtime::MethodMeta;
+using executorch::runtime::NamedDataMap;
+using executorch::runtime::Program;
+using executorch::runtime::Result;
+using executorch::runtime::Span;
+using executorch::runtime::TensorInfo;
+
+/// Whether a program's tensor has the dtype and the largest shape of a description.
+bool agrees(const Result<TensorInfo>& tensor, const TensorSpec& spec) {
+  if (!tensor.ok() || tensor->scalar_type() != spec.dtype) return false;
+  const auto sizes = tensor->sizes();
+  return std::vector<int32_t>(sizes.begin(), sizes.end()) == spec.shape;
+}
+
+}  // namespace
+
+struct LoadedMethod::Memory {
+  /// What an argument was last set to.
+  struct Argument {
+    const void* data = nullptr;
+    std::vector<int32_t> shape;
+  };
+
+  MallocMemoryAllocator allocator, temporary;
+  std::vector<std::vector<uint8_t>> planned;
+  std::vector<Span<uint8_t>> spans;
+  std::unique_ptr<HierarchicalAllocator> hierarchical;
+  std::unique_ptr<MemoryManager> manager;
+  std::optional<Method> method;
+  std::vector<Argument> arguments;
+};
+
+LoadedMethod::LoadedMethod() : memory_(std::make_unique<Memory>()) {}
+LoadedMethod::~LoadedMethod() = default;
+
+const MethodSpec& LoadedMethod::spec() const { return spec_; }
+
+void LoadedMethod::fail(const std::string& what) const {
+  throw std::runtime_error(path_ + ": method " + name_ + " " + what);
+}
+
+void LoadedMethod::check(const MethodMeta& meta, size_t bound) const {
+  if (meta.num_inputs() != spec_.inputs.size() + bound) {
+    fail("takes " + std::to_string(meta.num_inputs()) + " tensors, its bindings name " +
+         std::to_string(spec_.inputs.size() + bound));
+  }
+  for (size_t i = 0; i < spec_.inputs.size(); ++i) {
+    const TensorSpec& input = spec_.inputs[i];
+    if (!agrees(meta.input_tensor_meta(i), input)) {
+      fail("does not take the input " + input.name + ", " + input.describe() +
+           ", that its bindings name");
+    }
+  }
+  for (const OutputSpec& output : spec_.outputs) {
+    if (output.index >= meta.num_outputs() ||
+        !agrees(meta.output_tensor_meta(output.index), output)) {
+      fail("does not return the output " + output.name + ", " + output.describe() +
+           ", that its bindings name");
+    }
+  }
+}
+
+void LoadedMethod::set_argument(size_t index, const std::string& name, ScalarType dtype,
+                                const std::vector<int32_t>& shape, const void* data) {
+  auto& arguments = memory_->arguments;
+  if (index >= arguments.size()) fail("does not take the tensor " + name);
+  auto& known = arguments[index];
+  if (known.data == data && known.shape == shape) return;
+  // ExecuTorch keeps the address, not the tensor.
+  const auto tensor = from_blob(const_cast<void*>(data), {shape.begin(), shape.end()}, dtype);
+  if (memory_->method->set_input(EValue(*tensor), index) != Error::Ok) {
+    fail("does not take the tensor " + name + take_log());
+  }
+  known = {data, shape};
+}
+
+std::vector<const void*> LoadedMethod::run(const Call& call) {
+  for (size_t i = 0; i < spec_.inputs.size(); ++i) {
+    const TensorSpec& spec = spec_.inputs[i];
+    const Input* given = nullptr;
+    for (const Input& input : call.inputs) {
+      if (input.name == spec.name) given = &input;
+    }
+    if (!given || !spec.accepts(given->dtype, given->shape.data(), given->shape.size())) {
+      fail("is called without the input " + spec.name + ", " + spec.describe());
+    }
+    set_argument(i, spec.name, given->dtype, given->shape, given->data);
+  }
+  Method& method = *memory_->method;
+  if (const Error error = method.execute(); error != Error::Ok) {
+    fail(std::string("failed: ") + executorch::runtime::to_string(error) + take_log());
+  }
+  std::vector<const void*> outputs;
+  for (const std::string& name : call.outputs) {
+    const size_t i = find_tensor(spec_.outputs, name);
+    if (i == spec_.outputs.size()) fail("has no output " + name);
+    outputs.push_back(method.get_output(spec_.outputs[i].index).toTensor().const_data_ptr());
+  }
+  return outputs;
+}
+
+ProgramFile::ProgramFile(const std::string& path) : path_(path) {
+  executorch::runtime::runtime_init();
+  capture_log();
+  MappedFile file(path);
+  if (check_seal(file, path) != file.size() - kTrailerSize) {
+    throw std::runtime_error(path + ": damaged: its checksum does not cover all of it");
+  }
+  auto loader = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
+  if (!loader.ok()) throw std::runtime_error(path + ": cannot be mapped");
+  loader_.emplace(std::move(*loader));
+  auto program = Program::load(&*loader_, Program::Verification::InternalConsistency);
+  if (!program.ok()) throw std::runtime_error(path + ": not an ExecuTorch program" + take_log());
+  program_.emplace(std::move(*program));
+}
+
+ProgramFile::~ProgramFile() = default;
+
+std::unique_ptr<LoadedMethod> ProgramFile::load(const std::string& name,
+                                                const NamedDataMap* data) const {
+  const auto meta = program_->method_meta(name.c_str());
+  if (!meta.ok()) throw std::runtime_error(path_ + ": has no method " + name);
+  std::unique_ptr<LoadedMethod> loaded(new LoadedMethod());
+  loaded->path_ = path_;
+  loaded->name_ = name;
+  auto& memory = *loaded->memory_;
+  for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+    memory.planned.emplace_back(static_cast<size_t>(*meta->memory_planned_buffer_size(i)));
+    memory.spans.emplace_back(memory.planned.back().data(), memory.planned.back().size());
+  }
+  memory.hierarchical = std::make_unique<HierarchicalAllocator>(
+      Span<Span<uint8_t>>(memory.spans.data(), memory.spans.size()));
+  memory.manager = std::make_unique<MemoryManager>(&memory.allocator, memory.hierarchical.get(),
+                                                   &memory.temporary);
+  auto method = program_->load_method(name.c_str(), memory.manager.get(), nullptr, data);
+  if (!method.ok()) {
+    loaded->fail(std::string("cannot be loaded: ") +
+                 executorch::runtime::to_string(method.error()) + take_log());
+  }
+  memory.method.emplace(std::move(*method));
+  memory.arguments.resize(memory.method->inputs_size());
+  return loaded;
+}
+
+std::unique_ptr<LoadedMethod> ProgramFile::load_method(const std::string& name,
+                                                       const MethodSpec& spec, size_t bound,
+                                                       const NamedDataMap* data) const {
+  auto loaded = load(name, data);
+  loaded->spec_ = spec;
+  loaded->check(*program_->method_meta(name.c_str()), bound);
+  return loaded;
+}
+
+std::pair<std::unique_ptr<LoadedMethod>, EValue> ProgramFile::constant(
+    const std::string& name) const {
+  auto loaded = load(name, nullptr);
+  Method& method = *loaded->memory_->method;
+  if (method.outputs_size() != 1 || method.execute() != Error::Ok) {
+    throw std::runtime_error(path_ + ": " + name + " is not a constant method");
+  }
+  EValue value = method.get_output(0);
+  return {std::move(loaded), value};
+}
+
+int64_t ProgramFile::count(const std::string& name) const {
+  const auto [method, value] = constant(name);
+  if (!value.isInt() || value.toInt() < 0 || value.toInt() > INT32_MAX) {
+    throw std::runtime_error(path_ + ": " + name + " is not a count");
+  }
+  return value.toInt();
+}
+
+std::string ProgramFile::text(const std::string& name) const {
+  const auto [method, value] = constant(name);
+  if (!value.isString()) throw std::runtime_error(path_ + ": " + name + " is not a text");
+  return std::string(value.toString());
+}
+
+}  // namespace et_moe

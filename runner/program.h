@@ -1,0 +1,82 @@
+// A program file: its constants and its methods, by ExecuTorch's runtime.
+#pragma once
+
+#include <executorch/extension/data_loader/mmap_data_loader.h>
+#include <executorch/runtime/executor/program.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backends/bindings.h"
+#include "runner/call.h"
+
+namespace et_moe {
+
+/// A method that is loaded, with the memory it runs in. Not thread-safe.
+class LoadedMethod {
+ public:
+  ~LoadedMethod();
+
+  const MethodSpec& spec() const;
+
+  /// Makes the method read its `index`-th argument at `data`, which stays in place until the next
+  /// time this is called for the argument. Throws std::runtime_error that names the tensor.
+  void set_argument(size_t index, const std::string& name, executorch::aten::ScalarType dtype,
+                    const std::vector<int32_t>& shape, const void* data);
+
+  /// Runs the method on the inputs that it takes. Returns where the wanted outputs are, in the
+  /// order of `call.outputs`; they are there until the next run.
+  /// Throws std::runtime_error: an input or output that the call lacks or that does not fit, or
+  /// what the program says of its failure.
+  std::vector<const void*> run(const Call& call);
+
+ private:
+  friend class ProgramFile;
+  struct Memory;
+  LoadedMethod();
+  /// Throws std::runtime_error unless what the program says of the method agrees with `spec`.
+  void check(const executorch::runtime::MethodMeta& meta, size_t bound) const;
+  [[noreturn]] void fail(const std::string& what) const;
+
+  std::string path_, name_;
+  MethodSpec spec_;
+  std::unique_ptr<Memory> memory_;
+};
+
+/// A `.pte`, mapped and checked. Not thread-safe.
+class ProgramFile {
+ public:
+  /// Throws std::runtime_error that names the file and says what is wrong with it.
+  explicit ProgramFile(const std::string& path);
+  ~ProgramFile();
+
+  const std::string& path() const { return path_; }
+
+  /// What a constant method returns. Throws std::runtime_error if there is none of this name, or if
+  /// it returns something else than an integer from 0 to INT32_MAX, or than a text.
+  int64_t count(const std::string& name) const;
+  std::string text(const std::string& name) const;
+
+  /// Loads a method that takes the inputs of `spec` and, behind them, `bound` more arguments. It
+  /// must go before the program and before `data`, the weights as a delegate takes them.
+  /// Throws std::runtime_error that names method and tensor.
+  std::unique_ptr<LoadedMethod> load_method(
+      const std::string& name, const MethodSpec& spec, size_t bound,
+      const executorch::runtime::NamedDataMap* data = nullptr) const;
+
+ private:
+  /// The value that a constant method returns, and the method that owns it.
+  std::pair<std::unique_ptr<LoadedMethod>, executorch::runtime::EValue> constant(
+      const std::string& name) const;
+  std::unique_ptr<LoadedMethod> load(const std::string& name,
+                                     const executorch::runtime::NamedDataMap* data) const;
+
+  std::string path_;
+  std::optional<executorch::extension::MmapDataLoader> loader_;
+  std::optional<executorch::runtime::Program> program_;
+};
+
+}  // namespace et_moe

@@ -1,0 +1,92 @@
+"""Method graphs and what a program says of them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.export import Dim
+
+from et_moe.backends.bindings import describe_method, get_bindings, tensor_spec
+from et_moe.backends.method_graph import HandOver, MethodGraph
+
+HAND_OVER = HandOver("token", "tokens", "position")
+
+
+class Count(torch.nn.Module):
+    """A method with all that a method can have."""
+
+    def forward(self, tokens, position, cache, weight):
+        cache.add_(1)
+        scores = tokens[:, :1] * weight + position + cache
+        return scores, tokens[:, :1] + 1
+
+
+def graph(tokens: int = 1, dtype: torch.dtype = torch.int64, **changes) -> MethodGraph:
+    example = (torch.zeros((1, tokens), dtype=dtype), torch.zeros(1, dtype=torch.int64))
+    example += (torch.zeros(1), torch.zeros((1, 3)))
+    length = {1: Dim("T", min=2, max=16)} if tokens > 1 else None
+    program = torch.export.export(Count(), example, dynamic_shapes=(length, None, None, None))
+    names = {
+        "inputs": ["tokens", "position"],
+        "outputs": ["scores", "token"],
+        "state": ["cache"],
+        "weights": ["weight"],
+        "hand_over": HAND_OVER if tokens == 1 else None,
+    }
+    return MethodGraph(program=program, **{**names, **changes})
+
+
+def test_description() -> None:
+    assert describe_method(graph(8), first_output=1) == {
+        "inputs": [
+            {"name": "tokens", "dtype": "int64", "shape": [1, 16], "min_shape": [1, 2]},
+            {"name": "position", "dtype": "int64", "shape": [1]},
+        ],
+        "outputs": [
+            {"name": "scores", "dtype": "float32", "shape": [1, 3], "index": 1},
+            {"name": "token", "dtype": "int64", "shape": [1, 1], "index": 2},
+        ],
+        "hand_over": None,
+    }
+    assert describe_method(graph())["hand_over"] == dataclasses.asdict(HAND_OVER)
+
+
+def test_bindings_name_state_and_weights_once() -> None:
+    graphs = {"prefill": graph(8), "decode": graph()}
+    weights = {"weight": (torch.int8, (6, 3))}
+    bindings = json.loads(get_bindings(graphs, weights, {"prefill": 1, "decode": 0}))
+    assert bindings["state"] == [{"name": "cache", "dtype": "float32", "shape": [1]}]
+    assert bindings["weights"] == [{"name": "weight", "dtype": "int8", "shape": [6, 3]}]
+    for name, first in (("prefill", 1), ("decode", 0)):
+        assert bindings["methods"][name] == describe_method(graphs[name], first)
+
+
+def test_methods_must_agree() -> None:
+    for other in (graph(state=["other"]), graph(weights=["other"])):
+        graphs = {"prefill": graph(8), "decode": other}
+        spec = tensor_spec(graphs["prefill"], ["weight"])
+        with pytest.raises(ValueError, match="differ in state or weights"):
+            get_bindings(graphs, spec, dict.fromkeys(graphs, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state": ["cache", "another"]}, "the graph has 4 inputs, 5 are named"),
+        ({"outputs": ["token"]}, "the graph has 2 outputs, 1 are named"),
+        ({"weights": ["tokens"]}, r"inputs, state and weights are not unique: \['tokens'\]"),
+        ({"outputs": ["token", "token"]}, r"outputs are not unique: \['token'\]"),
+        ({"hand_over": HandOver("next", "tokens", "position")}, "no output next"),
+        ({"hand_over": HandOver("token", "cache", "position")}, "no input cache"),
+        (
+            {"hand_over": HandOver("scores", "tokens", "position")},
+            r"output scores is torch.float32 \[1, 3\], expected int64 \[1, 1\]",
+        ),
+        ({"dtype": torch.int32}, r"output token is torch.int32 \[1, 1\], expected int64 \[1, 1\]"),
+        ({"tokens": 8, "hand_over": HAND_OVER}, r"input tokens is .*, expected int64 \[1, 1\]"),
+    ],
+)
+def test_names_must_fit(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        graph(**changes)

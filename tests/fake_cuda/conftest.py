@@ -1,0 +1,82 @@
+"""Programs for the fake driver (see fake_cuda.h), and running them over it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory) -> Path:
+    """Folders of programs, see make_programs.py; exported once for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "fake_cuda_programs"
+    with FileLock(base / "fake_cuda_programs.lock"):
+        if not folder.exists():
+            env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            tests = FOLDER.parent
+            paths = (tests, tests / "backends" / "cuda", env.get("PYTHONPATH", ""))
+            env["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+            command = [sys.executable, FOLDER / "make_programs.py", folder]
+            subprocess.run(command, env=env, check=True)
+    return folder
+
+
+class Fake:
+    """Runs a build's programs over its fake driver."""
+
+    def __init__(self, build: Path, report: Path) -> None:
+        self._build, self._report = build, report
+
+    def run(
+        self, *command, preload: Path | None = None, stdin: str = "", **environment: str
+    ) -> subprocess.CompletedProcess:
+        """`environment`: of fake_cuda.h, without the prefix, in lower case."""
+        env = {"LD_PRELOAD": str(preload)} if preload else {}
+        env |= {f"ET_MOE_FAKE_CUDA_{k.upper()}": v for k, v in environment.items()}
+        env |= {"LD_LIBRARY_PATH": str(self._build / "tests/fake_cuda")}
+        env |= {"ET_MOE_FAKE_CUDA_REPORT": str(self._report)}
+        return subprocess.run(
+            [self._build / command[0], *map(str, command[1:])],
+            env=os.environ | env,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def runner(self, program: Path, *flags, ptd: Path | None = None, **environment):
+        files = ("--model_path", program / "model.pte", "--data_path", ptd or program / "model.ptd")
+        return self.run("runner/qwen3_5_moe_runner", *files, *flags, **environment)
+
+    def check(self, *command, tool: str = "fake_cuda/delegate_check", **environment: str) -> str:
+        """Output of a tool of the tests, which must succeed."""
+        done = self.run(f"tests/{tool}", *command, **environment)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    def report(self) -> dict:
+        return json.loads(self._report.read_text())
+
+
+@pytest.fixture
+def fake(build_dir: Path, tmp_path: Path) -> Fake:
+    return Fake(build_dir, tmp_path / "report.json")
+
+
+@pytest.fixture
+def sanitized(tmp_path: Path) -> Fake:
+    """Built with AddressSanitizer and UBSan: the preset `sanitize`, see scripts/test.sh."""
+    default = FOLDER.parent.parent / "build" / "sanitize"
+    folder = Path(os.environ.get("ET_MOE_SANITIZE_BUILD_DIR", default))
+    if not folder.is_dir():
+        pytest.fail(f"{folder}: no build found; run scripts/test.sh")
+    return Fake(folder, tmp_path / "report.json")
