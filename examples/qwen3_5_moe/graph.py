@@ -102,9 +102,15 @@ class SparseMoe(nn.Module):
         )
 
     def forward(self, x: Tensor, norm: Tensor, num_tokens: Tensor | None) -> Tensor:
-        further = {} if self.normalize else {"normalize": False}
         normed, weights, ids = et.moe_router(
-            x, norm, self.gate.weight, self.top_k, self.shared, self.eps, num_tokens, **further
+            x,
+            norm,
+            self.gate.weight,
+            self.top_k,
+            self.shared,
+            self.eps,
+            num_tokens,
+            self.normalize,
         )
         return self.experts(normed, weights, ids, residual=x)
 

@@ -5,29 +5,41 @@ PYTHONPATH.
 
 FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activations, FOLDER/cuda
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
-it. FOLDER/small gets programs with two methods of `lowering_methods`, cpu.pte and cuda.pte, weights
+it. FOLDER/next gets the same of a small Qwen3-Next. FOLDER/small gets programs with two methods of `lowering_methods`, cpu.pte and cuda.pte, weights
 of two kinds for each, such as cuda.0.ptd, and kernels.json.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
-from checkpoints import SMALL_FOR_CUDA, storages
+from checkpoints import SMALL_FOR_CUDA
 from lowering_methods import WEIGHTS, Small, method, scores
 
 from et_moe.backends.cpu import lowering
 from et_moe.backends.cuda import backend as cuda
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
-from et_moe.examples.qwen3_5_moe.model import MODEL
+from et_moe.examples.qwen3_5_moe.model import MODEL as QWEN3_5_MOE
+from et_moe.examples.qwen3_next.model import MODEL as QWEN3_NEXT
 from et_moe.pipeline import export
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.models import Model
 from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import choose_storages
 
 MAX_PREFILL_TOKENS = 16
 """Short, so that a prompt of some tens of tokens takes several calls."""
+
+# One layer has a dense MLP, the other a mixture whose weights do not add up to 1.
+NEXT_FOR_CUDA = SMALL_FOR_CUDA | {
+    "intermediate_size": 64,
+    "mlp_only_layers": [0],
+    "norm_topk_prob": False,
+    "num_experts": 8,
+}
 
 
 def _weights(seed: int) -> dict[str, torch.Tensor]:
@@ -59,12 +71,21 @@ def make_small(folder: Path) -> None:
                     writer.write(key, tensor)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    make_small(folder / "small")
-    make_checkpoint(folder / "checkpoint", MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
-    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
-    export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
+def _turned(methods):
+    """A model's `methods` with their inputs in the opposite order: nothing may depend on it."""
+
+    def turned(self, config, max_prefill_tokens):
+        given = methods(self, config, max_prefill_tokens)
+        return {name: replace(method, inputs=method.inputs[::-1]) for name, method in given.items()}
+
+    return turned
+
+
+def export_model(folder: Path, model: Model, overrides: dict[str, object]) -> None:
+    """A random model for the CPU and for CUDA, whose methods take their inputs turned around."""
+    make_checkpoint(folder / "checkpoint", model, "tiny", seed=3, overrides=overrides)
+    checkpoint = Checkpoint(folder / "checkpoint")
+    source = QuantizedCheckpoint(checkpoint, choose_storages(model.parts, group_size=32))
     for backend in ("cpu", "cuda"):
         options = export.ExportOptions(
             backend=backend,
@@ -73,9 +94,18 @@ def main() -> None:
             cuda_archs=("sm_90",),
             debug_sidecar=backend == "cuda",
         )
-        inputs = {m: i[::-1] if backend == "cuda" else i for m, i in export.INPUTS.items()}
-        with mock.patch.object(export, "INPUTS", inputs):
+        kind = type(model)
+        methods = _turned(kind.methods) if backend == "cuda" else kind.methods
+        with mock.patch.object(kind, "methods", methods):
             export.export(source, folder / backend, options)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    make_small(folder / "small")
+    export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
+    export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA)
+    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,14 @@ def test_executed_tokens_are_those_of_the_cpu(fake, programs, build_dir, graph: 
 
 
 @pytest.mark.timeout(900)
+def test_executed_tokens_of_qwen3_next(fake, programs, build_dir) -> None:
+    sidecar = str(programs / "next/cuda/kernels.json")
+    done = fake.runner(programs / "next/cuda", *flags(SHORT, 3), execute=sidecar)
+    assert done.returncode == 0, done.stderr
+    assert tokens(done.stdout) == cpu_tokens(build_dir, programs / "next", SHORT, 3)
+
+
+@pytest.mark.timeout(900)
 def test_executed_sessions_do_not_see_each_other(fake, programs, build_dir) -> None:
     sidecar = str(programs / "cuda/kernels.json")
     prompts = [LONG, SHORT]
