@@ -5,8 +5,9 @@ PYTHONPATH.
 
 FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activations, FOLDER/cuda
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
-it. FOLDER/next gets the same of a small Qwen3-Next. FOLDER/small gets programs with two methods of `lowering_methods`, cpu.pte and cuda.pte, weights
-of two kinds for each, such as cuda.0.ptd, and kernels.json.
+it. FOLDER/next gets the same of a small Qwen3-Next. FOLDER/small gets programs with two methods of
+`lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and
+kernels.json.
 """
 
 import sys
