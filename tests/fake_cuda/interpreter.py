@@ -21,14 +21,16 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
 import triton
 import triton.language as tl
+import triton_interpreter
 from torch._inductor.runtime import triton_helpers
 from triton.runtime import interpreter
 
@@ -205,19 +207,12 @@ class Server:
             return f"{type(e).__name__}: {e}"
 
 
-def _patch_once() -> Callable:
-    """Makes the interpreter change Triton's language once, not at every call of a function."""
-    for function in (_exp, tl.zeros):  # a kernel's `tl`, and the `core` of Triton's own functions
-        interpreter._patch_lang(function.fn)
-    return lambda function: interpreter._LangPatchScope()
-
-
 def main() -> None:
     sidecar, connection, file, base, size = sys.argv[1:]
     memory = Memory(int(file), int(base), int(size))
     triton_helpers.libdevice = Libdevice
     interpreter._interpreter = CheckedInterpreter(interpreter._interpreter, memory)
-    interpreter._patch_lang = _patch_once()
+    triton_interpreter.install()
     with (
         socket.socket(fileno=int(connection)) as stream,
         stream.makefile("rw") as lines,

@@ -2,12 +2,8 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
-from triton.runtime import interpreter
 
 from et_moe.backends.cuda.triton import tuning
 
@@ -43,24 +39,3 @@ def reconfigure(monkeypatch) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _round_to_bf16():
-    """The interpreter truncates float32 to bf16; a GPU rounds to the nearest, ties to even."""
-    if not triton.knobs.runtime.interpret:
-        yield
-        return
-    builder = interpreter.InterpreterBuilder
-    original = builder.cast_impl
-
-    def cast(self, source, target):
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return original(self, source, target)
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-        bits = rounded.view(torch.int16).numpy().view(np.uint16)
-        return interpreter.TensorHandle(bits, tl.bfloat16)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "cast_impl", cast)
-        yield
