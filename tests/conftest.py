@@ -10,6 +10,10 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, its own functions at its first import. What
     # compiles kernels does so in a process of its own.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Tensors are small, and pytest-xdist has a process for every core. Threads of torch, here and
+    # in what tests start, would spend most of their time waiting for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 REPO = Path(__file__).resolve().parent.parent
 
