@@ -34,7 +34,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def gaussian_w4(count, rows, columns, group):
-    return ops.quantize_w4(torch.randn(count, rows, columns) * columns**-0.5, group)
+    return ops.quantize_w4(torch.randn(count, rows, columns) * columns**-0.5, group, "minmax")
 
 
 def random_w4(count, rows, columns, group):
