@@ -1,31 +1,24 @@
-"""What INT8 activations cost in accuracy: the same bundle run with INT8 and with bf16 activations.
-
-    python -m et_moe.benchmarks.activations --bundle DIR --out benchmarks/activations
+"""What INT8 activations cost in accuracy: one bundle, run with INT8 and with bf16 activations.
 
 One prefill of random token ids goes through the model twice, layer by layer, with one layer of the
 bundle in memory. Per layer: the relative L2 error of the mixture of experts' output (without the
 residual) on one and the same input, that of the run with bf16 activations; and how far the hidden
 states of the two runs have come apart. At the end: at how many positions both have the same
-likeliest token. On a GPU the Triton kernels compute, else the ops' eager references. Writes
-`<out>.json` and `.md`.
+likeliest token. On a GPU the Triton kernels compute, else the ops' eager references.
 """
 
 import contextlib
 import dataclasses
-import json
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from et_moe.backends.atomic_file import write_file
+from et_moe.benchmarks.report.activations import cells
+from et_moe.benchmarks.result import provenance, write_result
 from et_moe.examples.qwen3_5_moe import graph as qwen
 from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.config import ConfigError
@@ -201,40 +194,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error
 
 
-def report(result: dict) -> str:
-    """Markdown."""
-    errors = [row["moe_error"] for row in result["layers"]]
-    lines = [
-        f"# INT8 against bf16 activations on {result['device']}",
-        "",
-        f"`{result['command']}`: {result['tokens']} positions, {result['kernels']}.",
-        "",
-        f"Mixture of experts on the same input: mean error {sum(errors) / len(errors):.3%}, "
-        f"largest {max(errors):.3%}. Top-1 agreement {result['top1_agreement']:.2%}, relative "
-        f"error of the logits {result['logits_error']:.3%}.",
-        "",
-        "| layer | kind | MoE output, same input | hidden state of the two runs |",
-        "|--:|---|--:|--:|",
-    ]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["layers"]]
-    return "\n".join(lines) + "\n"
+def measure(bundle: Path, tokens: int, seed: int, out: Path) -> None:
+    """Compares on the first GPU, or on the CPU where there is none.
 
-
-def cells(row: dict) -> list[str]:
-    """A layer's row as text."""
-    errors = (f"{row[key]:.3%}" for key in ("moe_error", "hidden_error"))
-    return [str(row["layer"]), row["kind"], *errors]
-
-
-def main(
-    bundle: Annotated[Path, typer.Option(help="Folder of `et-moe quantize`.")],
-    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path(
-        "benchmarks/activations"
-    ),
-    tokens: Annotated[int, typer.Option(help="Positions to compare.", min=2)] = 1600,
-    seed: Annotated[int, typer.Option(help="Of the token ids.")] = 0,
-) -> None:
-    """Compares on the first GPU, or on the CPU where there is none."""
+    Args:
+        bundle: folder of INT4 weights.
+        tokens: positions to compare; seed: of their random token ids.
+    """
     source, gpu = Bundle(bundle), torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -245,28 +211,11 @@ def main(
         for row in comparison.run(ids):
             print(row, flush=True)
             rows.append(row)
-    result = {
-        "command": shlex.join(["python", "benchmarks/activations.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if gpu else "CPU",
-        "kernels": "Triton kernels" if gpu else "eager references",
-        "torch": torch.__version__,
-        "tokens": tokens,
-        "seed": seed,
-        **rows.pop(),
-        "layers": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
-    write_file(out.with_suffix(".md"), report(result).encode())
+    head = {"kernels": "Triton kernels" if gpu else "eager references"}
+    head |= {"tokens": tokens, "seed": seed, **rows.pop()}
+    write_result(out, provenance() | head | {"layers": rows})
     table = Table("layer", "kind", "MoE output, same input", "hidden state of the two runs")
     for row in rows:
         table.add_row(*cells(row))
     Console(width=110).print(table)
-    print(f"top-1 agreement {result['top1_agreement']:.2%} over {tokens} positions")
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ConfigError as e:
-        sys.exit(f"error: {e}")
+    print(f"top-1 agreement {head['top1_agreement']:.2%} over {tokens} positions")

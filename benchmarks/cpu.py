@@ -1,8 +1,6 @@
 """Decode speed of an exported model through the runner against Hugging Face eager.
 
-Both run greedily on this machine, one after the other, in this one run:
-
-    python -m et_moe.benchmarks.cpu [--model-dir DIR] [--program-dir DIR] [--tokens N]
+Both run greedily on this machine, one after the other.
 """
 
 import json
@@ -13,13 +11,12 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
 from transformers import AutoModelForCausalLM
 
-REPO = Path(__file__).resolve().parent.parent
+from et_moe.benchmarks.result import RUNNER
 
 
 def runner_rates(program: Path, prompt: list[int], tokens: int, iterations: int) -> list[float]:
@@ -28,7 +25,7 @@ def runner_rates(program: Path, prompt: list[int], tokens: int, iterations: int)
         stats = Path(folder, "stats.json")
         subprocess.run(
             [
-                REPO / "build/runner/qwen3_5_moe_runner",
+                RUNNER,
                 f"--model_path={program / 'model.pte'}",
                 f"--data_path={program / 'model.ptd'}",
                 f"--prompt_ids={','.join(map(str, prompt))}",
@@ -63,13 +60,13 @@ def eager_rates(model, prompt: list[int], tokens: int, iterations: int) -> list[
     return [(tokens - 1) / (generate(tokens) - generate(1)) for _ in range(iterations)]
 
 
-def main(
-    model_dir: Annotated[Path, typer.Option()] = REPO / "examples/qwen3_5_moe/demo_checkpoint",
-    program_dir: Annotated[Path, typer.Option()] = REPO / "build/demo",
-    tokens: Annotated[int, typer.Option(help="Tokens generated per run.")] = 64,
-    iterations: Annotated[int, typer.Option()] = 5,
-) -> None:
-    """Prints tokens per second of both (median, lowest, highest) and the ratio."""
+def measure(model_dir: Path, program_dir: Path, tokens: int, iterations: int) -> None:
+    """Prints tokens per second of both (median, lowest, highest) and the ratio.
+
+    Args:
+        model_dir: the checkpoint; program_dir: its program for the CPU.
+        tokens: generated per run; iterations: runs of each.
+    """
     if not (program_dir / "model.pte").is_file():
         raise typer.BadParameter(
             f"{program_dir / 'model.pte'} is missing; scripts/demo.sh makes it"
@@ -84,7 +81,3 @@ def main(
         low, high = min(rates), max(rates)
         print(f"  {name:<20} {statistics.median(rates):8.1f}  ({low:.1f} to {high:.1f})")
     print(f"  ratio                {statistics.median(ours) / statistics.median(eager):8.1f}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,7 +1,7 @@
 // Writes every kernel that a process runs to the file that ET_MOE_KERNEL_TRACE names: start and end
 // in nanoseconds, name, separated by tabs. The CUDA driver loads this library into a process that
 // runs with CUDA_INJECTION64_PATH=<this library>, and calls InitializeInjection. Kernels of a CUDA
-// graph are listed one by one. kernel_profile.py builds and uses it.
+// graph are listed one by one. profile.py builds and uses it.
 
 #include <cupti.h>
 

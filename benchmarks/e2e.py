@@ -1,51 +1,43 @@
-"""Times an exported program through the runner: prefill, decode, time to first token, memory.
+"""Times exported programs through the runner: prefill, decode, time to first token, memory.
 
-    python -m et_moe.benchmarks.e2e --program int8=DIR --program bf16=DIR --out benchmarks/e2e
-
-A program is named after the dtype of its MoE activations; where its context does not hold prompt
-and generated tokens (`et-moe export --max-seq-len 4608` does), fewer are generated, and the table
-says how many. Each measured run is one of `--num_iters` iterations of `qwen3_5_moe_runner`, greedy,
-on random prompt ids, with and without CUDA graphs. On a GPU, bytes and operations per second come
-from the cost model (`roofline.py`) and the measured times, and are compared with the GPU's measured
-roof; one prefill and one decoded token are profiled kernel by kernel. Works for a CPU program too,
-without these. Writes `<out>.json`, `.md` and `.png`.
+A program is named after the dtype of its activations; where its context does not hold prompt and
+generated tokens (`et-moe export --max-seq-len 4608` does), fewer are generated, and the result says
+how many. Each measured run is one of the iterations of `qwen3_5_moe_runner`, greedy, on random
+prompt ids, with and without CUDA graphs. On a GPU, bytes and operations per second come from the
+cost model (`roofline.py`) and the measured times, and are compared with the GPU's measured roof;
+one prefill and one decoded token are profiled kernel by kernel. A CPU program is timed without
+these.
 """
 
 import dataclasses
 import json
 import multiprocessing
-import os
-import platform
 import random
-import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from et_moe.backends.atomic_file import write_file
 from et_moe.benchmarks import roofline
-from et_moe.benchmarks.e2e_report import COLUMNS, cells, plot, report
-from et_moe.benchmarks.kernel_profile import DECODE_CALLS, profile
+from et_moe.benchmarks.profile import DECODE_CALLS, profile
+from et_moe.benchmarks.report.e2e import COLUMNS, cells
+from et_moe.benchmarks.result import provenance, write_result
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.pipeline.export import MAX_PREFILL_TOKENS
-from et_moe.pipeline.models import load_config, parse_config
 
-REPO = Path(__file__).resolve().parent.parent
 ACTIVATIONS = ("int8", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """An exported program and the dtype of its MoE activations."""
+    """An exported program and the dtype of its activations."""
 
     activations: str
     folder: Path
@@ -62,7 +54,12 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """The runner's binary and how often it repeats a measurement."""
+    """The runner's binary and how often it repeats a measurement.
+
+    Attributes:
+        warmup: runs before those that count; iterations: those that count.
+        vocabulary: size that random prompt ids are drawn from.
+    """
 
     binary: Path
     warmup: int
@@ -72,6 +69,7 @@ class Runner:
     def command(
         self, program: Program, prompt: int, new_tokens: int, cuda_graph: bool
     ) -> list[str | Path]:
+        """A command line with a random prompt of some length, the same each time."""
         ids = random.Random(prompt).choices(range(self.vocabulary), k=prompt)
         return [
             self.binary,
@@ -190,7 +188,7 @@ def _gpu() -> dict:
     from et_moe.benchmarks.kernels import measure_roof
 
     roof = measure_roof(torch.device("cuda"))
-    return {"name": torch.cuda.get_device_name(), "roof": roof, "torch": torch.__version__}
+    return {"name": torch.cuda.get_device_name(), "roof": roof}
 
 
 def measure_gpu() -> dict | None:
@@ -208,7 +206,7 @@ def measure_all(
     new_tokens: int,
     c: ModelConfig,
     gpu: dict | None,
-):
+) -> Iterator[dict]:
     """Yields a row per program, prompt and use of CUDA graphs (which a CPU program has not)."""
     for program in programs:
         on_gpu = True
@@ -228,60 +226,39 @@ def measure_all(
                 yield row
 
 
-def _save(result: dict, out: Path) -> None:
-    write_file(out.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
-    write_file(out.with_suffix(".md"), report(result).encode())
+def measure(
+    runner: Runner,
+    programs: list[Program],
+    prompts: list[int],
+    new_tokens: int,
+    profile_prompt: int,
+    c: ModelConfig,
+    out: Path,
+) -> bool:
+    """Measures every program, and writes `out` after each row.
 
+    Args:
+        prompts: their lengths.
+        new_tokens: tokens generated after each.
+        profile_prompt: length of the prompt that is profiled on a GPU.
+        c: the programs' shape.
 
-def main(
-    program: Annotated[list[str], typer.Option(help="int8=DIR or bf16=DIR; repeatable.")],
-    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path(
-        "benchmarks/e2e"
-    ),
-    prompts: Annotated[str, typer.Option(help="Prompt lengths.")] = "128,512,1600,4096",
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated per run.", min=2)] = 512,
-    warmup: Annotated[int, typer.Option(min=1)] = 2,
-    num_iters: Annotated[int, typer.Option(min=1)] = 5,
-    profile_prompt: Annotated[int, typer.Option(help="Prompt length of the profile.")] = 1600,
-    model_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the model's config.json; default the 35B shape.")
-    ] = None,
-    runner: Annotated[Path, typer.Option(help="The runner's binary.")] = (
-        REPO / "build/runner/qwen3_5_moe_runner"
-    ),
-) -> None:
-    """Measures every program; exits with 1 if a measurement failed."""
-    programs = [Program.parse(text) for text in program]
-    c = load_config(model_dir) if model_dir else parse_config({"model_type": "qwen3_5_moe"})
-    driver, gpu = Runner(runner, warmup, num_iters, c.vocab_size), measure_gpu()
-    processor = platform.processor() or platform.machine()
-    result = {
-        "command": shlex.join(["python", "benchmarks/e2e.py", *sys.argv[1:]]),
-        "machine": gpu["name"] if gpu else f"{processor}, {os.cpu_count()} cores",
-        "gpu": gpu,
-        "rows": [],
-        "profiles": [],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lengths = [int(m) for m in prompts.split(",")]
-    for row in measure_all(driver, programs, lengths, new_tokens, c, gpu):
+    Returns:
+        Whether no measurement failed.
+    """
+    gpu = measure_gpu()
+    result: dict = provenance() | {"gpu": gpu, "rows": [], "profiles": []}
+    for row in measure_all(runner, programs, prompts, new_tokens, c, gpu):
         result["rows"].append(row)
         print(" | ".join(cells(row)), flush=True)
-        _save(result, out)
+        write_result(out, result)
     for entry in programs:
         if any(r["activations"] == entry.activations and r.get("gpu") for r in result["rows"]):
-            made = driver.profile(entry, profile_prompt)
             head = {"activations": entry.activations, "prompt": profile_prompt}
-            result["profiles"].append(head | made)
-            _save(result, out)
+            result["profiles"].append(head | runner.profile(entry, profile_prompt))
+            write_result(out, result)
     table = Table(*COLUMNS)
     for row in result["rows"]:
         table.add_row(*cells(row))
     Console(width=170).print(table)
-    plot(result, out.with_suffix(".png"))
-    if any("error" in row for row in result["rows"]):
-        raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return not any("error" in row for row in result["rows"])

@@ -1,10 +1,6 @@
 """Peak resident memory of quantizing and exporting a checkpoint of the published width.
 
-    python -m et_moe.benchmarks.memory --layers 4 --layers 8 FOLDER
-
-FOLDER takes 3 GB per layer, removed again. Prints a line per command and exits with 1 if one takes
-more than 8 GB, or if layers beyond the first few make it grow. A small form of this, for any layer
-width, is part of the tests (tests/examples/measure_memory.py).
+A small form of this, for any layer width, is part of the tests (tests/pipeline/measure_memory.py).
 """
 
 import os
@@ -12,11 +8,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 LIMIT = 8e9
+"""Bytes that no command may exceed."""
 GROWTH = 0.3e9
 """Bytes by which the peaks for two numbers of layers may differ: a fifth of a layer in bf16."""
 
@@ -30,11 +24,12 @@ def peak(*arguments: object) -> float:
     return usage.ru_maxrss * 1024.0
 
 
-def main(
-    folder: Annotated[Path, typer.Argument(help="Where to put the files.")],
-    layers: Annotated[list[int], typer.Option(help="Sizes to compare.")] = [4],  # noqa: B006
-) -> None:
-    """Measures every command for every number of layers."""
+def measure(folder: Path, layers: list[int]) -> bool:
+    """Measures every command for every number of layers, and prints a line each.
+
+    Returns:
+        Whether none takes more than `LIMIT`, or grows with the number of layers.
+    """
     peaks: dict[str, list[float]] = {"make-checkpoint": [], "quantize": [], "export": []}
     for count in layers:
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -50,8 +45,4 @@ def main(
                 print(f"{count} layers, {command[0]}: {gigabytes:.2f} GB", flush=True)
     too_large = max(max(values) for values in peaks.values()) > LIMIT
     grows = any(max(values) - min(values) > GROWTH for values in peaks.values())
-    raise typer.Exit(1 if too_large or grows else 0)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return not (too_large or grows)

@@ -1,24 +1,18 @@
 """Bytes, operations and launches of Qwen3.5 MoE on a GPU, derived from shapes alone.
 
-    python -m et_moe.benchmarks.roofline --tokens 1600 --bandwidth 4.3 --int8 1600
-
 A kernel takes at least the time of its bytes or that of its operations. Every tensor is read or
 written once; what a kernel reads again is assumed to come from the L2 cache. Scales of INT4 groups
 count, those of INT8 rows do not.
 """
 
 import dataclasses
-from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
 from et_moe.backends.cuda.triton.linear.decode import supports_k
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
-from et_moe.pipeline.models import load_config, parse_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,20 +197,16 @@ def model(m: int, c: ModelConfig, context: int = 0) -> list[Kernel]:
     return kernels + linear("lm_head", 1, c.hidden_size, c.vocab_size, False) + sample(c)
 
 
-def main(
-    tokens: Annotated[int, typer.Option(help="Prompt length.", min=2)] = 1600,
-    context: Annotated[int, typer.Option(help="Cached tokens in decode.", min=0)] = 1600,
-    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth, TB/s.")] = 4.3,
-    int8: Annotated[float, typer.Option(help="INT8 tensor cores, tera operations/s.")] = 1600.0,
-    bf16: Annotated[float, typer.Option(help="bf16 tensor cores, tera operations/s.")] = 800.0,
-    launch: Annotated[float, typer.Option(help="Microseconds between two kernels.")] = 1.2,
-    model_dir: Annotated[
-        Path | None, typer.Option(help="Folder of a config.json; default the 35B shape.")
-    ] = None,
+def print_costs(
+    tokens: int, context: int, roof: dict[str, float], launch: float, c: ModelConfig
 ) -> None:
-    """Prints the cost of a layer of each kind and of the model, in decode and prefill."""
-    c = load_config(model_dir) if model_dir else parse_config({"model_type": "qwen3_5_moe"})
-    roof = (bandwidth * 1e12, int8 * 1e12, bf16 * 1e12)
+    """Prints the cost of a layer of each kind and of the model, in decode and prefill.
+
+    Args:
+        tokens: length of the prompt; context: cached tokens in decode.
+        roof: as the arguments of `Kernel.seconds`.
+        launch: microseconds between two kernels.
+    """
     console = Console(width=110)
     for title, m, cached in (("decode", 1, context), ("prefill", tokens, 0)):
         table = Table(
@@ -225,22 +215,18 @@ def main(
         for kind in dict.fromkeys(c.layer_types):
             kernels = layer(kind, m, c, cached)
             for k in kernels:
-                row = (k.bytes / 1e6, k.int8 / 1e9, k.bf16 / 1e9, k.seconds(*roof) * 1e6)
+                row = (k.bytes / 1e6, k.int8 / 1e9, k.bf16 / 1e9, k.seconds(**roof) * 1e6)
                 table.add_row(k.name, *(f"{value:.2f}" for value in row))
-            least = sum(k.seconds(*roof) for k in kernels) * 1e6
+            least = sum(k.seconds(**roof) for k in kernels) * 1e6
             moved = sum(k.bytes for k in kernels) / 1e6
             name = f"{kind}: {len(kernels)} launches"
             table.add_row(name, f"{moved:.2f}", "", "", f"{least:.2f}", end_section=True)
         console.print(table)
         kernels = model(m, c, cached)
-        work = sum(k.seconds(*roof) for k in kernels)
+        work = sum(k.seconds(**roof) for k in kernels)
         gaps = len(kernels) * launch * 1e-6
         print(
             f"{title}: {sum(k.bytes for k in kernels) / 1e9:.2f} GB, {len(kernels)} launches, "
             f"at least {work * 1e3:.3f} ms = {m / work:.0f} tokens/s; "
             f"{m / (work + gaps):.0f} with {launch} us per launch"
         )
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -13,7 +13,7 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.benchmarks import roofline
-from et_moe.benchmarks.gpu_timing import launched_as_in_programs, microseconds, rotations
+from et_moe.benchmarks.timing import launched_as_in_programs, microseconds, rotations
 
 CONFIGS = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8))
 """Words of 4 bytes that a program reads, and its warps: 2 to 8 loads of 16 bytes per thread."""

@@ -1,4 +1,4 @@
-"""What `bench_kernels.py` compares: our kernels and the ExecuTorch wheel's, at true shapes."""
+"""What `kernels.py` compares: our kernels and the ExecuTorch wheel's, at true shapes."""
 
 import dataclasses
 import importlib
@@ -15,7 +15,8 @@ from et_moe.backends.cuda.triton.moe import op as moe
 from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 from et_moe.backends.cuda.triton.router.op import moe_router
 from et_moe.backends.cuda.triton.sampling.op import sample
-from et_moe.benchmarks import peer_attention, roofline
+from et_moe.benchmarks import roofline
+from et_moe.benchmarks.peers import attention as peer_attention
 from et_moe.pipeline.models import parse_config
 
 GROUP = 128

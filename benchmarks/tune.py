@@ -1,6 +1,6 @@
 """Fills `backends/cuda/triton/tuning/*.json` for the GPU at hand.
 
-    python -m et_moe.benchmarks.tune --tables linear_w4a8,linear_gemv
+    python -m et_moe.benchmarks tune --tables linear_w4a8,linear_gemv
 
 For every table, and every size by which the cases of its ops look it up, each candidate (and the
 configuration in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are
@@ -17,20 +17,16 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Annotated
 from unittest import mock
 
 import torch
-import typer
 
 from et_moe.backends.cuda.triton import tuning
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.cases.lookups import record_lookups
 from et_moe.backends.cuda.triton.cases.op_case import OpCase
 from et_moe.backends.cuda.triton.cases.table import OP_CASES, TUNING_CANDIDATES
-from et_moe.benchmarks.gpu_timing import launched_as_in_programs, microseconds, require_gpu, rotated
-
-DEFAULT_TOKENS = "1,2,4,8,16,64,256,1024,4095"
+from et_moe.benchmarks.timing import launched_as_in_programs, microseconds, require_gpu, rotated
 
 
 def uses(table: str, counts: list[int]) -> dict[int, list]:
@@ -138,20 +134,20 @@ def save(name: str, gpu: str, entries: list[tuning.Entry]) -> None:
     tuning.read_table.cache_clear()
 
 
-def main(
-    tables: Annotated[str, typer.Option(help="Tables to tune, by commas; default all.")] = "",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens to tune for.")] = DEFAULT_TOKENS,
-    dry_run: Annotated[bool, typer.Option(help="Print, but do not change the tables.")] = False,
-) -> None:
-    """Tunes on the first GPU and writes entries under its name."""
+def tune_tables(tables: list[str] | None, counts: list[int], dry_run: bool) -> None:
+    """Tunes on the first GPU, and writes entries under its name unless it is a `dry_run`.
+
+    Args:
+        tables: names, or None for all.
+        counts: numbers of tokens to tune for.
+    """
     device = require_gpu()
     gpu = torch.cuda.get_device_name()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    chosen = tables.split(",") if tables else list(TUNING_CANDIDATES)
+    chosen = tables or list(TUNING_CANDIDATES)
     if unknown := set(chosen) - set(TUNING_CANDIDATES):
         known = sorted(TUNING_CANDIDATES)
         raise SystemExit(f"no candidates for {sorted(unknown)}: expected of {known}")
-    counts = [int(m) for m in tokens.split(",")]
     work = {table: uses(table, counts) for table in chosen}
     compile_all(
         [
@@ -172,7 +168,3 @@ def main(
             found[size] = config
         if found and not dry_run:
             save(table, gpu, merge(found))
-
-
-if __name__ == "__main__":
-    typer.run(main)

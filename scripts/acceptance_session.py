@@ -1,11 +1,9 @@
-"""Steps that are timed, logged and reported one by one, and the machine they run on."""
+"""Steps that are timed, logged and reported one by one."""
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import time
@@ -15,9 +13,9 @@ from pathlib import Path
 from et_moe.backends.atomic_file import write_file
 
 REPO = Path(__file__).resolve().parent.parent
-VERSIONS = ("torch", "triton", "transformers", "numpy", "executorch")
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
-"""Of all commands. Where torch sees no GPU, tests of kernels must not pass in the interpreter."""
+"""Variables of all commands. Where torch sees no GPU, tests of kernels must not pass in Triton's
+interpreter."""
 
 
 class StepFailed(RuntimeError):
@@ -171,44 +169,3 @@ def run_steps(steps: Sequence[Step], session: Session, report: dict, path: Path)
             failed = any(s["status"] == "failed" for s in report["steps"])
             report["status"] = "failed" if failed else "passed"
         write_file(path, (json.dumps(report, indent=1) + "\n").encode())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def describe_machine() -> dict:
-    """GPU, driver and versions.
-
-    Raises:
-        RuntimeError: no NVIDIA GPU.
-    """
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap"]
-    try:
-        done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
-        values = done.stdout.splitlines()[0].split(", ") if done.returncode == 0 else []
-    except (OSError, IndexError):
-        values = []
-    if len(values) != 4:
-        raise RuntimeError("no NVIDIA GPU found: nvidia-smi does not name one")
-    keys = ("gpu", "driver", "memory", "compute_capability")
-    versions = {name: _version(name) for name in VERSIONS}
-    system = {"python": platform.python_version(), "system": platform.platform()}
-    return dict(zip(keys, values, strict=True)) | system | {"versions": versions}
-
-
-def commit() -> dict[str, str | bool | None]:
-    """Git commit of the sources, and whether files differ from it; None where git cannot tell."""
-    values = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(["git", *arguments], cwd=REPO, capture_output=True, text=True)
-        except OSError:
-            return {"commit": None, "modified": None}
-        if done.returncode:
-            return {"commit": None, "modified": None}
-        values.append(done.stdout.strip())
-    return {"commit": values[0], "modified": bool(values[1])}

@@ -1,7 +1,8 @@
-"""Accepts the project on a GPU; see `gpu_acceptance.sh`, which calls it.
+"""Tests and measures the project on a GPU; `gpu_acceptance.sh` calls it.
 
-Each step runs whatever became of the others, in time of its own plus what the steps before it left.
-The report says for each step `passed`, `failed` or `not run`, with what was found.
+A step is run whether or not those before it failed. It has time of its own, and what the steps
+before it did not need. The report says for each step whether it `passed`, `failed` or was
+`not run`, with what was found.
 """
 
 import json
@@ -22,19 +23,18 @@ from acceptance_session import (
     Session,
     Step,
     StepFailed,
-    commit,
-    describe_machine,
     run_steps,
 )
 from rich.console import Console
 from rich.table import Table
 
+from et_moe.benchmarks.result import describe_gpu, provenance
+
 KERNEL_TESTS = "tests/backends/cuda/triton"
-NO_KERNEL_RUNS = ("test_compile.py", "test_bench.py", "test_roofline.py")
-"""Of `KERNEL_TESTS`: what compiles or counts only, and is tested where there is no GPU."""
 QUICK_TESTS = 4
-"""--quick runs every n-th test."""
+"""With --quick every n-th test is run."""
 MODES = {"eager": (), "graphs": ("--cuda_graph",)}
+"""Ways to run a program, and the runner's flags for them."""
 
 
 def junit_counts(path: Path) -> dict:
@@ -56,8 +56,7 @@ def junit_counts(path: Path) -> dict:
 def kernel_tests(session: Session) -> dict:
     """Tests of every op's kernels, run for real."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    ignored = [f"--ignore={KERNEL_TESTS}/{name}" for name in NO_KERNEL_RUNS]
-    chosen = [KERNEL_TESTS, *ignored]
+    chosen = [KERNEL_TESTS]
     if session.quick:
         output = session.run([*pytest, "--collect-only", *chosen])
         tests = [line for line in output.splitlines() if line.startswith(KERNEL_TESTS)]
@@ -137,26 +136,26 @@ def sanitize(session: Session) -> dict:
     return {"runs": found}
 
 
-def _benchmark(session: Session, script: str, *flags: str | Path) -> tuple[dict, str]:
-    """The JSON and the output of a benchmark script."""
-    out = session.scratch / Path(script).stem
-    result = out.with_suffix(".json")
+def _benchmark(session: Session, name: str, *flags: str | Path) -> tuple[dict, str]:
+    """The result and the output of a command of `et_moe.benchmarks`."""
+    out = session.scratch / f"{name}.json"
+    command = [sys.executable, "-m", "et_moe.benchmarks", name, *flags, "--out", out]
     try:
-        code, output = session.call([sys.executable, REPO / script, *flags, "--out", out])
+        code, output = session.call(command)
     except OutOfTime:
         code, output = -1, "out of time"
-    found = json.loads(result.read_text()) if result.is_file() else {}
+    found = json.loads(out.read_text()) if out.is_file() else {}
     found.pop("command", None)  # names temporary folders; the log has it
     if code or not found:
-        raise StepFailed(f"{script}: exit code {code}: {output.strip()[-600:]}", found)
+        raise StepFailed(f"{name}: exit code {code}: {output.strip()[-600:]}", found)
     return found, output
 
 
 def kernel_benchmark(session: Session) -> dict:
-    """Quick form of `bench_kernels.py`."""
+    """Kernels against the wheel's, for a few numbers of tokens."""
     tokens = "1,1024" if session.quick else "1,16,128,1600"
     flags = ("--tokens", tokens, "--seconds", f"{max(session.left() - 10, 1):.0f}")
-    found, output = _benchmark(session, "benchmarks/kernels.py", *flags)
+    found, output = _benchmark(session, "kernels", *flags)
     broken = [r for r in found["rows"] if "error" in r and not r["peer"]]
     if broken:
         first = broken[0]
@@ -172,7 +171,7 @@ def demo_benchmark(session: Session) -> dict:
     program = session.folder / "models/demo-bfloat16"
     found, _ = _benchmark(
         session,
-        "benchmarks/e2e.py",
+        "e2e",
         *("--program", f"int8={program}", "--runner", session.runner),
         *("--model-dir", REPO / "examples/qwen3_5_moe/demo_checkpoint"),
         *("--prompts", "128" if session.quick else "128,512", "--new-tokens", "64"),
@@ -208,16 +207,15 @@ def main(
     console = Console(width=150)
     folder = folder.resolve()
     manifest = json.loads((folder / MANIFEST).read_text())
-    try:
-        machine = describe_machine()
-    except RuntimeError as e:
-        console.print(f"error: {e}")
-        raise typer.Exit(1) from None
+    if describe_gpu() is None:
+        console.print("error: no NVIDIA GPU found: nvidia-smi does not name one")
+        raise typer.Exit(1)
     results = folder / "results"
     results.mkdir(exist_ok=True)
-    report = {"status": "incomplete", "quick": quick, "machine": machine, **commit()}
-    report["packed"] = {k: v for k, v in manifest.items() if k != "models"}
-    log, path = results / "log.txt", results / "report.json"
+    command = f"scripts/gpu_acceptance.sh {'--quick ' * quick}{folder}"
+    report = provenance(command) | {"status": "incomplete", "quick": quick}
+    report["packed"] = {k: v for k, v in manifest.items() if k not in ("models", "files")}
+    log, path = results / "log.txt", results / "acceptance.json"
     log.write_text(f"{json.dumps(report)}\n")
     with tempfile.TemporaryDirectory() as scratch:
         session = Session(folder, manifest, Path(scratch), log, quick, deadline=0)

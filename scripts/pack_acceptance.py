@@ -4,7 +4,8 @@ bin/        the runner, stripped; it finds its libraries in ../lib
 lib/        ExecuTorch's libraries and libcudart
 wheels/     Python packages that a machine with torch, triton and transformers may lack
 models/     CUDA programs, and logits of the CPU programs of the same weights
-manifest.json   versions, and per model prompts and the tokens that the CPU program gives
+manifest.json   versions, the commit and its files, and for each model prompts and the tokens that
+                the CPU program gives
 """
 
 import importlib.metadata
@@ -23,12 +24,13 @@ from typing import Annotated
 import numpy as np
 import typer
 from acceptance_models import EXPECTED_LOGITS, MANIFEST, TOLERANCES, Case, Model, Program, make_case
-from acceptance_session import REPO, commit
+from acceptance_session import REPO
 from rich.console import Console
 from tokenizers import Tokenizer
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.cuda.gpu import gpu_for
+from et_moe.benchmarks.result import commit, committed_files
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 
@@ -200,6 +202,7 @@ def pack(folder: Path, runner: Path, archs: list[str]) -> None:
         "archs": archs,
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "triton", "executorch")},
         "models": [model.to_json() for model in models],
+        "files": committed_files(),
     }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 

@@ -12,6 +12,9 @@ for wheel in "$folder"/wheels/*.whl; do
   python3 -m zipfile -e "$wheel" "$packages"
 done
 export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
+# Tells the commit of a copy of the sources without history: see benchmarks/result.py.
+ET_MOE_MANIFEST=$(realpath "$folder/manifest.json")
+export ET_MOE_MANIFEST
 # Triton's own assembler may be one that makes wrong code: see `ptxas` in backends/cuda/gpu.py.
 toolkit=${CUDA_HOME:-/usr/local/cuda}/bin/ptxas
 if [ -x "$toolkit" ]; then

@@ -28,6 +28,12 @@ def build_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tensors of a kernel test live."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint with a layer of each kind and a tokenizer of bytes."""
     from checkpoints import make_small

@@ -2,9 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +14,11 @@ from et_moe.backends.cuda.triton.cases.launches import Launch, record_launches
 from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.linear.op import linear_w4a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
+from et_moe.benchmarks import roofline
 from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.models import parse_config
 from et_moe.pipeline.storage import Precision
 
-SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "roofline.py"
 CONFIG = parse_config(
     {
         "model_type": "qwen3_5_moe",
@@ -42,16 +39,6 @@ CONFIG = parse_config(
         "layer_types": ["linear_attention", "full_attention"],
     }
 )
-
-
-@pytest.fixture(scope="module")
-def roofline():
-    spec = importlib.util.spec_from_file_location("roofline", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["roofline"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["roofline"]
 
 
 def launches(method: str, tokens: int) -> list[Launch]:
@@ -75,12 +62,12 @@ def launches(method: str, tokens: int) -> list[Launch]:
 
 
 @pytest.mark.parametrize(("method", "tokens"), [("decode", 1), ("prefill", 18)])
-def test_launches(method, tokens, roofline):
+def test_launches(method, tokens):
     recorded = launches(method, tokens)
     assert len(recorded) == len(roofline.model(tokens, CONFIG)), [x.name for x in recorded]
 
 
-def test_a_layer_of_decode_has_at_most_ten_launches(roofline):
+def test_a_layer_of_decode_has_at_most_ten_launches():
     full = parse_config({"model_type": "qwen3_5_moe"})
     for kind in set(full.layer_types):
         assert len(roofline.layer(kind, 1, full, context=4096)) <= 10
@@ -89,8 +76,6 @@ def test_a_layer_of_decode_has_at_most_ten_launches(roofline):
 @pytest.mark.parametrize("k", [128, 256, 512, 768, 1024, 2048, 4096, 8192, 16384])
 def test_a_row_of_any_length_launches_what_it_costs(k):
     """The matrix-vector kernel takes rows of some lengths only, up to 8192 columns."""
-    from et_moe.benchmarks import roofline
-
     device, n = torch.device("meta"), 64
     weight = torch.empty((n, k // 2), dtype=torch.uint8, device=device)
     scale = torch.empty((n, k // 128), dtype=torch.bfloat16, device=device)
@@ -100,7 +85,7 @@ def test_a_row_of_any_length_launches_what_it_costs(k):
     assert len(recorded) == len(roofline.linear("x", 1, k, n, residual=False))
 
 
-def test_bytes_are_those_of_the_weights(roofline):
+def test_bytes_are_those_of_the_weights():
     """At one token nearly all that moves are the active weights of the published model."""
     full = parse_config({"model_type": "qwen3_5_moe"})
     moved = sum(kernel.bytes for kernel in roofline.model(1, full))

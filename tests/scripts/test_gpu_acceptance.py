@@ -9,35 +9,21 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
+import acceptance_models as models
+import acceptance_session
+import gpu_acceptance as acceptance
 import numpy as np
+import pack_acceptance as packer
 import pytest
 import torch
 
-
-@pytest.fixture
-def models(scripts_path):
-    import acceptance_models
-
-    return acceptance_models
+SCRIPTS = Path(packer.__file__).parent
 
 
 @pytest.fixture
-def acceptance(scripts_path):
-    import gpu_acceptance
-
-    return gpu_acceptance
-
-
-@pytest.fixture
-def packer(scripts_path):
-    import pack_acceptance
-
-    return pack_acceptance
-
-
-@pytest.fixture
-def folder(models, packer, build_dir, tiny_program, tmp_path):
+def folder(build_dir, tiny_program, tmp_path):
     """What the packer makes, with one model, whose program is the CPU's."""
     folder = tmp_path / "pack"
     model_folder = folder / "models/small"
@@ -57,14 +43,14 @@ def folder(models, packer, build_dir, tiny_program, tmp_path):
 
 
 @pytest.fixture
-def session(acceptance, folder, tmp_path):
+def session(folder, tmp_path):
     manifest = json.loads((folder / acceptance.MANIFEST).read_text())
     log = tmp_path / "log.txt"
     log.write_text("")
     return acceptance.Session(folder, manifest, tmp_path, log, False, time.monotonic() + 60)
 
 
-def test_models_that_agree(acceptance, session):
+def test_models_that_agree(session):
     checks = acceptance.models(session)["checks"]
     assert [c["check"] for c in checks] == ["tokens", "tokens", "tokens", "logits"] * 2
     assert [c["mode"] for c in checks] == ["eager"] * 4 + ["graphs"] * 4
@@ -74,7 +60,7 @@ def test_models_that_agree(acceptance, session):
     assert log.count("[exit code 0,") == 8 and log.count("--cuda_graph") == 4
 
 
-def test_a_differing_token_is_caught(acceptance, session):
+def test_a_differing_token_is_caught(session):
     case = session.manifest["models"][0]["cases"][1]
     right = case["expected_ids"][1]
     case["expected_ids"][1] = right + 1
@@ -88,7 +74,7 @@ def test_a_differing_token_is_caught(acceptance, session):
 
 
 @pytest.mark.parametrize("broken", ["zeros", "nan", "shape"])
-def test_differing_logits_are_caught(acceptance, models, session, broken):
+def test_differing_logits_are_caught(session, broken):
     path = session.folder / "models/small" / models.EXPECTED_LOGITS
     logits = np.load(path)
     if broken == "zeros":
@@ -104,7 +90,7 @@ def test_differing_logits_are_caught(acceptance, models, session, broken):
     assert ("of shape" if broken == "shape" else most) in message
 
 
-def test_a_runner_that_fails_is_an_error_of_each_check(acceptance, session):
+def test_a_runner_that_fails_is_an_error_of_each_check(session):
     (session.folder / "models/small/model.ptd").unlink()
     with pytest.raises(acceptance.StepFailed, match="8 of 8 checks failed") as failed:
         acceptance.models(session)
@@ -112,25 +98,25 @@ def test_a_runner_that_fails_is_an_error_of_each_check(acceptance, session):
         assert "exit code 1" in check["error"] and "model.ptd" in check["error"]
 
 
-def test_no_models_is_no_pass(acceptance, session):
+def test_no_models_is_no_pass(session):
     session.manifest["models"] = []
     with pytest.raises(acceptance.StepFailed):
         acceptance.models(session)
 
 
-def test_nan_logits_are_wrong(models):
+def test_nan_logits_are_wrong():
     expected = np.eye(3, dtype="f4")
     found = models.compare_logits(np.full_like(expected, np.nan), expected)
     assert found["top1"] == 0 and not found["relative_error"] <= 1
 
 
-def test_tokens_count(models):
+def test_tokens_count():
     assert models.compare_tokens([1, 2], [1, 2]) is None
     assert models.compare_tokens([1], [1, 2]) == "1 tokens, expected 2"
     assert models.compare_tokens([], [1]) == "0 tokens, expected 1"
 
 
-def test_a_case_ends_at_a_near_tie(models, tmp_path):
+def test_a_case_ends_at_a_near_tie(tmp_path):
     logits = np.zeros((5, 4), "f4")  # of ids 1 to 5; the last three are generated
     logits[range(5), [1, 2, 3, 0, 1]] = 1
     logits[3, 2] = 0.999
@@ -147,7 +133,7 @@ def test_a_case_ends_at_a_near_tie(models, tmp_path):
     assert models.make_case(Fake(), [0, 1, 2], 3, 1e-5).expected_ids == [3, 0, 1]
 
 
-def steps(acceptance):
+def steps():
     def fail(session):
         raise acceptance.StepFailed("no good", {"seen": 1})
 
@@ -171,10 +157,10 @@ def steps(acceptance):
     ]
 
 
-def test_every_step_is_run_and_reported(acceptance, session, tmp_path):
+def test_every_step_is_run_and_reported(session, tmp_path):
     report, path = {"status": "incomplete"}, tmp_path / "report.json"
     begin = time.monotonic()
-    acceptance.run_steps(steps(acceptance), session, report, path)
+    acceptance.run_steps(steps(), session, report, path)
     assert time.monotonic() - begin < 55
     written = json.loads(path.read_text())
     assert written == report and written["status"] == "failed"
@@ -192,8 +178,8 @@ def test_every_step_is_run_and_reported(acceptance, session, tmp_path):
 
 
 @pytest.mark.parametrize(("names", "status"), [(("fine", "skip"), "passed"), ((), "failed")])
-def test_what_does_not_fail_passes(acceptance, session, tmp_path, names, status):
-    chosen = [s for s in steps(acceptance) if s.name in (names or ("fine", "fail"))]
+def test_what_does_not_fail_passes(session, tmp_path, names, status):
+    chosen = [s for s in steps() if s.name in (names or ("fine", "fail"))]
     report = {}
     acceptance.run_steps(chosen, session, report, tmp_path / "report.json")
     assert report["status"] == status
@@ -205,52 +191,51 @@ JUNIT = """<testsuites><testsuite tests="5" failures="1" errors="1" skipped="1">
 </testcase><testcase classname="a" name="t"/></testsuite></testsuites>"""
 
 
-def test_counts_of_junit(acceptance, tmp_path):
+def test_counts_of_junit(tmp_path):
     (tmp_path / "j.xml").write_text(JUNIT)
     found = acceptance.junit_counts(tmp_path / "j.xml")
     expected = {"passed": 2, "failed": 2, "skipped": 1, "failing": ["a::y", "a::z"]}
     assert found == expected
 
 
-def run_kernel_tests(acceptance, session, monkeypatch, text):
+def run_kernel_tests(session, monkeypatch, text):
     tests = session.scratch / "tests_of_kernels"
     tests.mkdir()
     (session.scratch / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
-    monkeypatch.setattr(sys.modules["acceptance_session"], "REPO", session.scratch)
+    monkeypatch.setattr(acceptance_session, "REPO", session.scratch)
     (tests / "test_it.py").write_text(text)
-    (tests / "test_compile.py").write_text("assert False, 'is not collected'")
     monkeypatch.setattr(acceptance, "KERNEL_TESTS", tests.name)
     return acceptance.kernel_tests(session)
 
 
-def test_kernel_tests_see_failures_and_no_interpreter(acceptance, session, monkeypatch):
+def test_kernel_tests_see_failures_and_no_interpreter(session, monkeypatch):
     text = "import os\ndef test_a(): assert os.environ['TRITON_INTERPRET'] == '0'\n"
     text += "def test_b(): assert False\n"
     with pytest.raises(acceptance.StepFailed, match="1 tests passed, 1 failed") as failed:
-        run_kernel_tests(acceptance, session, monkeypatch, text)
+        run_kernel_tests(session, monkeypatch, text)
     assert failed.value.found["failing"] == ["tests_of_kernels.test_it::test_b"]
 
 
-def test_skipped_tests_do_not_pass(acceptance, session, monkeypatch):
+def test_skipped_tests_do_not_pass(session, monkeypatch):
     text = "import pytest\n@pytest.mark.skip\ndef test_a(): pass\n"
     with pytest.raises(acceptance.StepFailed, match="0 tests passed"):
-        run_kernel_tests(acceptance, session, monkeypatch, text)
+        run_kernel_tests(session, monkeypatch, text)
 
 
-def test_kernel_tests_that_take_too_long(acceptance, session, monkeypatch):
+def test_kernel_tests_that_take_too_long(session, monkeypatch):
     text = "import pytest, time\n@pytest.mark.parametrize('n', range(6))\n"
     text += "def test_a(n): time.sleep(n // 4 * 100)\n"
     session.deadline = time.monotonic() + 20
     with pytest.raises(acceptance.StepFailed, match=r"out of time: \d tests passed") as failed:
-        run_kernel_tests(acceptance, session, monkeypatch, text)
+        run_kernel_tests(session, monkeypatch, text)
     assert failed.value.found["passed"] >= 1
     assert time.monotonic() < session.deadline + 12
 
 
-def test_quick_runs_every_fourth_test(acceptance, session, monkeypatch):
+def test_quick_runs_every_fourth_test(session, monkeypatch):
     session.quick = True
     text = "import pytest\n@pytest.mark.parametrize('n', range(10))\ndef test_a(n): pass\n"
-    found = run_kernel_tests(acceptance, session, monkeypatch, text)
+    found = run_kernel_tests(session, monkeypatch, text)
     assert found == {"passed": 3, "failed": 0, "skipped": 0, "failing": []}
 
 
@@ -261,7 +246,7 @@ def fake_tool(folder, name, script):
     return folder
 
 
-def test_sanitizer(acceptance, session, monkeypatch, tmp_path):
+def test_sanitizer(session, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with pytest.raises(acceptance.NotRun, match="compute-sanitizer is not installed"):
@@ -287,11 +272,11 @@ def test_sanitizer(acceptance, session, monkeypatch, tmp_path):
         acceptance.sanitize(session)
 
 
-def test_kernels_that_cannot_be_timed_fail_the_benchmark(acceptance, session, monkeypatch):
+def test_kernels_that_cannot_be_timed_fail_the_benchmark(session, monkeypatch):
     rows = [{"kernel": "peer", "m": 1, "peer": True, "error": "no"}]
     output = ""
 
-    def benchmark(session, script, *flags):
+    def benchmark(session, name, *flags):
         return {"rows": rows}, output
 
     monkeypatch.setattr(acceptance, "_benchmark", benchmark)
@@ -305,61 +290,43 @@ def test_kernels_that_cannot_be_timed_fail_the_benchmark(acceptance, session, mo
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_benchmark_that_fails(acceptance, session):
-    with pytest.raises(
-        acceptance.StepFailed, match=r"bench_kernels.py: exit code 1: .*no CUDA GPU"
-    ):
-        acceptance._benchmark(session, "benchmarks/kernels.py")
+def test_a_benchmark_that_fails(session):
+    with pytest.raises(acceptance.StepFailed, match=r"kernels: exit code 1: .*no CUDA GPU"):
+        acceptance._benchmark(session, "kernels")
 
 
-def run_script(scripts_path, folder):
+def run_script(folder):
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"}
-    command = [scripts_path / "gpu_acceptance.sh", "--quick", folder]
+    command = [SCRIPTS / "gpu_acceptance.sh", "--quick", folder]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu(scripts_path, folder):
+def test_without_a_gpu(folder):
     (folder / "wheels").mkdir()
     with zipfile.ZipFile(folder / "wheels/first-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("sitecustomize.py", "print('from a wheel')")
-    done = run_script(scripts_path, folder)
+    done = run_script(folder)
     assert done.returncode == 1, done.stderr
     assert "from a wheel" in done.stdout and "no NVIDIA GPU found" in done.stdout
     assert not (folder / "results").exists()
 
 
-def test_wheels_of_another_python(scripts_path, folder):
+def test_wheels_of_another_python(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"python": "3.99"}))
-    done = run_script(scripts_path, folder)
+    done = run_script(folder)
     assert done.returncode == 1 and "its wheels are for Python 3.99" in done.stderr
 
 
-def test_folder_that_was_not_packed(scripts_path, tmp_path):
+def test_folder_that_was_not_packed(tmp_path):
     for arguments in ([], [tmp_path]):
-        command = [scripts_path / "gpu_acceptance.sh", *arguments]
+        command = [SCRIPTS / "gpu_acceptance.sh", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and "made by scripts/pack_acceptance.sh" in done.stderr
 
 
-def test_the_machine_is_described(acceptance, monkeypatch, tmp_path):
-    line = "NVIDIA H200, 580.159.04, 143771 MiB, 9.0"
-    tools = fake_tool(tmp_path / "tools", "nvidia-smi", f"echo '{line}'")
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    found = acceptance.describe_machine()
-    assert (found["gpu"], found["driver"], found["compute_capability"]) == (
-        "NVIDIA H200",
-        "580.159.04",
-        "9.0",
-    )
-    assert found["versions"]["torch"] and found["python"]
-    fake_tool(tools, "nvidia-smi", "exit 9")
-    with pytest.raises(RuntimeError, match="no NVIDIA GPU found"):
-        acceptance.describe_machine()
-
-
-def test_packed_runner_brings_its_libraries(packer, folder):
+def test_packed_runner_brings_its_libraries(folder):
     binary = folder / "bin/qwen3_5_moe_runner"
     names = {path.name for path in (folder / "lib").iterdir()}
     assert {"libexecutorch.so", "libcudart.so.13"} <= names
@@ -369,14 +336,14 @@ def test_packed_runner_brings_its_libraries(packer, folder):
     assert packer.libraries(binary)["libexecutorch.so"] != folder / "lib/libexecutorch.so"
 
 
-def test_packages_are_those_of_the_project(packer):
+def test_packages_are_those_of_the_project():
     lines = packer.requirements((packer.REPO / "pyproject.toml").read_text())
     assert [line.split(">")[0] for line in lines] == list(packer.PACKAGES)
 
 
-def test_packing_spares_other_folders(scripts_path, tmp_path):
+def test_packing_spares_other_folders(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    command = [sys.executable, scripts_path / "pack_acceptance.py", tmp_path]
+    command = [sys.executable, SCRIPTS / "pack_acceptance.py", tmp_path]
     environment = os.environ | {"COLUMNS": "300"}  # messages are wrapped
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode != 0 and "holds other files" in done.stderr

@@ -8,12 +8,6 @@ import torch
 from et_moe.backends.cuda.triton import tuning
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the tensors of a kernel test live."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture
 def reconfigure(monkeypatch) -> Callable[..., None]:
     """`reconfigure(part, **changes)`: changes of the configurations of tables named with `part`."""

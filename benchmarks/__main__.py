@@ -1,0 +1,210 @@
+"""What measures the project, and what checks its machine code.
+
+Results are JSON files; `report` makes docs/results.md of them.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from et_moe.benchmarks.result import REPO, RUNNER
+
+# Modules that measure are imported where they are used: torch and Triton take seconds.
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
+)
+RESULTS = Path("build/results")
+
+Out = Annotated[Path, typer.Option(help="JSON file to write.")]
+Prompts = Annotated[str, typer.Option(help="Lengths of the prompts in tokens, by commas.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens generated after a prompt.", min=2)]
+ModelDir = Annotated[
+    Path | None, typer.Option(help="Folder of the model's config.json; by default the 35B shape.")
+]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """The numbers in a list by commas."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text}: expected numbers, by commas") from None
+
+
+@app.command()
+def kernels(
+    out: Out = RESULTS / "kernels.json",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, by commas.")] = (
+        "1,2,4,8,16,32,64,128,256,512,1024,1600,2048,4095"
+    ),
+    only: Annotated[str, typer.Option(help="Only subjects whose name contains this.")] = "",
+    seconds: Annotated[float, typer.Option(help="Stop measuring after this time.")] = 1e9,
+) -> None:
+    """Time every kernel against those of the ExecuTorch wheel and the GPU's roof."""
+    from et_moe.benchmarks.kernels import measure
+
+    measure(out, _numbers(tokens, "--tokens"), only, seconds)
+
+
+@app.command()
+def e2e(
+    program: Annotated[list[str], typer.Option(help="int8=DIR or bf16=DIR; repeatable.")],
+    out: Out = RESULTS / "e2e.json",
+    prompts: Prompts = "128,512,1600,4096",
+    new_tokens: NewTokens = 512,
+    warmup: Annotated[int, typer.Option(help="Runs before those that count.", min=1)] = 2,
+    num_iters: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 5,
+    profile_prompt: Annotated[int, typer.Option(help="Length of the profiled prompt.")] = 1600,
+    model_dir: ModelDir = None,
+    runner: Annotated[Path, typer.Option(help="The runner's binary.")] = RUNNER,
+) -> None:
+    """Time exported programs through the runner: prefill, decode, first token, memory."""
+    from et_moe.benchmarks.e2e import Program, Runner, measure
+    from et_moe.benchmarks.shape import model_shape
+
+    programs = [Program.parse(text) for text in program]
+    lengths, c = _numbers(prompts, "--prompts"), model_shape(model_dir)
+    driver = Runner(runner, warmup, num_iters, c.vocab_size)
+    succeeded = measure(driver, programs, lengths, new_tokens, profile_prompt, c, out)
+    raise typer.Exit(not succeeded)
+
+
+@app.command()
+def peers(
+    e2e: Annotated[Path, typer.Option(help="Result of `e2e`, from this GPU.")],
+    out: Out = RESULTS / "peers.json",
+    prompts: Prompts = "1600",
+    new_tokens: NewTokens = 512,
+    model_dir: ModelDir = None,
+    llama_bench: Annotated[Path | None, typer.Option(help="llama.cpp's benchmark binary.")] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="Its model; where it is missing, a random one is written.")
+    ] = None,
+) -> None:
+    """Run other implementations of the model on this GPU, and compare them with `e2e`."""
+    from et_moe.benchmarks.peers.compare import measure
+    from et_moe.benchmarks.shape import model_shape
+
+    if (llama_bench is None) != (gguf is None):
+        raise typer.BadParameter("--llama-bench and --gguf go together")
+    lengths, llama = _numbers(prompts, "--prompts"), (llama_bench, gguf) if gguf else None
+    raise typer.Exit(not measure(e2e, lengths, new_tokens, model_shape(model_dir), llama, out))
+
+
+@app.command()
+def activations(
+    bundle: Annotated[Path, typer.Option(help="Folder of `et-moe quantize`.")],
+    out: Out = RESULTS / "activations.json",
+    tokens: Annotated[int, typer.Option(help="Positions to compare.", min=2)] = 1600,
+    seed: Annotated[int, typer.Option(help="Of the random token ids.")] = 0,
+) -> None:
+    """Compare a bundle run with INT8 activations and with bf16 ones."""
+    from et_moe.benchmarks.activations import measure
+
+    measure(bundle, tokens, seed, out)
+
+
+@app.command()
+def tune(
+    tables: Annotated[str, typer.Option(help="Tables to tune, by commas; by default all.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens to tune for, by commas.")] = (
+        "1,2,4,8,16,64,256,1024,4095"
+    ),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print, and leave the tables alone.")
+    ] = False,
+) -> None:
+    """Time the candidates of the tuning tables, and enter the fastest for this GPU."""
+    from et_moe.benchmarks.tune import tune_tables
+
+    tune_tables(tables.split(",") if tables else None, _numbers(tokens, "--tokens"), dry_run)
+
+
+@app.command()
+def static(
+    write: Annotated[Path | None, typer.Option(help="JSON file for a row a kernel.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Such a file: list kernels whose code is not as there.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    processes: Annotated[int, typer.Option(help="Compiler processes.", min=1)] = 2,
+) -> None:
+    """Compile every kernel for every architecture, and check the machine code; without a GPU."""
+    from et_moe.benchmarks.static.command import check
+
+    raise typer.Exit(not check(write, compare, processes, only))
+
+
+@app.command()
+def cpu(
+    model_dir: Annotated[Path, typer.Option(help="The checkpoint, for Hugging Face.")] = (
+        REPO / "examples/qwen3_5_moe/demo_checkpoint"
+    ),
+    program_dir: Annotated[Path, typer.Option(help="Its program, for the runner.")] = (
+        REPO / "build/demo"
+    ),
+    tokens: NewTokens = 64,
+    iterations: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 5,
+) -> None:
+    """Time decode of a CPU program against Hugging Face's eager model."""
+    from et_moe.benchmarks.cpu import measure
+
+    measure(model_dir, program_dir, tokens, iterations)
+
+
+@app.command()
+def memory(
+    folder: Annotated[Path, typer.Argument(help="For the files: 3 GB a layer, removed again.")],
+    layers: Annotated[list[int] | None, typer.Option(help="Sizes to compare; default 4.")] = None,
+) -> None:
+    """Measure the peak memory of quantizing and exporting a checkpoint of the published width."""
+    from et_moe.benchmarks.memory import measure
+
+    raise typer.Exit(not measure(folder, layers or [4]))
+
+
+@app.command()
+def roofline(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=2)] = 1600,
+    context: Annotated[int, typer.Option(help="Cached tokens in decode.", min=0)] = 1600,
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth, TB/s.")] = 4.3,
+    int8: Annotated[float, typer.Option(help="INT8 tensor cores, tera operations/s.")] = 1600.0,
+    bf16: Annotated[float, typer.Option(help="bf16 tensor cores, tera operations/s.")] = 800.0,
+    launch: Annotated[float, typer.Option(help="Microseconds between two kernels.")] = 1.2,
+    model_dir: ModelDir = None,
+) -> None:
+    """Print bytes, operations and least times of the model's kernels; from shapes alone."""
+    from et_moe.benchmarks.roofline import print_costs
+    from et_moe.benchmarks.shape import model_shape
+
+    roof = {"bandwidth": bandwidth * 1e12, "int8": int8 * 1e12, "bf16": bf16 * 1e12}
+    print_costs(tokens, context, roof, launch, model_shape(model_dir))
+
+
+@app.command()
+def report(
+    results: Annotated[
+        Path | None, typer.Argument(help="Folder of new results; by default only the page is made.")
+    ] = None,
+) -> None:
+    """Put results into benchmarks/results, and make docs/results.md with its plots of them."""
+    from et_moe.benchmarks.report.page import update
+
+    update(results)
+
+
+def main() -> None:
+    """Entry point: a bad input ends with one line on stderr and exit code 1."""
+    try:
+        app(prog_name="python -m et_moe.benchmarks")
+    except (ValueError, OSError) as error:
+        console = Console(stderr=True)
+        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Machine code of every kernel for every architecture, made and checked without a GPU."""
