@@ -38,11 +38,12 @@ def source_files(backends: Path = _BACKENDS) -> list[Path]:
     """What decides the code that comes out of a graph: the Python files that `compile` imports, the
     others beside them, and tuning tables.
 
-    A kernel folder's `cases.py` (what tests and benchmarks run) is none of it.
+    What tests and benchmarks run is none of it: a kernel folder's `cases.py`, `triton/cases`.
     """
     files = [f for folder in ("ops", "cuda") for f in (backends / folder).rglob("*")]
-    sources = [f for f in files if f.suffix in (".py", ".json") and f.name != "cases.py"]
-    return sorted([*sources, *backends.glob("*.py")])
+    sources = [f for f in files if f.suffix in (".py", ".json")]
+    code = [f for f in sources if "cases" not in (f.stem, f.parent.name)]
+    return sorted([*code, *backends.glob("*.py")])
 
 
 def sources_digest(backends: Path = _BACKENDS) -> str:

@@ -30,6 +30,7 @@ from et_moe.backends.cuda.inspect import inspect
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, plan_weights
 
 PROGRAM = Path(__file__).with_name("lowering_methods.py")
+TESTS = PROGRAM.parents[2]
 ARCHS = ("sm_90", "sm_80")
 CODES = [(name, arch) for name in ("prefill", "decode") for arch in ARCHS]
 
@@ -44,7 +45,8 @@ def _run(command: str, tmp_path_factory, **environment: str) -> Path:
         if not (folder / "done").exists():
             (folder / "tmp").mkdir(parents=True)
             env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            env |= {"TMPDIR": str(folder / "tmp"), **environment}
+            path = os.pathsep.join([str(TESTS), *filter(None, [env.get("PYTHONPATH")])])
+            env |= {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": path, **environment}
             subprocess.run([sys.executable, PROGRAM, command, folder], env=env, check=True)
             left = list((folder / "tmp").iterdir())
             assert not left, f"temporary files are left: {left}"
