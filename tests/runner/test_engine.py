@@ -4,8 +4,7 @@ How an appended part was fed, in which pieces, must not show in the tokens. It m
 bits of the logits: the parity tests allow log-probabilities to differ by 1e-3.
 """
 
-import json
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,26 +14,9 @@ FIRST, SECOND = [58, 151, 241, 26, 230], [81, 7, 5]  # no end of sequence follow
 
 
 @pytest.fixture
-def engine(build_dir: Path, tiny_program: Path):
+def engine(run_engine, tiny_program: Path):
     """Runs a script on one engine; gives an answer for each of its commands."""
-
-    def run(*script: dict) -> list[dict]:
-        done = subprocess.run(
-            [
-                build_dir / "tests/runner/engine_check",
-                tiny_program / "model.pte",
-                tiny_program / "model.ptd",
-            ],
-            input="".join(json.dumps(command) + "\n" for command in script),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        answers = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(answers) == len(script)
-        return answers
-
-    return run
+    return partial(run_engine, tiny_program)
 
 
 def generate(ids: list[int], count: int, **more) -> dict:

@@ -133,6 +133,20 @@ def test_greedy_tokens_equal_hugging_face(case, runner, length: int) -> None:
     assert runner.generate(program, prompt[0].tolist(), NEW_TOKENS) == expected
 
 
+def test_greedy_tokens_of_a_prompt_in_parts(case, runner, run_engine) -> None:
+    """Pieces of a prompt begin where it was cut: in a chunk, at its end, after a single token."""
+    model, program = case
+    prompt = _prompt(model, 90)[0].tolist()
+    whole = runner.generate(program, prompt, NEW_TOKENS)
+    for cut in (1, 30, 64, 89):
+        _, rest = run_engine(
+            program,
+            {"append": prompt[:cut], "max_new_tokens": 0},
+            {"append": prompt[cut:], "max_new_tokens": NEW_TOKENS},
+        )
+        assert rest["ids"] == whole
+
+
 def test_log_probabilities_within_1e_3(case, runner) -> None:
     model, program = case
     ids = _prompt(model, 130)
