@@ -1,4 +1,4 @@
-"""The hand-over at the end of decode and of prefill."""
+"""The hand-over at the end of decode."""
 
 import torch
 
@@ -14,8 +14,8 @@ def _arguments(m: int, device: torch.device) -> dict:
         "token": integers(1, 1),
         "position": integers(1),
         "drawn": integers(2),
-        "tokens": integers(1, 1) if m == 1 else None,
+        "tokens": integers(1, 1),
     }
 
 
-CASES = [OpCase("hand_over", hand_over, _arguments)]
+CASES = [OpCase("hand_over", hand_over, _arguments, tokens=(1,))]

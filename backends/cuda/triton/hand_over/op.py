@@ -18,23 +18,22 @@ def _hand_over_kernel(token, position, drawn, tokens):
     wait_for_previous()
     value, at = tl.load(token), tl.load(position)
     tl.store(drawn + (at & 1), value)
-    if tokens is not None:
-        tl.store(tokens, value)
-        tl.store(position, at + 1)
+    tl.store(tokens, value)
+    tl.store(position, at + 1)
 
 
 def hand_over(
     token: torch.Tensor,
     position: torch.Tensor,
     drawn: torch.Tensor,
-    tokens: torch.Tensor | None,
+    tokens: torch.Tensor,
 ) -> None:
-    """Writes the token to drawn[position % 2]; with `tokens`, also prepares the next call.
+    """Writes the token to drawn[position % 2] and prepares the inputs of the next call.
 
     Args:
         token: `int64 [1, 1]`, the drawn token.
-        position: `int64 [1]`, at least 0; with `tokens` it is increased by 1 in place.
+        position: `int64 [1]`, at least 0; it is increased by 1 in place.
         drawn: `int64 [2]`, memory that the host can read, too.
-        tokens: `int64 [1, 1]`, the method's input, which becomes the token; None in prefill.
+        tokens: `int64 [1, 1]`, the method's input, which becomes the token.
     """
     launch(_hand_over_kernel, (1,), token, position, drawn, tokens, num_warps=1)
