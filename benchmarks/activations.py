@@ -1,10 +1,11 @@
 """What INT8 activations cost in accuracy: one bundle, run with INT8 and with bf16 activations.
 
 One prefill of random token ids goes through the model twice, layer by layer, with one layer of the
-bundle in memory. Per layer: the relative L2 error of the mixture of experts' output (without the
-residual) on one and the same input, that of the run with bf16 activations; and how far the hidden
-states of the two runs have come apart. At the end: at how many positions both have the same
-likeliest token. On a GPU the Triton kernels compute, else the ops' eager references.
+bundle in memory. For each layer two relative L2 errors are measured: that of the mixture of
+experts' output (without the residual) where both are given the input of the run with bf16
+activations, and that of the hidden states of the two runs. At the end it is counted at how many
+positions both have the same likeliest token. On a GPU the Triton kernels compute, elsewhere the
+ops' eager references.
 """
 
 import contextlib
@@ -78,12 +79,12 @@ def set_activations(module: torch.nn.Module, dtype: str) -> None:
 
 @dataclasses.dataclass
 class Comparison:
-    """The two runs, fed one group of a bundle's tensors after the other.
+    """The two runs, which take one group of the bundle's tensors after the other.
 
     Args:
-        bundle: INT4 weights.
-        dtype: of activations and caches.
-        packed: the ops take prepacked weights.
+        bundle: its linear layers and experts have INT4 weights.
+        dtype: the dtype of activations and caches.
+        packed: whether the ops take prepacked weights.
     """
 
     bundle: Bundle
@@ -101,7 +102,7 @@ class Comparison:
         """Yields a row per layer and, last, one of the logits.
 
         Args:
-            ids: `int64 [T]`.
+            ids: the prompt's tokens, `int64 [T]`.
         """
         hidden: dict[str, Tensor] = {}
         for group in self.bundle.groups():

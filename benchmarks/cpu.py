@@ -42,7 +42,7 @@ def runner_rates(program: Path, prompt: list[int], tokens: int, iterations: int)
 
 
 def eager_rates(model, prompt: list[int], tokens: int, iterations: int) -> list[float]:
-    """The same for Hugging Face: generation of all tokens less that of the first."""
+    """The same for Hugging Face: the time of the first token, prefill included, is subtracted."""
     ids = torch.tensor([prompt])
 
     def generate(count: int) -> float:
@@ -64,8 +64,10 @@ def measure(model_dir: Path, program_dir: Path, tokens: int, iterations: int) ->
     """Prints tokens per second of both (median, lowest, highest) and the ratio.
 
     Args:
-        model_dir: the checkpoint; program_dir: its program for the CPU.
-        tokens: generated per run; iterations: runs of each.
+        model_dir: the checkpoint.
+        program_dir: its program for the CPU.
+        tokens: how many are generated in a run.
+        iterations: how often each of the two is run.
     """
     if not (program_dir / "model.pte").is_file():
         raise typer.BadParameter(

@@ -1,12 +1,11 @@
 """Times exported programs through the runner: prefill, decode, time to first token, memory.
 
-A program is named after the dtype of its activations; where its context does not hold prompt and
-generated tokens (`et-moe export --max-seq-len 4608` does), fewer are generated, and the result says
-how many. Each measured run is one of the iterations of `qwen3_5_moe_runner`, greedy, on random
-prompt ids, with and without CUDA graphs. On a GPU, bytes and operations per second come from the
-cost model (`roofline.py`) and the measured times, and are compared with the GPU's measured roof;
-one prefill and one decoded token are profiled kernel by kernel. A CPU program is timed without
-these.
+A program is named after the dtype of its activations. Each run of `qwen3_5_moe_runner` is greedy,
+on random prompt ids; a CUDA program is run with and without CUDA graphs. Where the program's
+context does not hold the prompt and all new tokens (`et-moe export --max-seq-len 4608` makes one
+that does), fewer tokens are generated, and the result says how many. On a GPU the measured times
+are compared with the least that the cost model (`roofline.py`) and the GPU's measured roof allow,
+and one prefill and one decoded token are profiled kernel by kernel.
 """
 
 import dataclasses
@@ -57,8 +56,9 @@ class Runner:
     """The runner's binary and how often it repeats a measurement.
 
     Attributes:
-        warmup: runs before those that count; iterations: those that count.
-        vocabulary: size that random prompt ids are drawn from.
+        warmup: number of runs before those that count.
+        iterations: number of runs that count.
+        vocabulary: size of the vocabulary that prompt ids are drawn from.
     """
 
     binary: Path
@@ -110,10 +110,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summarize(stats: list[dict]) -> dict:
-    """What the iterations of one measurement say.
+    """The result's row of one measurement, made of the runner's stats of each iteration.
 
-    Time to first token is taken from the rate where it can be: the stats round times to whole
-    milliseconds, rates not.
+    The time to the first token is computed from the prefill's rate, since the stats round times to
+    whole milliseconds, but not rates.
     """
     first = stats[0]
     if any(s["prefill_token_per_sec"] <= 0 for s in stats):
@@ -145,7 +145,7 @@ def summarize(stats: list[dict]) -> dict:
 
 
 def call_cost(c: ModelConfig, activations: str, tokens: int, context: int) -> list[roofline.Kernel]:
-    """Kernels of one call of the model; without INT8 activations the INT8 products are bf16."""
+    """Kernels of one call of the model; with bf16 activations all products are of bf16 operands."""
     kernels = roofline.model(tokens, c, context)
     if activations == "int8":
         return kernels
@@ -163,7 +163,10 @@ def prefill_cost(c: ModelConfig, activations: str, prompt: int) -> list[roofline
 
 
 def achieved(kernels: list[roofline.Kernel], seconds: float, roof: dict) -> dict[str, float]:
-    """Rates of a measured time, and its share of the roof: the least time over the time taken."""
+    """Bytes and operations per second in a measured time, and how much of the roof that is.
+
+    The share of the roof is the least time that bytes and operations allow, over the time taken.
+    """
     moved = sum(k.bytes for k in kernels) / seconds
     return {
         "bytes_per_s": moved,
@@ -174,7 +177,10 @@ def achieved(kernels: list[roofline.Kernel], seconds: float, roof: dict) -> dict
 
 
 def against_roof(row: dict, c: ModelConfig, roof: dict) -> dict:
-    """`achieved` of prefill and decode; decode at the middle of the context that it went over."""
+    """What `achieved` says of a row's prefill and decode.
+
+    Decode is counted at the middle of the range of contexts that its tokens were generated at.
+    """
     name, prompt = row["activations"], row["prompt"]
     seconds = prompt / row["prefill_tok_s"]["median"]
     result = {"prefill": achieved(prefill_cost(c, name, prompt), seconds, roof), "decode": None}
@@ -192,7 +198,10 @@ def _gpu() -> dict:
 
 
 def measure_gpu() -> dict | None:
-    """Name and roof of the GPU, or None; in a process that gives its memory back."""
+    """Name and roof of the GPU, or None without one.
+
+    They are measured in a process of their own, which gives the GPU's memory back when it ends.
+    """
     if not torch.cuda.is_available():
         return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -207,7 +216,7 @@ def measure_all(
     c: ModelConfig,
     gpu: dict | None,
 ) -> Iterator[dict]:
-    """Yields a row per program, prompt and use of CUDA graphs (which a CPU program has not)."""
+    """Yields a row for each program and prompt, without and (on a GPU) with CUDA graphs."""
     for program in programs:
         on_gpu = True
         for prompt in prompts:
@@ -238,10 +247,10 @@ def measure(
     """Measures every program, and writes `out` after each row.
 
     Args:
-        prompts: their lengths.
-        new_tokens: tokens generated after each.
+        prompts: lengths of the prompts.
+        new_tokens: how many tokens are generated after each.
         profile_prompt: length of the prompt that is profiled on a GPU.
-        c: the programs' shape.
+        c: the shape of the programs' model.
 
     Returns:
         Whether no measurement failed.

@@ -4,7 +4,7 @@ The wheel's are `executorch.backends.cuda.triton.kernels` (its delta rule needs
 `flash-linear-attention==0.4.2`), called as its own Qwen3.5 example does. All run in this process on
 the same shapes, as CUDA graphs, with inputs rotated past the L2 cache; times are medians. Ours
 start as in a program, where possible before their predecessor ends; the wheel's have no means for
-that. For few tokens a floor is measured too (`stream_floor`).
+that. For few tokens the time of reading alone is measured, too (`stream_floor`).
 """
 
 import contextlib
@@ -23,12 +23,17 @@ from et_moe.benchmarks.subjects import Subject, bf16, load_wheel, subjects
 from et_moe.benchmarks.timing import launched_as_in_programs, microseconds, require_gpu, rotated
 
 FLOOR_TOKENS = 16
-"""Up to here a row has the time of reading alone: further on bandwidth is within reach."""
+"""Up to this number of tokens a row has the time of reading alone. With more tokens a kernel moves
+so much that the GPU's bandwidth is within its reach."""
 
 
 def measure_roof(device: torch.device) -> dict[str, float]:
-    """Bytes per second of an elementwise kernel (in a CUDA graph a copy is no kernel, and slower),
-    INT8 and bf16 operations per second of cuBLAS."""
+    """What the GPU reaches: `bandwidth` in bytes per second, `int8` and `bf16` in operations per
+    second.
+
+    Bandwidth is that of an elementwise kernel: a copy in a CUDA graph is not done by a kernel, and
+    is slower. The operations are those of cuBLAS.
+    """
     source = torch.zeros(1 << 29, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     us = microseconds([lambda: torch.add(source, 1, out=target)])
@@ -45,7 +50,7 @@ def measure_roof(device: torch.device) -> dict[str, float]:
 
 
 def run(subject: Subject, tokens: list[int], roof: dict, floor: Floor) -> Iterator[dict]:
-    """A row per number of tokens and contender."""
+    """Yields a row for each number of tokens and each contender that takes it."""
     for m in tokens:
         kernels = subject.cost(m)
         least = sum(k.seconds(**roof) for k in kernels) * 1e6
@@ -70,9 +75,9 @@ def measure(out: Path, tokens: list[int], only: str, seconds: float) -> None:
     """Measures on the first GPU, and writes `out` after each subject.
 
     Args:
-        tokens: numbers of tokens.
-        only: part of the names of the subjects to measure.
-        seconds: what has not begun after this time is left out, with a message.
+        tokens: the numbers of tokens to measure with.
+        only: subjects whose names do not contain this are left out.
+        seconds: after this time nothing more is measured, and a message says so.
     """
     device, begin = require_gpu(), time.monotonic()
     floor = Floor(device, torch.cuda.get_device_properties(0).L2_cache_size)

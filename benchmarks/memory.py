@@ -12,7 +12,7 @@ from pathlib import Path
 LIMIT = 8e9
 """Bytes that no command may exceed."""
 GROWTH = 0.3e9
-"""Bytes by which the peaks for two numbers of layers may differ: a fifth of a layer in bf16."""
+"""Bytes by which the peaks for two numbers of layers may differ, a fifth of a layer in bf16."""
 
 
 def peak(*arguments: object) -> float:

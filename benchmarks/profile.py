@@ -124,7 +124,7 @@ def last_calls(launches: list[Launch], decoded: int) -> tuple[list[Launch], list
 
 
 def summarize(launches: list[Launch]) -> dict:
-    """Time per kernel name, the slowest first; microseconds.
+    """Microseconds of each kernel name, the slowest first.
 
     A kernel may start before its predecessor ends, and then waits for it. Its time is what it adds:
     from the end of all before it, or its own start if that is later, to its own end.

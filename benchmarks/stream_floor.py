@@ -16,7 +16,8 @@ from et_moe.benchmarks import roofline
 from et_moe.benchmarks.timing import launched_as_in_programs, microseconds, rotations
 
 CONFIGS = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8))
-"""Words of 4 bytes that a program reads, and its warps: 2 to 8 loads of 16 bytes per thread."""
+"""Words of 4 bytes that a Triton program reads, and its warps. A thread has 2 to 8 loads of 16
+bytes."""
 
 
 @triton.jit
@@ -41,7 +42,12 @@ def read_all(sources: list[torch.Tensor], sums: torch.Tensor, block: int, warps:
 
 @dataclasses.dataclass
 class Floor:
-    """Measures floors on `device`, each once; `l2_bytes` is the size of its L2 cache."""
+    """Measures floors on a device, each of them once.
+
+    Attributes:
+        l2_bytes: size of the device's L2 cache.
+        known: microseconds by the bytes of each launch.
+    """
 
     device: torch.device
     l2_bytes: int
@@ -50,7 +56,7 @@ class Floor:
     def __call__(self, kernels: list[roofline.Kernel]) -> float:
         """Microseconds of as many launches as `kernels`, each of which reads what its kernel moves.
 
-        The fastest of `CONFIGS`. What a kernel writes counts as read.
+        The fastest of `CONFIGS` counts. Bytes that a kernel writes are read, too.
         """
         # 64 bytes at least: a kernel that moves nothing is launched all the same.
         sizes = tuple(max(cdiv(int(kernel.bytes), 64), 1) * 64 for kernel in kernels)

@@ -1,4 +1,4 @@
-"""What `kernels.py` compares: our kernels and the ExecuTorch wheel's, at true shapes."""
+"""Our kernels and the ExecuTorch wheel's, side by side, at the true model's shapes."""
 
 import dataclasses
 import importlib
@@ -26,10 +26,12 @@ WHEEL = "executorch.backends.cuda.triton.kernels"
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One implementation: `call(**arguments(m))`, for those m that `takes` accepts.
+    """One implementation, called as `call(**arguments(m))` for m tokens.
 
     Attributes:
-        peer: of the wheel; part: does only a part of what the subject is.
+        takes: whether it is measured for m tokens.
+        peer: whether it is the wheel's.
+        part: whether it does only a part of the subject's work.
     """
 
     name: str
@@ -42,7 +44,11 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is compared, and its cost: `cost(m)` as in `roofline`."""
+    """A piece of work that contenders do.
+
+    Attributes:
+        cost: its kernels for m tokens, as in `roofline`.
+    """
 
     name: str
     cost: Callable[[int], list[roofline.Kernel]]
@@ -61,7 +67,7 @@ def bf16(*shape: int, device: torch.device) -> torch.Tensor:
 
 
 def experts(device: torch.device, wheel: ModuleType | None) -> Subject:
-    """The routed experts; the shared one is left out, since the wheel's kernels do without."""
+    """The routed experts; the shared one is left out, since the wheel's kernels have none."""
     c = dataclasses.replace(CONFIG, shared_expert_intermediate_size=0)
     count, hidden, inner, top_k = c.num_experts, c.hidden_size, c.moe_intermediate_size, 8
     w13, w13_scale = random_w4(count, 2 * inner, hidden, device=device)
@@ -137,7 +143,7 @@ def dense(name: str, n: int, k: int, device: torch.device, wheel: ModuleType | N
 
 
 def delta_rule(device: torch.device, wheel: ModuleType | None) -> Subject:
-    """The gated delta rule alone; the state in fp32 here, in bf16 in the wheel's."""
+    """The gated delta rule alone; its state is fp32 here, and bf16 in the wheel's."""
     c = CONFIG
     heads, key_heads, dim = c.linear_num_value_heads, c.linear_num_key_heads, 128
 
@@ -186,8 +192,11 @@ def delta_rule(device: torch.device, wheel: ModuleType | None) -> Subject:
 
 
 def attend(device: torch.device, wheel: ModuleType | None) -> Subject:
-    """One token after 4095 cached ones, else m tokens into an empty cache. The wheel's kernels only
-    attend; RoPE, QK-norm, the cache and the output gate its module leaves to torch's compiler."""
+    """Attention of one token after 4095 cached ones, or of several with an empty cache.
+
+    The wheel's kernels only attend; its module leaves RoPE, QK-norm, the cache's update and the
+    output gate to torch's compiler.
+    """
     c, capacity = CONFIG, 4096
     heads, kv, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
@@ -297,7 +306,10 @@ def load_wheel() -> ModuleType | None:
 
 
 def subjects(device: torch.device, wheel: ModuleType | None, only: str) -> Iterator[Subject]:
-    """Builds one subject after the other: the weights of all do not have to fit at once."""
+    """Yields the subjects whose names contain `only`.
+
+    One is built after the other, so that the weights of all need not fit into memory at once.
+    """
     shapes = {
         "in_proj": (12352, 2048),
         "qkv_proj": (9216, 2048),

@@ -14,32 +14,35 @@ MAX_COPIES = 32
 
 
 def require_gpu() -> torch.device:
-    """The GPU, with kernels assembled as in an exported program; exits with a message where there
-    is none."""
+    """The GPU; without one the process ends with a message.
+
+    From then on Triton assembles kernels as it does for an exported program.
+    """
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU found: this script measures on one")
+        raise SystemExit("no CUDA GPU found: this measures on one")
     with contextlib.suppress(RuntimeError):  # no wheel of it: the environment may name one
         os.environ.update(ptxas_environment())
     return torch.device("cuda")
 
 
 def launched_as_in_programs() -> contextlib.AbstractContextManager:
-    """Within it our kernels start as those of an exported program do on this GPU."""
+    """A block in which our kernels start as those of an exported program do on this GPU."""
     if torch.cuda.get_device_capability() >= (9, 0):
         return dependent_launches()
     return contextlib.nullcontext()
 
 
 def rotations(size: int, l2_bytes: int) -> int:
-    """Copies of `size` bytes that are together three times as large as the L2 cache; a few only."""
+    """How many copies of `size` bytes are three times as large as the L2 cache; `MAX_COPIES` at
+    most."""
     return min(MAX_COPIES, -(-3 * l2_bytes // max(size, 1)))
 
 
 def rotated(make: Callable[[], dict], l2_bytes: int) -> list[dict]:
     """Argument sets to cycle through, together at least three times as large as the L2 cache.
 
-    Tensors larger than half of it are shared between the sets (what the other arguments pick from
-    them, such as experts, differs all the same).
+    Tensors larger than half of the cache are shared between the sets; what the other arguments pick
+    from them, such as experts, differs all the same.
     """
     first = make()
 
@@ -55,7 +58,7 @@ def rotated(make: Callable[[], dict], l2_bytes: int) -> list[dict]:
 
 
 def microseconds(calls: list[Callable[[], object]], repeats: int = 20) -> float:
-    """Median time of one of `calls`, which are captured one after the other in a CUDA graph."""
+    """Median time of a call, where `calls` follow each other in a CUDA graph."""
     for call in calls[:2]:  # compiles, and tunes what tunes itself
         call()
     torch.cuda.synchronize()

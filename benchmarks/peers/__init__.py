@@ -1,0 +1,1 @@
+"""Other implementations of the model, which ours is compared with."""

@@ -1,8 +1,9 @@
 """The ExecuTorch wheel's own attention layer between its projections, compiled by torch.
 
-Its `sdpa` only attends. What our `attention` does besides is, in the wheel's example
-(`executorch.examples.models.qwen3_5_moe.model.FullAttention`), left to the compiler: QK-norm, RoPE,
-the cache's update and the output gate. The example attends to the whole cache with a mask.
+The wheel's `sdpa` kernel only attends. What our `attention` does besides (QK-norm, RoPE, the
+cache's update and the output gate) is left to torch's compiler in the wheel's example
+(`executorch.examples.models.qwen3_5_moe.model.FullAttention`), which attends to the whole cache
+with a mask.
 """
 
 from types import ModuleType
@@ -14,17 +15,17 @@ from et_moe.benchmarks.peers import executorch
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 
 TOKENS = (1, 2, 8, 64, 512, 1600)
-"""Numbers of tokens that it is measured for: each is compiled and tuned anew, for some seconds."""
+"""Numbers of tokens that it is measured for. To compile and tune for each takes some seconds."""
 COMPILER = {"options": {"autotune_local_cache": False}}
-"""Of torch: nothing of what was tuned for other numbers of tokens is taken over."""
+"""Options of torch.compile: what was tuned for another number of tokens is not used again."""
 
 
 class ModuleAttention:
     """The layer without its projections: `qkv [m, 2 Hq D + 2 Hkv D]` to `[1, m, Hq D]`.
 
-    Layout of qkv as in `et_moe.backends.ops.attention`, caches `[1, Hkv, S, D]`, input_pos the
-    tokens' positions, `int64 [m]`. Compiled for each m that differs from the one before; an own
-    function of tensors, so that callers can rotate the caches.
+    The layout of qkv is that of `et_moe.backends.ops.attention`; caches are `[1, Hkv, S, D]`, and
+    input_pos has the tokens' positions, `int64 [m]`. Caches are arguments, so that callers can
+    rotate them. The layer is compiled anew whenever m is not that of the call before.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class ModuleAttention:
         return torch.func.functional_call(self.layer, caches, (qkv[None], input_pos))
 
     def _compile(self) -> None:
-        """From scratch: kernels that are alike would keep the configuration chosen before."""
+        """Compiles from scratch: otherwise kernels that are alike would share a configuration."""
         torch.compiler.reset()
         torch._inductor.utils.clear_caches()
         self._function = torch.compile(self._between, dynamic=False, **COMPILER)

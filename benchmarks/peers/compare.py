@@ -27,8 +27,10 @@ def _send_rows(rows: multiprocessing.Queue, *arguments) -> None:
 
 
 def executorch_rows(c: ModelConfig, prompts: list[int], new_tokens: int) -> Iterator[dict]:
-    """Rows of the wheel, measured in a process of its own: a crash there loses no row, and its
-    memory is free for the next peer."""
+    """Yields the rows of the wheel, which is measured in a process of its own.
+
+    So a crash there loses no row, and the GPU's memory is free for the next peer.
+    """
     context = multiprocessing.get_context("spawn")
     rows = context.Queue()
     process = context.Process(target=_send_rows, args=(rows, c, prompts, new_tokens))
@@ -57,7 +59,9 @@ def measure(
 
     Args:
         e2e: result of the command `e2e`, from this GPU.
-        prompts: their lengths; new_tokens: tokens decoded after each.
+        prompts: lengths of the prompts.
+        new_tokens: how many tokens are decoded after each.
+        c: the shape of the model.
         llama: llama.cpp's `llama-bench` and its model, which is written if it does not exist (20 GB
             of random weights), or None.
 

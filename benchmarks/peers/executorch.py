@@ -1,9 +1,10 @@
 """The ExecuTorch wheel's own Qwen3.5 MoE as a peer: its modules and kernels, random INT4 weights.
 
-Called as the wheel's export calls them (`executorch.examples.models.qwen3_5_moe`): decode with the
-matrix-vector kernels, prefill with the batched experts (bf16 or INT8 activations) and dequantized
-linear layers. Run from Python as they are and under torch.compile, each captured in a CUDA graph,
-which is at least as fast as the exported program. Its prefill needs flash-linear-attention==0.4.2.
+The modules are called as the wheel's export calls them (`executorch.examples.models.qwen3_5_moe`):
+decode with the matrix-vector kernels, prefill with the batched experts (bf16 or INT8 activations)
+and dequantized linear layers. They are run from Python, as they are and under torch.compile, and
+are captured in a CUDA graph, which is at least as fast as the exported program. Prefill needs
+flash-linear-attention==0.4.2.
 """
 
 import importlib
@@ -22,7 +23,7 @@ KERNELS = "executorch.backends.cuda.triton.kernels"
 LINEARS = ("qkv_proj", "o_proj", "in_proj", "out_proj", "gate_up_proj", "down_proj", "lm_head")
 GROUP = 128
 CALLS = (("decode", "bf16"), ("prefill", "int8"), ("prefill", "bf16"))
-"""Phases and dtypes of the experts' activations: those of decode are always bf16."""
+"""Phases, and the dtypes of the experts' activations in them; in decode there is only bf16."""
 
 
 def load() -> ModuleType:
@@ -60,7 +61,7 @@ def _quantize_shapes(um: ModuleType, model: nn.Module, group: int) -> None:
 
 
 def fill(um: ModuleType, model: nn.Module, c: ModelConfig) -> None:
-    """Random weights; zero state; what the modules compute from the configuration."""
+    """Sets weights to random values, state to zero, and the rest as the modules compute it."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dtype == torch.int8:
             tensor.random_(-128, 128)
@@ -148,7 +149,7 @@ def _timed(function: Callable[[], object]) -> tuple[float, bool]:
 
 
 def measure(c: ModelConfig, prompts: list[int], new_tokens: int) -> Iterator[dict]:
-    """Yields rows of `bench_peers`: as they are and compiled, each prompt, each choice of kernels.
+    """Yields a row for each prompt and each of `CALLS`, of the modules as they are and compiled.
 
     Decode is timed in the middle of the `new_tokens` that follow a prompt.
     """
@@ -162,12 +163,7 @@ def measure(c: ModelConfig, prompts: list[int], new_tokens: int) -> Iterator[dic
             for layer in model.layers:
                 layer.compile(dynamic=False)
         for prompt in prompts:
-            # Decode has one kind of experts, whose activations are bf16.
-            for phase, activations in (
-                ("decode", "bf16"),
-                ("prefill", "int8"),
-                ("prefill", "bf16"),
-            ):
+            for phase, activations in CALLS:
                 variant = f"{'compiled' if compiled else 'as it is'}, {activations}"
                 row = {"peer": "ExecuTorch", "phase": phase, "variant": variant, "prompt": prompt}
                 set_mode(um, model, phase, activations)

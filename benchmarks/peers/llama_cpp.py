@@ -1,7 +1,7 @@
 """llama.cpp as a peer: a random GGUF of the model's shape, and `llama-bench` on it.
 
-The source is that in the `llama-cpp-python` package; 0.3.36 (ggml 0.25.3) was checked: its
-architecture `qwen35moe` is this model. On a machine with a CUDA compiler:
+llama.cpp's source is taken from the `llama-cpp-python` package, of which 0.3.36 (ggml 0.25.3) was
+checked: its architecture `qwen35moe` is this model. On a machine with a CUDA compiler:
 
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36
     tar xf llama_cpp_python-0.3.36.tar.gz
@@ -104,7 +104,7 @@ def random_tensor(
 
 
 def _interval(c: ModelConfig) -> int:
-    """Every how many layers full attention comes."""
+    """The interval of layers with full attention, which llama.cpp has instead of their list."""
     interval = (*c.layer_types, "full_attention").index("full_attention") + 1
     for i, kind in enumerate(c.layer_types):
         if (kind == "full_attention") != ((i + 1) % interval == 0):
@@ -180,9 +180,9 @@ def write_gguf(path: Path, c: ModelConfig, seed: int = 0) -> None:
 def run_bench(
     binary: Path, model: Path, prompts: list[int], new_tokens: int, repetitions: int = 5
 ) -> Iterator[dict]:
-    """Yields rows of `bench_peers`: each prompt's prefill, and decode after it.
+    """Yields rows of each prompt's prefill, and of decode after it.
 
-    Both micro-batch sizes that suit a GPU are tried, and the median of the repetitions taken.
+    Both micro-batch sizes that suit a GPU are tried; a row has the median of the repetitions.
     """
     lengths = ",".join(map(str, prompts))
     command = [binary, "-m", model, "-o", "json", "-r", str(repetitions), "-ngl", "999"]

@@ -117,14 +117,16 @@ def plot(result: dict, path: Path) -> None:
     names = [n for n in dict.fromkeys(line["subject"] for line in lines) if n != "sample"]
     rows = -(-len(names) // 3)
     with drawing(path, rows, 3, figsize=(15, 4 * rows)) as (_, panels):
+        for panel in panels.flat[len(names) :]:
+            panel.axis("off")
         for panel, name in zip(panels.flat, names, strict=False):
             mine = [line for line in lines if line["subject"] == name]
             for key, label, style in (
-                ("us", "ours", "-"),
-                ("peer_us", "the wheel's", "--"),
-                ("part_us", "the wheel's, a part", "--"),
-                ("roof_us", "roof", ":"),
-                ("floor_us", "floor", ":"),
+                ("us", "ours", "C0-"),
+                ("peer_us", "the wheel's", "C1--"),
+                ("part_us", "the wheel's, a part", "C2--"),
+                ("roof_us", "roof", "k:"),
+                ("floor_us", "floor", "C7:"),
             ):
                 points = [(line["m"], line[key]) for line in mine if line[key]]
                 if points:

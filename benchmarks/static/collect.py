@@ -60,8 +60,9 @@ class Demands:
     """The cases that launch a job's kernel, and what its machine code must be like.
 
     Attributes:
-        tensor_cores: it has int8 tensor-core instructions; wgmma: Hopper's own, on sm_90.
-        streams: pointer parameters that are read 16 bytes at a time.
+        tensor_cores: whether it must have INT8 tensor-core instructions.
+        wgmma: whether these must be Hopper's own, on sm_90.
+        streams: pointer parameters that must be read 16 bytes at a time.
     """
 
     cases: set[str] = dataclasses.field(default_factory=set)
@@ -71,7 +72,7 @@ class Demands:
 
 
 def job_of(launch: Launch, arch: str) -> Job:
-    """What Triton would compile for a launch; tensors count as aligned to 16 bytes."""
+    """What Triton would compile for a launch whose tensors are aligned to 16 bytes."""
     signature, constexprs, divisible = [], [], []
     for i, parameter in enumerate(launch.kernel.params):
         name = parameter.name
@@ -104,7 +105,10 @@ def job_of(launch: Launch, arch: str) -> Job:
 
 
 def targets() -> list[tuple[str, ...]]:
-    """Names to look tuned configurations up by, the last of each being the architecture."""
+    """For each architecture and each GPU the names by which configurations are looked up.
+
+    The last name is the architecture.
+    """
     named = [(gpu.name, gpu.arch) for gpu in GPUS]
     return [*((arch,) for arch in ARCHS), *named]
 

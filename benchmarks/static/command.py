@@ -22,7 +22,7 @@ from et_moe.benchmarks.static.summary import cells, summarize
 
 
 def _instructions(made: dict[Job, Compiled]) -> dict[Job, dict]:
-    """What the machine code of the jobs that compiled consists of."""
+    """Counts the instructions of the jobs that could be compiled."""
     by_arch: dict[str, list[Job]] = collections.defaultdict(list)
     for job, compiled in made.items():
         if compiled.code:
@@ -41,7 +41,7 @@ def _instructions(made: dict[Job, Compiled]) -> dict[Job, dict]:
 
 
 def make_rows(jobs: dict[Job, Demands], processes: int) -> list[dict]:
-    """Compiles all jobs; a row each, in their order."""
+    """Compiles all jobs; returns a row for each, in their order."""
     made = compile_jobs(list(jobs), processes)
     instructions = _instructions(made)
     return [
@@ -54,7 +54,11 @@ def make_rows(jobs: dict[Job, Demands], processes: int) -> list[dict]:
 
 
 def _print_changes(path: Path, rows: list[dict], only: str) -> bool:
-    """Prints how rows differ from those of an earlier result; whether any code does."""
+    """Prints how rows differ from those of an earlier result.
+
+    Returns:
+        Whether the machine code of any kernel is new, gone or another.
+    """
     before = json.loads(path.read_text())["rows"]
     before = [row for row in before if any(only in case for case in row["cases"])]
     changes = compare_rows(before, rows)

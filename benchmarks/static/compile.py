@@ -46,7 +46,7 @@ class Compiled:
 
 
 def families(jobs: Iterable[Job]) -> list[tuple[Job, ...]]:
-    """The jobs, put together where one compilation up to LLVM IR serves several."""
+    """The jobs in groups that share their LLVM IR: see `SAME_LLVM_IR`."""
     found: dict[Job, list[Job]] = {}
     for job in jobs:
         shared = job.arch in SAME_LLVM_IR
@@ -56,7 +56,7 @@ def families(jobs: Iterable[Job]) -> list[tuple[Job, ...]]:
 
 
 def _tell_target(target: GPUTarget) -> None:
-    """Lets kernels ask what they are compiled for; otherwise they would be told this machine's."""
+    """Tells kernels that ask which architecture they are compiled for."""
 
     def current_target() -> GPUTarget:
         return target
@@ -87,7 +87,7 @@ def _from_llvm_ir(llir: str, job: Job, target: GPUTarget) -> dict:
 
 
 def _describe(job: Job, asm: dict, shared_memory: int, log: str) -> Compiled:
-    """`log` is that of ptxas."""
+    """What the report says of a compiled kernel; `log` is what ptxas printed."""
     code = machine_code(asm["cubin"])
     pointers = [name for name, kind in job.signature if kind != "constexpr"]
     early = read_early(asm["ptx"], pointers)
@@ -107,7 +107,12 @@ def _describe(job: Job, asm: dict, shared_memory: int, log: str) -> Compiled:
 
 
 def compile_family(family: Sequence[Job], verify: bool = False) -> list[Compiled]:
-    """Compiles one of `families`; with `verify` each of its jobs from its source."""
+    """Compiles one of `families`.
+
+    Args:
+        verify: compile each job from its source, and see that LLVM IR is the same for all; a job
+            for which it is not has an error.
+    """
     results: list[Compiled] = []
     llir, shared_memory = None, 0
     for job in family:

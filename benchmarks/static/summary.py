@@ -6,11 +6,12 @@ SPANS = ("registers", "shared_memory", "tensor_instructions")
 
 
 def summarize(rows: list[dict]) -> list[dict]:
-    """A row a kernel, with [least, most] of each of `SPANS` by architecture.
+    """One line for each kernel, over all of its configurations.
 
     Returns:
-        Rows of "kernel", "configurations" (all architectures together), "spilled_bytes" (the most
-        of any) and, by architecture, the spans in the order of `SPANS`.
+        Lines with "kernel", "configurations" (their number, of all architectures together),
+        "spilled_bytes" (the most of any of them) and, for each architecture, the least and the most
+        of each of `SPANS`.
     """
     lines = []
     for kernel in sorted({row["kernel"] for row in rows}):
