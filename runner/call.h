@@ -25,7 +25,8 @@ struct Call {
   const std::vector<std::string>& outputs;
   /// The next call on the sequence is of this method again, with the token that this one draws, the
   /// position that follows and otherwise the same inputs. A device may begin it at once; then the
-  /// sequence takes that call next, or is settled or reset.
+  /// sequence takes that call next, or is settled or reset; other outputs than the token can be had
+  /// of it unless another sequence has made a call since.
   bool run_ahead = false;
 };
 

@@ -5,8 +5,9 @@
 //     Two sessions on one load of the weights take turns, token by token; each PROMPT is a JSON
 //     list of ids, and a JSON list of TOKENS ids is printed for each. GRAPH is 0 or 1.
 //   delegate_check ahead MODEL.pte MODEL.ptd GRAPH TOKENS PROMPT
-//     Generates twice with a call on its way beyond the last token, which refuses what it is not
-//     and gives way to a reset, the second time to further tokens after it; prints the ids of both.
+//     Generates twice with a call on its way beyond the last token, which refuses what it is not.
+//     The first time another session takes its logits away, and it gives way to a reset; the second
+//     time further tokens follow it. Prints the ids of both.
 //   delegate_check faults MODEL.pte MODEL.ptd GRAPH STEP
 //     Loads and generates, once for every STEP-th call of CUDA with that call failing. Each failure
 //     must be an error that names a CUDA error (a failed capture: a message), leave nothing behind,
@@ -81,6 +82,18 @@ void sessions(int argc, char** argv) {
   for (const Sequence& s : sequences) std::cout << nlohmann::json(s.generated).dump() << "\n";
 }
 
+/// Throws std::logic_error unless `body` throws a std::runtime_error with this text.
+template <typename Body>
+void expect_error(const std::string& text, const Body& body) {
+  try {
+    body();
+  } catch (const std::runtime_error& e) {
+    if (std::strstr(e.what(), text.c_str())) return;
+    throw std::logic_error("an error without \"" + text + "\": " + e.what());
+  }
+  throw std::logic_error("no error with \"" + text + "\"");
+}
+
 void ahead(char** argv) {
   const auto model = load(argv);
   const auto session = model->new_session();
@@ -103,12 +116,15 @@ void ahead(char** argv) {
     const std::vector<std::pair<Ids, et_moe::Sampling>> refused = {
         {{last ^ 1}, {}}, {{last ^ 1, last}, {}}, {prompt, {}}, {{last}, other}};
     for (const auto& [ids, sampling] : refused) {
-      try {
-        run(ids, sampling);
-        throw std::logic_error("a session that runs ahead took another call");
-      } catch (const std::runtime_error& e) {
-        if (!std::strstr(e.what(), "reset it")) throw;
-      }
+      expect_error("reset it", [&] { run(ids, sampling); });
+    }
+    if (sequence == 0) {
+      const auto another = model->new_session();
+      model->run(*another, prompt.data(), prompt.size(), {});
+      et_moe::CallOptions logits;
+      logits.logits = true;
+      expect_error("logits of a call that ran ahead is gone",
+                   [&] { model->run(*session, &last, 1, {}, logits); });
     }
     const int64_t length = session->position();
     if (sequence == 1) {

@@ -67,6 +67,11 @@ def test_programs_have_their_own_weights_and_state(fake, small, build_dir) -> No
     assert found[0][0] != found[0][1], "calls do not continue one sequence"
 
 
+def test_programs_under_sanitizers(sanitized, small) -> None:
+    weights = [small / f"cuda.{seed}.ptd" for seed in (0, 1, 0)]
+    sanitized.check("programs", small / "cuda.pte", "decode", DECODE, *weights, tool=TOOL)
+
+
 def failure(fake, small: Path, method: str, ptd: str = "cuda.0.ptd", **environment) -> tuple:
     inputs = DECODE if method == "decode" else SCORES
     printed = fake.check(

@@ -122,6 +122,7 @@ bool CompiledMethod::launch_graph(Session& session, Calls& calls) {
 }
 
 void CompiledMethod::launch(Session& session, Calls& calls) {
+  context_->last_ = &calls;
   // The first call of a length warms up: it loads kernels and takes scratch memory.
   const bool as_graph =
       context_->use_graphs_ && !capture_failed_ && !calls.warm.insert(calls.length).second;
@@ -171,6 +172,11 @@ bool CompiledMethod::copy_outputs(const Calls& calls, const std::vector<void*>& 
     const OutputSpec& spec = info_.spec.outputs[i];
     if (info_.hand_over && info_.hand_over->token == i) continue;
     if (wanted && std::find(wanted->begin(), wanted->end(), spec.name) == wanted->end()) continue;
+    if (context_->last_ != &calls) {
+      throw DelegateError(Error::InvalidState, "the output " + spec.name +
+                                                   " of a call that ran ahead is gone: another "
+                                                   "session has made a call since");
+    }
     ET_MOE_CUDA(cudaMemcpyAsync(outputs[i], calls.outputs[i], spec.nbytes(), cudaMemcpyDeviceToHost,
                                 context_->stream_.get()));
     any = true;

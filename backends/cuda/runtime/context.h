@@ -53,6 +53,7 @@ class Context {
   Arena arena_;
   std::unique_ptr<DeviceWeights> weights_;
   std::vector<TensorSpec> state_;
+  const Calls* last_ = nullptr;  // whose call was started last: it owns what is in scratch memory
   std::unique_ptr<Session> own_session_;  // for callers that never made one
 };
 

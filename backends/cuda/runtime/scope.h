@@ -18,7 +18,8 @@ struct CallOptions {
   const std::vector<std::string>* outputs = nullptr;
   /// Whether the call is followed at once by the next one, on the token that it draws and otherwise
   /// the same inputs: the GPU goes on while the caller looks at the token. The session then takes
-  /// that call next, or is settled or reset. Of a method without a hand-over nothing follows.
+  /// that call next, or is settled or reset. Outputs of that call other than the token are there
+  /// unless another session has made a call since. Of a method without a hand-over nothing follows.
   bool run_ahead = false;
 };
 
