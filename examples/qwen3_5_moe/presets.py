@@ -5,6 +5,7 @@ The 35B's is https://huggingface.co/Qwen/Qwen3.5-35B-A3B/blob/main/config.json, 
 
 from typing import Any
 
+from et_moe.examples.qwen3_5_moe.config import DEFAULTS
 from et_moe.examples.qwen3_5_moe.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -57,22 +58,10 @@ _QWEN3_5 = COMMON | {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _QWEN3_5 | TINY_SHAPE,
+    # The published shape is what Hugging Face's configuration assumes.
     "35b": _QWEN3_5
+    | DEFAULTS
     | {
-        "vocab_size": 248320,
-        "hidden_size": 2048,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
         "max_position_embeddings": 262144,
         "rope_parameters": ROPE | {"mrope_section": [11, 11, 10], "mrope_interleaved": True},
         "eos_token_id": 248044,

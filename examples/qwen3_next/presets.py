@@ -6,6 +6,7 @@ The 80B's is https://huggingface.co/Qwen/Qwen3-Next-80B-A3B-Instruct/blob/main/c
 from typing import Any
 
 from et_moe.examples.qwen3_5_moe.presets import COMMON, ROPE, TINY_SHAPE, tiny_files
+from et_moe.examples.qwen3_next.config import DEFAULTS
 from et_moe.pipeline.models import PresetFiles
 
 ARCHITECTURE = "Qwen3NextForCausalLM"
@@ -20,22 +21,9 @@ _QWEN3_NEXT = COMMON | {
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _QWEN3_NEXT | TINY_SHAPE | {"intermediate_size": 256},
     "80b": _QWEN3_NEXT
+    | DEFAULTS
     | {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
         "intermediate_size": 5120,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
         "max_position_embeddings": 262144,
         "rope_parameters": ROPE,
         "eos_token_id": 151645,
