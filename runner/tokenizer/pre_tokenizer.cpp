@@ -20,12 +20,14 @@ constexpr char kSupportedPattern[] = R"re((?x) \A (?:
   | \( (?: \?[:=!] | (?![?*]) ) | [)|]                            # groups, but no verbs: (*X)
   | \[ \^? (?: \\[sSrnt] | \\p\{[LMN]\} | (?![][\\^&-])[ -~] )+ \]
   | \\[sSrnt] | \\p\{[LMN]\}
-  | [?*+][?+]? (?![?*+{]) | \{ \d+ (?:,\d*)? \} (?![?*+{])        # repeats
+  | [?*+][?+]? (?![?*+{])                                         # repeats
+  | \{ \d\d? (?:,(?:\d\d?)?)? \} (?![?*+{])
   | (?![][\\^$.|?*+(){}])[ -~]                                    # literals
 )*+ \z)re";
 
 constexpr uint32_t kHeapLimitKib = 256 * 1024;
-constexpr uint64_t kMatchLimit = 10'000'000;  // PCRE2's default, for text of no length
+constexpr uint64_t kStepsPerCall = 10'000'000, kStepsPerByte = 200;
+constexpr size_t kMaxExcerptBytes = 200;  // Qwen's patterns have 122
 
 struct MatchDeleter {
   void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
@@ -42,17 +44,35 @@ std::string message_of(int error) {
   return reinterpret_cast<const char*>(message);
 }
 
-pcre2_code* compile(std::string_view pattern) {
+pcre2_code* compile(std::string_view pattern, uint32_t options = 0) {
   int error = 0;
   size_t offset = 0;
-  pcre2_code* code = pcre2_compile(bytes_of(pattern), pattern.size(), PCRE2_UTF | PCRE2_UCP, &error,
-                                   &offset, nullptr);
+  pcre2_code* code = pcre2_compile(bytes_of(pattern), pattern.size(),
+                                   PCRE2_UTF | PCRE2_UCP | options, &error, &offset, nullptr);
   if (code == nullptr) {
     throw std::runtime_error("invalid regular expression: " + message_of(error) + " at offset " +
                              std::to_string(offset));
   }
   return code;
 }
+
+/// What is left of a limit on steps, and where the matcher was when it was last asked.
+struct StepCounter {
+  uint64_t& steps_left;
+  size_t position;
+
+  /// PCRE2 calls this before each element of the pattern that it tries. PCRE2's own limit counts
+  /// afresh for every match, and not how far an element like `a*` runs.
+  static int count(pcre2_callout_block* block, void* self) {
+    auto& counter = *static_cast<StepCounter*>(self);
+    const auto [low, high] = std::minmax({counter.position, size_t{block->current_position}});
+    const uint64_t steps = 1 + high - low;
+    if (steps > counter.steps_left) return PCRE2_ERROR_CALLOUT;
+    counter.steps_left -= steps;
+    counter.position = block->current_position;
+    return 0;
+  }
+};
 
 /// A character that PCRE2 puts into the class that `code_point` has for Hugging Face, with a UTF-8
 /// form of the same length; empty where PCRE2 needs no help.
@@ -89,7 +109,8 @@ std::string with_stand_ins(std::string_view text) {
 
 void PreTokenizer::CodeDeleter::operator()(pcre2_real_code_8* code) const { pcre2_code_free(code); }
 
-PreTokenizer::PreTokenizer(const std::string& pattern) : code_(compile(pattern)) {
+PreTokenizer::PreTokenizer(const std::string& pattern)
+    : pattern_(pattern), code_(compile(pattern, PCRE2_AUTO_CALLOUT)) {
   const std::unique_ptr<pcre2_code, CodeDeleter> supported(compile(kSupportedPattern));
   const MatchData data(pcre2_match_data_create(1, nullptr));
   if (pcre2_match(supported.get(), bytes_of(pattern), pattern.size(), 0, 0, data.get(), nullptr) <
@@ -104,17 +125,30 @@ PreTokenizer::PreTokenizer(const std::string& pattern) : code_(compile(pattern))
   pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // where it fails, pcre2_match interprets
 }
 
-std::vector<std::string_view> PreTokenizer::split(std::string_view text) const {
+void PreTokenizer::fail(const std::string& message) const {
+  std::string pattern = pattern_;
+  if (pattern.size() > kMaxExcerptBytes)
+    pattern.replace(kMaxExcerptBytes, std::string::npos, "...");
+  throw std::runtime_error("regular expression of the pre-tokenizer: " + pattern + ": " + message);
+}
+
+uint64_t PreTokenizer::step_limit(size_t bytes) {
+  return kStepsPerCall + kStepsPerByte * uint64_t{bytes};
+}
+
+std::vector<std::string_view> PreTokenizer::split(std::string_view text,
+                                                  uint64_t& steps_left) const {
   const std::string subject = with_stand_ins(text);
   const MatchData data(pcre2_match_data_create(1, nullptr));
   const MatchContext context(pcre2_match_context_create(nullptr));
-  if (data == nullptr || context == nullptr) throw std::runtime_error("PCRE2: out of memory");
-  const uint64_t limit = kMatchLimit + 8 * static_cast<uint64_t>(text.size());
-  pcre2_set_match_limit(context.get(),
-                        static_cast<uint32_t>(std::min<uint64_t>(limit, UINT32_MAX)));
+  if (data == nullptr || context == nullptr) fail("out of memory");
+  StepCounter counter{steps_left, 0};
+  pcre2_set_callout(context.get(), StepCounter::count, &counter);
+  pcre2_set_match_limit(context.get(), UINT32_MAX);  // the steps are what is limited
   pcre2_set_depth_limit(context.get(), UINT32_MAX);  // memory is bounded by the heap limit
   pcre2_set_heap_limit(context.get(), kHeapLimitKib);
   const auto match_from = [&](size_t pos, uint32_t options) {
+    counter.position = pos;
     return pcre2_match(code_.get(), bytes_of(subject), subject.size(), pos,
                        PCRE2_NO_UTF_CHECK | options, data.get(), context.get());
   };
@@ -125,9 +159,8 @@ std::vector<std::string_view> PreTokenizer::split(std::string_view text) const {
     int status = match_from(pos, 0);
     if (status == PCRE2_ERROR_JIT_STACKLIMIT) status = match_from(pos, PCRE2_NO_JIT);
     if (status == PCRE2_ERROR_NOMATCH) break;
-    if (status < 0) {
-      throw std::runtime_error("regular expression of the pre-tokenizer: " + message_of(status));
-    }
+    if (status == PCRE2_ERROR_CALLOUT) fail("takes too many steps: it backtracks too much");
+    if (status < 0) fail(message_of(status));
     const size_t* match = pcre2_get_ovector_pointer(data.get());
     if (match[0] > pos) pieces.push_back(text.substr(pos, match[0] - pos));
     pieces.push_back(text.substr(match[0], match[1] - match[0]));

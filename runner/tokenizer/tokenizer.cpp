@@ -71,8 +71,11 @@ void Tokenizer::split_added_tokens(std::string_view text, const AddedTokenFinder
 std::vector<int64_t> Tokenizer::encode(std::string_view utf8_text, bool parse_special) const {
   require_utf8(utf8_text);
   std::vector<int64_t> ids;
+  uint64_t steps_left = PreTokenizer::step_limit(utf8_text.size());
   const auto encode_plain = [&](std::string_view text) {
-    for (const std::string_view piece : pre_tokenizer_.split(text)) bpe_.encode(piece, ids);
+    for (const std::string_view piece : pre_tokenizer_.split(text, steps_left)) {
+      bpe_.encode(piece, ids);
+    }
   };
   const auto encode_raw = [&](std::string_view text) {
     const std::string normalized = nfc_ ? normalize_nfc(text) : std::string(text);

@@ -40,7 +40,8 @@ class Tokenizer {
 
   /// The ids of `utf8_text`. Special tokens written in the text become their ids only with
   /// `parse_special` (Hugging Face's default; without it is its `encode_special_tokens = True`);
-  /// other added tokens always do. Throws std::runtime_error if the text is not well-formed UTF-8.
+  /// other added tokens always do. Throws std::runtime_error if the text is not well-formed UTF-8,
+  /// or if the file's regular expression takes too much work on it (see PreTokenizer::step_limit).
   std::vector<int64_t> encode(std::string_view utf8_text, bool parse_special) const;
 
   /// The text of `ids`, special tokens included; ill-formed UTF-8 becomes U+FFFD. Throws

@@ -63,7 +63,8 @@ int run(const std::string& subject, const std::string& mode) {
     const et_moe::PreTokenizer pre_tokenizer(subject);
     for_each_line([&](const std::string& line) -> json {
       const std::string text = parse_string(line);
-      return pre_tokenizer.split(text);
+      uint64_t steps_left = et_moe::PreTokenizer::step_limit(text.size());
+      return pre_tokenizer.split(text, steps_left);
     });
     return 0;
   }

@@ -44,17 +44,17 @@ json make_spec() {
   return spec;
 }
 
+Tokenizer load(const std::string& text) {
+  const std::filesystem::path path =
+      std::filesystem::path(testing::TempDir()) /
+      (testing::UnitTest::GetInstance()->current_test_info()->name() +
+       std::string(".tokenizer.json"));
+  std::ofstream(path, std::ios::binary) << text;
+  return Tokenizer::load(path.string());
+}
+
 class TokenizerTest : public testing::Test {
  protected:
-  static Tokenizer load(const std::string& text) {
-    const std::filesystem::path path =
-        std::filesystem::path(testing::TempDir()) /
-        (testing::UnitTest::GetInstance()->current_test_info()->name() +
-         std::string(".tokenizer.json"));
-    std::ofstream(path, std::ios::binary) << text;
-    return Tokenizer::load(path.string());
-  }
-
   const Tokenizer tokenizer_ = load(make_spec().dump());
 };
 
@@ -124,12 +124,56 @@ TEST_F(TokenizerTest, RefusesTextThatIsNotUtf8) {
   }
 }
 
-TEST_F(TokenizerTest, ReportsARegularExpressionThatBacktracksForever) {
+Tokenizer with_pattern(const std::string& pattern) {
   json spec = make_spec();
-  spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(?:\\p{L}+)+\\p{N}";
-  const Tokenizer tokenizer = load(spec.dump());
-  const std::string error = error_of([&] { tokenizer.encode(std::string(10000, 'a'), true); });
-  EXPECT_NE(error.find("regular expression of the pre-tokenizer: "), std::string::npos) << error;
+  spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern;
+  return load(spec.dump());
+}
+
+/// Patterns and texts whose matching takes exponential, cubic or quadratic time: in one match, or
+/// in many that are fast one by one.
+TEST(PreTokenizerTest, LimitsTheStepsOfACall) {
+  const std::pair<const char*, std::string> cases[] = {
+      {"(?:\\p{L}+)+\\p{N}", std::string(10'000, 'a')},
+      {"(?=a*a*a*b)a|\\S", std::string(3'000, 'a')},
+      {"(?=a*b)a|\\S", std::string(300'000, 'a')},
+      {"(?=[^b]*+b)a|\\S", std::string(300'000, 'a')},
+      {"(?=(?:a|c)++b)a|\\S", std::string(300'000, 'a')},
+      {"a+?b|\\S", std::string(300'000, 'a')},
+      {"\\s+\\p{N}|\\s", std::string(300'000, ' ')},
+  };
+  for (const auto& [pattern, text] : cases) {
+    const std::string error =
+        error_of([&, &text = text] { with_pattern(pattern).encode(text, true); });
+    const std::string subject = std::string("regular expression of the pre-tokenizer: ") + pattern;
+    EXPECT_EQ(error.find(subject + ": "), 0) << error;
+  }
+}
+
+/// A text in many parts has no more steps than one in one part.
+TEST(PreTokenizerTest, LimitsTheStepsOfAllPartsTogether) {
+  const Tokenizer tokenizer = with_pattern("(?=a*a*b)a|\\S");
+  const std::string part = std::string(100, 'a') + "<think>";
+  std::string text;
+  for (int i = 0; i < 3'000; ++i) text += part;
+  EXPECT_EQ(error_of([&] { tokenizer.encode(part, true); }), "no error");
+  const std::string error = error_of([&] { tokenizer.encode(text, true); });
+  EXPECT_NE(error.find("too many steps"), std::string::npos) << error;
+}
+
+/// 10 MB of what costs Qwen's pattern most, and of what makes its matches longest.
+TEST(PreTokenizerTest, TakesLongTextsWithQwensPattern) {
+  const PreTokenizer pre_tokenizer(
+      "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}"
+      "| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+");
+  for (const char* unit : {"  1'", " ", "\n ", "a"}) {
+    std::string text;
+    while (text.size() < 10'000'000) text += unit;
+    const uint64_t limit = PreTokenizer::step_limit(text.size());
+    uint64_t steps_left = limit;
+    EXPECT_FALSE(pre_tokenizer.split(text, steps_left).empty());
+    EXPECT_LT((limit - steps_left) / text.size(), 32) << unit;
+  }
 }
 
 TEST_F(TokenizerTest, RefusesDamagedFiles) {
