@@ -15,13 +15,6 @@ namespace {
 constexpr auto kCompose = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
 constexpr unsigned char kFirstLeadByteInNfc = 0xCC;  // of U+0300; NFC keeps all that is below it
 
-bool is_inert(char32_t code_point) {
-  const auto* range =
-      std::lower_bound(std::begin(kInertInNfc), std::end(kInertInNfc), code_point,
-                       [](const CodePointRange& r, char32_t c) { return r.last < c; });
-  return range != std::end(kInertInNfc) && range->first <= code_point;
-}
-
 int combining_class(utf8proc_int32_t code_point) {
   return utf8proc_get_property(code_point)->combining_class;
 }
@@ -60,7 +53,7 @@ std::string normalize_nfc(std::string_view text) {
   std::vector<utf8proc_int32_t> code_points;
   for (size_t pos = 0; pos < text.size();) {
     const Utf8Sequence sequence = read_utf8(text, pos);
-    if (is_inert(sequence.code_point)) {
+    if (find_range(kInertInNfc, sequence.code_point) != nullptr) {
       append_composed(code_points, normalized);
       normalized += text.substr(pos, sequence.length);
     } else {

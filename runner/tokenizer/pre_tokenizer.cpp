@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
 #include <stdexcept>
 
 #include "runner/tokenizer/unicode_ranges.h"
@@ -77,16 +76,15 @@ struct StepCounter {
 /// A character that PCRE2 puts into the class that `code_point` has for Hugging Face, with a UTF-8
 /// form of the same length; empty where PCRE2 needs no help.
 std::string_view stand_in(char32_t code_point, size_t length) {
-  const auto* range = std::lower_bound(
-      std::begin(kClassesUnknownToPcre2), std::end(kClassesUnknownToPcre2), code_point,
-      [](const CharacterClassRange& r, char32_t c) { return r.last < c; });
-  if (range == std::end(kClassesUnknownToPcre2) || code_point < range->first) return {};
+  const CharacterClassRange* range = find_range(kClassesUnknownToPcre2, code_point);
+  if (range == nullptr) return {};
   switch (range->general_category) {
     case 'L':
       return length == 3 ? "\xE4\xB8\x80" : "\xF0\xA0\x80\x80";  // U+4E00, U+20000
     case 'M':
       return length == 3 ? "\xE0\xA4\x80" : "\xF0\x9D\x85\xA5";  // U+0900, U+1D165
     case 'N':
+    case 'O':
       return "\xF0\x9D\x9F\x8E";  // U+1D7CE
     default:
       return "\xE2\x80\x8B";  // U+200B, a format character

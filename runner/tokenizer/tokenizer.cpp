@@ -44,28 +44,16 @@ Tokenizer::Tokenizer(TokenizerSpec spec)
       })) {
   tokens_.resize(bpe_.vocabulary().size());
   for (const auto& [token, id] : bpe_.vocabulary()) tokens_[id].bytes = alphabet_to_bytes(token);
+  std::vector<AddedToken> raw, normalized;
   for (AddedToken& token : spec.added_tokens) {
     added_ids_.emplace(token.content, token.id);
     if (token.normalized && nfc_) token.content = normalize_nfc(token.content);
     if (token.id == vocab_size()) tokens_.emplace_back();
     tokens_[token.id] = {alphabet_to_bytes(token.content), token.special};
-    (token.normalized ? normalized_added_tokens_ : raw_added_tokens_).add(std::move(token));
+    (token.normalized ? normalized : raw).push_back(std::move(token));
   }
-}
-
-template <typename EncodeText>
-void Tokenizer::split_added_tokens(std::string_view text, const AddedTokenFinder& finder,
-                                   bool parse_special, std::vector<int64_t>& ids,
-                                   const EncodeText& encode_text) const {
-  size_t done = 0;
-  for (auto match = finder.find(text, 0);; match = finder.find(text, match.end)) {
-    // A special token that stays text also hides the added tokens within it, as in Hugging Face's.
-    if (match.token != nullptr && match.token->special && !parse_special) continue;
-    if (match.begin > done) encode_text(text.substr(done, match.begin - done));
-    if (match.token == nullptr) return;
-    ids.push_back(match.token->id);
-    done = match.end;
-  }
+  raw_added_tokens_ = AddedTokenSplitter(std::move(raw));
+  normalized_added_tokens_ = AddedTokenSplitter(std::move(normalized));
 }
 
 std::vector<int64_t> Tokenizer::encode(std::string_view utf8_text, bool parse_special) const {
@@ -77,11 +65,21 @@ std::vector<int64_t> Tokenizer::encode(std::string_view utf8_text, bool parse_sp
       bpe_.encode(piece, ids);
     }
   };
-  const auto encode_raw = [&](std::string_view text) {
-    const std::string normalized = nfc_ ? normalize_nfc(text) : std::string(text);
-    split_added_tokens(normalized, normalized_added_tokens_, parse_special, ids, encode_plain);
+  // Appends the ids of the added tokens, and calls `encode_text` with what lies between them.
+  const auto split = [&](const AddedTokenSplitter& added_tokens, std::string_view text,
+                         const auto& encode_text) {
+    for (const auto& part : added_tokens.split(text, parse_special)) {
+      if (part.token != nullptr) {
+        ids.push_back(part.token->id);
+      } else {
+        encode_text(part.text);
+      }
+    }
   };
-  split_added_tokens(utf8_text, raw_added_tokens_, parse_special, ids, encode_raw);
+  split(raw_added_tokens_, utf8_text, [&](std::string_view text) {
+    const std::string normalized = nfc_ ? normalize_nfc(text) : std::string(text);
+    split(normalized_added_tokens_, normalized, encode_plain);
+  });
   return ids;
 }
 

@@ -25,12 +25,13 @@ namespace et_moe {
 ///                   pairs or strings, ignore_merges or not; no dropout, unknown token, prefix,
 ///                   suffix or byte fallback
 ///   decoder, post_processor   ByteLevel (the latter may be null)
-///   added_tokens    special or not, normalized or not; no lstrip, rstrip, single_word
+///   added_tokens    as Hugging Face's, but each content once
 ///   truncation, padding       null
 ///
 /// Exact for every string, whatever characters it has, with a PCRE2 of Unicode 14 (10.42) to 16 and
-/// a utf8proc of Unicode 14 (2.8) to 17. A newer PCRE2 would class characters as letters, marks or
-/// numbers that are unassigned to Hugging Face's libraries (Unicode 16).
+/// a utf8proc of Unicode 14 (2.7) to 17. A newer PCRE2 would class characters as letters, marks or
+/// numbers that are unassigned to Hugging Face's libraries (Unicode 16), as a utf8proc of Unicode
+/// 17 does beside an added token with single_word.
 ///
 /// Immutable: may be used by several threads at once. Movable, not copyable.
 class Tokenizer {
@@ -70,14 +71,11 @@ class Tokenizer {
 
   explicit Tokenizer(TokenizerSpec spec);
   const Token& token_at(int64_t id) const;
-  template <typename EncodeText>
-  void split_added_tokens(std::string_view text, const AddedTokenFinder& finder, bool parse_special,
-                          std::vector<int64_t>& ids, const EncodeText& encode_text) const;
 
   bool nfc_;
   PreTokenizer pre_tokenizer_;
   Bpe bpe_;
-  AddedTokenFinder raw_added_tokens_, normalized_added_tokens_;
+  AddedTokenSplitter raw_added_tokens_, normalized_added_tokens_;
   std::unordered_map<std::string, int64_t> added_ids_;
   std::vector<Token> tokens_;  // by id
 };

@@ -43,8 +43,8 @@ const json& schema(const char* name) {
       "fuse_unk": [null, false], "byte_fallback": [null, false],
       "ignore_merges": [null, false, true], "vocab": "object", "merges": "array"},
     "added_token": {
-      "id": "number", "content": "string", "single_word": [false], "lstrip": [false],
-      "rstrip": [false], "normalized": [false, true], "special": [false, true]}
+      "id": "number", "content": "string", "single_word": [false, true],
+      "lstrip": [false, true], "rstrip": [false, true], "normalized": [false, true], "special": [false, true]}
   })");
   return schemas.at(name);
 }
@@ -176,7 +176,9 @@ std::vector<AddedToken> read_added_tokens(const json& items, const Bpe::Vocabula
       fail(key + ".id",
            excerpt(item["id"]) + ", expected " + std::to_string(id) + " for " + excerpt(content));
     }
-    tokens.push_back({id, content, item["special"].get<bool>(), item["normalized"].get<bool>()});
+    const auto flag = [&](const char* name) { return item[name].get<bool>(); };
+    tokens.push_back({id, content, flag("special"), flag("normalized"), flag("single_word"),
+                      flag("lstrip"), flag("rstrip")});
   }
   return tokens;
 }

@@ -3,16 +3,28 @@
 // one here, also where it lags behind the Unicode standard.
 //
 // The tables were made by asking the libraries about every code point, and
-// tests/runner/test_tokenizer.py does so again: tokenizers 0.23 (Oniguruma with
-// Unicode 16, unicode-normalization-alignments 0.1.12 with Unicode 9) against PCRE2 10.42 and
-// utf8proc 2.8 (both Unicode 14).
+// tests/runner/test_tokenizer.py and test_added_tokens.py do so again: tokenizers 0.23 (Oniguruma
+// and the crate regex with Unicode 16, unicode-normalization-alignments 0.1.12 with Unicode 9)
+// against PCRE2 10.42 and utf8proc 2.8 (Unicode 14 and 15).
 #pragma once
+
+#include <algorithm>
+#include <cstddef>
 
 namespace et_moe {
 
+/// The element of a sorted table that has `code_point`, or null.
+template <typename Range, size_t size>
+const Range* find_range(const Range (&ranges)[size], char32_t code_point) {
+  const Range* range = std::lower_bound(ranges, ranges + size, code_point,
+                                        [](const Range& r, char32_t c) { return r.last < c; });
+  return range != ranges + size && range->first <= code_point ? range : nullptr;
+}
+
 struct CharacterClassRange {
   char32_t first, last;
-  char general_category;  // 'L', 'M' or 'N' as \p{..}; 'C': none of these, and no white space
+  // 'L', 'M' as \p{..}; 'N': Nd or Nl; 'O': No; 'C': none of these, and no white space
+  char general_category;
 };
 
 /// Letters, marks and numbers of Unicode 15 to 16, which PCRE2 10.42 knows as unassigned, and
@@ -38,7 +50,7 @@ inline constexpr CharacterClassRange kClassesUnknownToPcre2[] = {
     {0x16100, 0x1611D, 'L'}, {0x1611E, 0x1612F, 'M'}, {0x16130, 0x16139, 'N'},
     {0x16D40, 0x16D6C, 'L'}, {0x16D70, 0x16D79, 'N'}, {0x18CFF, 0x18CFF, 'L'},
     {0x1B132, 0x1B132, 'L'}, {0x1B155, 0x1B155, 'L'}, {0x1CCF0, 0x1CCF9, 'N'},
-    {0x1D2C0, 0x1D2D3, 'N'}, {0x1DF25, 0x1DF2A, 'L'}, {0x1E030, 0x1E06D, 'L'},
+    {0x1D2C0, 0x1D2D3, 'O'}, {0x1DF25, 0x1DF2A, 'L'}, {0x1E030, 0x1E06D, 'L'},
     {0x1E08F, 0x1E08F, 'M'}, {0x1E4D0, 0x1E4EB, 'L'}, {0x1E4EC, 0x1E4EF, 'M'},
     {0x1E4F0, 0x1E4F9, 'N'}, {0x1E5D0, 0x1E5ED, 'L'}, {0x1E5EE, 0x1E5EF, 'M'},
     {0x1E5F0, 0x1E5F0, 'L'}, {0x1E5F1, 0x1E5FA, 'N'}, {0x2B739, 0x2B739, 'L'},
@@ -48,6 +60,17 @@ inline constexpr CharacterClassRange kClassesUnknownToPcre2[] = {
 
 struct CodePointRange {
   char32_t first, last;
+};
+
+/// What has Unicode's property White_Space.
+inline constexpr CodePointRange kWhiteSpace[] = {
+    {0x9, 0xD},       {0x20, 0x20},     {0x85, 0x85},     {0xA0, 0xA0},     {0x1680, 0x1680},
+    {0x2000, 0x200A}, {0x2028, 0x2029}, {0x202F, 0x202F}, {0x205F, 0x205F}, {0x3000, 0x3000},
+};
+
+/// Word characters by other properties than their general category: joiners, circled letters.
+inline constexpr CodePointRange kOtherWordCharacters[] = {
+    {0x200C, 0x200D}, {0x24B6, 0x24E9}, {0x1F130, 0x1F149}, {0x1F150, 0x1F169}, {0x1F170, 0x1F189},
 };
 
 /// What Hugging Face's NFC (Unicode 9) leaves alone and a newer one would reorder, compose or

@@ -5,10 +5,19 @@ import random
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tokenizer_reference import FIXED, PATTERNS, make_spec, random_text, run_cli, save
+from tokenizer_reference import (
+    CODE_POINTS,
+    FIXED,
+    PATTERNS,
+    assert_same,
+    in_contexts,
+    make_spec,
+    random_text,
+    run_cli,
+    save,
+)
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 VARIANTS = ["qwen3_5", "qwen2", "no normalizer", "legacy merges", "ignore_merges"]
@@ -27,17 +36,6 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return path_of
 
 
-def assert_same(texts: list[str], actual: list[Any], expected: list[Any]) -> None:
-    assert len(actual) == len(texts)
-    wrong = [i for i in range(len(texts)) if actual[i] != expected[i]]
-    if wrong:
-        i = min(wrong, key=lambda i: len(texts[i]))
-        pytest.fail(
-            f"{len(wrong)} of {len(texts)} texts differ, e.g. {texts[i][:500]!r}: "
-            f"{actual[i][:100]}, expected {expected[i][:100]}"
-        )
-
-
 def assert_same_ids(
     build_dir: Path, path: Path, texts: list[str], parse_special: bool = True
 ) -> None:
@@ -54,19 +52,6 @@ def test_encode_random_texts(build_dir, tokenizer_path, variant: str, parse_spec
     rng = random.Random(2)
     texts = [random_text(rng, rng.randint(0, 12)) for _ in range(2500)]
     assert_same_ids(build_dir, tokenizer_path(variant), texts + FIXED, parse_special)
-
-
-# All planes that have assigned characters, and the corners of the others.
-CODE_POINTS = [*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200)]
-CODE_POINTS += [0xEFFFF, 0xF0000, 0xFFFFD, 0x100000, 0x10FFFF]
-
-
-def in_contexts(context: str, code_points: list[int]) -> list[str]:
-    """Texts of 64 code points each, every one put into `context` in place of {0}."""
-    return [
-        "".join(context.format(chr(c)) for c in code_points[i : i + 64])
-        for i in range(0, len(code_points), 64)
-    ]
 
 
 def assert_same_pieces(build_dir: Path, pattern: str, texts: list[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -59,6 +60,10 @@ FIXED += [
 FIXED += ["e\u0301" * 20, "x" * 300, "Ġ Ġ", "<|im_", "im_start|>", "<|im_end|><think>\n\n</think>"]
 FIXED += [*SPECIAL_TOKENS, *PLAIN_TOKENS, *NORMALIZED_TOKENS]
 
+# All planes that have assigned characters, and the corners of the others.
+CODE_POINTS = [*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200)]
+CODE_POINTS += [0xEFFFF, 0xF0000, 0xFFFFD, 0x100000, 0x10FFFF]
+
 
 def random_text(rng: random.Random, length: int) -> str:
     def fragment() -> str:
@@ -70,9 +75,8 @@ def random_text(rng: random.Random, length: int) -> str:
     return "".join(fragment() for _ in range(length))
 
 
-def train(pattern: str = "qwen3_5", normalize: bool = True) -> Tokenizer:
-    """A small tokenizer that has the features of Qwen's."""
-    tokenizer = Tokenizer(models.BPE())
+def add_components(tokenizer: Tokenizer, pattern: str = "qwen3_5", normalize: bool = True) -> None:
+    """Gives a tokenizer what Qwen's has around its model."""
     if normalize:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -83,6 +87,12 @@ def train(pattern: str = "qwen3_5", normalize: bool = True) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = ByteLevel(trim_offsets=False)
+
+
+def train(pattern: str = "qwen3_5", normalize: bool = True) -> Tokenizer:
+    """A small tokenizer that has the features of Qwen's."""
+    tokenizer = Tokenizer(models.BPE())
+    add_components(tokenizer, pattern, normalize)
     trainer = BpeTrainer(
         vocab_size=2000,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -121,16 +131,55 @@ def make_spec(variant: str) -> dict[str, Any]:
     return spec
 
 
-def run_cli(build_dir: Path, *args: str | Path, lines: Iterable[str]) -> list[Any]:
-    """Runs tokenizer_cli of the build; gives the JSON value that it prints for each line."""
-    program = next(build_dir.rglob("tokenizer_cli"), None)
-    assert program is not None, f"no tokenizer_cli below {build_dir}: build that target"
-    result = subprocess.run(
+def bytes_spec(
+    added_tokens: Iterable[AddedToken] = (), merges: Iterable[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """A tokenizer.json of Qwen's kind with the bytes and the results of `merges` as vocabulary."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges))
+    tokenizer = Tokenizer(model)
+    add_components(tokenizer)
+    tokenizer.add_tokens(list(added_tokens))
+    return json.loads(tokenizer.to_str())
+
+
+def start_cli(
+    folder: Path, *args: str | Path, lines: Iterable[str], timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs tokenizer_cli of a build folder, which must succeed."""
+    program = folder / "tests" / "runner" / "tokenizer" / "tokenizer_cli"
+    assert program.is_file(), f"{program}: build that target"
+    done = subprocess.run(
         [program, *args],
         input="".join(f"{line}\n" for line in lines),
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=timeout,
     )
-    assert result.returncode == 0, f"exit code {result.returncode}: {result.stderr[-2000:]}"
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
+    return done
+
+
+def run_cli(build_dir: Path, *args: str | Path, lines: Iterable[str]) -> list[Any]:
+    """The JSON values that tokenizer_cli prints, one for each line."""
+    done = start_cli(build_dir, *args, lines=lines)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def in_contexts(context: str, code_points: list[int]) -> list[str]:
+    """Texts of 64 code points each, every one put into `context` in place of {0}."""
+    return [
+        "".join(context.format(chr(c)) for c in code_points[i : i + 64])
+        for i in range(0, len(code_points), 64)
+    ]
+
+
+def assert_same(texts: list[str], actual: list[Any], expected: list[Any]) -> None:
+    assert len(actual) == len(texts)
+    wrong = [i for i in range(len(texts)) if actual[i] != expected[i]]
+    if wrong:
+        i = min(wrong, key=lambda i: len(texts[i]))
+        pytest.fail(
+            f"{len(wrong)} of {len(texts)} texts differ, e.g. {texts[i][:500]!r}: "
+            f"{actual[i][:100]}, expected {expected[i][:100]}"
+        )

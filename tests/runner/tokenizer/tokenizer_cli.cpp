@@ -7,7 +7,11 @@
 //   tokenizer_cli --normalize          JSON string -> its NFC
 //   tokenizer_cli --check              path of a tokenizer.json -> null if it loads and works, else
 //                                      the error's message
-#include <chrono>
+//   tokenizer_cli --try                {"path": of a tokenizer.json, "texts": strings,
+//                                      "parse_special": bool} -> {"error": message} if it does not
+//                                      load, else {"results": for each text {"ids": list, "text":
+//                                      what they decode to} or {"error": message}}
+#include <ctime>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -35,13 +39,36 @@ json error_of_file(const std::string& path) {
   }
 }
 
+json try_text(const Tokenizer& tokenizer, const std::string& text, bool parse_special) {
+  try {
+    const std::vector<int64_t> ids = tokenizer.encode(text, parse_special);
+    return {{"ids", ids}, {"text", tokenizer.decode(ids)}};
+  } catch (const std::runtime_error& error) {
+    return {{"error", error.what()}};
+  }
+}
+
+json try_file(const std::string& line) {
+  const json request = json::parse(line);
+  try {
+    const Tokenizer tokenizer = Tokenizer::load(request["path"].get<std::string>());
+    json results = json::array();
+    for (const json& text : request["texts"]) {
+      results.push_back(try_text(tokenizer, text.get<std::string>(), request["parse_special"]));
+    }
+    return {{"results", results}};
+  } catch (const std::runtime_error& error) {
+    return {{"error", error.what()}};
+  }
+}
+
 template <typename Convert>
 void for_each_line(const Convert& convert) {
   std::string line;
   while (std::getline(std::cin, line)) {
     const json result = convert(line);
     // A message may quote bytes of a malformed file.
-    std::cout << result.dump(-1, ' ', true, json::error_handler_t::replace) << "\n";
+    std::cout << result.dump(-1, ' ', true, json::error_handler_t::replace) << std::endl;
   }
 }
 
@@ -51,6 +78,8 @@ int run(const std::string& mode) {
         [](const std::string& line) { return et_moe::normalize_nfc(parse_string(line)); });
   } else if (mode == "--check") {
     for_each_line(error_of_file);
+  } else if (mode == "--try") {
+    for_each_line(try_file);
   } else {
     std::cerr << "unknown mode " << mode << "\n";
     return 2;
@@ -68,9 +97,9 @@ int run(const std::string& subject, const std::string& mode) {
     });
     return 0;
   }
-  const auto load_start = std::chrono::steady_clock::now();
+  const std::clock_t load_start = std::clock();  // processor time: others may use the machine too
   const Tokenizer tokenizer = Tokenizer::load(subject);
-  const auto convert_start = std::chrono::steady_clock::now();
+  const std::clock_t convert_start = std::clock();
   if (mode == "--decode") {
     for_each_line([&](const std::string& line) {
       return tokenizer.decode(json::parse(line).get<std::vector<int64_t>>());
@@ -83,10 +112,8 @@ int run(const std::string& subject, const std::string& mode) {
     std::cerr << "unknown mode " << mode << "\n";
     return 2;
   }
-  const auto end = std::chrono::steady_clock::now();
-  const auto seconds = [](auto duration) {
-    return std::chrono::duration<double>(duration).count();
-  };
+  const std::clock_t end = std::clock();
+  const auto seconds = [](std::clock_t time) { return static_cast<double>(time) / CLOCKS_PER_SEC; };
   std::cerr << "load " << seconds(convert_start - load_start) << " s, convert "
             << seconds(end - convert_start) << " s\n";
   return 0;
