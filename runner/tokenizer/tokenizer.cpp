@@ -23,7 +23,7 @@ void require_utf8(std::string_view text) {
   for (size_t pos = 0; pos < text.size();) {
     const Utf8Sequence sequence = read_utf8(text, pos);
     if (sequence.status != Utf8Status::kValid) {
-      throw std::runtime_error("text to encode: not UTF-8 at byte " + std::to_string(pos));
+      throw std::runtime_error("text is not UTF-8 at byte " + std::to_string(pos));
     }
     pos += sequence.length;
   }
@@ -37,8 +37,8 @@ Tokenizer Tokenizer::load(const std::string& path) {
 
 Tokenizer::Tokenizer(TokenizerSpec spec)
     : nfc_(spec.nfc),
-      pre_tokenizer_(with_prefix("pre_tokenizer.pretokenizers[0].pattern.Regex: ",
-                                 [&] { return PreTokenizer(spec.pattern); })),
+      pre_tokenizer_(
+          with_prefix(spec.pattern_key + ": ", [&] { return PreTokenizer(spec.pattern); })),
       bpe_(with_prefix("model.", [&] {
         return Bpe(std::move(spec.vocabulary), spec.merges, spec.ignore_merges);
       })) {
@@ -48,7 +48,7 @@ Tokenizer::Tokenizer(TokenizerSpec spec)
   for (AddedToken& token : spec.added_tokens) {
     added_ids_.emplace(token.content, token.id);
     if (token.normalized && nfc_) token.content = normalize_nfc(token.content);
-    if (token.id == vocab_size()) tokens_.emplace_back();
+    if (token.id >= vocab_size()) tokens_.resize(token.id + 1);
     tokens_[token.id] = {alphabet_to_bytes(token.content), token.special};
     (token.normalized ? normalized : raw).push_back(std::move(token));
   }

@@ -18,15 +18,17 @@ namespace et_moe {
 /// Gives the ids and texts that Hugging Face's tokenizers library (0.23) gives, for files that have
 /// Qwen's features and no others:
 ///   normalizer      NFC or null
-///   pre_tokenizer   Sequence of Split (a Regex that PreTokenizer takes, Isolated, not inverted)
-///   and
-///                   ByteLevel (no prefix space, no regex)
+///   pre_tokenizer   Split (a Regex that PreTokenizer takes, Isolated, not inverted) and ByteLevel
+///                   (no prefix space, no regex); or ByteLevel alone (no prefix space)
 ///   model           BPE with all 256 bytes in its vocabulary, ids from 0 without gaps, merges as
 ///                   pairs or strings, ignore_merges or not; no dropout, unknown token, prefix,
 ///                   suffix or byte fallback
-///   decoder, post_processor   ByteLevel (the latter may be null)
-///   added_tokens    as Hugging Face's, but each content once
-///   truncation, padding       null
+///   decoder         ByteLevel
+///   post_processor  ByteLevel, a TemplateProcessing that adds no token, or null
+///   added_tokens    as Hugging Face's, but each content once, ids that follow the vocabulary's
+///                   without gaps, in any order
+/// Components may be wrapped in Sequences. Truncation and padding are not looked at: they are left
+/// over from training.
 ///
 /// Exact for every string, whatever characters it has, with a PCRE2 of Unicode 14 (10.42) to 16 and
 /// a utf8proc of Unicode 14 (2.7) to 17. A newer PCRE2 would class characters as letters, marks or
@@ -36,13 +38,15 @@ namespace et_moe {
 /// Immutable: may be used by several threads at once. Movable, not copyable.
 class Tokenizer {
  public:
-  /// Throws std::runtime_error that names the file and the key at fault, whatever the file holds.
+  /// Throws std::runtime_error that names the file (once) and the key at fault, whatever the file
+  /// holds.
   static Tokenizer load(const std::string& path);
 
   /// The ids of `utf8_text`. Special tokens written in the text become their ids only with
   /// `parse_special` (Hugging Face's default; without it is its `encode_special_tokens = True`);
   /// other added tokens always do. Throws std::runtime_error if the text is not well-formed UTF-8,
-  /// or if the file's regular expression takes too much work on it (see PreTokenizer::step_limit).
+  /// or if the file's regular expression takes too much work on it (see PreTokenizer::step_limit);
+  /// the message does not say where the text came from, which only the caller knows.
   std::vector<int64_t> encode(std::string_view utf8_text, bool parse_special) const;
 
   /// The text of `ids`, special tokens included; ill-formed UTF-8 becomes U+FFFD. Throws

@@ -18,25 +18,44 @@ constexpr int kMaxDepth = 16;
 constexpr size_t kMaxExcerptBytes = 120;
 constexpr size_t kMaxMessageBytes = 240;
 
+// What GPT-2's pre-tokenizer ByteLevel splits by if its use_regex is true, and a pattern that keeps
+// text whole if it is false.
+constexpr const char* kGpt2Pattern =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr const char* kWholeTextPattern = R"([\s\S]+)";
+
 // Schemas: per key the values allowed, or the type that the value must have ("any": it is checked
-// later). A key may be left out where null is allowed. Flags that only influence offsets into the
-// text may be true or false.
+// later, or has no influence on ids). A key may be left out where null is allowed. Flags that only
+// influence offsets into the text may be true or false.
 const json& schema(const char* name) {
   static const json schemas = json::parse(R"({
     "file": {
-      "version": ["1.0"], "truncation": [null], "padding": [null], "added_tokens": "array",
-      "normalizer": [null, {"type": "NFC"}], "pre_tokenizer": "object",
-      "post_processor": "any", "decoder": "object", "model": "object"},
-    "sequence": {"type": ["Sequence"], "pretokenizers": "array"},
+      "version": ["1.0"], "truncation": "any", "padding": "any", "added_tokens": "array",
+      "normalizer": "any", "pre_tokenizer": "object", "post_processor": "any",
+      "decoder": "object", "model": "object"},
+    "normalizers": {"type": ["Sequence"], "normalizers": "array"},
+    "pretokenizers": {"type": ["Sequence"], "pretokenizers": "array"},
+    "processors": {"type": ["Sequence"], "processors": "array"},
+    "decoders": {"type": ["Sequence"], "decoders": "array"},
+    "nfc": {"type": ["NFC"]},
     "split": {
       "type": ["Split"], "pattern": "object", "behavior": ["Isolated"], "invert": [false]},
     "pattern": {"Regex": "string"},
-    "byte_level_pre_tokenizer": {
+    "byte_level_after_split": {
       "type": ["ByteLevel"], "add_prefix_space": [false], "trim_offsets": [false, true],
       "use_regex": [false]},
-    "byte_level": {
-      "type": ["ByteLevel"], "add_prefix_space": [false, true], "trim_offsets": [false, true],
+    "byte_level_alone": {
+      "type": ["ByteLevel"], "add_prefix_space": [false], "trim_offsets": [false, true],
       "use_regex": [null, false, true]},
+    "processor": {
+      "type": ["ByteLevel", "TemplateProcessing"], "add_prefix_space": [false, true],
+      "trim_offsets": [false, true], "use_regex": [null, false, true]},
+    "template": {
+      "type": ["TemplateProcessing"], "single": "array", "pair": "array",
+      "special_tokens": "object"},
+    "decoder": {
+      "type": ["ByteLevel"], "add_prefix_space": [false, true],
+      "trim_offsets": [false, true], "use_regex": [null, false, true]},
     "model": {
       "type": ["BPE"], "dropout": [null], "unk_token": [null],
       "continuing_subword_prefix": [null, ""], "end_of_word_suffix": [null, ""],
@@ -44,7 +63,8 @@ const json& schema(const char* name) {
       "ignore_merges": [null, false, true], "vocab": "object", "merges": "array"},
     "added_token": {
       "id": "number", "content": "string", "single_word": [false, true],
-      "lstrip": [false, true], "rstrip": [false, true], "normalized": [false, true], "special": [false, true]}
+      "lstrip": [false, true], "rstrip": [false, true], "normalized": [false, true],
+      "special": [false, true]}
   })");
   return schemas.at(name);
 }
@@ -68,21 +88,56 @@ void check(const json& object, const std::string& key, const char* schema_name) 
   const json& rules = schema(schema_name);
   const std::string prefix = key.empty() ? "" : key + ".";
   if (!object.is_object()) fail(key.empty() ? "file" : key, "expected an object");
-  for (const auto& item : object.items()) {
-    if (!rules.contains(item.key())) fail(prefix + excerpt(item.key()), "key is not supported");
-  }
-  for (const auto& [name, rule] : rules.items()) {
+  const auto check_rule = [&](const std::string& name, const json& rule) {
     static const json null;
     const auto found = object.find(name);
     const json& value = found == object.end() ? null : *found;
     const auto equals = [&](const json& choice) { return choice == value; };
     const bool allowed = rule.is_array() ? std::any_of(rule.begin(), rule.end(), equals)
                                          : rule == "any" || rule == value.type_name();
-    if (allowed) continue;
+    if (allowed) return;
     const std::string problem =
         found == object.end() ? "missing" : excerpt(value) + " not supported";
     fail(prefix + name, problem + ", expected " + rule.dump());
+  };
+  // The type comes first: where it is wrong, so are the other keys.
+  if (rules.contains("type")) check_rule("type", rules["type"]);
+  for (const auto& item : object.items()) {
+    if (!rules.contains(item.key())) fail(prefix + excerpt(item.key()), "key is not supported");
   }
+  for (const auto& [name, rule] : rules.items()) check_rule(name, rule);
+}
+
+/// A part of a component: its value and the key that leads to it.
+struct Step {
+  const json& value;
+  std::string key;
+};
+
+bool has_type(const json& component, const char* type) {
+  const auto found = component.is_object() ? component.find("type") : component.end();
+  return found != component.end() && *found == type;
+}
+
+void append_steps(const json& component, const std::string& key, const char* list,
+                  std::vector<Step>& steps) {
+  if (!has_type(component, "Sequence")) {
+    steps.push_back({component, key});
+    return;
+  }
+  check(component, key, list);
+  const json& items = component[list];
+  for (size_t i = 0; i < items.size(); ++i) {
+    append_steps(items[i], element(key + "." + list, i), list, steps);
+  }
+}
+
+/// What a component does step by step: the items of its `list` if it is a Sequence (which may hold
+/// others), itself if it is anything else, nothing if it is null.
+std::vector<Step> steps_of(const json& component, const std::string& key, const char* list) {
+  std::vector<Step> steps;
+  if (!component.is_null()) append_steps(component, key, list, steps);
+  return steps;
 }
 
 /// The greatest depth of arrays and objects if `text` is JSON; parsing finds out whether it is.
@@ -105,7 +160,10 @@ int depth_of(std::string_view text) {
 
 json parse_file(const std::string& path) {
   std::error_code error;
-  if (!std::filesystem::is_regular_file(path, error)) fail("file", "not found or no regular file");
+  const auto status = std::filesystem::status(path, error);
+  if (status.type() == std::filesystem::file_type::none) fail("file", error.message());
+  if (!std::filesystem::exists(status)) fail("file", "not found");
+  if (!std::filesystem::is_regular_file(status)) fail("file", "not a regular file");
   const uintmax_t size = std::filesystem::file_size(path, error);
   if (error || size > kMaxFileBytes) fail("file", "larger than 64 MiB or of unknown size");
   std::string text(size, '\0');
@@ -160,38 +218,88 @@ Bpe::Merges read_merges(const json& items) {
 std::vector<AddedToken> read_added_tokens(const json& items, const Bpe::Vocabulary& vocabulary) {
   std::vector<AddedToken> tokens;
   std::unordered_set<std::string> contents;
-  auto next_id = static_cast<int64_t>(vocabulary.size());
+  std::vector<size_t> new_items;  // those that the vocabulary lacks
   for (size_t i = 0; i < items.size(); ++i) {
     const json& item = items[i];
     const std::string key = element("added_tokens", i);
     check(item, key, "added_token");
     const auto content = item["content"].get<std::string>();
     if (content.empty()) fail(key + ".content", "empty");
-    if (!contents.insert(content).second)
+    if (!item["id"].is_number_unsigned()) fail(key + ".id", excerpt(item["id"]) + " is no id");
+    if (!contents.insert(content).second) {
       fail(key + ".content", excerpt(content) + " is there twice");
-    // Hugging Face assigns ids by this rule, whatever the file says.
+    }
     const auto known = vocabulary.find(content);
-    const int64_t id = known == vocabulary.end() ? next_id++ : known->second;
-    if (item["id"] != id) {
-      fail(key + ".id",
-           excerpt(item["id"]) + ", expected " + std::to_string(id) + " for " + excerpt(content));
+    if (known == vocabulary.end()) {
+      new_items.push_back(i);
+    } else if (item["id"] != known->second) {
+      fail(key + ".id", excerpt(item["id"]) + ", expected " + std::to_string(known->second) +
+                            ", which " + excerpt(content) + " has in model.vocab");
     }
     const auto flag = [&](const char* name) { return item[name].get<bool>(); };
-    tokens.push_back({id, content, flag("special"), flag("normalized"), flag("single_word"),
-                      flag("lstrip"), flag("rstrip")});
+    tokens.push_back({item["id"].get<int64_t>(), content, flag("special"), flag("normalized"),
+                      flag("single_word"), flag("lstrip"), flag("rstrip")});
+  }
+  // Hugging Face's library numbers new tokens from the vocabulary's size on, and its Qwen
+  // tokenizers add them in the order of their ids. With other ids nobody could say which is right.
+  const uint64_t first = vocabulary.size(), end = first + new_items.size();
+  std::vector<bool> seen(new_items.size());
+  for (const size_t i : new_items) {
+    const auto id = items[i]["id"].get<uint64_t>();
+    const std::string key = element("added_tokens", i) + ".id";
+    if (id < first || id >= end) {
+      fail(key, std::to_string(id) + ", expected " + std::to_string(first) + " to " +
+                    std::to_string(end - 1) + " for the tokens that model.vocab lacks");
+    }
+    if (seen[id - first]) fail(key, std::to_string(id) + " is used twice");
+    seen[id - first] = true;
   }
   return tokens;
 }
 
-std::string read_pattern(const json& pre_tokenizer) {
-  check(pre_tokenizer, "pre_tokenizer", "sequence");
-  const std::string key = "pre_tokenizer.pretokenizers";
-  const json& steps = pre_tokenizer["pretokenizers"];
-  if (steps.size() != 2) fail(key, "expected two: Split and ByteLevel");
-  check(steps[0], element(key, 0), "split");
-  check(steps[0]["pattern"], element(key, 0) + ".pattern", "pattern");
-  check(steps[1], element(key, 1), "byte_level_pre_tokenizer");
-  return steps[0]["pattern"]["Regex"].get<std::string>();
+/// Sets the pattern that text is split by, and the key that it comes from.
+void read_pre_tokenizer(const json& pre_tokenizer, TokenizerSpec& spec) {
+  const auto steps = steps_of(pre_tokenizer, "pre_tokenizer", "pretokenizers");
+  if (steps.size() == 1) {
+    const auto& [byte_level, key] = steps[0];
+    check(byte_level, key, "byte_level_alone");
+    const bool splits = byte_level.value("use_regex", json()) != false;
+    spec.pattern = splits ? kGpt2Pattern : kWholeTextPattern;
+    spec.pattern_key = key;
+    return;
+  }
+  if (steps.size() != 2) {
+    fail("pre_tokenizer", std::to_string(steps.size()) +
+                              " pretokenizers, expected Split and ByteLevel, or ByteLevel alone");
+  }
+  const auto& [split, key] = steps[0];
+  check(split, key, "split");
+  check(split["pattern"], key + ".pattern", "pattern");
+  check(steps[1].value, steps[1].key, "byte_level_after_split");
+  spec.pattern = split["pattern"]["Regex"].get<std::string>();
+  spec.pattern_key = key + ".pattern.Regex";
+}
+
+/// A post-processor has no influence on ids unless it is a template that adds tokens.
+void check_post_processor(const json& post_processor) {
+  for (const auto& [processor, key] : steps_of(post_processor, "post_processor", "processors")) {
+    if (!has_type(processor, "TemplateProcessing")) {
+      check(processor, key, "processor");
+      continue;
+    }
+    check(processor, key, "template");
+    const json& single = processor["single"];
+    for (size_t i = 0; i < single.size(); ++i) {
+      if (single[i].is_object() && single[i].contains("SpecialToken")) {
+        fail(element(key + ".single", i),
+             excerpt(single[i]) + " adds a token, expected the text alone: Sequence A");
+      }
+    }
+    const json text = json::array({{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}});
+    if (single != text) {
+      fail(key + ".single", excerpt(single) + " not supported, expected " + text.dump());
+    }
+  }
 }
 
 }  // namespace
@@ -199,16 +307,23 @@ std::string read_pattern(const json& pre_tokenizer) {
 TokenizerSpec read_tokenizer_json(const std::string& path) {
   const json file = parse_file(path);
   check(file, "", "file");
-  check(file["model"], "model", "model");
-  check(file["decoder"], "decoder", "byte_level");
-  const auto post_processor = file.find("post_processor");
-  if (post_processor != file.end() && !post_processor->is_null()) {
-    check(*post_processor, "post_processor", "byte_level");
-  }
   const json& model = file["model"];
+  check(model, "model", "model");
+  const auto component = [&](const char* name) { return file.value(name, json()); };
+
   TokenizerSpec spec;
-  spec.nfc = !file.value("normalizer", json()).is_null();
-  spec.pattern = read_pattern(file["pre_tokenizer"]);
+  const json normalizer = component("normalizer");
+  for (const auto& [step, key] : steps_of(normalizer, "normalizer", "normalizers")) {
+    check(step, key, "nfc");
+    spec.nfc = true;
+  }
+  read_pre_tokenizer(file["pre_tokenizer"], spec);
+  check_post_processor(component("post_processor"));
+  const auto decoders = steps_of(file["decoder"], "decoder", "decoders");
+  if (decoders.size() != 1) {
+    fail("decoder", std::to_string(decoders.size()) + " decoders, expected one ByteLevel");
+  }
+  check(decoders[0].value, decoders[0].key, "decoder");
   spec.vocabulary = read_vocabulary(model["vocab"]);
   spec.merges = read_merges(model["merges"]);
   spec.ignore_merges = model.value("ignore_merges", json()) == true;

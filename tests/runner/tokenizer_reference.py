@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def add_components(tokenizer: Tokenizer, pattern: str = "qwen3_5", normalize: bo
     tokenizer.post_processor = ByteLevel(trim_offsets=False)
 
 
+@cache
 def train(pattern: str = "qwen3_5", normalize: bool = True) -> Tokenizer:
     """A small tokenizer that has the features of Qwen's."""
     tokenizer = Tokenizer(models.BPE())
