@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 
 #include "runner/tokenizer/unicode_ranges.h"
@@ -41,6 +42,15 @@ std::string message_of(int error) {
   PCRE2_UCHAR message[256];
   pcre2_get_error_message(error, message, sizeof message);
   return reinterpret_cast<const char*>(message);
+}
+
+/// The pattern for a message of one line.
+std::string excerpt(std::string pattern) {
+  if (pattern.size() > kMaxExcerptBytes)
+    pattern.replace(kMaxExcerptBytes, std::string::npos, "...");
+  const auto prints = [](char c) { return c >= ' ' && c <= '~'; };
+  std::replace_if(pattern.begin(), pattern.end(), std::not_fn(prints), '?');
+  return pattern;
 }
 
 pcre2_code* compile(std::string_view pattern, uint32_t options = 0) {
@@ -113,21 +123,19 @@ PreTokenizer::PreTokenizer(const std::string& pattern)
   const MatchData data(pcre2_match_data_create(1, nullptr));
   if (pcre2_match(supported.get(), bytes_of(pattern), pattern.size(), 0, 0, data.get(), nullptr) <
       0) {
-    throw std::runtime_error("regular expression uses unsupported syntax: " + pattern);
+    throw std::runtime_error("regular expression uses unsupported syntax: " + excerpt(pattern));
   }
   uint32_t matches_empty = 0;
   pcre2_pattern_info(code_.get(), PCRE2_INFO_MATCHEMPTY, &matches_empty);
   if (matches_empty != 0) {
-    throw std::runtime_error("regular expression can match an empty string: " + pattern);
+    throw std::runtime_error("regular expression can match an empty string: " + excerpt(pattern));
   }
   pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // where it fails, pcre2_match interprets
 }
 
 void PreTokenizer::fail(const std::string& message) const {
-  std::string pattern = pattern_;
-  if (pattern.size() > kMaxExcerptBytes)
-    pattern.replace(kMaxExcerptBytes, std::string::npos, "...");
-  throw std::runtime_error("regular expression of the pre-tokenizer: " + pattern + ": " + message);
+  throw std::runtime_error("regular expression of the pre-tokenizer: " + excerpt(pattern_) + ": " +
+                           message);
 }
 
 uint64_t PreTokenizer::step_limit(size_t bytes) {

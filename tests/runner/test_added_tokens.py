@@ -3,10 +3,10 @@
 import json
 import random
 import re
-import unicodedata
 from pathlib import Path
 
 import pytest
+from tokenizer_fuzzer import random_texts, random_tokens
 from tokenizer_reference import (
     CODE_POINTS,
     assert_same,
@@ -17,40 +17,6 @@ from tokenizer_reference import (
     start_cli,
 )
 from tokenizers import AddedToken, Tokenizer
-
-# Few characters, so that tokens overlap: letters, digits, punctuation, marks, spaces of one to
-# three bytes, a joiner, and pairs that NFC composes or takes apart.
-CHARACTERS = ["a", "b", "a", "b", "<", ">", "1", "_", " ", " ", "\n", "\u00a0", "\u3000"]
-CHARACTERS += ["\u0301", "e", "\u00e9", "\u212b", "\u200d", "\u24b6", "\u00bd", "\u6f22"]
-
-
-def random_string(rng: random.Random, longest: int) -> str:
-    return "".join(rng.choices(CHARACTERS, k=rng.randint(1, longest)))
-
-
-def random_tokens(rng: random.Random) -> list[AddedToken]:
-    """Tokens that overlap, some of them tokens of the vocabulary too, with all combinations of
-    flags but one: Hugging Face's library ends in a panic where a token of white space with lstrip
-    follows one with rstrip."""
-    tokens: dict[str, AddedToken] = {}
-    for _ in range(rng.randint(1, 12)):
-        content = random_string(rng, 4)
-        if tokens and rng.random() < 0.5:
-            content = rng.choice(list(tokens)) + content
-        tokens[content] = AddedToken(
-            content,
-            special=rng.random() < 0.3,
-            normalized=rng.random() < 0.4,
-            single_word=rng.random() < 0.3,
-            lstrip=not content.isspace() and rng.random() < 0.3,
-            rstrip=rng.random() < 0.3,
-        )
-    # Two whose normalized contents are the same are refused.
-    looked_for = {
-        (t.normalized, unicodedata.normalize("NFC", t.content) if t.normalized else t.content): t
-        for t in tokens.values()
-    }
-    return list(looked_for.values())
 
 
 def assert_same_ids(
@@ -75,12 +41,7 @@ def test_random_sets(build_dir: Path, tmp_path: Path, parse_special: bool) -> No
     cases = []
     for i in range(400):
         tokens = random_tokens(rng)
-        contents = [token.content for token in tokens]
-
-        def fragment(contents: list[str] = contents) -> str:
-            return rng.choice(contents) if rng.random() < 0.5 else random_string(rng, 3)
-
-        texts = ["".join(fragment() for _ in range(rng.randint(0, 12))) for _ in range(50)]
+        texts = random_texts(rng, [token.content for token in tokens], 50)
         cases.append((save(bytes_spec(tokens), tmp_path / f"{i}.json"), texts))
     assert_same_ids(build_dir, cases, parse_special)
 

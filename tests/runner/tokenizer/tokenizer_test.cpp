@@ -119,8 +119,7 @@ TEST_F(TokenizerTest, RefusesIdsOutOfRange) {
 TEST_F(TokenizerTest, RefusesTextThatIsNotUtf8) {
   for (const char* text :
        {"ab\x80", "ab\xC3", "ab\xC0\x80", "ab\xED\xA0\x80", "ab\xF4\x90\x80\x80"}) {
-    EXPECT_EQ(error_of([&] { tokenizer_.encode(text, true); }),
-              "text is not UTF-8 at byte 2");
+    EXPECT_EQ(error_of([&] { tokenizer_.encode(text, true); }), "text is not UTF-8 at byte 2");
   }
 }
 
