@@ -35,7 +35,15 @@ def measure(folder: Path, layers: list[int]) -> bool:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             checkpoint, bundle, program = (Path(place, n) for n in ("checkpoint", "bundle", "out"))
             commands = [
-                ("make-checkpoint", "--preset", "35b", "--layers", count, "--output", checkpoint),
+                (
+                    "make-checkpoint",
+                    "--preset",
+                    "35b",
+                    "--layers",
+                    count,
+                    "--output-dir",
+                    checkpoint,
+                ),
                 ("quantize", "--model-dir", checkpoint, "--output-dir", bundle),
                 ("export", "--prequantized", bundle, "--output-dir", program),
             ]

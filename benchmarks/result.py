@@ -15,7 +15,7 @@ from et_moe.backends.atomic_file import write_file
 
 REPO = Path(__file__).resolve().parent.parent
 RUNNER = REPO / "build/runner/qwen3_5_moe_runner"
-PACKAGES = ("torch", "triton", "executorch", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "nvidia-cuda-nvcc", "executorch", "transformers", "numpy")
 MANIFEST_VARIABLE = "ET_MOE_MANIFEST"
 """Environment variable that names a manifest of `scripts/pack_acceptance.py`: it tells the commit
 of a copy of the sources that came without its history."""
