@@ -96,7 +96,7 @@ def quantize(
     with _progress() as progress:
         task = progress.add_task("quantizing", total=source.config.num_hidden_layers + 2)
         write_bundle(source, output_dir, lambda: progress.advance(task))
-    console.print(f"wrote the bundle {output_dir}")
+    console.print(f"wrote the bundle {output_dir}", soft_wrap=True)
 
 
 def _storages(config, qlinear, group_size, qembedding):
@@ -250,7 +250,7 @@ def export(
             exporter.write_weights(source, plan, output_dir, show)
         else:
             exporter.export(source, output_dir, options, show)
-    console.print(f"wrote {output_dir}")
+    console.print(f"wrote {output_dir}", soft_wrap=True)
 
 
 @app.command()
@@ -274,7 +274,7 @@ def make_checkpoint(
         from et_moe.pipeline.make_checkpoint import make_checkpoint as run
 
     run(output_dir, _preset_model(model_type, preset), preset, seed, layers)
-    console.print(f"wrote {output_dir}")
+    console.print(f"wrote {output_dir}", soft_wrap=True)
 
 
 @app.command()

@@ -72,8 +72,8 @@ class RandomWeights:
         if values.log_uniform is not None:
             low, high = values.log_uniform
             return (low + (high - low) * uniform).log().to(dtype)
-        # Vectors at their mean and all matrices alike: a convolution of its own scale, or norms that
-        # differ, let hidden states grow alike, until all tokens choose the same experts.
+        # Vectors at their mean and all matrices alike: with a convolution of its own scale hidden
+        # states would grow alike, until all tokens choose the same experts.
         std = WEIGHT_RMS if len(shape) > 1 else 0.0
         return (values.mean + (uniform - 0.5) * (12**0.5 * std)).to(dtype)
 

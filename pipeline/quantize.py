@@ -105,5 +105,8 @@ class QuantizedCheckpoint:
             kept: dict[str, Tensor] = {}
             for name in list(group):
                 stored = self._stored.get(name)
-                kept |= quantize_parameter(name, group.pop(name), stored, self._method)
+                try:
+                    kept |= quantize_parameter(name, group.pop(name), stored, self._method)
+                except ConfigError as e:
+                    raise ConfigError(f"{self.directory}: {e}") from None
             yield kept
