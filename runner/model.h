@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runner/device.h"
@@ -77,9 +77,8 @@ class Model {
   /// Feeds `count` tokens that follow those of the session, and draws the next one: one token
   /// through the method `decode`, more through `prefill`.
   ///
-  /// A session that was asked to run ahead may have been fed the token it drew already. The next
-  /// call must begin with that token; it need not end there, nor have the same sampling unless it
-  /// does.
+  /// A session that was asked to run ahead may have been fed the token it drew already, so the next
+  /// call must begin with that token. If it has no other token its sampling must be the same, too.
   ///
   /// Throws std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the
   /// vocabulary, more tokens than max_seq_len, another token than the one that a session that runs

@@ -165,4 +165,11 @@ TEST_F(Launches, ModulesAreForThisDevice) {
   EXPECT_VIOLATION("no kernel is named other");
 }
 
+TEST_F(Launches, ErrorsHaveTheNamesOfTheDriver) {
+  const char* name = nullptr;
+  EXPECT_EQ(cuGetErrorName(CUDA_ERROR_OUT_OF_MEMORY, &name), CUDA_SUCCESS);
+  EXPECT_STREQ(name, "CUDA_ERROR_OUT_OF_MEMORY");
+  EXPECT_STREQ(cudaGetErrorName(cudaErrorMemoryAllocation), "cudaErrorMemoryAllocation");
+}
+
 }  // namespace

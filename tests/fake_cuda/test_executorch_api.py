@@ -72,11 +72,12 @@ def test_programs_under_sanitizers(sanitized, small) -> None:
     sanitized.check("programs", small / "cuda.pte", "decode", DECODE, *weights, tool=TOOL)
 
 
-def failure(fake, small: Path, method: str, ptd: str = "cuda.0.ptd", **environment) -> tuple:
+def failure(
+    fake, small: Path, method: str, pte: str = "cuda.pte", ptd: str = "cuda.0.ptd", **environment
+) -> tuple[str | None, str]:
+    """Where the first call of a method failed, and with which code of ExecuTorch."""
     inputs = DECODE if method == "decode" else SCORES
-    printed = fake.check(
-        "run", small / "cuda.pte", small / ptd, method, inputs, tool=TOOL, **environment
-    )
+    printed = fake.check("run", small / pte, small / ptd, method, inputs, tool=TOOL, **environment)
     (answer,) = (json.loads(line) for line in printed.splitlines())
     return answer.get("at"), answer.get("error", "").removeprefix("Error::")
 
@@ -118,12 +119,35 @@ def test_codes_of_other_failures(fake, small, environment: dict, at: str, code: 
     assert failure(fake, small, "decode", **environment) == (at, code)
 
 
-def test_codes_of_files_that_do_not_fit(fake, small) -> None:
+def test_codes_of_weights_that_do_not_fit(fake, small, tmp_path) -> None:
     expected = ("load", "InvalidExternalData")
     assert failure(fake, small, "decode", ptd="cpu.0.ptd") == expected
     whole = (small / "cuda.0.ptd").read_bytes()
-    (small / "renamed.ptd").write_bytes(whole.replace(b"norm.weight", b"norm.veight"))
-    assert failure(fake, small, "decode", ptd="renamed.ptd") == expected
+    for old, new in ((b"norm.weight", b"norm.veight"), (b"experts-", b"expertz-")):
+        assert old in whole
+        (tmp_path / "other.ptd").write_bytes(whole.replace(old, new))
+        assert failure(fake, small, "decode", ptd=tmp_path / "other.ptd") == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        (b'"format": 3', b'"format": 2', "DelegateInvalidCompatibility"),
+        (b'"prepack"', b'"prepak"', "InvalidProgram"),
+        (b'"hand_over": {"token": "token"', b'"hand_over": {"token": "logit"', "InvalidProgram"),
+        (b'"min_shape": [1, 2]', b'"min_shape": [0, 2]', "InvalidProgram"),
+        (b"AOTInductorModelContainerDelete", b"AOTInductorModelContainerDelate", "InvalidProgram"),
+    ],
+)
+def test_codes_of_programs_that_do_not_fit(
+    fake, small, tmp_path, old: bytes, new: bytes, code: str
+) -> None:
+    """Of another version, damaged, with two dimensions that vary, or with other code."""
+    whole = (small / "cuda.pte").read_bytes()
+    assert old in whole
+    (tmp_path / "other.pte").write_bytes(whole.replace(old, new.ljust(len(old))))
+    method = "scores" if b"min_shape" in old else "decode"
+    assert failure(fake, small, method, pte=tmp_path / "other.pte") == ("load", code)
 
 
 def test_code_of_a_call_that_does_not_fit(fake, small) -> None:

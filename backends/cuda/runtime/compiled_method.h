@@ -3,8 +3,8 @@
 
 #include <executorch/runtime/core/named_data_map.h>
 
+#include <cstdint>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "backends/cuda/runtime/container.h"
