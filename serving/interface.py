@@ -24,8 +24,9 @@ class EngineBrokenError(RuntimeError):
 class SamplingParams:
     """How one request's tokens are drawn, and when it ends.
 
-    A token is drawn from softmax(logits / temperature) over those that top_k, top_p and min_p leave;
-    temperature 0 takes the likeliest. The noise is a function of seed, position and token alone.
+    A token is drawn from softmax(logits / temperature) over those that top_k, top_p and min_p
+    leave; temperature 0 takes the likeliest. The noise is a function of seed, position and token
+    alone.
     """
 
     max_tokens: int | None = None  # None: as many as the context holds
@@ -36,9 +37,7 @@ class SamplingParams:
     seed: int = 0
     presence_penalty: float = 0.0  # subtracted from logits of tokens that were generated
     frequency_penalty: float = 0.0  # the same, times how often
-    repetition_penalty: float = (
-        1.0  # divides (multiplies) positive (negative) logits of tokens seen
-    )
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens seen
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()  # besides the program's own end-of-sequence ids
     ignore_eos: bool = False
