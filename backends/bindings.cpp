@@ -12,9 +12,10 @@ using executorch::aten::ScalarType;
 
 ScalarType parse_dtype(const std::string& name) {
   static const std::map<std::string, ScalarType> types = {
-      {"uint8", ScalarType::Byte},    {"int8", ScalarType::Char},
-      {"int32", ScalarType::Int},     {"int64", ScalarType::Long},
-      {"float32", ScalarType::Float}, {"bfloat16", ScalarType::BFloat16}};
+      {"uint8", ScalarType::Byte},       {"int8", ScalarType::Char},
+      {"int32", ScalarType::Int},        {"int64", ScalarType::Long},
+      {"float16", ScalarType::Half},     {"float32", ScalarType::Float},
+      {"bfloat16", ScalarType::BFloat16}};
   const auto found = types.find(name);
   if (found == types.end()) throw std::runtime_error("unknown dtype " + name);
   return found->second;

@@ -27,6 +27,7 @@ DTYPE_NAMES = {
     torch.int32: "int32",
     torch.int64: "int64",
     torch.float32: "float32",
+    torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
 

@@ -1,22 +1,18 @@
 #include "backends/cpu/dot.h"
 
 #include <cmath>
-#include <cstring>
+
+#include "backends/cpu/vec.h"
 
 namespace et_moe::cpu {
 
 namespace {
 
-float bf16_value(uint16_t bits) {
-  const uint32_t raw = uint32_t{bits} << 16;
-  float value;
-  std::memcpy(&value, &raw, sizeof(value));
-  return value;
-}
-
+template <class Scale>
 float dot_row(const Int4Rows& weights, int64_t row, const Int8Chunk* x) {
   const uint8_t* packed = weights.packed + row * (weights.columns / 2);
-  const uint16_t* scale = weights.scale + row * (weights.columns / weights.group_size);
+  const auto* scale =
+      reinterpret_cast<const Scale*>(weights.scale) + row * (weights.columns / weights.group_size);
   float lanes[16] = {};
   for (int64_t column = 0; column < weights.columns; column += 8) {
     const Int8Chunk& chunk = x[column / kChunk];
@@ -26,7 +22,7 @@ float dot_row(const Int4Rows& weights, int64_t row, const Int8Chunk* x) {
       const uint8_t byte = packed[column / 2 + i];
       total += chunk.even[4 * lane + i] * (byte & 0xF) + chunk.odd[4 * lane + i] * (byte >> 4);
     }
-    const float weight_scale = bf16_value(scale[column / weights.group_size]);
+    const float weight_scale = to_float(scale[column / weights.group_size]);
     lanes[lane] =
         std::fma(static_cast<float>(total), chunk.scale[lane] * weight_scale, lanes[lane]);
   }
@@ -40,8 +36,9 @@ float dot_row(const Int4Rows& weights, int64_t row, const Int8Chunk* x) {
 
 void dot_scalar(const Int4Rows& weights, int64_t rows, const Int8Chunk* const* x, int64_t tokens,
                 float* out, int64_t stride) {
+  const auto row = weights.scale_type == ScaleType::kFloat16 ? dot_row<fp16> : dot_row<bf16>;
   for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t r = 0; r < rows; ++r) out[t * stride + r] = dot_row(weights, r, x[t]);
+    for (int64_t r = 0; r < rows; ++r) out[t * stride + r] = row(weights, r, x[t]);
   }
 }
 

@@ -26,14 +26,17 @@ struct Int8Chunk {
   float scale[16];   // of columns 8l..8l+7
 };
 
+enum class ScaleType { kBFloat16, kFloat16 };
+
 // Rows in the INT4 format: `packed` is uint8 [rows, columns / 2], even columns in the low nibble,
-// `scale` holds bfloat16 bits [rows, columns / group_size]. group_size is 32, 64 or 128 and divides
-// columns.
+// `scale` holds bits of floats [rows, columns / group_size] of the type that `scale_type` names.
+// group_size is 32, 64 or 128 and divides columns.
 struct Int4Rows {
   const uint8_t* packed;
   const uint16_t* scale;
   int64_t columns;
   int64_t group_size;
+  ScaleType scale_type = ScaleType::kBFloat16;
 };
 
 // out[t * stride + r] = row r of weights . x[t], for r below rows and t below tokens. x[t] holds

@@ -29,15 +29,16 @@ struct Isa256 {
     return nibbles;
   }
 
-  template <int kGroup>
+  template <ScaleType kType, int kGroup>
   static Lanes scales(const uint16_t* bits) {
     if constexpr (kGroup == 128) {
-      const __m256 all = _mm256_set1_ps(bf16_value(bits[0]));
+      const __m256 all = _mm256_set1_ps(scale_value<kType>(bits));
       return {{all, all}};
     } else if constexpr (kGroup == 64) {
-      return {{_mm256_set1_ps(bf16_value(bits[0])), _mm256_set1_ps(bf16_value(bits[1]))}};
+      return {
+          {_mm256_set1_ps(scale_value<kType>(bits)), _mm256_set1_ps(scale_value<kType>(bits + 1))}};
     } else {
-      const __m256 four = _mm256_castps128_ps256(bf16_values<4>(bits));
+      const __m256 four = _mm256_castps128_ps256(scale_values<kType, 4>(bits));
       return {{_mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
                _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))}};
     }

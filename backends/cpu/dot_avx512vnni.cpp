@@ -20,16 +20,16 @@ struct Avx512Vnni {
     return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
   }
 
-  template <int kGroup>
+  template <ScaleType kType, int kGroup>
   static Lanes scales(const uint16_t* bits) {
     if constexpr (kGroup == 128) {
-      return {_mm512_set1_ps(bf16_value(bits[0]))};
+      return {_mm512_set1_ps(scale_value<kType>(bits))};
     } else {
       constexpr int kEach = kGroup / 8;
       const __m512i group = _mm512_setr_epi32(
           0, 1 / kEach, 2 / kEach, 3 / kEach, 4 / kEach, 5 / kEach, 6 / kEach, 7 / kEach, 8 / kEach,
           9 / kEach, 10 / kEach, 11 / kEach, 12 / kEach, 13 / kEach, 14 / kEach, 15 / kEach);
-      const __m128 values = bf16_values<kChunk / kGroup>(bits);
+      const __m128 values = scale_values<kType, kChunk / kGroup>(bits);
       return {_mm512_permutexvar_ps(group, _mm512_castps128_ps512(values))};
     }
   }

@@ -30,13 +30,14 @@ struct DenseRow {
 };
 
 // One row of INT4 weights; even columns first (see pack_floats). There is never a tail.
+template <class Scale>
 struct Int4Row {
   const uint8_t* packed;
-  const uint16_t* scale;
+  const Scale* scale;
   int group_shift;
   void load16(int64_t k, f32x8& even, f32x8& odd) const {
     const i32x8 bytes = widen(load_vector<u8x8>(packed + k / 2));
-    const f32x8 s = splat(bits_as<float>(uint32_t{scale[k >> group_shift]} << 16));
+    const f32x8 s = splat(to_float(scale[k >> group_shift]));
     even = __builtin_convertvector((bytes & 0xF) - 8, f32x8) * s;
     odd = __builtin_convertvector((bytes >> 4) - 8, f32x8) * s;
   }
@@ -147,14 +148,25 @@ class Int4Weights {
 
   void multiply(int64_t first, int64_t rows, const float* const* x, int64_t tokens, float* out,
                 int64_t stride) const {
+    if (rows_.scale_type == ScaleType::kFloat16) {
+      multiply<fp16>(first, rows, x, tokens, out, stride);
+    } else {
+      multiply<bf16>(first, rows, x, tokens, out, stride);
+    }
+  }
+
+ private:
+  template <class Scale>
+  void multiply(int64_t first, int64_t rows, const float* const* x, int64_t tokens, float* out,
+                int64_t stride) const {
+    const auto* scale = reinterpret_cast<const Scale*>(rows_.scale);
     const auto row_at = [&](int64_t r) {
-      return Int4Row{rows_.packed + (first + r) * (rows_.columns / 2),
-                     rows_.scale + (first + r) * (rows_.columns >> group_shift_), group_shift_};
+      return Int4Row<Scale>{rows_.packed + (first + r) * (rows_.columns / 2),
+                            scale + (first + r) * (rows_.columns >> group_shift_), group_shift_};
     };
     float_multiply(row_at, rows, x, tokens, rows_.columns, out, stride);
   }
 
- private:
   Int4Rows rows_;
   int group_shift_;
 };
@@ -187,8 +199,9 @@ class Int4Int8Weights {
 
 inline Int4Rows int4_rows(const Tensor& weight, const Tensor& scale, int64_t columns,
                           int64_t group_size) {
-  return {weight.const_data_ptr<uint8_t>(),
-          reinterpret_cast<const uint16_t*>(scale.const_data_ptr()), columns, group_size};
+  return {weight.const_data_ptr<uint8_t>(), static_cast<const uint16_t*>(scale.const_data_ptr()),
+          columns, group_size,
+          scale.scalar_type() == ScalarType::Half ? ScaleType::kFloat16 : ScaleType::kBFloat16};
 }
 
 }  // namespace et_moe::cpu

@@ -67,7 +67,7 @@ void run_int4(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale
               int64_t group_size, const Fusion& fusion, Tensor& out) {
   if (!op.check("x", x, kFloats, {kAny, kAny}) || !op.group_size(group_size, x.size(1)) ||
       !op.check("weight", weight, {ScalarType::Byte}, {kAny, x.size(1) / 2}) ||
-      !op.check("scale", scale, {ScalarType::BFloat16}, {weight.size(0), x.size(1) / group_size}) ||
+      !op.check("scale", scale, kScales, {weight.size(0), x.size(1) / group_size}) ||
       !check_arguments(op, x, weight.size(0), fusion, out)) {
     return;
   }

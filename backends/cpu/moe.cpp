@@ -243,10 +243,9 @@ void run_int4(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scal
   if (!op.check("x", x, kFloats, {kAny, kAny}) || !op.group_size(group_size, x.size(1)) ||
       !check_weights(op, x, w13, w2, {ScalarType::Byte}, 2, &inner) ||
       !op.group_size(group_size, inner) ||
-      !op.check("w13_scale", w13_scale, {ScalarType::BFloat16},
+      !op.check("w13_scale", w13_scale, kScales,
                 {w13.size(0), 2 * inner, x.size(1) / group_size}) ||
-      !op.check("w2_scale", w2_scale, {ScalarType::BFloat16},
-                {w13.size(0), x.size(1), inner / group_size}) ||
+      !op.check("w2_scale", w2_scale, kScales, {w13.size(0), x.size(1), inner / group_size}) ||
       !check_arguments(op, x, routing, residual, out) ||
       !group_by_expert(op, routing, w13.size(0), &groups)) {
     return;

@@ -20,6 +20,9 @@ using Sizes = std::initializer_list<int64_t>;
 
 inline constexpr Types kFloats = {ScalarType::Float, ScalarType::BFloat16};
 
+// Of the scales of INT4 weights.
+inline constexpr Types kScales = {ScalarType::BFloat16, ScalarType::Half};
+
 // A size that may be anything.
 inline constexpr int64_t kAny = -1;
 

@@ -15,6 +15,7 @@
 namespace et_moe::cpu {
 
 using bf16 = executorch::aten::BFloat16;
+using fp16 = executorch::aten::Half;
 
 inline constexpr int kLanes = 8;
 
@@ -62,6 +63,18 @@ inline u16x8 narrow(u32x8 v) { return __builtin_convertvector(v, u16x8); }
 
 inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) { return bits_as<float>(uint32_t{value.x} << 16); }
+
+// Of finite numbers only: scales are.
+inline float to_float(fp16 value) {
+#ifdef __F16C__
+  return _cvtsh_ss(value.x);
+#else
+  const uint32_t magnitude = value.x & 0x7FFF;
+  const float finite = magnitude < 0x400 ? static_cast<float>(magnitude) * 0x1p-24f
+                                         : bits_as<float>((magnitude << 13) + (112u << 23));
+  return value.x & 0x8000 ? -finite : finite;
+#endif
+}
 
 inline f32x8 load(const float* source) { return load_vector<f32x8>(source); }
 inline f32x8 load(const bf16* source) {

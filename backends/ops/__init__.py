@@ -10,6 +10,7 @@ from et_moe.backends.ops.moe import moe, moe_router, moe_w4a8, moe_w4a16
 from et_moe.backends.ops.quantization import (
     ACTIVATION_TILE,
     GROUP_SIZES,
+    SCALE_DTYPES,
     dequantize_w4,
     expert_activation_tile,
     pack_int4,
@@ -24,6 +25,7 @@ from et_moe.backends.ops.sampling import sample
 __all__ = [
     "ACTIVATION_TILE",
     "GROUP_SIZES",
+    "SCALE_DTYPES",
     "attention",
     "causal_conv1d",
     "dequantize_w4",

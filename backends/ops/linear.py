@@ -79,7 +79,8 @@ def linear_w4a8(
 
     Args:
         x: float `[T, K]`.
-        weight: `uint8 [N, K/2]`, scale: `bfloat16 [N, K/group_size]`, as from `quantize_w4`.
+        weight: `uint8 [N, K/2]`, scale: `[N, K/group_size]`, bfloat16 or float16, as from
+            `quantize_w4`.
         norm_weight, eps, residual: as in `linear`.
 
     Returns:

@@ -146,8 +146,8 @@ def moe_w4a8(
 
     Args:
         x: float `[T, H]`, normed.
-        w13: `uint8 [E, 2I, H/2]`, rows [gate | up]; w13_scale: `bfloat16 [E, 2I, H/group_size]`.
-        w2: `uint8 [E, H, I/2]`; w2_scale: `bfloat16 [E, H, I/group_size]`.
+        w13: `uint8 [E, 2I, H/2]`, rows [gate | up]; w13_scale: `[E, 2I, H/group_size]`.
+        w2: `uint8 [E, H, I/2]`; w2_scale: `[E, H, I/group_size]`. Scales are bfloat16 or float16.
         topk_weights, topk_ids, residual: as in `moe`.
 
     Returns:

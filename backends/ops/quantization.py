@@ -21,6 +21,10 @@ def expert_activation_tile(inner: int) -> int:
 
 GROUP_SIZES = (32, 64, 128)
 
+SCALE_DTYPES = (torch.bfloat16, torch.float16)
+"""Of INT4 weights. What this project quantizes has bfloat16; checkpoints that arrive quantized may
+have float16, which keep their values."""
+
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
     """Packs -8..7 `[..., K]` to `uint8 [..., K/2]`: value + 8, even k in the low nibble."""
@@ -53,11 +57,11 @@ def _squared_error(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return residual.square_().sum(-1, keepdim=True)
 
 
-def _minmax_scale(groups: torch.Tensor) -> torch.Tensor:
-    return groups.abs().amax(-1, keepdim=True).div_(7).bfloat16().float()
+def _minmax_scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return groups.abs().amax(-1, keepdim=True).div_(7).to(dtype).float()
 
 
-def _mse_scale(groups: torch.Tensor) -> torch.Tensor:
+def _mse_scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The candidate with the least squared error per group.
 
     Candidates are the min-max scale, and scales that put the entry of largest magnitude on -8 (the
@@ -66,13 +70,13 @@ def _mse_scale(groups: torch.Tensor) -> torch.Tensor:
     """
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     extreme = torch.where(high > -low, high, low)
-    best_scale = _minmax_scale(groups)
+    best_scale = _minmax_scale(groups, dtype)
     best_error = _squared_error(groups, best_scale)
     for divisor in (-8.0, -8.8, -9.8, 7.0):
         q = _round_to_scale(groups, extreme / divisor)
         norm = (q * q).sum(-1, keepdim=True)
         scale = torch.where(norm > 0, (groups * q).sum(-1, keepdim=True) / norm, 0.0)
-        scale = scale.bfloat16().float()
+        scale = scale.to(dtype).float()
         error = _squared_error(groups, scale)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
@@ -84,7 +88,10 @@ SCALE_METHODS = {"mse": _mse_scale, "minmax": _minmax_scale}
 
 
 def quantize_w4(
-    weight: torch.Tensor, group_size: int, method: str = "mse"
+    weight: torch.Tensor,
+    group_size: int,
+    method: str = "mse",
+    scale_dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantizes a weight to symmetric group-wise INT4, the format of a bundle.
 
@@ -92,13 +99,15 @@ def quantize_w4(
         weight: float `[..., N, K]`.
         group_size: 32, 64 or 128 consecutive k that share a scale; divides K.
         method: "mse" chooses scales that minimise the squared error, "minmax" takes max|w| / 7.
+        scale_dtype: one of `SCALE_DTYPES`.
 
     Returns:
-        packed `uint8 [..., N, K/2]` (see `pack_int4`) and scale `bfloat16 [..., N, K/group_size]`;
-        the weight is approximately (nibble - 8) * scale. A scale may be negative.
+        packed `uint8 [..., N, K/2]` (see `pack_int4`) and scale `[..., N, K/group_size]`; the
+        weight is approximately (nibble - 8) * scale. A scale may be negative.
 
     Raises:
-        ValueError: a group size that is not supported or does not divide K; non-finite weights.
+        ValueError: a group size that is not supported or does not divide K; weights that are not
+            finite, or too large for the scales' dtype.
     """
     k = weight.shape[-1]
     if group_size not in GROUP_SIZES:
@@ -109,9 +118,11 @@ def quantize_w4(
         raise ValueError(f"scale method {method!r}: expected one of {sorted(SCALE_METHODS)}")
     groups = weight.float().unflatten(-1, (-1, group_size))
     _check_finite(groups)
-    scale = SCALE_METHODS[method](groups)
+    scale = SCALE_METHODS[method](groups, scale_dtype)
+    if not torch.isfinite(scale).all():
+        raise ValueError(f"the weight is too large for scales in {scale_dtype}")
     packed = pack_int4(_round_to_scale(groups, scale).to(torch.int8).flatten(-2))
-    return packed, scale.squeeze(-1).bfloat16()
+    return packed, scale.squeeze(-1).to(scale_dtype)
 
 
 def dequantize_w4(packed: torch.Tensor, scale: torch.Tensor, group_size: int) -> torch.Tensor:

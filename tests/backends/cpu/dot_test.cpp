@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -10,19 +11,33 @@
 namespace et_moe::cpu {
 namespace {
 
+// Of bits by the definitions of the formats.
+double value_of(uint16_t bits, ScaleType type) {
+  const int mantissa_bits = type == ScaleType::kFloat16 ? 10 : 7;
+  const int bias = type == ScaleType::kFloat16 ? 15 : 127;
+  const int exponent = (bits & 0x7FFF) >> mantissa_bits;
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const int one = exponent > 0 ? 1 << mantissa_bits : 0;
+  const double value = std::ldexp(one + mantissa, std::max(exponent, 1) - bias - mantissa_bits);
+  return bits & 0x8000 ? -value : value;
+}
+
 // Random weights and activations in memory of exactly their size.
 struct Problem {
   int64_t rows, columns, group_size, tokens;
+  ScaleType type;
   std::vector<uint8_t> packed;
   std::vector<uint16_t> scale;
   std::vector<std::vector<Int8Chunk>> x;
   std::vector<std::vector<int8_t>> q;  // x in the columns' order
 
-  Problem(int64_t rows, int64_t columns, int64_t group_size, int64_t tokens, bool extreme)
+  Problem(int64_t rows, int64_t columns, int64_t group_size, int64_t tokens, bool extreme,
+          ScaleType type)
       : rows(rows),
         columns(columns),
         group_size(group_size),
         tokens(tokens),
+        type(type),
         packed(rows * columns / 2),
         scale(rows * columns / group_size) {
     std::mt19937 random(rows + columns + group_size + tokens);
@@ -33,7 +48,9 @@ struct Problem {
     };
     std::normal_distribution<float> normal;
     for (auto& byte : packed) byte = extreme ? 0xFF : random();
-    for (auto& s : scale) s = bits(normal(random));
+    // fp16 up to 2, subnormal and negative ones included; bf16 of about 1.
+    const bool half = type == ScaleType::kFloat16;
+    for (auto& s : scale) s = half ? random() % 0x4000 | random() % 2 << 15 : bits(normal(random));
     for (int64_t t = 0; t < tokens; ++t) {
       std::vector<Int8Chunk> row((columns + kChunk - 1) / kChunk);
       std::memset(row.data(), 0, row.size() * sizeof(Int8Chunk));
@@ -56,8 +73,8 @@ struct Problem {
     std::vector<const Int8Chunk*> rows_of_x;
     for (const auto& row : x) rows_of_x.push_back(row.data());
     std::vector<float> out(tokens * rows, NAN);
-    function({packed.data(), scale.data(), columns, group_size}, rows, rows_of_x.data(), tokens,
-             out.data(), rows);
+    function({packed.data(), scale.data(), columns, group_size, type}, rows, rows_of_x.data(),
+             tokens, out.data(), rows);
     return out;
   }
 
@@ -65,10 +82,8 @@ struct Problem {
     double total = 0.0;
     for (int64_t k = 0; k < columns; ++k) {
       const uint8_t byte = packed[(row * columns + k) / 2];
-      const uint32_t raw = uint32_t{scale[(row * columns + k) / group_size]} << 16;
-      float s;
-      std::memcpy(&s, &raw, sizeof(s));
-      total += double{s} * x[token][k / kChunk].scale[k % kChunk / 8] * q[token][k] *
+      total += value_of(scale[(row * columns + k) / group_size], type) *
+               x[token][k / kChunk].scale[k % kChunk / 8] * q[token][k] *
                ((k % 2 ? byte >> 4 : byte & 0xF) - 8);
     }
     return total;
@@ -77,15 +92,17 @@ struct Problem {
 
 std::vector<Problem> problems() {
   std::vector<Problem> all;
-  for (int64_t group : {32, 64, 128}) {
-    for (int64_t groups : {1, 2, 3, 4, 5, 7, 16}) {
-      for (int64_t rows : {1, 4, 7}) {
-        for (int64_t tokens : {1, 2, 3, 4, 6, 9}) {
-          all.emplace_back(rows, group * groups, group, tokens, false);
+  for (ScaleType type : {ScaleType::kBFloat16, ScaleType::kFloat16}) {
+    for (int64_t group : {32, 64, 128}) {
+      for (int64_t groups : {1, 2, 3, 4, 5, 7, 16}) {
+        for (int64_t rows : {1, 4, 7}) {
+          for (int64_t tokens : {1, 2, 3, 4, 6, 9}) {
+            all.emplace_back(rows, group * groups, group, tokens, false, type);
+          }
         }
       }
+      all.emplace_back(9, group * 8, group, 5, true, type);
     }
-    all.emplace_back(9, group * 8, group, 5, true);
   }
   return all;
 }

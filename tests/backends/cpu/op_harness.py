@@ -22,6 +22,7 @@ _SCALAR_TYPES = {
     torch.int8: 1,
     torch.int32: 3,
     torch.int64: 4,
+    torch.float16: 5,
     torch.float32: 6,
     torch.bool: 11,
     torch.bfloat16: 15,
@@ -32,9 +33,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def quantized(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized(
+    weight: torch.Tensor, group_size: int, scale_dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
     """INT4 weights and scales, some of them negative."""
-    return ops.quantize_w4(weight, group_size)
+    return ops.quantize_w4(weight, group_size, scale_dtype=scale_dtype)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,17 @@ def test_linear_int4(
     harness.compare(op, [*calls, [_extremes(5, columns, dtype), *weights]])
 
 
+@pytest.mark.parametrize("op", ["linear_w4a8", "linear_w4a16"])
+@pytest.mark.parametrize(("columns", "group"), SHAPES)
+def test_float16_scales(harness: Harness, op: str, columns: int, group: int) -> None:
+    """One row of the weight has subnormal scales."""
+    weight = normal(75, columns, seed=1)
+    weight[3] *= 1e-6
+    weights = [*quantized(weight, group, torch.float16), group]
+    assert 0 < weights[1][3].abs().min() < torch.finfo(torch.float16).tiny
+    harness.compare(op, [[normal(t, columns, seed=t), *weights] for t in TOKENS])
+
+
 def test_linear_int4_large_enough_for_threads(harness: Harness) -> None:
     weights = [*quantized(normal(2083, 512, seed=1), 128), 128]
     calls = [[normal(t, 512, seed=t), *weights] for t in (1, 67, 131)]

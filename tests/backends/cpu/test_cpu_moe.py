@@ -7,11 +7,21 @@ from op_harness import TOKENS, Harness, normal, quantized, reference
 HIDDEN, EXPERTS = 64, 6
 
 
-def _weights(op: str, hidden: int, inner: int, group: int, dtype: torch.dtype) -> list:
+def _weights(
+    op: str,
+    hidden: int,
+    inner: int,
+    group: int,
+    dtype: torch.dtype,
+    scale_dtypes: tuple[torch.dtype, torch.dtype] = (torch.bfloat16, torch.bfloat16),
+) -> list:
     """The weight arguments of an expert op: w13 and w2, each followed by its scale if INT4."""
     w13 = normal(EXPERTS, 2 * inner, hidden, dtype=dtype, seed=1) * hidden**-0.5
     w2 = normal(EXPERTS, hidden, inner, dtype=dtype, seed=2) * inner**-0.5
-    return [w13, w2] if op == "moe" else [*quantized(w13, group), *quantized(w2, group)]
+    if op == "moe":
+        return [w13, w2]
+    first, second = scale_dtypes
+    return [*quantized(w13, group, first), *quantized(w2, group, second)]
 
 
 def _route(tokens: int, slots: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,6 +48,18 @@ def test_moe(
 ) -> None:
     weights = _weights(op, hidden, inner, group, dtype)
     harness.compare(op, [_call(op, t, _route(t, 3), weights, group, dtype) for t in TOKENS])
+
+
+@pytest.mark.parametrize("op", ["moe_w4a8", "moe_w4a16"])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group"), [(96, 32, 32), (192, 64, 64), (128, 256, 128)]
+)
+def test_float16_scales(harness: Harness, op: str, hidden: int, inner: int, group: int) -> None:
+    """Of both tables or of one."""
+    for first, second in ((torch.float16, torch.float16), (torch.float16, torch.bfloat16)):
+        weights = _weights(op, hidden, inner, group, torch.float32, (first, second))
+        calls = [_call(op, t, _route(t, 3), weights, group, torch.float32) for t in TOKENS]
+        harness.compare(op, calls)
 
 
 @pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])

@@ -21,7 +21,7 @@ from et_moe.backends.cuda.triton.common.int4 import (
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
 from et_moe.backends.cuda.triton.common.store_once import store_once
-from et_moe.backends.cuda.triton.linear.layout import split_scale_pair
+from et_moe.backends.cuda.triton.linear.layout import point_to_scale_pairs, split_scale_pair
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_tiles, take_plane
 from et_moe.backends.cuda.triton.tuning import find_config
 
@@ -113,6 +113,8 @@ def _w4_gemv_kernel(
     part = (run * PIECES + piece) * 16 // GROUP
     # The scales are contiguous along N; without the hint they would be loaded in another layout
     # than the weights.
+    SCALE_TYPE: tl.constexpr = weight_scale.dtype.element_ty
+    weight_scale = point_to_scale_pairs(weight_scale)
     weight_scale = tl.max_contiguous(weight_scale + (part * N + (first_n + row)), (1, 1, 1))
     at = tl.arange(0, 2 * BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     # All loads are on their way before the first value is needed, and those of the weights before x
@@ -148,7 +150,7 @@ def _w4_gemv_kernel(
         low, high = _dot(w_low, q_low, zero), _dot(w_high, q_high, zero)
         if PLANES == 2:
             low, high = _dot(w_low, q0_low, low << 7), _dot(w_high, q0_high, high << 7)
-        low_group, high_group = split_scale_pair(scales)
+        low_group, high_group = split_scale_pair(scales, SCALE_TYPE)
         y = low.to(tl.float32) * (low_group * low_scale)
         y += high.to(tl.float32) * (high_group * high_scale)
         y = tl.sum(tl.sum(y, axis=0), axis=1)

@@ -20,7 +20,8 @@ def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, expected one of {GROUP_SIZES}")
     steps = packed // min(nibble_distance(2 * packed), group_size)
-    if 2 * packed != k + -k % 64 or tuple(scale.shape) != (steps, n):
+    pairs = (steps, n, 2) if scale.dtype == torch.float16 else (steps, n)
+    if 2 * packed != k + -k % 64 or tuple(scale.shape) != pairs:
         raise ValueError(
             f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} are not what "
             f"prepack_linear makes for x of {k} columns and group_size {group_size}"
@@ -52,7 +53,8 @@ def linear_w4a8(
 
     Args:
         x: `[T, K]`, bf16 or fp32; norm_weight `[K]`, and residual `[T, N]` contiguous.
-        weight, scale: `uint8 [N, K'/2]` and `int32 [steps, N]`, as from `prepack_linear`.
+        weight, scale: `uint8 [N, K'/2]` and `int32 [steps, N]` or `float16 [steps, N, 2]`, as from
+            `prepack_linear`.
 
     Returns:
         `[T, N]` in x's dtype.

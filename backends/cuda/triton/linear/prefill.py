@@ -12,7 +12,11 @@ from et_moe.backends.cuda.triton.common.int4 import (
 )
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.linear.decode import floor_power_of_two
-from et_moe.backends.cuda.triton.linear.layout import nibble_distance, split_scale_pair
+from et_moe.backends.cuda.triton.linear.layout import (
+    nibble_distance,
+    point_to_scale_pairs,
+    split_scale_pair,
+)
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows_kernel
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE
@@ -59,14 +63,15 @@ def _w4_gemm_kernel(
     q += first_m.to(tl.int64) * K + rows_m[:, None] * K + k[None, :]
     weight += first_n.to(tl.int64) * (K // 2) + rows_n[:, None] * (K // 2) + k[None, :]
     scale += first_m + rows_m
-    weight_scale += first_n + rows_n
+    SCALE_TYPE: tl.constexpr = weight_scale.dtype.element_ty
+    weight_scale = point_to_scale_pairs(weight_scale) + (first_n + rows_n)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # The number of stages stands here, not at the launch, so that scales are prefetched, too.
     for block in tl.range(0, K, 2 * HALF, num_stages=STAGES):
         for offset in tl.static_range(0, HALF, STEP):
             w = tl.load(weight + block // 2 + offset).to(tl.int8, bitcast=True)
             group_scales = split_scale_pair(
-                tl.load(weight_scale + (block // 2 + offset) // STEP * N)
+                tl.load(weight_scale + (block // 2 + offset) // STEP * N), SCALE_TYPE
             )
             for high in tl.static_range(2):
                 begin = block + offset + high * HALF

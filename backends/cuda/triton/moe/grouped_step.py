@@ -29,28 +29,38 @@ def count_steps(k: int, group: int, tile: int) -> int:
 
 @triton.jit
 def load_weight_scales(
-    rows, odd, step, STRIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
+    rows,
+    odd,
+    step,
+    STRIDE: tl.constexpr,
+    TYPE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Loads the scales, fp32 `[ROWS]` each, of the low and of the high nibbles of a step.
 
     Args:
-        rows: `[ROWS]`, pointers to the int32 that hold the bf16 scales of a row and of its
-            neighbour, STRIDE apart from group to group. An asynchronous copy has four bytes at
-            least, and only such loads are pipelined.
+        rows: `[ROWS]`, pointers to the int32 that hold the scales of a row and of its neighbour,
+            STRIDE apart from group to group. An asynchronous copy has four bytes at least, and only
+            such loads are pipelined.
         odd: `[ROWS]`, whether a row's scale is the upper half.
+        TYPE: of a scale, bfloat16 or float16.
     """
     STEP: tl.constexpr = _count_step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
     group = step // CHUNKS * (128 // GROUP) + step % CHUNKS * STEP // GROUP
-    low = _select_half(tl.load(rows + group * STRIDE), odd)
+    low = _select_half(tl.load(rows + group * STRIDE), odd, TYPE)
     if GROUP == 128:
         return low, low
-    return low, _select_half(tl.load(rows + (group + 64 // GROUP) * STRIDE), odd)
+    return low, _select_half(tl.load(rows + (group + 64 // GROUP) * STRIDE), odd, TYPE)
 
 
 @triton.jit
-def _select_half(pair, upper):
-    """The upper or the lower bf16 of an int32, as fp32."""
+def _select_half(pair, upper, TYPE: tl.constexpr):
+    """The upper or the lower bf16 or fp16 of an int32, as fp32."""
+    if tl.float16 == TYPE:
+        half = tl.where(upper, pair >> 16, pair).to(tl.int16)
+        return half.to(tl.float16, bitcast=True).to(tl.float32)
     return tl.where(upper, pair & -0x10000, pair << 16).to(tl.float32, bitcast=True)
 
 

@@ -38,8 +38,9 @@ def _cut_blocks(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _cut_scale_blocks(scale: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """`[..., N, G]` to `bfloat16 [..., rows/64, groups, 64]`."""
-    padded = _pad(scale.bfloat16(), rows, groups)
+    """`[..., N, G]` to `[..., rows/64, groups, 64]`, float16 if it was, else bfloat16."""
+    scale = scale if scale.dtype == torch.float16 else scale.bfloat16()
+    padded = _pad(scale, rows, groups)
     return padded.unflatten(-2, (-1, ROWS)).transpose(-2, -1).contiguous()
 
 
@@ -75,9 +76,9 @@ def prepack_experts(
     Returns:
         With H' = H and I' = I rounded up to multiples of 128:
         w13 `uint8 [E, I'/64, H'/128, 2, 64, 64]` (gate, up), and its scales
-        `bfloat16 [E, I'/64, H'/group_size, 2, 64]`;
-        w2 `uint8 [E, H'/64, I'/128, 64, 64]`, and its scales
-        `bfloat16 [E, H'/64, I'/group_size, 64]`.
+        `[E, I'/64, H'/group_size, 2, 64]`;
+        w2 `uint8 [E, H'/64, I'/128, 64, 64]`, and its scales `[E, H'/64, I'/group_size, 64]`.
+        Scales keep their dtype, bfloat16 or float16.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.

@@ -68,13 +68,14 @@ def _gate_up_kernel(
     # The rows of the product are 64 of gate, then 64 of up.
     row_block = expert * PARTS + part
     weight_rows = w13 + row_block * (TILES * 8192) + tl.arange(0, 128) * 64
+    SCALE_TYPE: tl.constexpr = w13_scale.dtype.element_ty
     scale_rows = w13_scale.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128) // 2
     scale_rows += row_block * (TILES * (128 // GROUP) * 64)
     odd = tl.arange(0, 128) % 2 == 1
     acc = tl.zeros((128, BLOCK_M), tl.float32)
     # The number of stages stands here, not at the launch, so that small loads are pipelined, too.
     for step in tl.range(STEPS, num_stages=STAGES):
-        scales = load_weight_scales(scale_rows, odd, step, 64, GROUP, TILE)
+        scales = load_weight_scales(scale_rows, odd, step, 64, SCALE_TYPE, GROUP, TILE)
         acc = add_grouped_step(
             acc, step, x_rows, used, x_scale_rows, weight_rows, scales, K, 1, 8192, GROUP, TILE
         )
@@ -194,6 +195,7 @@ def _down_kernel(
         tl.store(unit + pair * PARTS + part, row_unit, mask=used)
         weight *= inverse
     i = tl.arange(0, BLOCK_N)
+    SCALE_TYPE: tl.constexpr = w2_scale.dtype.element_ty
     scale_rows = part_scales.to(tl.pointer_type(tl.int32)) + (i // 64 * (SCALES * 32) + i % 64 // 2)
     odd = i % 2 == 1
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -201,7 +203,7 @@ def _down_kernel(
     for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
         step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * 64)
         block_scales = scale_rows + i // STEPS * (BLOCK_N * SCALES // 2)
-        scales = load_weight_scales(block_scales, odd, step, 32, GROUP, TILE)
+        scales = load_weight_scales(block_scales, odd, step, 32, SCALE_TYPE, GROUP, TILE)
         acc = add_grouped_step(
             *(acc, step, x_rows, used, x_scale_rows, weights, scales),
             *(K, BLOCK_M, 4096, GROUP, TILE),

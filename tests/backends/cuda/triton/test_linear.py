@@ -19,16 +19,16 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
-def weights(n: int, k: int, group: int, device: torch.device):
-    """A bundle's weight and scale, and the same as the kernels take it."""
-    packed, scale = ops.quantize_w4(torch.randn(n, k), group)
+def weights(n: int, k: int, group: int, device: torch.device, dtype=torch.bfloat16):
+    """A bundle's weight and scale of a dtype, and the same as the kernels take it."""
+    packed, scale = ops.quantize_w4(torch.randn(n, k), group, scale_dtype=dtype)
     packed, scale = packed.to(device), scale.to(device)
     return (packed, scale), prepack_linear(packed, scale, group)
 
 
-def run(name, x, n, group, device, **options):
+def run(name, x, n, group, device, scale_dtype=torch.bfloat16, **options):
     """(result, reference) of one op."""
-    bundle, prepacked = weights(n, x.shape[1], group, device)
+    bundle, prepacked = weights(n, x.shape[1], group, device, scale_dtype)
     got = TRITON_OPS[name](x, *prepacked, group, **options)
     assert got.dtype == x.dtype
     return got, getattr(ops, name)(x, *bundle, group, **options)
@@ -55,6 +55,30 @@ def test_columns_and_groups(name, m, k, group, device):
     norm, residual = torch.randn(k, device=device), torch.randn(m, 40, device=device)
     got, expected = run(name, x, 40, group, device, norm_weight=norm, eps=1e-5, residual=residual)
     assert relative_error(got, expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("k,group", [(96, 32), (256, 32), (256, 64), (512, 128)])
+@pytest.mark.parametrize("m", [1, 3])
+def test_float16_scales(m, k, group, name, device):
+    x, residual = torch.randn(m, k, device=device), torch.randn(m, 40, device=device)
+    got, expected = run(name, x, 40, group, device, torch.float16, residual=residual)
+    assert relative_error(got, expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_float16_scales_of_all_magnitudes(m, device):
+    """Negative, largest, smallest normal and subnormal ones, a row of the weight each."""
+    packed = torch.randint(0, 256, (8, 128), dtype=torch.uint8)
+    column = [65504.0, -65504.0, 1.0, 2.0**-14, 2.0**-14 - 2.0**-24, 2.0**-24, -(2.0**-24), 0.0]
+    scale = torch.tensor(column).half()[:, None].expand(8, 2).contiguous()
+    x = torch.randn(m, 256, device=device)
+    bundle = packed.to(device), scale.to(device)
+    got = linear_w4a8(x, *prepack_linear(*bundle, 128), 128)
+    expected = ops.linear_w4a8(x, *bundle, 128)
+    for row in range(8):
+        assert relative_error(got[:, row], expected[:, row]) < 1e-5
+    assert expected[:, :7].abs().min() > 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 33, 127, 129, 200])
@@ -124,10 +148,11 @@ def test_runs_repeat(name, m, device):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", ops.SCALE_DTYPES)
 @pytest.mark.parametrize("k,group", SHAPES)
-def test_prepack(k, group, device):
+def test_prepack(k, group, dtype, device):
     """Unpacking the layout by its description gives back the weight and its scales."""
-    packed, scale = ops.quantize_w4(torch.randn(24, k), group)
+    packed, scale = ops.quantize_w4(torch.randn(24, k), group, scale_dtype=dtype)
     prepacked, pairs = prepack_linear(packed, scale, group)
     columns = 2 * prepacked.shape[1]
     half = next(h for h in (128, 64, 32) if columns % (2 * h) == 0)
@@ -136,7 +161,8 @@ def test_prepack(k, group, device):
     values = torch.where(values > 7, values - 16, values)
     assert torch.equal(values[:, :k], ops.unpack_int4(packed)) and not values[:, k:].any()
     step = min(half, group)
-    for index, pair in enumerate(pairs.contiguous().view(torch.bfloat16).unflatten(1, (-1, 2))):
+    pairs = pairs.contiguous().view(dtype).reshape(len(pairs), -1, 2)
+    for index, pair in enumerate(pairs):
         block, within = divmod(index * step, half)
         for high in range(2):
             column = block * 2 * half + high * half + within

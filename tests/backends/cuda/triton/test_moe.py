@@ -46,11 +46,15 @@ def random_w4(count, rows, columns, group):
 class Experts:
     """Weights as in a bundle and as the kernels take them."""
 
-    def __init__(self, count, hidden, inner, group, device):
+    def __init__(self, count, hidden, inner, group, device, scale_dtype=torch.bfloat16):
         # Quantizing takes long; of many experts draw the nibbles.
         draw = random_w4 if count > 64 else gaussian_w4
         w13, w2 = draw(count, 2 * inner, hidden, group), draw(count, hidden, inner, group)
         self.bundle = [t.to(device) for t in (*w13, *w2)]
+        for i in (1, 3):
+            # By a factor that makes of a bfloat16 a number that is none.
+            factor = 1.0 if scale_dtype == torch.bfloat16 else 1.01
+            self.bundle[i] = (self.bundle[i].float() * factor).to(scale_dtype)
         self.prepacked = prepack_experts(*self.bundle, group)
         self.count, self.hidden, self.group, self.device = count, hidden, group, device
 
@@ -91,6 +95,17 @@ def test_tokens(name, tokens, device):
 @pytest.mark.parametrize("dtype,tolerance", DTYPES)
 def test_shapes_and_groups(name, tokens, hidden, inner, group, dtype, tolerance, device):
     experts = Experts(3, hidden, inner, group, device)
+    x, weights, ids = experts.inputs(tokens, 2)
+    got, expected = experts.run(name, x.to(dtype), weights, ids)
+    assert relative_error(got, expected) < tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [2, 18])
+@pytest.mark.parametrize("hidden,inner,group", [(96, 160, 32), (320, 192, 64), (128, 256, 128)])
+@pytest.mark.parametrize("dtype,tolerance", DTYPES)
+def test_float16_scales(name, tokens, hidden, inner, group, dtype, tolerance, device):
+    experts = Experts(3, hidden, inner, group, device, torch.float16)
     x, weights, ids = experts.inputs(tokens, 2)
     got, expected = experts.run(name, x.to(dtype), weights, ids)
     assert relative_error(got, expected) < tolerance

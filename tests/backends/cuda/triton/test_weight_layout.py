@@ -31,14 +31,18 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, group: int) -> torch.T
 
 
 @pytest.mark.parametrize("count,hidden,inner,group", SHAPES)
-def test_layout(count, hidden, inner, group):
-    weights = experts(count, hidden, inner, group)
+@pytest.mark.parametrize("dtype", ops.SCALE_DTYPES)
+def test_layout(count, hidden, inner, group, dtype):
+    weights = [
+        t if t.dtype == torch.uint8 else (1.01 * t.float()).to(dtype)
+        for t in experts(count, hidden, inner, group)
+    ]
     w13, w13_scale, w2, w2_scale = prepack_experts(*weights, group)
     hidden_up, inner_up = -(-hidden // 128) * 128, -(-inner // 128) * 128
     assert w13.shape == (count, inner_up // 64, hidden_up // 128, 2, 64, 64)
     assert w2.shape == (count, hidden_up // 64, inner_up // 128, 64, 64)
     assert all(t.is_contiguous() for t in (w13, w13_scale, w2, w2_scale))
-    assert (w13.dtype, w13_scale.dtype) == (torch.uint8, torch.bfloat16)
+    assert (w13.dtype, w13_scale.dtype) == (torch.uint8, dtype)
 
     expected = ops.dequantize_w4(weights[0], weights[1], group).unflatten(1, (2, inner))
     for half in range(2):
