@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from et_moe.pipeline.codes import CODES, dequantize
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.formats import format_for
-from et_moe.pipeline.formats.format import StoredTensor
-from et_moe.pipeline.models import Parts, load_config, model_of
+from et_moe.pipeline.formats.format import StoredTensor, TensorError
+from et_moe.pipeline.models import JoinError, Parts, load_config, model_of
 from et_moe.pipeline.safetensors_file import SafetensorsFile
+from et_moe.pipeline.storage import SCALE_DTYPES, Int4
 
 
 def _list_names(names: list[str], limit: int = 8) -> str:
@@ -58,6 +60,8 @@ class Checkpoint:
     Attributes:
         config: the model's shape.
         skipped: how many tensors were passed over that the graph has no use for.
+        kept: part of the model -> storage of its weights that arrive quantized and stay as they
+            are.
 
     Raises:
         ConfigError: names the file, tensor or key at fault.
@@ -75,9 +79,12 @@ class Checkpoint:
         file = directory / "config.json"
         try:
             self._format = format_for(read_json(file), found)
+        except TensorError as e:
+            raise self._located(e) from None
         except ConfigError as e:
             raise ConfigError(f"{file}: {e}") from None
         self._check(found)
+        self.kept = self._kept_storages()
 
     def _list(self, file: SafetensorsFile, found: dict[str, StoredTensor]) -> None:
         """Adds the tensors of a file, by their names behind the prefix."""
@@ -92,10 +99,46 @@ class Checkpoint:
             found[short] = StoredTensor((entry.dtype,), entry.shape)
             self._files[short], self._names[short] = file, name
 
+    def _located(self, error: TensorError) -> ConfigError:
+        file = self._files[error.tensor].path
+        return ConfigError(f"{file}: {self._names[error.tensor]} {error.problem}")
+
+    def _kept(self, name: str) -> tuple[str, Int4] | None:
+        """The part and the storage of a weight that stays as it arrives."""
+        storage, part = self._format.kept(name), self._model.part(name)
+        if storage is None or self._model.parts.get(part) not in storage.stores:
+            return None
+        return part, storage
+
+    def others(self, part: str) -> list[str]:
+        """The weights of a part that are not kept, by their names in the files."""
+        return [
+            self._names[name]
+            for name in self._format.names
+            if self._model.part(name) == part and self._format.kept(name) is None
+        ]
+
+    def _kept_storages(self) -> dict[str, Int4]:
+        storages: dict[str, Int4] = {}
+        first: dict[str, str] = {}
+        for name in self._format.names:
+            if (kept := self._kept(name)) is None:
+                continue
+            part, storage = kept
+            if storages.setdefault(part, storage) != storage:
+                both = f"{first[part]} is {storages[part]}, {name} is {storage}"
+                raise ConfigError(f"{self.directory}: weights of {part} differ: {both}")
+            first.setdefault(part, name)
+        return storages
+
     def _check(self, found: dict[str, StoredTensor]) -> None:
         expected: dict[str, StoredTensor] = {}
-        for name, shape in self._model.checkpoint_shapes(self.config, found).items():
-            expected |= self._format.stored(name, shape)
+        try:
+            shapes = self._model.checkpoint_shapes(self.config, self._format.names)
+            for name, shape in shapes.items():
+                expected |= self._format.stored(name, shape)
+        except TensorError as e:
+            raise self._located(e) from None
         missing = [n for n in expected if n not in found]
         unexpected = [self._names[n] for n in found if n not in expected]
         wrong = {"missing": missing, "unexpected": unexpected}
@@ -115,12 +158,22 @@ class Checkpoint:
 
         Yields:
             Parameter name (as in the model's graph, before quantization) to its parts, on the CPU
-            in the checkpoint's dtype.
+            in the checkpoint's dtype, or codes (`pipeline/codes.py`) of weights that are kept.
         """
-        return self._model.groups(self.config, self._names, self._read)
+        try:
+            yield from self._model.groups(self.config, self._format.names, self._read)
+        except JoinError as e:
+            raise ConfigError(f"{self.directory}: {self._latest}: {e}") from None
 
     def _read(self, name: str) -> Tensor:
-        return self._format.read(name, self._read_stored)
+        self._latest = name
+        try:
+            weight = self._format.read(name, self._read_stored)
+        except TensorError as e:
+            raise self._located(e) from None
+        if weight.dtype == CODES and self._kept(name) is None:
+            return dequantize(weight, SCALE_DTYPES[self._format.kept(name).scale_dtype])
+        return weight
 
     def _read_stored(self, name: str) -> Tensor:
         return self._files[name].read(self._names[name])

@@ -5,7 +5,7 @@ folder and a line in `MODELS`; nothing else of the pipeline names a model.
 """
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from et_moe.backends.method_graph import HandOver
+from et_moe.pipeline.codes import CODES
 from et_moe.pipeline.config import Config, ConfigError, end_of_turn, read_json, warn
 from et_moe.pipeline.storage import Precision
 
@@ -27,6 +28,22 @@ MODELS = {
 Shapes = dict[str, tuple[int, ...]]
 Parts = list[Tensor]
 """Tensors that make up one parameter when concatenated along dimension 0."""
+
+
+class JoinError(ConfigError):
+    """Weights that make up one are stored in different ways; the reader names them."""
+
+
+def join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenates weights of a checkpoint that make up one.
+
+    Raises:
+        JoinError: some are quantized (codes) and some are not.
+    """
+    if len({tensor.dtype == CODES for tensor in tensors}) > 1:
+        shapes = " and ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
+        raise JoinError(f"this weight and its neighbour are not both quantized: {shapes}")
+    return torch.cat(tuple(tensors), dim)
 
 
 @dataclass(frozen=True)
@@ -129,10 +146,19 @@ class Model(Protocol):
         of the model; `names` are those found, which tell how experts are stored."""
         ...
 
+    def part(self, name: str) -> str | None:
+        """The part that a weight of a checkpoint belongs to, or None for one that has no storage of
+        its own; `name` is one of `checkpoint_shapes`."""
+        ...
+
     def groups(
         self, config: Any, names: Collection[str], read: Callable[[str], Tensor]
     ) -> Iterator[dict[str, Parts]]:
-        """The model's parameters, dense, group by group: embedding, each layer, norm and head."""
+        """The model's parameters group by group: embedding, each layer, norm and head.
+
+        What `read` returns may be floats or codes (`pipeline/codes.py`); either is fused and padded
+        with zeros by rows and columns, and joined by `join`.
+        """
         ...
 
     def computed(self, config: Any, name: str) -> Tensor | None:

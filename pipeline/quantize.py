@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.config import Config, ConfigError
+from et_moe.pipeline.config import Config, ConfigError, warn
 from et_moe.pipeline.layers import StoredWeight, stored_weights
 from et_moe.pipeline.models import Graph, Parts, model_of
-from et_moe.pipeline.storage import Entry, Precision, Storages
+from et_moe.pipeline.storage import Entry, Int4, Precision, Storages
 
 _CHUNK = 1 << 24
 """Weights quantized at a time: bounds the fp32 temporaries."""
@@ -88,7 +88,8 @@ class QuantizedCheckpoint:
     """A checkpoint whose parameters are quantized as they are read (a `WeightSource`).
 
     Args:
-        storages: of the model's parts.
+        storages: of the model's parts. Weights that arrive quantized (`Checkpoint.kept`) keep their
+            values, so the parts that have any keep their storage, too.
         method: how INT4 scales are chosen, see `ops.quantize_w4`.
 
     Raises:
@@ -96,9 +97,17 @@ class QuantizedCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint, storages: Storages, method: str = "mse") -> None:
-        self.directory, self.storages = checkpoint.directory, storages
+        self.directory, self.storages = checkpoint.directory, {**storages, **checkpoint.kept}
         self.config, self._checkpoint, self._method = checkpoint.config, checkpoint, method
-        self._stored = stored_weights(meta_graph(self.config, Precision(storages)))
+        for part in checkpoint.kept:
+            others = checkpoint.others(part)
+            if others and not isinstance(storages[part], Int4):
+                warn(
+                    f"{self.directory}: {part} arrives quantized, but for {others[0]} and "
+                    f"{len(others) - 1} more weights, which are stored with the others and become "
+                    "INT4, too"
+                )
+        self._stored = stored_weights(meta_graph(self.config, Precision(self.storages)))
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
         for group in self._checkpoint.groups():

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from et_moe.backends import ops
+from et_moe.pipeline.codes import CODES, decode
 
 et = torch.ops.et_moe
 
 Entry = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
+
+
+SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.SCALE_DTYPES}
 
 
 def scale_name(name: str) -> str:
@@ -55,7 +59,8 @@ class Storage:
         raise NotImplementedError
 
     def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
-        """The tensors of `tensors` for rows of a weight, float `[..., N, K]`.
+        """The tensors of `tensors` for rows of a weight, float `[..., N, K]`; `Int4` takes codes
+        (`pipeline/codes.py`), too, and keeps their values and scales.
 
         Args:
             method: how INT4 scales are chosen, see `ops.quantize_w4`.
@@ -96,10 +101,12 @@ class Storage:
 class Int4(Storage):
     """Symmetric INT4 with a scale per `group_size` inputs, see `ops.quantize_w4`.
 
-    Activations in front of the products are INT8 (W4A8) or stay in the model's dtype (W4A16).
+    `scale_dtype` is "bfloat16", or "float16" for weights that arrive with such scales. Activations
+    in front of the products are INT8 (W4A8) or stay in the model's dtype (W4A16).
     """
 
     group_size: int = 128
+    scale_dtype: str = "bfloat16"
     kind: ClassVar[str] = "int4"
     stores: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
     cuda: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
@@ -108,6 +115,9 @@ class Int4(Storage):
         if type(self.group_size) is not int or self.group_size not in ops.GROUP_SIZES:
             expected = f"expected one of {ops.GROUP_SIZES}"
             raise ValueError(f"qlinear group size {self.group_size!r}: {expected}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            expected = f"expected one of {tuple(SCALE_DTYPES)}"
+            raise ValueError(f"dtype of scales {self.scale_dtype!r}: {expected}")
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         *rows, k = shape
@@ -118,11 +128,14 @@ class Int4(Storage):
             )
         return {
             name: (torch.uint8, (*rows, k // 2)),
-            scale_name(name): (torch.bfloat16, (*rows, k // self.group_size)),
+            scale_name(name): (SCALE_DTYPES[self.scale_dtype], (*rows, k // self.group_size)),
         }
 
     def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
-        return ops.quantize_w4(weight, self.group_size, method)
+        scale_dtype = SCALE_DTYPES[self.scale_dtype]
+        if weight.dtype == CODES:
+            return decode(weight, self.group_size, scale_dtype)
+        return ops.quantize_w4(weight, self.group_size, method, scale_dtype)
 
     def linear(self, x, weight, activation_dtype, norm, eps, residual):
         op = et.linear_w4a8 if activation_dtype == "int8" else et.linear_w4a16

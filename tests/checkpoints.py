@@ -113,6 +113,83 @@ def per_expert(tensors: Mapping[str, Tensor]) -> Tensors:
     return split
 
 
+def _eight_in_an_int32(values: Tensor) -> Tensor:
+    """0..15 `[..., K]` as int32 `[..., K/8]`, the first in the lowest nibble."""
+    eight = values.long().unflatten(-1, (-1, 8))
+    words = sum(eight[..., i] << (4 * i) for i in range(8))
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+def int4_values(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values -8..7 `[N, K]` and scales `[N, K/group_size]` of a weight; not those that this
+    project would choose."""
+    groups = weight.float().unflatten(-1, (-1, group_size))
+    scale = (groups.abs().amax(-1) / 7.3).to(dtype)
+    values = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7)
+    return values.flatten(-2).int(), scale
+
+
+def _product(values: Tensor, scale: Tensor) -> Tensor:
+    return values.float() * scale.float().repeat_interleave(values.shape[1] // scale.shape[1], 1)
+
+
+def to_gptq(
+    tensors: Tensors, quantized: tuple[str, ...], group_size: int = 32, version: int = 1
+) -> tuple[Tensors, Tensors]:
+    """Weights whose names end with `quantized`, experts apart, as GPTQ stores them; and the same
+    as floats."""
+    stored, meant = {}, {}
+    for name, weight in per_expert(tensors).items():
+        if not name.endswith(quantized):
+            stored[name] = meant[name] = weight
+            continue
+        module = name.removesuffix(".weight")
+        values, scale = int4_values(weight, group_size, torch.float16)
+        zeros = torch.full(scale.shape, 6 + version)
+        stored[f"{module}.qweight"] = _eight_in_an_int32(values + 8).t()
+        stored[f"{module}.qzeros"] = _eight_in_an_int32(zeros.t())
+        stored[f"{module}.scales"] = scale.t()
+        stored[f"{module}.g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // group_size
+        meant[name] = _product(values, scale)
+    return stored, meant
+
+
+def to_compressed_tensors(
+    tensors: Tensors, quantized: tuple[str, ...], group_size: int = 32
+) -> tuple[Tensors, Tensors]:
+    """As `to_gptq`, in the format "pack-quantized" of compressed-tensors."""
+    stored, meant = {}, {}
+    for name, weight in per_expert(tensors).items():
+        if not name.endswith(quantized):
+            stored[name] = meant[name] = weight
+            continue
+        values, scale = int4_values(weight, group_size, torch.bfloat16)
+        stored[f"{name}_packed"] = _eight_in_an_int32(values + 8)
+        stored[f"{name}_scale"] = scale
+        stored[f"{name}_shape"] = torch.tensor(weight.shape)
+        meant[name] = _product(values, scale)
+    return stored, meant
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+COMPRESSED_TENSORS = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 32,
+            },
+        }
+    },
+}
+
+
 def renamed(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
     """The same model with another prefix in place of `model.`."""
     return {

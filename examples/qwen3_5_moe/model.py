@@ -45,6 +45,9 @@ class Qwen3_5MoeModel:
     def checkpoint_shapes(self, config: ModelConfig, names: Collection[str] = ()) -> Shapes:
         return self.tensors.shapes(config, names)
 
+    def part(self, name: str) -> str | None:
+        return self.tensors.part(name)
+
     def groups(
         self, config: ModelConfig, names: Collection[str], read: Callable[[str], Tensor]
     ) -> Iterator[dict[str, Parts]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
-from et_moe.pipeline.models import Parts, Random, Shapes
+from et_moe.pipeline.models import Parts, Random, Shapes, join
 
 Read = Callable[[str], Tensor]
 """Reads a tensor of the checkpoint by its name behind the prefix."""
@@ -81,6 +81,18 @@ def sparse_moe_shapes(c: ModelConfig, fused_experts: bool) -> Shapes:
 
 HEAD = "lm_head.weight"
 
+PARTS = {
+    ".mlp.experts.": "experts",
+    ".mlp.shared_expert.": "experts",
+    ".linear_attn.in_proj": "linear_attention",
+    ".linear_attn.out_proj.": "linear_attention",
+    ".self_attn.q_proj.": "attention",
+    ".self_attn.k_proj.": "attention",
+    ".self_attn.v_proj.": "attention",
+    ".self_attn.o_proj.": "attention",
+}
+"""What names of weights in decoder layers have in them -> the part of the model."""
+
 
 def are_fused(names: Collection[str]) -> bool:
     """Whether a checkpoint with these tensors has one table of all experts a layer; so it is
@@ -118,6 +130,12 @@ class Tensors:
             shapes |= {f"{name}.mlp.{n}": s for n, s in inside.items()}
         return shapes
 
+    def part(self, name: str) -> str | None:
+        """See `pipeline.models.Model`."""
+        if name in (HEAD, "embed_tokens.weight"):
+            return "head" if name == HEAD else "embedding"
+        return next((part for inside, part in PARTS.items() if inside in name), None)
+
     def linear_attention_shapes(self, c: ModelConfig) -> Shapes:
         """Tensors of a gated delta net, by their names in `linear_attn`."""
         return linear_attention_shapes(c)
@@ -129,10 +147,11 @@ class Tensors:
     def groups(
         self, c: ModelConfig, names: Collection[str], read: Read
     ) -> Iterator[dict[str, Parts]]:
-        """The parameters of the graph, dense, group by group; see `pipeline.models.Model`."""
+        """The parameters of the graph, group by group; see `pipeline.models.Model`."""
+        fused_experts = are_fused(names)  # goes through all names
         yield {"embed_tokens.weight": [read("embed_tokens.weight")]}
         for layer in range(c.num_hidden_layers):
-            yield self._layer(c, layer, are_fused(names), read)
+            yield self._layer(c, layer, fused_experts, read)
         head = HEAD if has_head(c, names) else "embed_tokens.weight"
         yield {"norm.weight": [read("norm.weight")], HEAD: [read(head)]}
 
@@ -194,7 +213,7 @@ def _experts(c: ModelConfig, fused_experts: bool, read: Read, *projections: str)
     if fused_experts:
         return [read(f"experts.{'_'.join(projections)}_proj")]
     return [
-        torch.cat([read(f"experts.{e}.{p}_proj.weight") for p in projections])[None]
+        join([read(f"experts.{e}.{p}_proj.weight") for p in projections])[None]
         for e in range(c.num_experts)
     ]
 
@@ -206,15 +225,15 @@ def _shared_w13(c: ModelConfig, read: Read) -> Tensor:
     for p in ("gate", "up"):
         half = read(f"shared_expert.{p}_proj.weight")
         padding = half.new_zeros(slots * width - half.shape[0], half.shape[1])
-        halves.append(torch.cat((half, padding)).view(slots, width, -1))
-    return torch.cat(halves, dim=1)
+        halves.append(join((half, padding)).view(slots, width, -1))
+    return join(halves, dim=1)
 
 
 def _shared_w2(c: ModelConfig, read: Read) -> Tensor:
     width, slots = c.moe_intermediate_size, c.shared_experts
     down = read("shared_expert.down_proj.weight")
     padding = down.new_zeros(down.shape[0], slots * width - down.shape[1])
-    return torch.cat((down, padding), dim=1).view(-1, slots, width).transpose(0, 1)
+    return join((down, padding), dim=1).view(-1, slots, width).transpose(0, 1)
 
 
 def inverse_frequencies(c: ModelConfig) -> Tensor:

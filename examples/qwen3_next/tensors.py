@@ -6,8 +6,6 @@ head after key head, [q | k | v of its value heads | z of its value heads], and 
 [q | k | v | z | b | a], each of all heads.
 """
 
-import torch
-
 from et_moe.examples.qwen3_5_moe.tensors import (
     Read,
     Tensors,
@@ -15,13 +13,17 @@ from et_moe.examples.qwen3_5_moe.tensors import (
     sparse_moe_shapes,
 )
 from et_moe.examples.qwen3_next.config import ModelConfig
-from et_moe.pipeline.models import Parts, Shapes
+from et_moe.pipeline.models import Parts, Shapes, join
 
 DENSE = ("gate_proj", "up_proj", "down_proj")
 
 
 class Qwen3NextTensors(Tensors):
     """See `et_moe.examples.qwen3_5_moe.tensors.Tensors`."""
+
+    def part(self, name: str) -> str | None:
+        inside = any(f".mlp.{projection}." in name for projection in DENSE)
+        return "dense_mlp" if inside else super().part(name)
 
     def linear_attention_shapes(self, c: ModelConfig) -> Shapes:
         h, heads = c.hidden_size, c.linear_num_value_heads
@@ -52,4 +54,4 @@ class Qwen3NextTensors(Tensors):
         if c.is_sparse(layer):
             return super().mlp_parts(c, layer, fused_experts, read)
         gate, up, down = (read(f"{name}.weight") for name in DENSE)
-        return {"gate_up_proj.weight": [torch.cat((gate, up))], "down_proj.weight": [down]}
+        return {"gate_up_proj.weight": [join((gate, up))], "down_proj.weight": [down]}

@@ -4,21 +4,23 @@ A format says which stored tensors make up a weight, and reads it from them. Add
 here and a line in `FORMATS`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from et_moe.pipeline.formats.format import Format
+from et_moe.pipeline.formats.compressed_tensors import CompressedTensors
+from et_moe.pipeline.formats.format import Format, StoredTensor
 from et_moe.pipeline.formats.fp8 import BlockFp8
+from et_moe.pipeline.formats.gptq import Gptq
 from et_moe.pipeline.formats.unquantized import Unquantized
 
-FORMATS: tuple[type[Format], ...] = (BlockFp8, Unquantized)
+FORMATS: tuple[type[Format], ...] = (BlockFp8, Gptq, CompressedTensors, Unquantized)
 """The first that matches a checkpoint is taken."""
 
 
-def format_for(config: Mapping[str, Any], names: Collection[str]) -> Format:
-    """The format of a checkpoint with this `config.json` and stored tensors of these names.
+def format_for(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Format:
+    """The format of a checkpoint with this `config.json` and these stored tensors.
 
     Raises:
         ConfigError: a format or a variant of one that is not supported.
     """
-    return next(kind for kind in FORMATS if kind.matches(config, names))(config, names)
+    return next(kind for kind in FORMATS if kind.matches(config, tensors))(config, tensors)

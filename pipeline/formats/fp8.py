@@ -6,22 +6,22 @@ name with `_scale_inv` behind, a scale for each block of 128 by 128 weights,
 by what is in the files: norms, convolutions, router, embedding and head stay as they were trained.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.formats.format import StoredTensor
-from et_moe.pipeline.formats.unquantized import DTYPES
+from et_moe.pipeline.formats.unquantized import DTYPES, Floats
 
 SUFFIX = "_scale_inv"
 
 
-class BlockFp8:
+class BlockFp8(Floats):
     """FP8 weights with a scale a block; they are dequantized to float32, which is exact."""
 
-    def __init__(self, config: Mapping[str, Any], names: Collection[str]) -> None:
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
         section = config["quantization_config"]
         block = section.get("weight_block_size")
         valid = isinstance(block, list) and len(block) == 2
@@ -31,10 +31,11 @@ class BlockFp8:
                 "a scale per tensor or channel is not supported, use the bf16 checkpoint"
             )
         self._block = tuple(block)
-        self._scaled = {n.removesuffix(SUFFIX) for n in names if n.endswith(SUFFIX)}
+        self._scaled = {n.removesuffix(SUFFIX) for n in tensors if n.endswith(SUFFIX)}
+        super().__init__(tensors)
 
     @staticmethod
-    def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    def matches(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
         section = config.get("quantization_config")
         return isinstance(section, dict) and section.get("quant_method") == "fp8"
 

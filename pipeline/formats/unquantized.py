@@ -1,12 +1,13 @@
 """Weights as they were trained: bf16, fp16 or fp32, one tensor each."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.formats.format import StoredTensor
+from et_moe.pipeline.storage import Int4
 
 DTYPES = ("BF16", "F16", "F32")
 
@@ -25,12 +26,23 @@ _QUANTIZED = (
 bitsandbytes and MXFP4."""
 
 
-class Unquantized:
+class Floats:
+    """What formats have in common whose weights are floats once they are read."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.names = tensors
+
+    def kept(self, name: str) -> Int4 | None:
+        return None
+
+
+class Unquantized(Floats):
     """A tensor a weight, under its own name. A `quantization_config` that was left in a
     configuration over such tensors is of no account."""
 
-    def __init__(self, config: Mapping[str, Any], names: Collection[str]) -> None:
-        quantized = next((name for name in names if name.endswith(_QUANTIZED)), None)
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+        super().__init__(tensors)
+        quantized = next((name for name in tensors if name.endswith(_QUANTIZED)), None)
         if quantized is None:
             return
         section = config.get("quantization_config")
@@ -38,11 +50,11 @@ class Unquantized:
         what = "quantized" if method is None else f"quantized by {method}"
         raise ConfigError(
             f"the weights are {what} ({quantized}), which is not supported: use the bf16 "
-            "checkpoint or the block-wise FP8 one"
+            "checkpoint, the block-wise FP8 one, or symmetric INT4 by GPTQ or compressed-tensors"
         )
 
     @staticmethod
-    def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    def matches(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
         return True
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
