@@ -5,19 +5,23 @@ PYTHONPATH.
 
 FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activations, FOLDER/cuda
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
-it. FOLDER/next gets the same of a small Qwen3-Next. FOLDER/small gets programs with two methods of
+it. FOLDER/next gets the same of a small Qwen3-Next, whose experts and attention come from a GPTQ
+checkpoint, with float16 scales. FOLDER/small gets programs with two methods of
 `lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and
 kernels.json.
 """
 
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
-from checkpoints import SMALL_FOR_CUDA
+from checkpoints import GPTQ, SMALL_FOR_CUDA, to_gptq, write
 from lowering_methods import WEIGHTS, Small, method, scores
+from safetensors.torch import load_file
 
 from et_moe.backends.cpu import lowering
 from et_moe.backends.cuda import backend as cuda
@@ -82,10 +86,26 @@ def _turned(methods):
     return turned
 
 
-def export_model(folder: Path, model: Model, overrides: dict[str, object]) -> None:
+def quantized_checkpoint(checkpoint: Path) -> Path:
+    """The same with experts and attention as GPTQ stores them."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (file,) = checkpoint.glob("model-*.safetensors")
+    names = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
+    names += [f"experts.{e}.{p}_proj.weight" for e in range(8) for p in ("gate", "up", "down")]
+    stored, _ = to_gptq(load_file(file), tuple(names))
+    section = {"quantization_config": GPTQ}
+    return write(checkpoint.with_name("quantized"), config | section, stored)
+
+
+def export_model(
+    folder: Path,
+    model: Model,
+    overrides: dict[str, object],
+    change: Callable[[Path], Path] = lambda checkpoint: checkpoint,
+) -> None:
     """A random model for the CPU and for CUDA, whose methods take their inputs turned around."""
     make_checkpoint(folder / "checkpoint", model, "tiny", seed=3, overrides=overrides)
-    checkpoint = Checkpoint(folder / "checkpoint")
+    checkpoint = Checkpoint(change(folder / "checkpoint"))
     source = QuantizedCheckpoint(checkpoint, choose_storages(model.parts, group_size=32))
     for backend in ("cpu", "cuda"):
         options = export.ExportOptions(
@@ -106,7 +126,7 @@ def main() -> None:
     make_small(folder / "small")
     export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA)
-    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA)
+    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, quantized_checkpoint)
 
 
 if __name__ == "__main__":

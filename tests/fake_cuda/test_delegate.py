@@ -123,7 +123,7 @@ def test_executed_tokens_are_those_of_the_cpu(fake, programs, build_dir, graph: 
 
 
 @pytest.mark.timeout(900)
-def test_executed_tokens_of_qwen3_next(fake, programs, build_dir) -> None:
+def test_executed_tokens_with_float16_scales_of_qwen3_next(fake, programs, build_dir) -> None:
     sidecar = str(programs / "next/cuda/kernels.json")
     done = fake.runner(programs / "next/cuda", *flags(SHORT, 3), execute=sidecar)
     assert done.returncode == 0, done.stderr
