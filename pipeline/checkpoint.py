@@ -23,27 +23,35 @@ def _list_names(names: list[str], limit: int = 8) -> str:
     return ", ".join(sorted(names)[:limit]) + more
 
 
-def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint or bundle, sharded or single.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-    Raises:
-        ConfigError: there are none, or both kinds, of which one would be left out silently.
-    """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists() and single.exists():
-        both = f"holds {single.name} and the shards of {index.name}"
-        raise ConfigError(f"{directory}: {both}: two sets of weights, expected one of them")
-    if not index.exists():
-        if not single.is_file():
-            raise ConfigError(f"{directory}: neither model.safetensors nor {index.name} is there")
-        return [single]
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files with the tensors that an index names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: weight_map must map tensor names to files")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ConfigError(f"{index}: {name!r} is not the name of a file beside it")
-    files = [directory / name for name in sorted(set(weight_map.values()))]
+    return sorted(set(weight_map.values()))
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint or bundle, sharded or single.
+
+    Raises:
+        ConfigError: there are none, or both kinds, of which one would be left out silently.
+    """
+    index, single = directory / INDEX, directory / SINGLE
+    if index.exists() and single.exists():
+        both = f"holds {single.name} and the shards of {index.name}"
+        raise ConfigError(f"{directory}: {both}: two sets of weights, expected one of them")
+    if not index.exists():
+        if not single.is_file():
+            raise ConfigError(f"{directory}: neither {SINGLE} nor {index.name} is there")
+        return [single]
+    files = [directory / name for name in indexed_files(index)]
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file}: no such file, named by {index.name}")

@@ -53,6 +53,16 @@ class Dtype(StrEnum):
 
 
 ModelDir = Annotated[Path, typer.Option(help="Hugging Face checkpoint directory.")]
+ModelDirOrNone = Annotated[
+    Path | None, typer.Option(help="Hugging Face checkpoint directory.", show_default=False)
+]
+ModelId = Annotated[
+    str | None,
+    typer.Option(
+        help="Checkpoint on the Hugging Face hub, ORG/NAME; what is read of it is downloaded.",
+        show_default=False,
+    ),
+]
 OutputDir = Annotated[Path, typer.Option(help="Directory to write; created if need be.")]
 ModelType = Annotated[
     str | None,
@@ -66,9 +76,20 @@ def _progress() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
-def _open_checkpoint(model_dir: Path):
+def _check_one(**flags: object) -> None:
+    """Refuses all but one of these flags."""
+    if sum(value is not None for value in flags.values()) != 1:
+        *first, last = flags
+        raise typer.BadParameter(f"give exactly one of {', '.join(first)} and {last}")
+
+
+def _open_checkpoint(model_dir: Path | None, model_id: str | None):
     from et_moe.pipeline.checkpoint import Checkpoint
 
+    if model_dir is None:
+        from et_moe.pipeline.hub import download
+
+        model_dir = download(model_id)
     checkpoint = Checkpoint(model_dir)
     if checkpoint.skipped:
         console.print(f"skipped {checkpoint.skipped} vision and MTP tensors")
@@ -77,8 +98,9 @@ def _open_checkpoint(model_dir: Path):
 
 @app.command()
 def quantize(
-    model_dir: ModelDir,
     output_dir: OutputDir,
+    model_dir: ModelDirOrNone = None,
+    model_id: ModelId = None,
     qlinear: Annotated[QLinear, typer.Option(help="INT4 linear layers and experts.")] = QLinear.W4,
     qlinear_group_size: GroupSize = 128,
     qembedding: Annotated[QEmbedding, typer.Option(help="INT8 embedding.")] = QEmbedding.W8,
@@ -90,7 +112,8 @@ def quantize(
     from et_moe.pipeline.bundle import write_bundle
     from et_moe.pipeline.quantize import QuantizedCheckpoint
 
-    checkpoint = _open_checkpoint(model_dir)
+    _check_one(**{"--model-dir": model_dir, "--model-id": model_id})
+    checkpoint = _open_checkpoint(model_dir, model_id)
     storages = _storages(checkpoint.config, qlinear, qlinear_group_size, qembedding)
     source = QuantizedCheckpoint(checkpoint, storages, scale_method.value)
     with _progress() as progress:
@@ -113,15 +136,15 @@ def _storages(config, qlinear, group_size, qembedding):
     )
 
 
-def _source(model_dir, prequantized, qlinear, group_size, qembedding):
+def _source(model_dir, model_id, prequantized, qlinear, group_size, qembedding):
     """The `WeightSource` that the options of `export` describe."""
     from et_moe.pipeline.bundle import Bundle
     from et_moe.pipeline.quantize import QuantizedCheckpoint
 
-    if (model_dir is None) == (prequantized is None):
-        raise typer.BadParameter("give exactly one of --model-dir and --prequantized")
+    given = {"--model-dir": model_dir, "--model-id": model_id, "--prequantized": prequantized}
+    _check_one(**given)
     if prequantized is None:
-        checkpoint = _open_checkpoint(model_dir)
+        checkpoint = _open_checkpoint(model_dir, model_id)
         storages = _storages(checkpoint.config, qlinear, group_size, qembedding)
         return QuantizedCheckpoint(checkpoint, storages)
     given = {"--qlinear": qlinear, "--qlinear-group-size": group_size, "--qembedding": qembedding}
@@ -166,7 +189,8 @@ def _cuda_archs(backend: Backend, requested: str | None) -> tuple[str, ...]:
 @app.command()
 def export(
     output_dir: OutputDir,
-    model_dir: Annotated[Path | None, typer.Option(help="Hugging Face checkpoint.")] = None,
+    model_dir: ModelDirOrNone = None,
+    model_id: ModelId = None,
     prequantized: Annotated[Path | None, typer.Option(help="Bundle of `quantize`.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="With --graph-only: a shape without weights.")
@@ -219,11 +243,11 @@ def export(
         raise typer.BadParameter("--graph-only and --weights-only exclude each other")
     archs = () if weights_only else _cuda_archs(backend, cuda_arch)
     if preset is not None:
-        if not graph_only or model_dir or prequantized:
+        if not graph_only or model_dir or model_id or prequantized:
             raise typer.BadParameter("--preset takes --graph-only and no checkpoint")
         source = _preset_source(model_type, preset, qlinear, qlinear_group_size, qembedding)
     else:
-        source = _source(model_dir, prequantized, qlinear, qlinear_group_size, qembedding)
+        source = _source(model_dir, model_id, prequantized, qlinear, qlinear_group_size, qembedding)
 
     from et_moe.pipeline import export as exporter
 

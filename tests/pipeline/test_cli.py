@@ -232,8 +232,9 @@ def test_bundles_that_do_not_work(refused, tiny_bundle: Path, tmp_path: Path) ->
 
 
 WRONG_OPTIONS = [
-    ([], "exactly one of --model-dir and --prequantized"),
-    (["--model-dir", "x", "--prequantized", "x"], "exactly one of --model-dir and --prequantized"),
+    ([], "exactly one of --model-dir, --model-id and --prequantized"),
+    (["--model-dir", "x", "--prequantized", "x"], "exactly one of --model-dir, --model-id and"),
+    (["--model-dir", "x", "--model-id", "a/b"], "exactly one of --model-dir, --model-id and"),
     (["--prequantized", "x", "--qlinear", "4w"], "--qlinear is fixed by the bundle"),
     (["--prequantized", "x", "--qlinear-group-size", "32"], "--qlinear-group-size is fixed by the"),
     (["--prequantized", "x", "--qembedding", "none"], "--qembedding is fixed by the bundle"),
