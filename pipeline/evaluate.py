@@ -112,7 +112,8 @@ def evaluate(
     nll = reference_nll = kl = 0.0
     for done, piece in enumerate(windows, start=1):
         with torch.no_grad():
-            logits = model(torch.tensor([piece])).logits[0, :-1]
+            # Without a cache: that of transformers wants a layer of full attention.
+            logits = model(torch.tensor([piece]), use_cache=False).logits[0, :-1]
         reference = logits.double().log_softmax(-1)
         scored = runner_logits(runner, program_dir, piece)
         if scored.shape != logits.shape:

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from et_moe.backends.cuda.build import build, scratch_folder, toolchain
 from et_moe.backends.cuda.fusion import fuse
-from et_moe.backends.cuda.gpu import Gpu, gpu_for, pretend_gpu
+from et_moe.backends.cuda.gpu import TWINS, Gpu, gpu_for, pretend_gpu
 from et_moe.backends.cuda.host_program import kernel_calls
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
@@ -144,7 +144,7 @@ def _generate(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> HostProgram:
     with (
         tempfile.TemporaryDirectory() as work,
         pretend_gpu(gpu),
-        tuning_target(gpu.name, gpu.arch),
+        tuning_target(gpu.name, gpu.arch, TWINS.get(gpu.arch, gpu.arch)),
     ):
         module, inputs = _retarget(graph, plan)
         return generate(module, inputs, Path(work))

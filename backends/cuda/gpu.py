@@ -70,16 +70,22 @@ GPUS = (
 ARCHS = tuple(dict.fromkeys(gpu.arch for gpu in GPUS))
 
 
+TWINS = {"sm_103": "sm_100", "sm_121": "sm_120"}
+"""Architectures without a GPU in the table -> the one whose limits and tuning they share."""
+
+
 def gpu_for(arch: str) -> Gpu:
-    """The GPU that code for an architecture is tuned for: the first of its kind in `GPUS`.
+    """The GPU that code for an architecture is tuned for: the first of its kind in `GPUS`, or of
+    its twin's.
 
     Raises:
-        ValueError: an architecture that is not in the table.
+        ValueError: an architecture that is neither in the table nor a twin.
     """
     for gpu in GPUS:
-        if gpu.arch == arch:
-            return gpu
-    raise ValueError(f"CUDA architecture {arch!r} is not supported: expected one of {ARCHS}")
+        if gpu.arch == TWINS.get(arch, arch):
+            return dataclasses.replace(gpu, arch=arch)
+    expected = tuple(sorted((*ARCHS, *TWINS), key=lambda name: int(name.removeprefix("sm_"))))
+    raise ValueError(f"CUDA architecture {arch!r} is not supported: expected one of {expected}")
 
 
 def default_archs() -> list[str]:

@@ -243,6 +243,7 @@ def refused(fake, program: Path, *parts: str, ptd: Path | None = None, **environ
 def test_gpus_that_do_not_fit(fake, programs) -> None:
     program = programs / "cuda"
     refused(fake, program, "this GPU is sm_80", "sm_90", "--cuda-arch sm_80", arch="sm_80")
+    refused(fake, program, "this GPU is sm_75", "sm_90", "--backend cpu", arch="sm_75")
     refused(fake, program, "driver supports CUDA 12.4", "13.0", driver="12040")
     refused(fake, program, "no GPU", devices="0")
     refused(fake, program, "too little GPU memory", "need", "free", memory=str(1 << 18))

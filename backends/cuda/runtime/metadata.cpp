@@ -1,6 +1,9 @@
 #include "backends/cuda/runtime/metadata.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <stdexcept>
 
 #include "backends/cuda/runtime/alignment.h"
@@ -90,23 +93,42 @@ MethodInfo MethodInfo::parse(std::string_view text) {
   }
 }
 
+namespace {
+
+/// The number of an architecture's name: 90 of "sm_90"; 0 if there is none.
+int number_of(const std::string& architecture) {
+  return architecture.rfind("sm_", 0) == 0 ? std::atoi(architecture.c_str() + 3) : 0;
+}
+
+/// What to do about a GPU without code, in words that `et-moe export` accepts.
+std::string advice(const std::string& architecture) {
+  // Those of backends/cuda/gpu.py.
+  static const std::set<std::string> exported = {"sm_80",  "sm_86",  "sm_89",  "sm_90",
+                                                 "sm_100", "sm_103", "sm_120", "sm_121"};
+  return exported.count(architecture)
+             ? ": export it again with `--backend cuda --cuda-arch " + architecture + "`"
+             : "; this kind of GPU is not supported, export it with `--backend cpu`";
+}
+
+}  // namespace
+
 const CodeInfo& MethodInfo::code_for(const std::string& architecture) const {
   const auto exact = code.find(architecture);
   if (exact != code.end()) return exact->second;
-  // A cubin runs on later minor versions of its major version: sm_80's on sm_86, sm_89.
-  const CodeInfo* best = nullptr;
+  // A cubin runs on later minor versions of its major version: sm_80's on sm_86, sm_89. From sm_90
+  // on kernels are compiled for their architecture alone (sm_90a), and a cubin runs there only.
+  const int wanted = number_of(architecture);
+  int best = 0;
   std::string have;
-  for (const auto& [arch, info] : code) {  // in rising order within a major version
+  for (const auto& [arch, info] : code) {
     have += (have.empty() ? "" : ", ") + arch;
-    const bool same_major =
-        arch.substr(0, arch.size() - 1) == architecture.substr(0, architecture.size() - 1);
-    if (same_major && arch < architecture) best = &info;
+    const int found = number_of(arch);
+    if (wanted < 90 && found / 10 == wanted / 10 && found < wanted) best = std::max(best, found);
   }
-  if (best) return *best;
-  throw DelegateError(Error::NotSupported,
-                      "this GPU is " + architecture + ", the program has code for " + have +
-                          ": export it again with `--backend cuda --cuda-arch " + architecture +
-                          "`");
+  if (best) return code.at("sm_" + std::to_string(best));
+  throw DelegateError(
+      Error::NotSupported,
+      "this GPU is " + architecture + ", the program has code for " + have + advice(architecture));
 }
 
 }  // namespace et_moe::cuda

@@ -44,7 +44,8 @@ struct MethodInfo {
   /// InvalidProgram, with the key or tensor at fault, for anything else.
   static MethodInfo parse(std::string_view json);
 
-  /// The code for a GPU: of its own architecture, or of an older one with the same major version.
+  /// The code for a GPU: of its own architecture, or, before sm_90, of an older one with the same
+  /// major version.
   /// Throws DelegateError (NotSupported) that lists what there is and how to export for this one.
   const CodeInfo& code_for(const std::string& architecture) const;
 };

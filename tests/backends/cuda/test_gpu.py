@@ -1,5 +1,6 @@
 """The table of GPUs, and pretending to have one."""
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -42,8 +43,16 @@ def test_table():
     assert gpu_for("sm_120").shared_memory_per_block == 101376
 
 
+def test_twins_share_limits_and_tuning():
+    for twin, other in (("sm_103", "sm_100"), ("sm_121", "sm_120")):
+        one, two = gpu_for(twin), gpu_for(other)
+        assert one == dataclasses.replace(two, arch=twin)
+        with pretend_gpu(one):
+            assert triton.runtime.driver.active.get_current_target().arch == int(twin[3:])
+
+
 def test_unknown_architecture():
-    with pytest.raises(ValueError, match=r"'sm_75' is not supported: expected one of .*sm_80"):
+    with pytest.raises(ValueError, match=r"'sm_75' is not supported: .*sm_80.*sm_121"):
         gpu_for("sm_75")
 
 
