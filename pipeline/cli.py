@@ -270,6 +270,7 @@ def export(
         if graph_only:
             exporter.write_graphs(exporter.lower(source, options), output_dir, options)
         elif weights_only:
+            exporter.check_tokenizer(source.directory)
             plan = exporter.plan_weights(source, options)
             exporter.write_weights(source, plan, output_dir, show)
         else:

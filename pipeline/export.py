@@ -26,6 +26,7 @@ from et_moe.pipeline.quantize import (
     parameter_spec,
 )
 from et_moe.pipeline.storage import STORAGES, Precision, Storages, storages_to_json
+from et_moe.pipeline.tokenizer import check_tokenizer
 
 FORMAT_VERSION = 2
 MAX_PREFILL_TOKENS = 2048
@@ -232,10 +233,11 @@ def export(
         progress: called with the name of each stage as it ends.
 
     Raises:
-        ConfigError: an unsupported configuration, a damaged source, or another process that
-            writes to `output`.
+        ConfigError: an unsupported configuration, a damaged source, a tokenizer that the runner
+            would refuse, or another process that writes to `output`.
         OSError: the output cannot be written; nothing is left under a final name.
     """
+    check_tokenizer(source.directory)
     with sole_writer(output):
         lowered = lower(source, options)
         progress("graphs")
