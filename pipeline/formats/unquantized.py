@@ -21,9 +21,12 @@ _QUANTIZED = (
     ".absmax",
     "_blocks",
     "_scales",
+    "._weight_qdata",
+    ".__qdata",
+    ".w1_scale",
 )
 """What names of tensors end with in the formats of GPTQ, AWQ, compressed-tensors, NVFP4,
-bitsandbytes and MXFP4."""
+bitsandbytes, MXFP4, and torchao, with which ExecuTorch writes its prequantized bundles."""
 
 
 class Floats:

@@ -89,6 +89,11 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
             {"model.layers.1.self_attn.q_proj.weight.absmax": torch.zeros(4)},
             r"the weights are quantized by bitsandbytes \(layers.*absmax\)",
         ),
+        (
+            None,
+            {"layers.1.attn.o_proj._weight_qdata": torch.zeros(4, dtype=torch.int8)},
+            r"the weights are quantized \(layers\.1\.attn\.o_proj\._weight_qdata\), .*use the bf16",
+        ),
         (None, {"x.absmax": torch.zeros(4)}, r"the weights are quantized \(x\.absmax\), which"),
     ],
 )
