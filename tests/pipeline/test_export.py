@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,14 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
         growth = result[task]["8"] - result[task]["2"]
         assert growth < result["layer"] / 2, result
     assert result["export"]["8"] < 6 * result["layer"] + 300_000_000, result
+
+
+def test_a_tokenizer_that_the_runner_would_refuse(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Before anything is lowered or written."""
+    bundle, output = tmp_path / "bundle", tmp_path / "program"
+    shutil.copytree(tiny_bundle, bundle)
+    path = bundle / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: normalizer\.type: \"NFKC\" not supp"):
+        exporter.export(Bundle(bundle), output, OPTIONS)
+    assert not output.exists()
