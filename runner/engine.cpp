@@ -1,42 +1,13 @@
 #include "runner/engine.h"
 
 #include <algorithm>
-#include <cmath>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "runner/request.h"
+#include "runner/sampler.h"
+
 namespace et_moe {
-namespace {
-
-// Below it, logits / temperature could leave the range of float32.
-constexpr float kLowestTemperature = 1e-5f;
-
-void check_sampling(const Sampling& s) {
-  const auto fail = [](const char* name, auto value, const char* expected) {
-    std::ostringstream message;
-    message << name << " " << value << ": expected " << expected;
-    throw std::runtime_error(message.str());
-  };
-  const bool in_range = s.temperature >= kLowestTemperature && std::isfinite(s.temperature);
-  if (s.temperature != 0 && !in_range) {
-    fail("temperature", s.temperature, "0 (greedy) or at least 1e-5");
-  }
-  if (s.top_k < 0) fail("top_k", s.top_k, "0 (off) or more");
-  if (!(s.top_p > 0 && s.top_p <= 1)) fail("top_p", s.top_p, "more than 0 and at most 1");
-}
-
-void check_ids(const std::vector<int64_t>& ids, int64_t vocab_size) {
-  for (int64_t id : ids) {
-    if (id < 0 || id >= vocab_size) {
-      throw std::runtime_error("token id " + std::to_string(id) + " is outside the vocabulary of " +
-                               std::to_string(vocab_size));
-    }
-  }
-}
-
-}  // namespace
-
 Engine::Engine(std::shared_ptr<Model> model)
     : model_(std::move(model)), session_(model_->new_session()) {}
 
@@ -56,7 +27,7 @@ void Engine::check(const std::vector<int64_t>& ids, const GenerationConfig& conf
                              ": expected at least 0");
   }
   check_ids(ids, info.vocab_size);
-  check_sampling(config.sampling);
+  et_moe::check(config.sampling);
 }
 
 Step Engine::prefill(const std::vector<int64_t>& tokens, const Sampling& sampling,
@@ -151,10 +122,7 @@ void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_log
 }
 
 double log_probability(const float* logits, int64_t vocab_size, int64_t id) {
-  const double highest = *std::max_element(logits, logits + vocab_size);
-  double sum = 0;
-  for (int64_t i = 0; i < vocab_size; ++i) sum += std::exp(logits[i] - highest);
-  return logits[id] - highest - std::log(sum);
+  return logits[id] - log_sum_exp(logits, vocab_size);
 }
 
 }  // namespace et_moe

@@ -49,7 +49,8 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Dev
   read_info();
   const std::string backend = program_.text("get_backend"), text = program_.text("get_bindings");
   device_ = in_file(pte_path, [&] {
-    return make_device(nlohmann::json::parse(backend).get<std::string>(), options);
+    info_.backend = nlohmann::json::parse(backend).get<std::string>();
+    return make_device(info_.backend, options);
   });
   const Bindings bindings = in_file(pte_path, [&] { return Bindings::parse(text); });
   in_file(pte_path, [&] { check_methods(bindings); });
@@ -68,6 +69,7 @@ void Model::read_info() {
            program_.count("get_max_prefill_tokens"),
            program_.count("get_vocab_size"),
            program_.count("get_n_layers"),
+           {},
            {}};
   const std::string eos_ids = program_.text("get_eos_ids");
   info_.eos_ids = in_file(

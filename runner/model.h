@@ -23,6 +23,7 @@ struct ModelInfo {
   int64_t vocab_size;
   int64_t n_layers;
   std::vector<int64_t> eos_ids;
+  std::string backend;  // "cpu" or "cuda"
 };
 
 /// One sequence on a model: its state, and how far it has come. It must go before the model does.

@@ -32,6 +32,15 @@ def build_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def sanitize_dir() -> Path:
+    """A build with AddressSanitizer and UBSan: the preset `sanitize`, see scripts/test.sh."""
+    path = Path(os.environ.get("ET_MOE_SANITIZE_BUILD_DIR", REPO / "build" / "sanitize"))
+    if not path.is_dir():
+        pytest.fail(f"{path}: no build found; run scripts/test.sh")
+    return path
+
+
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tensors of a kernel test live."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

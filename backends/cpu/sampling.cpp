@@ -1,3 +1,5 @@
+#include "backends/sampling.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -7,28 +9,6 @@
 namespace et_moe::cpu {
 
 namespace {
-
-// First word of Philox 4x32-10 (Salmon et al., "Parallel Random Numbers", SC 2011): counter words
-// (counter, position, 0, 0), the seed's two words as key.
-uint32_t philox(uint32_t counter, uint32_t position, uint64_t seed) {
-  uint32_t c0 = counter, c1 = position, c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return c0;
-}
-
-float gumbel(uint32_t token, uint32_t position, uint64_t seed) {
-  const float u = (static_cast<float>(philox(token, position, seed) >> 8) + 0.5f) * 0x1p-24f;
-  return -std::log(-std::log(u));
-}
 
 // The lowest i below n with the largest score(i), which must not be NaN.
 template <class Score>
@@ -59,36 +39,6 @@ int64_t argmax(Op& op, int64_t n, int64_t work, const Score& score) {
   return best[winner].index;
 }
 
-// The smallest of n numbers that top-k (0: all) and top-p keep; equal ones stay together. Uses up
-// `heap`, which holds the numbers.
-float threshold(float* heap, int64_t n, int64_t top_k, float top_p) {
-  std::make_heap(heap, heap + n);
-  const float largest = heap[0];
-  const float* const back = heap + n;
-  float* end = heap + n;
-  // Moves the heap's largest numbers to behind its end: end..back is sorted, rising.
-  const auto pop_equal = [&] {
-    const float value = heap[0];
-    while (end > heap && heap[0] == value) std::pop_heap(heap, end--);
-  };
-  if (top_k > 0) {
-    while (end > heap && back - end < top_k) pop_equal();
-    if (top_p >= 1.0f) return *end;
-  }
-  const auto weight = [&](float value) { return std::exp(value - largest); };
-  double total = 0.0, before = 0.0;
-  for (const float* p = top_k > 0 ? end : heap; p < back; ++p) total += weight(*p);
-  float kept = largest;
-  const float* p = back;
-  while (static_cast<float>(before / total) < top_p) {
-    if (p == end && top_k == 0) pop_equal();
-    if (p == end) break;
-    kept = p[-1];
-    for (; p > end && p[-1] == kept; --p) before += weight(kept);
-  }
-  return kept;
-}
-
 struct Parameters {
   float temperature, top_p;
   int64_t top_k, seed, position;
@@ -104,14 +54,14 @@ int64_t draw(Op& op, const float* logits, int64_t n, const Parameters& parameter
     float* heap = op.scratch<float>(n);
     if (heap == nullptr) return 0;
     for (int64_t i = 0; i < n; ++i) heap[i] = logits[i] / temperature;
-    kept = threshold(heap, n, top_k, parameters.top_p);
+    kept = sampling::threshold(heap, n, top_k, parameters.top_p);
   }
   const auto position = static_cast<uint32_t>(parameters.position);
   const auto seed = static_cast<uint64_t>(parameters.seed);
   return argmax(op, n, 32, [&](int64_t i) {
     const float scaled = logits[i] / temperature;
     if (scaled < kept || scaled == lowest) return lowest;
-    return scaled + gumbel(static_cast<uint32_t>(i), position, seed);
+    return scaled + sampling::gumbel(static_cast<uint32_t>(i), position, seed);
   });
 }
 

@@ -73,10 +73,5 @@ def fake(build_dir: Path, tmp_path: Path) -> Fake:
 
 
 @pytest.fixture
-def sanitized(tmp_path: Path) -> Fake:
-    """Built with AddressSanitizer and UBSan: the preset `sanitize`, see scripts/test.sh."""
-    default = FOLDER.parent.parent / "build" / "sanitize"
-    folder = Path(os.environ.get("ET_MOE_SANITIZE_BUILD_DIR", default))
-    if not folder.is_dir():
-        pytest.fail(f"{folder}: no build found; run scripts/test.sh")
-    return Fake(folder, tmp_path / "report.json")
+def sanitized(sanitize_dir: Path, tmp_path: Path) -> Fake:
+    return Fake(sanitize_dir, tmp_path / "report.json")

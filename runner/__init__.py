@@ -1,0 +1,1 @@
+"""The C++ runner; `python` has its engine for Python."""

@@ -1,0 +1,144 @@
+// The engine that serves many callers: requests in, events out. One thread of its own has the
+// model.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <future>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "runner/event_queue.h"
+#include "runner/model.h"
+#include "runner/request.h"
+#include "runner/sampler.h"
+#include "runner/sequence.h"
+
+namespace et_moe {
+
+/// The engine has as many waiting requests as it takes.
+class QueueFull : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// The device failed for good, or the engine is closed: it takes no more requests.
+class EngineBroken : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct AsyncEngineOptions {
+  size_t max_sequences = 8;  // that are served at once; the state of each is allocated at load
+  size_t max_waiting = 256;  // requests that wait for their turn
+  DeviceOptions device;
+};
+
+struct EngineStatus {
+  size_t waiting, running, max_sequences;
+  std::optional<std::string> broken;  // why the engine takes no more requests
+};
+
+/// Every method but the constructor and `close` returns at once, and all but the destructor may be
+/// called from any thread.
+///
+/// Requests are admitted in order. The sequences that are served take turns: each that decodes
+/// makes one call, then the first that is not done with its prompt feeds one piece of it. A guided
+/// sequence that has no mask yet sits out; the others go on.
+///
+/// A failed call ends its request. If a fresh state fails as well, the engine is broken: all
+/// requests end with an error.
+class AsyncEngine {
+ public:
+  /// Loads a program and the state of all sequences; throws std::runtime_error as Model does.
+  AsyncEngine(const std::string& pte_path, const std::string& ptd_path,
+              const AsyncEngineOptions& options);
+  ~AsyncEngine();
+  AsyncEngine(const AsyncEngine&) = delete;
+  AsyncEngine& operator=(const AsyncEngine&) = delete;
+
+  const ModelInfo& info() const { return info_; }
+
+  /// Queues a request and returns its id. Throws InvalidRequest: a prompt that is empty, does not
+  /// fit the context or has an id outside the vocabulary, a parameter out of range; QueueFull;
+  /// EngineBroken.
+  uint64_t submit(Request request);
+  /// Ends a request at its next token; nothing if it has ended.
+  void cancel(uint64_t id);
+  /// Which tokens the next one of a guided request may be: one call a token; the first may come at
+  /// once. Nothing if the request has ended. Throws InvalidRequest for a mask of another size, or
+  /// a request that is not guided.
+  void allow(uint64_t id, TokenMask mask);
+
+  /// See EventQueue; both go on working on an engine that is broken or closed.
+  int fileno() const { return events_.fileno(); }
+  std::vector<Event> take_events() { return events_.take(); }
+
+  EngineStatus status() const;
+  /// Cancels what runs and waits, and waits for the thread, which frees the model.
+  void close();
+
+ private:
+  /// A request as its callers see it.
+  struct Live {
+    bool guided;
+    bool cancelled = false;
+    std::deque<TokenMask> masks;
+  };
+  struct Waiting {
+    uint64_t id;
+    Request request;
+  };
+  // All that follows runs on the engine's thread.
+  void run(const std::string& pte_path, const std::string& ptd_path,
+           std::promise<ModelInfo> loaded);
+  void load(const std::string& pte_path, const std::string& ptd_path);
+  /// Serves until the engine is closed. Throws what breaks the engine.
+  void serve();
+  bool has_work() const;
+  /// Waits for something to do and gives cancellations, masks and requests to the sequences.
+  /// Returns whether to go on.
+  bool collect();
+  /// One call of every sequence that decodes, and one of the first that is in its prompt.
+  void take_turns();
+  /// One call of a sequence, which is null after its last.
+  void step(std::unique_ptr<Sequence>& sequence, bool alone);
+  /// Ends a sequence; its session serves the next one.
+  void finish(std::unique_ptr<Sequence>& sequence, std::unique_ptr<Session> session, Event event);
+  void drop_ended();
+  /// A session instead of one whose call failed. Throws EngineBroken with both reasons if a fresh
+  /// state fails too.
+  std::unique_ptr<Session> recover(std::unique_ptr<Session> session, const std::string& why);
+  /// Ends all requests; those that come are refused.
+  void end_all(RequestEnd end, const std::string& why);
+
+  const AsyncEngineOptions options_;
+  ModelInfo info_{};
+  EventQueue events_;
+
+  mutable std::mutex mutex_;  // of what follows
+  std::condition_variable changed_;
+  uint64_t next_id_ = 1;
+  std::deque<Waiting> waiting_;
+  std::map<uint64_t, Live> live_;  // waiting and running
+  bool closing_ = false;
+  std::optional<std::string> refusal_;  // of every request
+  std::optional<std::string> broken_;
+
+  // The engine's thread's own.
+  std::unique_ptr<Model> model_;
+  std::vector<std::unique_ptr<Session>> free_;
+  std::vector<std::unique_ptr<Sequence>> running_;
+
+  std::mutex closing_mutex_;  // of joining the thread
+  std::thread thread_;
+};
+
+}  // namespace et_moe

@@ -1,0 +1,103 @@
+"""The engine that serves many callers, and its Python extension, over the fake driver."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+CAPTURE = pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+TOOL = "runner/async_engine_check"
+PROMPTS = [[5, 77, 130, 9, 31, 64, 250, 3, 8, 19, 20, 33, 41, 57, 101, 99, 5, 6, 7], [9, 8], [4]]
+
+
+def files(program: Path) -> tuple[Path, Path]:
+    return program / "model.pte", program / "model.ptd"
+
+
+@CAPTURE
+@pytest.mark.timeout(900)
+def test_requests_of_all_kinds(fake, programs, graph: bool) -> None:
+    for command in (["together", 20], ["cancel"], ["close"]):
+        fake.check(*files(programs / "cuda"), int(graph), 3, *command, tool=TOOL)
+        report = fake.report()
+        assert not report["violations"] and not report["leaks"]
+
+
+@CAPTURE
+@pytest.mark.timeout(900)
+def test_every_call_fails_in_turn(fake, programs, graph: bool) -> None:
+    printed = fake.check(*files(programs / "cuda"), int(graph), 2, "faults", 3, tool=TOOL)
+    outcomes = [line.split()[1] for line in printed.splitlines()]
+    assert len(outcomes) > 50 and outcomes.count("failed") > len(outcomes) / 2
+    # One call that fails does not break a device.
+    assert "broken" not in outcomes
+
+
+@pytest.mark.timeout(900)
+def test_every_call_fails_in_turn_under_sanitizers(sanitized, programs) -> None:
+    sanitized.check(*files(programs / "cuda"), 1, 2, "faults", 20, tool=TOOL)
+
+
+SCRIPT = """
+import json, select, sys
+from et_moe.serving.engine import load_engine
+from et_moe.serving.interface import EngineBrokenError, SamplingParams
+
+engine = load_engine(sys.argv[1], max_sequences=3)
+params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+ids = [engine.submit(prompt, params) for prompt in json.loads(sys.argv[2])]
+tokens, ends = {i: [] for i in ids}, {}
+while len(ends) < len(ids):
+    assert select.select([engine.fileno()], [], [], 300)[0]
+    for event in engine.take_events():
+        tokens[event.request_id] += event.token_ids
+        if event.finish_reason:
+            ends[event.request_id] = event.error or event.finish_reason
+try:
+    engine.submit([1], params)
+    refused = None
+except EngineBrokenError as error:
+    refused = str(error)
+broken = engine.status().broken
+engine.close()
+print(json.dumps([list(tokens.values()), list(ends.values()), refused, broken]))
+"""
+
+
+def python(fake, program: Path, **environment: str) -> list:
+    """What the script prints, over the fake driver."""
+    done = fake.run(
+        Path(sys.executable),
+        *("-c", SCRIPT, program, json.dumps(PROMPTS)),
+        **environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(autouse=True)
+def build_of_the_extension(build_dir: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ET_MOE_BUILD_DIR", str(build_dir))
+
+
+@pytest.mark.timeout(900)
+def test_executed_tokens_of_the_extension_are_those_of_the_cpu(fake, programs) -> None:
+    """The program's code finds the functions that it calls in an extension that Python loaded."""
+    sidecar = str(programs / "cuda/kernels.json")
+    found = python(fake, programs / "cuda", execute=sidecar)
+    expected = python(fake, programs / "cpu")
+    assert found == expected and found[1:] == [["length"] * 3, None, None]
+    report = fake.report()
+    assert not report["violations"] and not report["leaks"]
+
+
+def test_a_device_that_failed_for_good(fake, programs) -> None:
+    _, ends, refused, broken = python(
+        fake,
+        programs / "cuda",
+        fail="cudaGraphLaunch:2",
+        error="cudaErrorIllegalAddress",
+    )
+    assert all("cudaErrorIllegalAddress" in end or "ILLEGAL_ADDRESS" in end for end in ends)
+    assert refused == broken and "with a fresh state" in broken

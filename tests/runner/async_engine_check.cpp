@@ -1,0 +1,308 @@
+// Drives an AsyncEngine from several sides and checks what comes of it, for
+// tests/runner/test_async_engine.py and tests/fake_cuda. It exits with 1 and says why if something
+// is wrong; a request that does not end within a minute is wrong.
+//
+//   async_engine_check MODEL.pte MODEL.ptd GRAPH SEQUENCES COMMAND
+//     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: that are served at once.
+//   together N  N random requests of all kinds give the tokens together that each gives alone.
+//   cancel      Requests are cancelled before, between and after their tokens while others run.
+//   close       The engine is closed while requests wait, run and have just ended.
+//   faults STEP Over the fake driver: three requests, once for every STEP-th call of CUDA with that
+//               call failing. Each must end; then the engine serves again, or refuses. Prints what
+//               became of each.
+
+#include <dlfcn.h>
+#include <poll.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runner/async_engine.h"
+
+namespace {
+
+using et_moe::AsyncEngine;
+using et_moe::Event;
+using et_moe::Request;
+using et_moe::RequestEnd;
+
+using Ids = std::vector<int64_t>;
+
+void expect(bool condition, const std::string& what) {
+  if (!condition) throw std::runtime_error("expected " + what);
+}
+
+/// An engine and all that it has said of each request.
+class Client {
+ public:
+  Client(const std::string& pte, const std::string& ptd, const et_moe::AsyncEngineOptions& options)
+      : engine_(pte, ptd, options) {}
+
+  AsyncEngine& engine() { return engine_; }
+
+  /// All events of a request so far as one, once it has `tokens` of them or has ended.
+  const Event& wait(uint64_t id, size_t tokens = SIZE_MAX) {
+    while (true) {
+      const Event& event = all_[id];
+      if (event.end || event.token_ids.size() >= tokens) return event;
+      pollfd ready{engine_.fileno(), POLLIN, 0};
+      expect(poll(&ready, 1, 60000) == 1, "an event within a minute");
+      take();
+    }
+  }
+
+  void take() {
+    for (Event& event : engine_.take_events()) {
+      Event& all = all_[event.request_id];
+      expect(!all.end, "no event after the last one");
+      all.token_ids.insert(all.token_ids.end(), event.token_ids.begin(), event.token_ids.end());
+      for (auto& logprob : event.logprobs) all.logprobs.push_back(std::move(logprob));
+      if (event.prompt_logprobs) all.prompt_logprobs = std::move(event.prompt_logprobs);
+      all.end = event.end;
+      all.error = event.error;
+    }
+  }
+
+  et_moe::TokenMask all_tokens() const {
+    return et_moe::TokenMask(static_cast<size_t>(engine_.info().vocab_size + 7) / 8, 0xff);
+  }
+
+  /// A request that waits before each token until `allow` is called.
+  uint64_t submit_guided(Ids prompt, int64_t max_tokens) {
+    Request request{std::move(prompt), {}};
+    request.params.guided = request.params.ignore_eos = true;
+    request.params.max_tokens = max_tokens;
+    return engine_.submit(std::move(request));
+  }
+
+  void expect_idle() {
+    const auto status = engine_.status();
+    expect(status.waiting == 0 && status.running == 0, "no request left");
+  }
+
+ private:
+  AsyncEngine engine_;
+  std::map<uint64_t, Event> all_;
+};
+
+Request greedy(Ids prompt, int64_t max_tokens) {
+  Request request{std::move(prompt), {}};
+  request.params.max_tokens = max_tokens;
+  request.params.ignore_eos = true;
+  return request;
+}
+
+/// A request of any kind, but not guided.
+Request random_request(std::mt19937& random, const et_moe::ModelInfo& info) {
+  const auto below = [&random](int64_t n) { return static_cast<int64_t>(random() % n); };
+  Ids prompt(static_cast<size_t>(1 + below(std::min<int64_t>(info.max_seq_len - 8, 40))));
+  for (int64_t& id : prompt) id = below(info.vocab_size);
+  Request request = greedy(prompt, 1 + below(12));
+  auto& p = request.params;
+  p.ignore_eos = below(2) == 0;
+  if (below(2))
+    p.sampling = {0.5f + static_cast<float>(below(20)) / 10, below(3) * 20, 0.9f, below(99)};
+  if (below(4) == 0) p.min_p = 0.05f;
+  if (below(4) == 0) p.repetition_penalty = 1.3f;
+  if (below(4) == 0) p.frequency_penalty = 0.5f;
+  if (below(4) == 0) p.logit_bias = {{below(info.vocab_size), 5.0f}};
+  if (below(4) == 0) p.logprobs = below(3);
+  if (below(4) == 0) p.prompt_logprobs = below(3);
+  return request;
+}
+
+bool same(const Event& a, const Event& b) {
+  const auto equal = [](const auto& x, const auto& y) {
+    return std::equal(x.begin(), x.end(), y.begin(), y.end(), [](const auto& l, const auto& m) {
+      return l.logprob == m.logprob && l.top == m.top;
+    });
+  };
+  const bool prompts = a.prompt_logprobs.has_value() == b.prompt_logprobs.has_value() &&
+                       (!a.prompt_logprobs || equal(*a.prompt_logprobs, *b.prompt_logprobs));
+  return a.token_ids == b.token_ids && a.end == b.end && equal(a.logprobs, b.logprobs) && prompts;
+}
+
+void together(Client& client, size_t count) {
+  std::mt19937 random(7);
+  std::vector<Request> requests;
+  std::vector<Event> alone;
+  for (size_t i = 0; i < count; ++i) {
+    requests.push_back(random_request(random, client.engine().info()));
+    alone.push_back(client.wait(client.engine().submit(requests.back())));
+    expect(alone.back().end == RequestEnd::kStop || alone.back().end == RequestEnd::kLength,
+           "a request that ends well: " + alone.back().error);
+  }
+  std::vector<uint64_t> ids;
+  for (const Request& request : requests) ids.push_back(client.engine().submit(request));
+  for (size_t i = 0; i < count; ++i) {
+    expect(same(client.wait(ids[i]), alone[i]), "request " + std::to_string(i) + " as it is alone");
+  }
+  client.expect_idle();
+}
+
+void cancel(Client& client, size_t sequences) {
+  const Request other = greedy({3, 1, 2}, 6);
+  const Ids expected = client.wait(client.engine().submit(other)).token_ids;
+  for (size_t tokens = 0; tokens <= 4; ++tokens) {
+    const uint64_t held = client.submit_guided({1, 2, 3, 4}, 4);
+    const uint64_t beside = client.engine().submit(other);
+    for (size_t i = 1; i <= tokens; ++i) {
+      client.engine().allow(held, client.all_tokens());
+      client.wait(held, i);
+    }
+    client.engine().cancel(held);
+    const Event& event = client.wait(held);
+    expect(event.token_ids.size() == tokens, "no token after a cancellation");
+    expect(event.end == (tokens == 4 ? RequestEnd::kLength : RequestEnd::kCancelled), "its end");
+    client.engine().cancel(held);
+    client.engine().allow(held, client.all_tokens());
+    expect(client.wait(beside).token_ids == expected, "the same tokens beside a cancellation");
+  }
+  // In the queue, behind as many as are served.
+  std::vector<uint64_t> ids;
+  for (size_t i = 0; i < sequences; ++i) ids.push_back(client.submit_guided({5}, 2));
+  const uint64_t waiting = client.engine().submit(other), last = client.engine().submit(other);
+  client.engine().cancel(waiting);
+  expect(client.wait(waiting).token_ids.empty(), "nothing of a request that waited");
+  for (const uint64_t id : ids) client.engine().cancel(id);
+  expect(client.wait(last).token_ids == expected, "the next one's tokens");
+  // At once, at whatever point.
+  ids.clear();
+  for (int i = 0; i < 200; ++i) {
+    ids.push_back(client.engine().submit(other));
+    if (i % 3) client.engine().cancel(ids[static_cast<size_t>(i) / 2]);
+    if (i % 7 == 0) client.wait(ids.back(), 1);
+  }
+  for (const uint64_t id : ids) {
+    const Event& event = client.wait(id);
+    expect(std::equal(event.token_ids.begin(), event.token_ids.end(), expected.begin()),
+           "a part of the tokens");
+    expect(event.end == RequestEnd::kCancelled || event.token_ids == expected, "all tokens");
+  }
+  client.expect_idle();
+}
+
+void close(Client& client) {
+  std::vector<uint64_t> ids;
+  for (int i = 0; i < 20; ++i) ids.push_back(client.engine().submit(greedy({1, 2, 3}, 20)));
+  ids.push_back(client.submit_guided({1}, 3));
+  client.wait(ids[0], 1);
+  client.engine().close();
+  size_t cancelled = 0;
+  for (const uint64_t id : ids) cancelled += client.wait(id).end == RequestEnd::kCancelled;
+  expect(cancelled > 0, "requests that the end cuts off");
+  client.expect_idle();
+  try {
+    client.engine().submit(greedy({1}, 1));
+  } catch (const et_moe::EngineBroken& e) {
+    return expect(std::string(e.what()) == "the engine is closed", "the reason");
+  }
+  throw std::runtime_error("expected a closed engine to refuse");
+}
+
+template <typename Function>
+Function* fake(const char* name) {
+  void* function = dlsym(RTLD_DEFAULT, name);
+  if (!function) throw std::runtime_error("not over the fake driver: set LD_LIBRARY_PATH to it");
+  return reinterpret_cast<Function*>(function);
+}
+
+/// Three requests at once: their tokens, and errors that are no cancellations.
+std::pair<std::vector<Ids>, std::vector<std::string>> serve_three(Client& client) {
+  std::vector<uint64_t> ids;
+  std::vector<Ids> tokens;
+  std::vector<std::string> errors;
+  for (const Ids& prompt : {Ids{1, 2, 3}, Ids{4}, Ids(20, 5)}) {
+    ids.push_back(client.engine().submit(greedy(prompt, 4)));
+  }
+  for (const uint64_t id : ids) {
+    const Event& event = client.wait(id);
+    tokens.push_back(event.token_ids);
+    if (event.end == RequestEnd::kError) errors.push_back(event.error);
+  }
+  return {tokens, errors};
+}
+
+/// Prints the outcome of a failing call; returns whether the engine is broken.
+bool serve_with_fault(Client& client, uint64_t n, const std::vector<Ids>& expected) {
+  std::vector<std::string> errors;
+  try {
+    const auto [tokens, failures] = serve_three(client);
+    errors = failures;
+    expect(!errors.empty() || tokens == expected, "the same tokens after a tolerated failure");
+  } catch (const et_moe::EngineBroken& e) {
+    errors.push_back(e.what());
+  }
+  for (const std::string& error : errors) {
+    const bool named =
+        std::strstr(error.c_str(), "cudaError") || std::strstr(error.c_str(), "CUDA_ERROR");
+    expect(named, "the name of a CUDA error: " + error);
+  }
+  const auto broken = client.engine().status().broken;
+  std::cout << n << ": "
+            << (broken           ? "broken"
+                : errors.empty() ? "tolerated"
+                                 : "failed")
+            << " " << (errors.empty() ? "" : errors[0]) << "\n";
+  return broken.has_value();
+}
+
+void faults(const std::function<std::unique_ptr<Client>()>& make, uint64_t step) {
+  const auto calls = fake<uint64_t()>("fake_cuda_calls");
+  const auto fail = fake<void(const char*, uint64_t, int)>("fake_cuda_fail");
+  auto client = make();
+  const uint64_t begin = calls();
+  const auto [expected, none] = serve_three(*client);
+  expect(none.empty(), "no error without a fault");
+  const uint64_t count = calls() - begin;
+  for (uint64_t n = 1; n <= count; n += step) {
+    fail(nullptr, n, 0);
+    const bool broken = serve_with_fault(*client, n, expected);
+    fail(nullptr, 0, 0);
+    if (broken) client = make();
+    expect(serve_three(*client).first == expected, "the same tokens after the fault");
+    client->expect_idle();
+  }
+  client.reset();
+  expect(fake<size_t()>("fake_cuda_live")() == 0, "everything released");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    if (argc < 6) throw std::runtime_error("usage: see the top of async_engine_check.cpp");
+    const size_t sequences = std::stoul(argv[4]);
+    const auto make = [&] {
+      et_moe::AsyncEngineOptions options;
+      options.max_sequences = sequences;
+      options.device.cuda_graph = std::string(argv[3]) == "1";
+      return std::make_unique<Client>(argv[1], argv[2], options);
+    };
+    const std::string command = argv[5];
+    if (command == "faults") {
+      faults(make, std::stoul(argv[6]));
+    } else if (command == "together") {
+      together(*make(), std::stoul(argv[6]));
+    } else if (command == "cancel") {
+      cancel(*make(), sequences);
+    } else if (command == "close") {
+      close(*make());
+    } else {
+      throw std::runtime_error("unknown command " + command);
+    }
+  } catch (const std::exception& e) {
+    std::cerr << "async_engine_check: " << e.what() << "\n";
+    return 1;
+  }
+  return 0;
+}
