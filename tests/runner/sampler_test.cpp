@@ -84,7 +84,9 @@ TEST(Sampler, AMaskLeavesOnlyItsTokens) {
       const TokenMask mask{0b01001000, 0b1};
       const int64_t token = sampler.draw(logits.data(), position, &mask);
       EXPECT_TRUE(token == 3 || token == 6 || token == 8) << token;
-      if (temperature == 0) EXPECT_EQ(token, 3);
+      if (temperature == 0) {
+        EXPECT_EQ(token, 3);
+      }
     }
     const TokenMask none(2, 0);
     EXPECT_THROW(sampler.draw(logits.data(), 0, &none), std::runtime_error);
