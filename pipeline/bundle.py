@@ -35,8 +35,15 @@ from et_moe.pipeline.storage import (
 )
 
 BUNDLE_VERSION = 2
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What bundles and programs take over as it is: text to tokens, conversations to text, and how
+tokens are drawn unless a request says otherwise."""
 DIGESTS = "xxh3_64"
 """Key of the index's metadata: tensor -> `digest` of its bytes."""
 

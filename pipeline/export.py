@@ -15,7 +15,7 @@ from et_moe.backends.atomic_file import write_file
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import PtdWriter, write_sealed
 from et_moe.backends.threads import write_behind
-from et_moe.pipeline.bundle import BUNDLE_VERSION, TOKENIZER_FILES, copy_files
+from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
 from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.models import Graph, Input, model_of
@@ -225,7 +225,7 @@ def export(
     options: ExportOptions,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
-    """Writes `model.pte`, `model.ptd` and the tokenizer's files.
+    """Writes `model.pte`, `model.ptd` and the bundle's `COPIED_FILES`.
 
     Args:
         source: a bundle, or a checkpoint quantized on the way; read one group at a time.
@@ -252,7 +252,7 @@ def write_weights(
     output: Path,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
-    """Writes `model.ptd`, two groups of tensors in memory, and the tokenizer's files."""
+    """Writes `model.ptd`, two groups of tensors in memory, and the `COPIED_FILES`."""
     output.mkdir(parents=True, exist_ok=True)
     with PtdWriter(output / "model.ptd", plan.spec, plan.layout) as writer:
 
@@ -266,7 +266,7 @@ def write_weights(
             progress("weights")
 
         write_behind(packed(), write)
-    copy_files(source.directory, output, TOKENIZER_FILES)
+    copy_files(source.directory, output, COPIED_FILES)
 
 
 def write_graphs(lowered, output: Path, options: ExportOptions) -> None:

@@ -18,7 +18,7 @@ from files import file_size_limit, files_of
 from et_moe.backends.sealed_file import CHECKSUMS, SCALAR_TYPES
 from et_moe.pipeline import export as exporter
 from et_moe.pipeline.bundle import (
-    TOKENIZER_FILES,
+    COPIED_FILES,
     Bundle,
     write_bundle,
 )
@@ -130,7 +130,7 @@ def test_exports_are_byte_for_byte_the_same(
     assert done.returncode == 0, done.stderr
     written = files_of(tiny_program)
     assert written == files_of(tmp_path / "e")
-    copied = [name for name in TOKENIZER_FILES if (tiny_checkpoint / name).exists()]
+    copied = [name for name in COPIED_FILES if (tiny_checkpoint / name).exists()]
     assert set(written) == {"model.pte", "model.ptd", *copied}
 
 
