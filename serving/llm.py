@@ -15,6 +15,7 @@ from et_moe.serving import interface
 from et_moe.serving.chat_template import read_chat_template
 from et_moe.serving.detokenizer import Detokenizer
 from et_moe.serving.engine import load_engine
+from et_moe.serving.generation_config import read_sampling_defaults
 from et_moe.serving.interface import Event, QueueFullError, TokenLogprob
 from et_moe.serving.output_parser import StopStrings
 
@@ -102,13 +103,14 @@ class LLM:
         engine_options: see `load_engine`.
 
     Raises:
-        RuntimeError: the program cannot be loaded.
+        RuntimeError, ValueError: the program cannot be loaded, or one of its files cannot be read.
     """
 
     def __init__(self, program: str | Path, **engine_options: Any) -> None:
         folder = Path(program)
         self.tokenizer = Tokenizer(str(folder / "tokenizer.json"))
         self._chat_template = read_chat_template(folder)
+        self._defaults = SamplingParams(**read_sampling_defaults(folder))
         self.engine = load_engine(folder, **engine_options)
 
     def __enter__(self) -> "LLM":
@@ -119,6 +121,10 @@ class LLM:
 
     def close(self) -> None:
         self.engine.close()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those that the program recommends; they hold where none are given."""
+        return self._defaults
 
     def generate(
         self,
@@ -134,13 +140,13 @@ class LLM:
             use_tqdm: a progress bar on a terminal, where there are several prompts.
 
         Raises:
-            ValueError: a prompt or parameter is refused; nothing has run.
+            ValueError: a prompt or parameter is refused.
             GenerationError: the engine failed at a request.
         """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         if not isinstance(sampling_params, Sequence):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+            sampling_params = [sampling_params or self._defaults] * len(prompts)
         requests = [self._request(prompt) for prompt in prompts]
         answers = self._run(self._submissions(requests, sampling_params))
         if use_tqdm and len(requests) > 1 and sys.stderr.isatty():
@@ -155,7 +161,7 @@ class LLM:
     ) -> Iterator[tuple[str, CompletionOutput]]:
         """One answer as it comes: the new text, and all of it so far. A consumer that leaves ends
         the request."""
-        params = sampling_params or SamplingParams()
+        params = sampling_params or self._defaults
         answer = _Answer(self._request(prompt), 0, params, self.tokenizer)
         request_id = self.engine.submit(answer._request.prompt_token_ids, params)
         try:
