@@ -125,9 +125,10 @@ void CompiledMethod::launch(Session& session, Calls& calls) {
   context_->last_ = &calls;
   // The first call of a length warms up: it loads kernels and takes scratch memory.
   const bool as_graph =
-      context_->use_graphs_ && !capture_failed_ && !calls.warm.insert(calls.length).second;
+      context_->use_graphs_ && !capture_failed_ && calls.warm.count(calls.length) > 0;
   if (!as_graph || !launch_graph(session, calls)) {
     calls.outputs = enqueue(session, calls);
+    calls.warm.insert(calls.length);
   }
   if (calls.drawn) calls.drawn->done(calls.drawn->position).record(context_->stream_);
 }
