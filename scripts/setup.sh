@@ -4,14 +4,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(g++ python3-venv libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcli11-dev libxxhash-dev
-  libsodium-dev libgtest-dev)
+packages=(g++ python3-dev python3-venv libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcli11-dev
+  libxxhash-dev libsodium-dev libgtest-dev)
+python_headers='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
 
 install_system_packages() {
   local missing=()
   for package in "${packages[@]}"; do
     case $package in
       g++) command -v g++ >/dev/null || missing+=("$package") ;;
+      python3-dev) python3 -c "$python_headers" 2>/dev/null || missing+=("$package") ;;
       python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=("$package") ;;
       *) dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package") ;;
     esac
@@ -41,7 +43,7 @@ install_python_packages() {
   stamp=$(sha256sum pyproject.toml)
   [ "$(cat .venv/et_moe_stamp 2>/dev/null)" = "$stamp" ] && return
   echo "setup: installing Python packages into .venv"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[build,cuda,dev]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[build,cuda,dev,export,serve]"
   echo "$stamp" >.venv/et_moe_stamp
 }
 

@@ -1,0 +1,88 @@
+"""The wheel: built, installed with `[serve]` where there is nothing else, and run."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+GENERATE = """
+import sys
+from et_moe.serving.llm import LLM, SamplingParams
+
+params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+with LLM(sys.argv[1], max_sequences=2) as llm:
+    for request in llm.generate([[58, 151, 241, 26, 230], "Hello"], params):
+        print(*request.outputs[0].token_ids)
+for name in ("torch", "executorch", "numpy"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(f"{name} is installed")
+"""
+
+
+def run(*command, **options) -> str:
+    """Output of a command that must succeed, without this environment's packages."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ET_MOE"))}
+    done = subprocess.run(
+        list(map(str, command)),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built in `build/wheel`, where a second time costs little."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ("--no-deps", "--no-build-isolation", "-C", f"build-dir={REPO / 'build' / 'wheel'}")
+    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, REPO)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """The `bin` of a virtual environment that has the wheel, and what it requires."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder)
+    run(folder / "bin" / "pip", "install", "--quiet", f"{wheel}[serve]")
+    return folder / "bin"
+
+
+@pytest.mark.timeout(1800)
+def test_contents(wheel: Path) -> None:
+    """All packages, and nothing that is not part of one."""
+    names = zipfile.ZipFile(wheel).namelist()
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    found = {name.rpartition("/")[0].replace("/", ".") for name in names if name.endswith(".py")}
+    assert found == set(packages)
+    for pattern in ("et_moe/backends/cuda/triton/tuning/*.json", "et_moe/benchmarks/*.cpp"):
+        assert any(Path(name).match(pattern) for name in names), pattern
+    left_out = (".h", ".txt", ".md", ".pyc")
+    assert not [name for name in names if name.startswith("et_moe/") and name.endswith(left_out)]
+
+
+@pytest.mark.timeout(1800)
+def test_it_generates_where_there_is_nothing_else(environment, tiny_program, runner, tmp_path):
+    printed = run(environment / "python", "-c", GENERATE, tiny_program, cwd=tmp_path)
+    ids = [list(map(int, line.split())) for line in printed.splitlines()]
+    expected = runner.generate(tiny_program, [58, 151, 241, 26, 230], 6, "--temperature=0")
+    assert ids[0] == expected and len(ids[1]) == 6
+    files = (f"--model_path={tiny_program}/model.pte", f"--data_path={tiny_program}/model.ptd")
+    flags = ("--prompt_ids=58,151,241,26,230", "--max_new_tokens=6", "--temperature=0")
+    printed = run(environment / "qwen3_5_moe_runner", *files, *flags)
+    assert list(map(int, printed.splitlines()[0].split())) == expected
