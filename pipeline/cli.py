@@ -353,7 +353,11 @@ def _show_warning(message, category, *_) -> None:
     console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
 
 
-def main() -> None:
+def _show_error(error: object) -> None:
+    console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+
+
+def main(app: typer.Typer = app) -> None:
     """Entry point. A bad input or a machine that lacks a tool ends with one line on stderr and exit
     code 1; SIGTERM and SIGHUP with one line and 128 plus their number."""
     # ExecuTorch imports torchao, which reports the GPU libraries it does without.
@@ -364,8 +368,13 @@ def main() -> None:
     try:
         with ending_signals():
             app()
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] == "et_moe":
+            raise
+        _show_error(f"{error}: what this command needs is in et-moe[export] or et-moe[serve]")
+        sys.exit(1)
     except (ValueError, OSError, ToolchainError, Ended) as error:
-        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        _show_error(error)
         sys.exit(error.exit_code if isinstance(error, Ended) else 1)
 
 

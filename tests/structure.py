@@ -34,6 +34,7 @@ USES = {
     "examples": {*CONTRACTS, "pipeline"},
     "runner": {"backends", RUNTIME},
     "serving": {"runner"},
+    "cli.py": {"pipeline", "serving"},
 }
 """Floor -> the floors that it may use besides itself. A file's floor is the longest prefix of its
 path in this table. Any other folder of `TRITON` holds the kernels of one op and is an `OP`, but for

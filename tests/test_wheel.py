@@ -28,19 +28,19 @@ for name in ("torch", "executorch", "numpy"):
 """
 
 
-def run(*command, **options) -> str:
-    """Output of a command that must succeed, without this environment's packages."""
+def run(*command, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs a command without this environment's packages; it must end with `code`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ET_MOE"))}
     done = subprocess.run(
         list(map(str, command)),
         env=environment,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=1500,
-        **options,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,19 @@ def test_contents(wheel: Path) -> None:
 
 @pytest.mark.timeout(1800)
 def test_it_generates_where_there_is_nothing_else(environment, tiny_program, runner, tmp_path):
-    printed = run(environment / "python", "-c", GENERATE, tiny_program, cwd=tmp_path)
+    printed = run(environment / "python", "-c", GENERATE, tiny_program, cwd=tmp_path).stdout
     ids = [list(map(int, line.split())) for line in printed.splitlines()]
     expected = runner.generate(tiny_program, [58, 151, 241, 26, 230], 6, "--temperature=0")
     assert ids[0] == expected and len(ids[1]) == 6
     files = (f"--model_path={tiny_program}/model.pte", f"--data_path={tiny_program}/model.ptd")
     flags = ("--prompt_ids=58,151,241,26,230", "--max_new_tokens=6", "--temperature=0")
-    printed = run(environment / "qwen3_5_moe_runner", *files, *flags)
+    printed = run(environment / "qwen3_5_moe_runner", *files, *flags).stdout
     assert list(map(int, printed.splitlines()[0].split())) == expected
+
+
+@pytest.mark.timeout(1800)
+def test_the_command_line_without_the_extra_export(environment, tmp_path) -> None:
+    assert "quantize" in run(environment / "et-moe", "--help", cwd=tmp_path).stdout
+    command = ("quantize", "--model-dir", tmp_path, "--output-dir", "x")
+    done = run(environment / "et-moe", *command, code=1, cwd=tmp_path)
+    assert done.stderr.startswith("error: No module named 'torch': what this command needs")
