@@ -1,0 +1,1 @@
+"""OpenAI's HTTP interface: what requests may say, and what answers look like."""

@@ -1,0 +1,148 @@
+"""POST /v1/completions: prompts to text, as evaluation harnesses use it too."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+
+from et_moe.serving.generation import Generation, Step, in_turn
+from et_moe.serving.openai.events import Head, event, usage
+from et_moe.serving.openai.logprobs import CompletionLogprobs
+from et_moe.serving.openai.protocol import CompletionRequest
+from et_moe.serving.openai.sampling import sampling_params
+from et_moe.serving.output_parser import StopStrings
+from et_moe.serving.served_model import ServedModel
+
+
+class _Choice:
+    """One completion, as it comes."""
+
+    def __init__(
+        self,
+        index: int,
+        request: CompletionRequest,
+        model: ServedModel,
+        generation: Generation,
+        prompt: tuple[str, list[int]],
+    ) -> None:
+        self.index, self.generation = index, generation
+        self._echo = prompt if request.echo else None
+        self._silent = request.max_tokens == 0
+        self._stops = StopStrings(request.stop or ())
+        self._logprobs = None
+        if request.logprobs is not None:
+            self._logprobs = CompletionLogprobs(model, request.logprobs)
+        self.finish_reason: str | None = None
+
+    def add(self, step: Step) -> dict | None:
+        """The choice of a chunk, or None for nothing new."""
+        if self.finish_reason is not None:
+            return None
+        text = ""
+        if self._echo is not None:
+            text, ids = self._echo
+            self._echo = None
+            if self._logprobs is not None and step.event.prompt_logprobs is not None:
+                self._logprobs.add(ids, step.event.prompt_logprobs)
+        reason = step.event.finish_reason
+        if self._silent:
+            reason = "length"
+        else:
+            if self._logprobs is not None and step.event.logprobs is not None:
+                self._logprobs.add(step.event.token_ids, step.event.logprobs)
+            text += self._stops.feed(step.text)
+            if reason is not None:
+                text += self._stops.finish()
+            if self._stops.found is not None:
+                reason = "stop"
+        if reason is not None:
+            self.finish_reason = reason
+            if step.event.finish_reason is None:
+                self.generation.end()
+        elif not text:
+            return None
+        logprobs = None if self._logprobs is None else self._logprobs.take()
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": self.finish_reason,
+        }
+
+
+class Completion:
+    """A request that the engine has accepted; to be made by `start`."""
+
+    def __init__(self, request: CompletionRequest, model: ServedModel, prompt_tokens, choices):
+        self._request, self._prompt_tokens = request, prompt_tokens
+        self._choices: list[_Choice] = choices
+        self._head = Head("cmpl", "text_completion", model.name)
+
+    @classmethod
+    async def start(cls, request: CompletionRequest, model: ServedModel) -> "Completion":
+        """Raises APIError, and as `Engine.submit`."""
+        prompts = await asyncio.to_thread(_encode, request, model)
+        params = sampling_params(
+            request,
+            model.defaults,
+            model.engine.engine.info.vocab_size,
+            None if request.max_tokens is None else max(request.max_tokens, 1),
+            request.logprobs,
+            request.logprobs if request.echo else None,
+        )
+        pairs = [(prompt, its_params) for prompt in prompts for its_params in params]
+        generations = model.start([ids for (_, ids), _ in pairs], [p for _, p in pairs])
+        choices = [
+            _Choice(i, request, model, generation, pair[0])
+            for i, (generation, pair) in enumerate(zip(generations, pairs, strict=True))
+        ]
+        return cls(request, model, sum(len(ids) for _, ids in prompts), choices)
+
+    def close(self) -> None:
+        for choice in self._choices:
+            choice.generation.close()
+
+    async def _added(self) -> AsyncIterator[dict]:
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            async for index, step in in_turn([choice.generation for choice in self._choices]):
+                if (added := self._choices[index].add(step)) is not None:
+                    yield added
+
+    async def whole(self) -> dict:
+        """The answer when it has ended."""
+        choices: dict[int, dict] = {}
+        async for added in self._added():
+            choice = choices.setdefault(added["index"], added)
+            if choice is not added:
+                choice["text"] += added["text"]
+                choice["finish_reason"] = added["finish_reason"]
+                for key, values in (added["logprobs"] or {}).items():
+                    choice["logprobs"][key] += values
+        ordered = [choices[index] for index in sorted(choices)]
+        return self._head.with_choices(ordered, usage=self._usage())
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The answer as it comes, without the end of the stream."""
+        options = self._request.stream_options
+        more = {"usage": None} if options and options.include_usage else {}
+        async for added in self._added():
+            yield event(self._head.with_choices([added], **more))
+        if more:
+            yield event(self._head.with_choices([], usage=self._usage()))
+
+    def _usage(self) -> dict:
+        counts = usage(self._prompt_tokens, [choice.generation for choice in self._choices])
+        if self._request.max_tokens == 0:
+            counts |= {"completion_tokens": 0, "total_tokens": self._prompt_tokens}
+        return counts
+
+
+def _encode(request: CompletionRequest, model: ServedModel) -> list[tuple[str, list[int]]]:
+    """Text and token ids of each prompt; special tokens in a text become their ids."""
+    prompts = []
+    for prompt in request.prompts():
+        if isinstance(prompt, str):
+            prompts.append((prompt, model.tokenizer.encode(prompt, True)))
+        else:
+            prompts.append((model.decode(prompt) if request.echo else "", prompt))
+    return prompts

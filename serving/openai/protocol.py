@@ -1,0 +1,274 @@
+"""What requests may say: OpenAI's fields, and those that vLLM adds under the same names.
+
+Fields that are not known are ignored, as clients send many; fields that would change the answer and
+cannot be honoured are refused.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_PROMPTS = 256
+MAX_TOOLS = 256
+MAX_LOGPROBS = 20
+
+
+def _texts(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _content(value: object) -> object:
+    """Text, or parts of text put together; other parts are refused by name."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text"):
+            raise ValueError(f"parts of type {kind!r} are not supported, expected 'text'")
+        if not isinstance(text, str):
+            raise ValueError("a part of type 'text' needs a text")
+        texts.append(text)
+    return "".join(texts)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+Text = Annotated[str, BeforeValidator(_content)]
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(_texts),
+    Field(max_length=MAX_STOPS),
+]
+
+
+class FunctionCall(_Model):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(_Model):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(_Model):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
+
+    def template(self) -> dict[str, Any]:
+        """As chat templates want it: arguments of calls as mappings."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.role == "developer":
+            message["role"] = "system"
+        for key in ("name", "tool_call_id"):
+            if (value := getattr(self, key)) is not None:
+                message[key] = value
+        if (thinking := self.reasoning_content or self.reasoning) is not None:
+            message["reasoning_content"] = thinking
+        if self.tool_calls:
+            message["tool_calls"] = [_call(call) for call in self.tool_calls]
+        return message
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = call.function.arguments or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"arguments of the tool call {call.function.name!r}: expected an object")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+class Function(_Model):
+    name: str = Field(pattern=r"^[^<>\s]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Model):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Model):
+    name: str
+
+
+class NamedTool(_Model):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(_Model):
+    name: str = ""
+    json_schema: dict[str, Any] = Field(alias="schema", default_factory=dict)
+
+
+class ResponseFormat(_Model):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type 'json_schema' needs a json_schema")
+        return self
+
+
+class StreamOptions(_Model):
+    include_usage: bool = False
+
+
+class SamplingRequest(_Model):
+    """What all requests for text have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: Stops | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _refused(self) -> "SamplingRequest":
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of is not supported")
+        return self
+
+
+_REFUSED = {
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "answers are text",
+    "web_search_options": "this server does not search",
+}
+
+
+class ChatRequest(SamplingRequest):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: object) -> object:
+        for key, instead in _REFUSED.items():
+            if isinstance(data, dict) and data.get(key) is not None:
+                raise ValueError(f"{key} is not supported: {instead}")
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        names = self.tool_schemas()
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: 'required' needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            name = self.tool_choice.function.name
+            raise ValueError(f"tool_choice: there is no tool {name!r}")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        for message in self.messages:
+            message.template()
+        return self
+
+    def tool_schemas(self) -> dict[str, dict[str, Any]]:
+        """Name of each function -> JSON schema of its parameters."""
+        functions = [Tool.model_validate(tool).function for tool in self.tools or []]
+        return {function.name: function.parameters or {} for function in functions}
+
+
+class CompletionRequest(SamplingRequest):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> "CompletionRequest":
+        if self.suffix:
+            raise ValueError("suffix is not supported")
+        if len(self.prompts()) > MAX_PROMPTS:
+            raise ValueError(f"prompt: expected at most {MAX_PROMPTS} prompts")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 needs echo")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt as text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TokenizeRequest(_Model):
+    """POST /tokenize, in vLLM's form: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Model):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,88 @@
+"""The server's process: listens, drains when it is told to end, and ends by itself when the device
+has failed."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import sys
+
+import uvicorn
+from fastapi import FastAPI
+
+logger = logging.getLogger("et_moe.serving")
+
+_FAILED = 1
+"""Exit code once the device has failed, so that a supervisor starts the process anew."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, whose end begins with a time in which what runs may finish."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._app, self._drain_seconds = app, drain_seconds
+        self.failed = False
+
+    async def on_tick(self, counter: int) -> bool:
+        ending = await super().on_tick(counter)
+        if not self.failed and self._app.state.model.engine.engine.status().broken is not None:
+            logger.error("the device has failed: %s", self._status().broken)
+            self.failed = True
+        return ending or self.failed
+
+    def _status(self):
+        return self._app.state.model.engine.engine.status()
+
+    async def shutdown(self, sockets=None) -> None:
+        self._app.state.draining = True
+        status = self._status()
+        if status.running + status.waiting:
+            logger.info(
+                "%d requests have %.0f seconds to end",
+                status.running + status.waiting,
+                self._drain_seconds,
+            )
+        limit = asyncio.get_running_loop().call_later(self._drain_seconds, self._end_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            limit.cancel()
+
+    def _end_requests(self) -> None:
+        """Streams end with an event that says so, other requests with status 503."""
+        self._app.state.model.cancel_all()
+
+
+def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> None:
+    """Serves until SIGTERM or SIGINT. Exits with code 1 if the device fails or the address is
+    taken.
+
+    Args:
+        drain_seconds: requests that run when a signal comes have so long to end.
+    """
+    _raise_file_limit()
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=60,
+        timeout_graceful_shutdown=int(drain_seconds) + 5,
+        lifespan="on",
+    )
+    server = _Server(config, app, drain_seconds)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if server.failed or not server.started:
+        sys.exit(_FAILED)
+
+
+def _raise_file_limit() -> None:
+    """Each connection takes a file descriptor, and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

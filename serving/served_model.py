@@ -1,0 +1,109 @@
+"""A program folder, loaded: all that requests for it need."""
+
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from et_moe.serving.chat_template import ChatTemplate, read_chat_template
+from et_moe.serving.engine import AsyncEngine
+from et_moe.serving.generation import Generation
+from et_moe.serving.generation_config import read_sampling_defaults
+from et_moe.serving.guidance import Guide, Guides
+from et_moe.serving.interface import SamplingParams
+from et_moe.serving.metrics import Metrics
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; the extension's has it."""
+
+    vocab_size: int
+
+    def encode(self, text: str, parse_special: bool = True) -> list[int]: ...
+    def id_to_bytes(self, id: int) -> bytes: ...
+    def is_special(self, id: int) -> bool: ...
+
+
+@dataclass
+class ServedModel:
+    """One model that requests are for.
+
+    Args:
+        name: that clients ask for.
+        defaults: sampling parameters for requests that do not give them.
+        template: None if the program has no chat template, and cannot chat.
+    """
+
+    name: str
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: Mapping[str, Any]
+    metrics: Metrics
+    guides: Guides
+    _running: weakref.WeakSet[Generation] = field(default_factory=weakref.WeakSet)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def make(
+        cls, name: str, engine: AsyncEngine, tokenizer: Tokenizer, program_dir: Path
+    ) -> "ServedModel":
+        """The model of a folder whose engine and tokenizer are loaded.
+
+        Raises:
+            ValueError: a file of the folder does not hold what it should; names file and key.
+        """
+        native = engine.engine
+        return cls(
+            name,
+            engine,
+            tokenizer,
+            read_chat_template(program_dir),
+            read_sampling_defaults(program_dir),
+            Metrics(native.status),
+            Guides(tokenizer, native.info),
+        )
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        guides: Sequence[Guide] | None = None,
+    ) -> list[Generation]:
+        """Submits all or none; raises like `Engine.submit`."""
+        generations: list[Generation] = []
+        try:
+            for i, (prompt, its_params) in enumerate(zip(prompts, params, strict=True)):
+                guide = guides[i] if guides else None
+                generations.append(
+                    Generation(self.engine, self.tokenizer, prompt, its_params, guide, self.metrics)
+                )
+        except BaseException:
+            for generation in generations:
+                generation.close()
+            raise
+        self._running.update(generations)
+        return generations
+
+    def cancel_all(self) -> None:
+        """Ends all that runs, which those who wait for it are told."""
+        for generation in list(self._running):
+            generation.cancel()
+
+    def token_text(self, token_id: int) -> str:
+        """A token for people: its text, or its bytes where they are no text of their own."""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Empty for ids that the model has and the tokenizer has not."""
+        return self.tokenizer.id_to_bytes(token_id) if token_id < self.tokenizer.vocab_size else b""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
