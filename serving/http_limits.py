@@ -53,7 +53,7 @@ class HttpLimits:
     def _check(self, scope: Scope, headers: Headers) -> None:
         if self._key is not None and scope["path"] not in self._open_paths:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(key.strip().encode(), self._key)
+            right = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
             if scheme.lower() != "bearer" or not right:
                 message = "expected the header 'Authorization: Bearer KEY' with this server's key"
                 raise APIError(401, message, code="invalid_api_key")

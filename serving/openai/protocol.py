@@ -234,8 +234,8 @@ class CompletionRequest(SamplingRequest):
     def _supported(self) -> "CompletionRequest":
         if self.suffix:
             raise ValueError("suffix is not supported")
-        if len(self.prompts()) > MAX_PROMPTS:
-            raise ValueError(f"prompt: expected at most {MAX_PROMPTS} prompts")
+        if not 1 <= len(self.prompts()) <= MAX_PROMPTS:
+            raise ValueError(f"prompt: expected 1 to {MAX_PROMPTS} prompts")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 needs echo")
         return self

@@ -87,6 +87,8 @@ class FakeEngine:
             self.submitted.append((list(prompt_ids), params))
             self._next_id += 1
             answer = list(self.answers(list(prompt_ids), params))
+            if self._broken is not None:
+                raise EngineBrokenError(self._broken)
             self._waiting.append(_Request(self._next_id, list(prompt_ids), params, answer))
             self._condition.notify()
             return self._next_id

@@ -263,9 +263,9 @@ def test_json_answers(chat, engine, thinks: bool, form: str) -> None:
     if form == "json_schema":
         response_format["json_schema"] = {"name": "person", "schema": SCHEMA, "strict": True}
     options = {"enable_thinking": thinks}
-    [choice] = chat(
-        response_format=response_format, chat_template_kwargs=options, max_tokens=200
-    )["choices"]
+    [choice] = chat(response_format=response_format, chat_template_kwargs=options, max_tokens=200)[
+        "choices"
+    ]
     value = json.loads(choice["message"]["content"])
     assert choice["finish_reason"] == "stop" and isinstance(value, dict)
     assert choice["message"].get("reasoning_content", "") == ("hm" if thinks else "")

@@ -1,0 +1,52 @@
+"""`serve` over a fake engine, as a process: `fake_server.py SECONDS_A_TOKEN DRAIN_SECONDS`.
+
+The words of a prompt say what happens: "say N" gets N words, "weather" a tool call, "fail" an error
+of the engine, and "break" breaks the device.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from fake_engine import FakeEngine
+
+from et_moe.runner.python import Tokenizer
+from et_moe.serving.engine import AsyncEngine
+from et_moe.serving.run_server import serve
+from et_moe.serving.served_model import ServedModel
+from et_moe.serving.server import create_app
+
+DEMO = Path(__file__).resolve().parents[2] / "examples/qwen3_5_moe/demo_checkpoint"
+
+CALL = (
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+
+
+def main() -> None:
+    tokenizer = Tokenizer(str(DEMO / "tokenizer.json"))
+
+    def answers(prompt, params) -> list[int]:
+        text = b"".join(map(tokenizer.id_to_bytes, prompt)).decode()
+        if "break" in text:
+            engine.break_device("it is on fire")
+        if "fail" in text:
+            engine.fail_next = "no luck"
+        if "weather" in text:
+            return [*tokenizer.encode("</think>\n\n" + CALL, True), 2045]
+        count = int((re.findall(r"say (\d+)", text) or ["1"])[-1])
+        return [*tokenizer.encode("</think>\n\n" + " word" * count, True), 2045]
+
+    engine = FakeEngine(
+        answers, max_sequences=2, max_waiting=2, seconds=float(sys.argv[1]), max_seq_len=20_000
+    )
+
+    async def open_model() -> ServedModel:
+        return ServedModel.make("demo", AsyncEngine(engine), tokenizer, DEMO)
+
+    serve(create_app(open_model), "127.0.0.1", 0, float(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

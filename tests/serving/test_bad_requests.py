@@ -1,0 +1,211 @@
+"""Requests that are refused: the status, the envelope, and where the fault is."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+
+import pytest
+from conftest import running_app
+
+from et_moe.serving import http_limits
+from et_moe.serving.openai.protocol import MAX_CHOICES
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+QUESTION = {"role": "user", "content": "Hi"}
+
+
+def tool(name: str = "f", **schema) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+def form(schema: object) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def error(response, status: int) -> dict:
+    assert response.status_code == status, (response.status_code, response.text)
+    assert set(response.json()) == {"error"}
+    found = response.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    assert found["message"] and found["type"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"messages": []}, "messages: "),
+        ({"messages": "Hi"}, "messages: "),
+        ({"messages": [{"role": "owner", "content": "x"}]}, "messages.0.role: "),
+        ({"messages": [{"role": "user"}]}, "messages.0: .*needs content"),
+        ({"messages": [QUESTION, {"role": "user", "content": 5}]}, "messages.1.content: "),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content: parts of type 'image_url' are not supported",
+        ),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content: "),
+        ({"messages": [QUESTION, {"role": "system", "content": "x"}]}, "must be the first"),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "tool_calls": [
+                {"function": {"name": "f", "arguments": "{"}}]}]},
+            "arguments of the tool call 'f': expected an object",
+        ),
+        ({"temperature": "hot"}, "temperature: "),
+        ({"temperature": "0.5"}, "temperature: "),
+        ({"temperature": -1}, "temperature: "),
+        ({"top_p": 0}, "top_p: "),
+        ({"n": 0}, "n: "),
+        ({"n": MAX_CHOICES + 1}, "n: "),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_tokens": 1.5}, "max_tokens: "),
+        ({"stream": "yes"}, "stream: "),
+        ({"stop": [""]}, "stop.0: "),
+        ({"stop": ["x"] * 17}, "stop: "),
+        ({"logit_bias": {"x": 1}}, "logit_bias: 'x'"),
+        ({"logit_bias": {"²": 1}}, "logit_bias: '²'"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias: '99999'"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1: "),
+        ({"seed": 2**70}, "seed: "),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
+        ({"functions": []}, "functions is not supported: use tools"),
+        ({"tools": [{"type": "web_search"}]}, "type: "),
+        ({"tools": [tool("a b")]}, "name: "),
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tool_choice": "maybe"}, "tool_choice"),
+        (
+            {"tools": [tool()],
+             "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "there is no tool 'g'",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format.type: "),
+        ({"response_format": {"type": "json_schema"}}, "needs a json_schema"),
+        ({"response_format": form({"type": "nothing"})}, "response_format: the schema"),
+        ({"response_format": form({"pattern": "(?=a)b"})}, "response_format: the schema"),
+        ({"response_format": form({"$ref": "http://x/y"})}, "response_format: the schema"),
+        ({"response_format": form({"enum": ["x" * 200_000]})}, "the grammar has 2"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort: "),
+        ({"chat_template_kwargs": {"messages": []}}, "messages is not for here"),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, "tokens"),
+        ({"best_of": 3}, "best_of"),
+    ],
+)  # fmt: skip
+def test_a_chat_that_is_refused(ask, engine, fields: dict, fault: str) -> None:
+    found = error(ask(CHAT, {"messages": [QUESTION], **fields}), 400)
+    assert found["type"] == "invalid_request_error"
+    assert re.search(fault, found["message"]), found["message"]
+    assert engine.status().running == engine.status().waiting == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"prompt": []},
+        {"prompt": ""},
+        {"prompt": [[]]},
+        {"prompt": ["a", 5]},
+        {"prompt": [5.5]},
+        {"prompt": [-1]},
+        {"prompt": [2048]},
+        {"prompt": ["a"] * 257},
+        {"prompt": "a", "suffix": "b"},
+        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "logprobs": True},
+        {"prompt": ["a", "b " * 3000]},
+    ],
+)
+def test_a_completion_that_is_refused(ask, engine, fields: dict) -> None:
+    """Of several prompts none runs if one is refused."""
+    error(ask(COMPLETIONS, fields), 400)
+    for _ in range(100):
+        if not engine.status().running + engine.status().waiting:
+            break
+        time.sleep(0.01)
+    assert engine.status().running == engine.status().waiting == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": ' + b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "x"}], "tools": ' + b'[{"a":' * 5000,
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "seed": 1' + b"0" * 5000 + b"}",
+    ],
+    ids=range(10),
+)
+def test_a_body_that_is_no_request(ask, body: bytes) -> None:
+    error(ask(CHAT, body), 400)
+
+
+def test_sizes_types_and_places(ask) -> None:
+    large = b'"' + b"x" * http_limits.MAX_BODY_BYTES + b'"'
+    assert error(ask(CHAT, large), 413)["code"] == "body_too_large"
+    text = {"Content-Type": "text/plain"}
+    error(ask(CHAT, b"{}", headers=text), 415)
+    error(ask("/v1/nothing"), 404)
+    error(ask(CHAT), 405)
+    found = error(ask(CHAT, {"model": "gpt", "messages": [QUESTION]}), 404)
+    assert found["code"] == "model_not_found" and found["param"] == "model"
+    error(ask("/v1/models/gpt"), 404)
+    assert ask("/v1/models/demo").json() == ask("/v1/models").json()["data"][0]
+    assert ask("/v1/models/demo").json()["id"] == "demo"
+
+
+def test_schemas_that_explode(ask) -> None:
+    """Compiling and every mask are bounded in time: the request fails or ends, soon."""
+    tree: dict = {"type": "string", "pattern": "(a|b)*a(a|b){400}"}
+    schemas = [
+        {"type": "array", "items": {"type": "string"}, "minItems": 10**9},
+        {"type": "string", "minLength": 10**9},
+        {"type": "string", "pattern": "((a{1,900}){1,900}){1,900}"},
+        {"allOf": [{"properties": {f"p{i}": {"enum": list(range(60))}}} for i in range(400)]},
+        tree,
+    ]
+    for schema in schemas:
+        begin = time.monotonic()
+        body = {"messages": [QUESTION], "response_format": form(schema), "max_tokens": 20}
+        assert ask(CHAT, body).status_code in (200, 400)
+        assert time.monotonic() - begin < 20, schema
+
+
+def test_a_key(engine, tokenizer) -> None:
+    async def run() -> None:
+        async with running_app(engine, tokenizer, api_key="sécret") as client:
+            for path in ("/v1/models", "/metrics"):
+                for header in ("", "Bearer", "Bearer wrong", "Basic sécret", "Bearer sécretx"):
+                    headers = {"Authorization": header.encode()}
+                    found = error(await client.get(path, headers=headers), 401)
+                    assert found["code"] == "invalid_api_key"
+                headers = {"Authorization": "Bearer sécret".encode()}
+                assert (await client.get(path, headers=headers)).status_code == 200
+            for path in ("/", "/health"):
+                assert (await client.get(path)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_request_ids(ask) -> None:
+    assert ask("/health", headers={"X-Request-Id": "a-1"}).headers["x-request-id"] == "a-1"
+    made = ask("/health", headers={"X-Request-Id": "a b"}).headers["x-request-id"]
+    assert made != "a b" and len(made) == 32
+    assert len(ask(CHAT, {"messages": []}).headers["x-request-id"]) == 32
+
+
+def test_no_text_of_requests_in_logs(ask, engine, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    engine.answers = lambda *_: 1 / 0
+    response = ask(CHAT, {"messages": [{"role": "user", "content": "secret words"}]})
+    error(response, 500)
+    ask(CHAT, {"messages": [{"role": "secret words", "content": "secret words"}]})
+    assert "ZeroDivisionError" in caplog.text and "secret words" not in caplog.text
+    assert "secret words" not in json.dumps(response.json())

@@ -1,0 +1,254 @@
+"""The server as a process: clients that leave, load, slow clients, signals, a broken device."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+SERVER = Path(__file__).with_name("fake_server.py")
+
+
+class Server:
+    """The process, and what it has said on stderr."""
+
+    def __init__(self, seconds: float, drain: float) -> None:
+        command = [sys.executable, SERVER, str(seconds), str(drain)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.log = ""
+        self.port = 0
+        while not self.port:
+            line = self.process.stderr.readline()
+            assert line, self.log
+            self.log += line
+            if found := re.search(r"http://127.0.0.1:(\d+)", line):
+                self.port = int(found[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self.log += line
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+
+    def chat(self, words: str, **fields) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": words}], **fields}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30)
+
+    @contextmanager
+    def stream(self, words: str, path: str = "/v1/chat/completions", **fields):
+        body = {"messages": [{"role": "user", "content": words}], "stream": True, **fields}
+        with httpx.stream("POST", self.url + path, json=body, timeout=30) as response:
+            yield response
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return float(re.search(rf"^{re.escape(name)} (.+)$", text, re.MULTILINE)[1])
+
+    def wait_for(self, name: str, value: float) -> None:
+        for _ in range(500):
+            if self.metric(name) == value:
+                return
+            time.sleep(0.01)
+        pytest.fail(f"{name} is {self.metric(name)}, expected {value}")
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = Server(0.005, 5)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def own_server():
+    """Makes servers that end with the test."""
+    made = []
+
+    def make(seconds: float, drain: float) -> Server:
+        made.append(Server(seconds, drain))
+        return made[-1]
+
+    yield make
+    for running in made:
+        running.stop()
+
+
+def test_the_openai_package(server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["demo"]
+    messages = [{"role": "user", "content": "say 3"}]
+    answer = client.chat.completions.create(model="demo", messages=messages)
+    assert answer.choices[0].message.content == "word word word"
+    stream = client.chat.completions.create(
+        model="demo", messages=messages, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == "word word word" and chunks[-1].usage.total_tokens > 3
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=messages)
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        client.chat.completions.create(model="demo", messages=[])
+    completion = client.completions.create(model="demo", prompt="say 2")
+    assert completion.choices[0].text == "</think>\n\n word word"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "say 5000"}], "stream": stream, "n": 2}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+        server.wait_for("et_moe_requests_running", 2)
+    server.wait_for("et_moe_requests_running", 0)
+
+
+def test_a_full_queue(server) -> None:
+    """Two run and two wait; the next is told to come again, and what runs is not disturbed."""
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(server.chat("say 100"))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    server.wait_for("et_moe_requests_waiting", 2)
+    refused = server.chat("say 1")
+    assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    for thread in threads:
+        thread.join()
+    texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
+    assert texts == {"word" + " word" * 99}
+    assert server.metric('et_moe_requests_rejected_total{status="429"}') >= 1
+
+
+def test_an_engine_that_fails_at_a_request(server) -> None:
+    """Before its first token with a status, in either form."""
+    assert server.chat("fail").status_code == 503
+    assert server.chat("fail", stream=True).json()["error"]["code"] == "generation_failed"
+    assert server.chat("say 1").status_code == 200
+
+
+def test_slow_and_broken_clients(server) -> None:
+    """A thousand connections that say nothing or half a request, and one that does not read."""
+    heads = [
+        b"",
+        b"GET /he",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\n{",
+        b"\0",
+    ]
+    connections = []
+    for i in range(1000):
+        connections.append(socket.create_connection(("127.0.0.1", server.port)))
+        connections[-1].sendall(heads[i % 4])
+    assert httpx.get(f"{server.url}/health", timeout=10).json() == {"status": "ok"}
+    with server.stream("say 50") as response:
+        assert response.status_code == 200  # and nothing is read
+    for connection in connections:
+        connection.close()
+    server.wait_for("et_moe_requests_running", 0)
+    assert server.chat("say 2").status_code == 200
+
+
+def test_many_clients_at_once_get_their_own_answers(server) -> None:
+    async def one(client: httpx.AsyncClient, count: int) -> None:
+        body = {"messages": [{"role": "user", "content": f"say {count}"}]}
+        for _ in range(1000):
+            response = await client.post("/v1/chat/completions", json=body)
+            if response.status_code == 200:
+                break
+            assert response.status_code == 429
+            await asyncio.sleep(0.05)
+        text = response.json()["choices"][0]["message"]["content"]
+        assert text == " ".join(["word"] * count)
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            await asyncio.gather(*(one(client, count) for count in range(1, 13)))
+
+    asyncio.run(run())
+
+
+def test_the_conformance_suite_of_executorch(server) -> None:
+    """All of it; none may be skipped, as all are where no server is found."""
+    package = Path(importlib.util.find_spec("executorch").submodule_search_locations[0])
+    suite = package / "examples/llm_server/conformance/test_openai_contract.py"
+    environment = os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_MODEL": "demo"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--rootdir", suite.parent, "-c", os.devnull, suite]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "7 passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def test_sigterm_lets_requests_end(own_server) -> None:
+    server = own_server(0.01, 20)
+    with server.stream("say 60") as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""]
+    assert '"finish_reason":"stop"' in rest[-4]
+    assert server.process.wait(20) in (0, -signal.SIGTERM)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url)
+
+
+def test_sigterm_has_a_limit(own_server) -> None:
+    server = own_server(0.01, 0.5)
+    begin = time.monotonic()
+    with server.stream("say 5000") as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert "error" in json.loads(rest[-4][6:]), rest[-4:]
+    server.process.wait(20)
+    assert time.monotonic() - begin < 20
+
+
+def test_a_broken_device_ends_the_process(own_server) -> None:
+    server = own_server(0.01, 5)
+    with server.stream("say 5000") as response:
+        lines = response.iter_lines()
+        next(lines)
+        broken = server.chat("break")
+        rest = list(lines)
+    assert broken.status_code == 503 and "error" in json.loads(rest[-4][6:])
+    assert server.process.wait(20) == 1
+    assert "it is on fire" in server.log
+    assert "say 5000" not in server.log
+
+
+def test_the_address_is_taken(server, own_server) -> None:
+    code = (
+        "import sys; sys.argv = ['x', '0', '1']; import fake_server;"
+        "serve = fake_server.serve;"
+        f"fake_server.serve = lambda app, host, port, drain: serve(app, host, {server.port}, 1);"
+        "fake_server.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SERVER.parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and "address already in use" in done.stderr
