@@ -3,8 +3,9 @@
 A sealed file ends with a trailer of 24 bytes, little-endian: the magic `ETMOESUM`, the number n of
 bytes covered from the start of the file (uint64), and their XXH3 64-bit hash (uint64). In a `.pte`
 all bytes before the trailer are covered. In a `.ptd` (ExecuTorch's FlatTensor format) the header is
-covered, and the hashes of the tensors stand in a named blob, so that they can be checked in
-parallel: `CHECKSUMS`, one uint64 per tensor in the order of the names sorted as bytes.
+covered, up to where the first tensor begins, and the hashes of the tensors stand in a named blob,
+so that they can be checked in parallel: `CHECKSUMS`, one uint64 per tensor in the order of the
+names sorted as bytes.
 """
 
 import contextlib
@@ -24,6 +25,9 @@ MAGIC = b"ETMOESUM"
 CHECKSUMS = "et_moe.checksums"
 LAYOUT = "et_moe.layout"
 """Name of a uint8 tensor that holds text: in which order the other tensors have their elements."""
+FINGERPRINT = "et_moe.fingerprint"
+"""Name of a uint8 tensor that holds text: what a program must agree in, `fingerprint` in
+pipeline/export.py."""
 ALIGNMENT = 128
 
 # ExecuTorch's extension/flat_tensor/serialize: flat_tensor.fbs and flat_tensor_header.h.
@@ -149,14 +153,18 @@ class PtdWriter:
     Args:
         path: of the file.
         spec: name to (dtype, shape) of every tensor.
-        layout: the content of the tensor `LAYOUT`; empty for no such tensor.
+        texts: name to content of the tensors that hold text: `LAYOUT`, `FINGERPRINT`. One without
+            content is left out.
     """
 
-    def __init__(self, path: Path, spec: Spec, layout: str = "") -> None:
+    def __init__(self, path: Path, spec: Spec, texts: Mapping[str, str] | None = None) -> None:
         self._spec, self._digests = dict(spec), {}
-        self._layout = torch.tensor(list(layout.encode()), dtype=torch.uint8)
-        if layout:
-            self._spec[LAYOUT] = (torch.uint8, tuple(self._layout.shape))
+        self._texts = {
+            name: torch.tensor(list(text.encode()), dtype=torch.uint8)
+            for name, text in (texts or {}).items()
+            if text
+        }
+        self._spec |= {name: (torch.uint8, tuple(t.shape)) for name, t in self._texts.items()}
         self._header, self._offsets = _header(self._spec)
         self._context = atomic_file(path)
 
@@ -197,8 +205,9 @@ class PtdWriter:
         return self._context.__exit__(*error)
 
     def _finish(self) -> None:
-        if len(self._digests) == len(self._spec) - 1 and LAYOUT in self._spec:
-            self.write(LAYOUT, self._layout)
+        if len(self._digests) == len(self._spec) - len(self._texts):
+            for name, text in self._texts.items():
+                self.write(name, text)
         missing = [name for name in self._spec if name not in self._digests]
         if missing:
             raise ValueError(f"{missing[0]} was never written ({len(missing)} missing)")

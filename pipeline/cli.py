@@ -272,7 +272,7 @@ def export(
         elif weights_only:
             exporter.check_tokenizer(source.directory)
             plan = exporter.plan_weights(source, options)
-            exporter.write_weights(source, plan, output_dir, show)
+            exporter.write_weights(source, plan, output_dir, options, show)
         else:
             exporter.export(source, output_dir, options, show)
     console.print(f"wrote {output_dir}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.method_graph import MethodGraph
-from et_moe.backends.sealed_file import PtdWriter, write_sealed
+from et_moe.backends.sealed_file import FINGERPRINT, LAYOUT, PtdWriter, write_sealed
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
@@ -28,7 +28,7 @@ from et_moe.pipeline.quantize import (
 from et_moe.pipeline.storage import STORAGES, Precision, Storages, storages_to_json
 from et_moe.pipeline.tokenizer import check_tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_PREFILL_TOKENS = 2048
 """Longest prompt piece of one prefill call; a runner feeds longer prompts piece by piece."""
 
@@ -173,6 +173,32 @@ class Target(Protocol):
     storages: Storages
 
 
+_FREE_KEYS = ("eos_token_ids", "max_position_embeddings")
+"""Of a configuration: those that change neither what weights mean nor what is computed."""
+
+
+def fingerprint(target: Target, options: ExportOptions) -> str:
+    """What a program and its weights must agree in, as one JSON object: the model, its
+    configuration, how its parts are stored, and for what they were prepared.
+
+    Both files have it, `model.pte` as the constant method `get_fingerprint` and `model.ptd` as the
+    tensor `FINGERPRINT`, and a runner compares them. The values of the weights are no part of it,
+    so that a program may be exported from a configuration alone, and neither are the context length
+    and the activations' dtype, in which programs for the same weights may differ.
+    """
+    config = asdict(target.config)
+    return json.dumps(
+        {
+            "model_type": target.config.model_type,
+            **{key: value for key, value in config.items() if key not in _FREE_KEYS},
+            "storages": storages_to_json(target.storages),
+            "dtype": str(options.dtype).removeprefix("torch."),
+            "backend": options.backend,
+        },
+        sort_keys=True,
+    )
+
+
 def _check_kernels(target: Target, backend: str) -> None:
     """Raises ConfigError where the backend has no kernels for the storage of a part."""
     for part, kind in model_of(target.config).parts.items():
@@ -191,7 +217,8 @@ def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGra
     precision = Precision(target.storages, options.activation_dtype, options.dtype)
     max_seq_len = resolve_max_seq_len(target.config, options.max_seq_len)
     graphs = build_graphs(target.config, precision, max_seq_len)
-    return graphs, constant_methods(target.config, precision, max_seq_len)
+    constants = constant_methods(target.config, precision, max_seq_len)
+    return graphs, constants | {"get_fingerprint": fingerprint(target, options)}
 
 
 def plan_weights(target: Target, options: ExportOptions):
@@ -241,7 +268,7 @@ def export(
     with sole_writer(output):
         lowered = lower(source, options)
         progress("graphs")
-        write_weights(source, lowered.plan, output, progress)
+        write_weights(source, lowered.plan, output, options, progress)
         write_graphs(lowered, output, options)
         progress("files")
 
@@ -250,11 +277,13 @@ def write_weights(
     source: WeightSource,
     plan,
     output: Path,
+    options: ExportOptions,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
     """Writes `model.ptd`, two groups of tensors in memory, and the `COPIED_FILES`."""
     output.mkdir(parents=True, exist_ok=True)
-    with PtdWriter(output / "model.ptd", plan.spec, plan.layout) as writer:
+    texts = {LAYOUT: plan.layout, FINGERPRINT: fingerprint(source, options)}
+    with PtdWriter(output / "model.ptd", plan.spec, texts) as writer:
 
         def packed() -> Iterator[list[tuple[str, Tensor]]]:
             for names, group in zip(parameter_groups(plan.spec), source.groups(), strict=True):

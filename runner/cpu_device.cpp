@@ -39,8 +39,10 @@ class CpuState final : public SequenceState {
 
 void CpuDevice::load(const ProgramFile& program, const Bindings& bindings, const Weights& weights) {
   state_ = bindings.state;
+  std::vector<TensorSpec> bound = bindings.state;
+  bound.insert(bound.end(), bindings.weights.begin(), bindings.weights.end());
   for (const auto& [name, spec] : bindings.methods) {
-    auto method = program.load_method(name, spec, state_.size() + bindings.weights.size());
+    auto method = program.load_method(name, spec, bound);
     const size_t first = spec.inputs.size() + state_.size();
     for (size_t i = 0; i < bindings.weights.size(); ++i) {
       const TensorSpec& weight = bindings.weights[i];

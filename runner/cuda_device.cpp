@@ -29,7 +29,7 @@ void CudaDevice::load(const ProgramFile& program, const Bindings& bindings,
                       const Weights& weights) {
   const cuda::LoadScope scope(context_);
   for (const auto& [name, spec] : bindings.methods) {
-    methods_[name] = program.load_method(name, spec, /*bound=*/0, &weights.map());
+    methods_[name] = program.load_method(name, spec, /*bound=*/{}, &weights.map());
   }
   memory_.free_after_load = static_cast<int64_t>(cuda::memory_info().free);
 }

@@ -161,7 +161,7 @@ std::vector<int64_t> read_ids(const std::string& path) {
 }
 
 MappedFile::MappedFile(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would wait
   if (fd < 0) fail(path, "cannot be opened");
   struct stat info{};
   const bool known = fstat(fd, &info) == 0;

@@ -10,7 +10,7 @@ namespace {
 
 using executorch::aten::ScalarType;
 
-constexpr int64_t kFormatVersion = 2;
+constexpr int64_t kFormatVersion = 3;
 const std::string kPrefill = "prefill", kDecode = "decode", kToken = "token", kLogits = "logits";
 
 /// Throws std::runtime_error unless a method returns `token`, int64 [1, 1], and `logits`,
@@ -54,7 +54,8 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Dev
   });
   const Bindings bindings = in_file(pte_path, [&] { return Bindings::parse(text); });
   in_file(pte_path, [&] { check_methods(bindings); });
-  weights_.emplace(ptd_path, bindings.weights);
+  weights_.emplace(ptd_path, bindings.weights,
+                   Fingerprint{pte_path, program_.text("get_fingerprint")});
   device_->load(program_, bindings, *weights_);
 }
 
@@ -63,7 +64,8 @@ Model::~Model() = default;
 void Model::read_info() {
   if (const int64_t version = program_.count("get_format_version"); version != kFormatVersion) {
     throw std::runtime_error(program_.path() + ": format version " + std::to_string(version) +
-                             ", this runner reads version " + std::to_string(kFormatVersion));
+                             ", this runner reads version " + std::to_string(kFormatVersion) +
+                             ": export it again with `et-moe export`");
   }
   info_ = {program_.count("get_max_seq_len"),
            program_.count("get_max_prefill_tokens"),

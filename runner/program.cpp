@@ -8,15 +8,16 @@
 #include <utility>
 
 #include "runner/log.h"
+#include "runner/program_check.h"
 #include "runner/sealed_file.h"
 
 namespace et_moe {
 namespace {
 
 using executorch::aten::ScalarType;
+using executorch::extension::BufferDataLoader;
 using executorch::extension::from_blob;
 using executorch::extension::MallocMemoryAllocator;
-using executorch::extension::MmapDataLoader;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
 using executorch::runtime::HierarchicalAllocator;
@@ -63,13 +64,14 @@ void LoadedMethod::fail(const std::string& what) const {
   throw std::runtime_error(path_ + ": method " + name_ + " " + what);
 }
 
-void LoadedMethod::check(const MethodMeta& meta, size_t bound) const {
-  if (meta.num_inputs() != spec_.inputs.size() + bound) {
+void LoadedMethod::check(const MethodMeta& meta, const std::vector<TensorSpec>& bound) const {
+  const size_t given = spec_.inputs.size();
+  if (meta.num_inputs() != given + bound.size()) {
     fail("takes " + std::to_string(meta.num_inputs()) + " tensors, its bindings name " +
-         std::to_string(spec_.inputs.size() + bound));
+         std::to_string(given + bound.size()));
   }
-  for (size_t i = 0; i < spec_.inputs.size(); ++i) {
-    const TensorSpec& input = spec_.inputs[i];
+  for (size_t i = 0; i < meta.num_inputs(); ++i) {
+    const TensorSpec& input = i < given ? spec_.inputs[i] : bound[i - given];
     if (!agrees(meta.input_tensor_meta(i), input)) {
       fail("does not take the input " + input.name + ", " + input.describe() +
            ", that its bindings name");
@@ -123,16 +125,19 @@ std::vector<const void*> LoadedMethod::run(const Call& call) {
   return outputs;
 }
 
-ProgramFile::ProgramFile(const std::string& path) : path_(path) {
+ProgramFile::ProgramFile(const std::string& path) : path_(path), file_(path) {
   executorch::runtime::runtime_init();
   capture_log();
-  MappedFile file(path);
-  if (check_seal(file, path) != file.size() - kTrailerSize) {
+  const size_t size = file_.size() - kTrailerSize;
+  if (check_seal(file_, path) != size) {
     throw std::runtime_error(path + ": damaged: its checksum does not cover all of it");
   }
-  auto loader = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
-  if (!loader.ok()) throw std::runtime_error(path + ": cannot be mapped");
-  loader_.emplace(std::move(*loader));
+  try {
+    check_program(file_.data(), size);
+  } catch (const std::exception& e) {
+    throw std::runtime_error(path + ": not an ExecuTorch program of `et-moe export`: " + e.what());
+  }
+  loader_.emplace(file_.data(), size);
   auto program = Program::load(&*loader_, Program::Verification::InternalConsistency);
   if (!program.ok()) throw std::runtime_error(path + ": not an ExecuTorch program" + take_log());
   program_.emplace(std::move(*program));
@@ -167,7 +172,8 @@ std::unique_ptr<LoadedMethod> ProgramFile::load(const std::string& name,
 }
 
 std::unique_ptr<LoadedMethod> ProgramFile::load_method(const std::string& name,
-                                                       const MethodSpec& spec, size_t bound,
+                                                       const MethodSpec& spec,
+                                                       const std::vector<TensorSpec>& bound,
                                                        const NamedDataMap* data) const {
   auto loaded = load(name, data);
   loaded->spec_ = spec;

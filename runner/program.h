@@ -1,7 +1,7 @@
 // A program file: its constants and its methods, by ExecuTorch's runtime.
 #pragma once
 
-#include <executorch/extension/data_loader/mmap_data_loader.h>
+#include <executorch/extension/data_loader/buffer_data_loader.h>
 #include <executorch/runtime/executor/program.h>
 
 #include <cstdint>
@@ -13,6 +13,7 @@
 
 #include "backends/bindings.h"
 #include "runner/call.h"
+#include "runner/files.h"
 
 namespace et_moe {
 
@@ -39,7 +40,8 @@ class LoadedMethod {
   struct Memory;
   LoadedMethod();
   /// Throws std::runtime_error unless what the program says of the method agrees with `spec`.
-  void check(const executorch::runtime::MethodMeta& meta, size_t bound) const;
+  void check(const executorch::runtime::MethodMeta& meta,
+             const std::vector<TensorSpec>& bound) const;
   [[noreturn]] void fail(const std::string& what) const;
 
   std::string path_, name_;
@@ -61,11 +63,11 @@ class ProgramFile {
   int64_t count(const std::string& name) const;
   std::string text(const std::string& name) const;
 
-  /// Loads a method that takes the inputs of `spec` and, behind them, `bound` more arguments. It
-  /// must go before the program and before `data`, the weights as a delegate takes them.
+  /// Loads a method that takes the inputs of `spec` and, behind them, the tensors `bound`. It must
+  /// go before the program and before `data`, the weights as a delegate takes them.
   /// Throws std::runtime_error that names method and tensor.
   std::unique_ptr<LoadedMethod> load_method(
-      const std::string& name, const MethodSpec& spec, size_t bound,
+      const std::string& name, const MethodSpec& spec, const std::vector<TensorSpec>& bound,
       const executorch::runtime::NamedDataMap* data = nullptr) const;
 
  private:
@@ -76,7 +78,8 @@ class ProgramFile {
                                      const executorch::runtime::NamedDataMap* data) const;
 
   std::string path_;
-  std::optional<executorch::extension::MmapDataLoader> loader_;
+  MappedFile file_;  // what was checked is what is run, whatever becomes of the path
+  std::optional<executorch::extension::BufferDataLoader> loader_;
   std::optional<executorch::runtime::Program> program_;
 };
 

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <numeric>
 #include <stdexcept>
 #include <thread>
 
@@ -15,10 +14,7 @@
 namespace et_moe {
 namespace {
 
-using executorch::extension::FlatTensorDataMap;
-using executorch::extension::MmapDataLoader;
-
-constexpr char kChecksums[] = "et_moe.checksums";
+constexpr char kChecksums[] = "et_moe.checksums", kFingerprint[] = "et_moe.fingerprint";
 
 /// Calls `task(i)` for i below `count` on all cores.
 template <typename Task>
@@ -36,60 +32,75 @@ void parallel(size_t count, const Task& task) {
 
 }  // namespace
 
-Weights::Weights(const std::string& path, const std::vector<TensorSpec>& specs) {
-  check_seal(MappedFile(path), path);
-  auto loader = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
-  if (!loader.ok()) throw std::runtime_error(path + ": cannot be mapped");
-  loader_.emplace(std::move(*loader));
-  auto map = FlatTensorDataMap::load(&*loader_);
-  if (!map.ok()) throw std::runtime_error(path + ": not a FlatTensor (.ptd) file, or truncated");
-  map_.emplace(std::move(*map));
+FlatTensorMap Weights::read(const MappedFile& file, const std::string& path) {
+  const size_t covered = check_seal(file, path);
+  try {
+    FlatTensorMap tensors(file.data(), file.size() - kTrailerSize);
+    if (covered != tensors.header_size()) {
+      throw std::runtime_error("its checksum does not cover its header");
+    }
+    if (tensors.size() != file.size() - kTrailerSize) {
+      throw std::runtime_error("there is something behind its data");
+    }
+    return tensors;
+  } catch (const std::exception& e) {
+    throw std::runtime_error(path + ": not a FlatTensor (.ptd) file, or damaged: " + e.what());
+  }
+}
+
+Weights::Weights(const std::string& path, const std::vector<TensorSpec>& specs,
+                 const Fingerprint& program)
+    : file_(path), tensors_(read(file_, path)) {
   for (const TensorSpec& spec : specs) {
-    const auto layout = map_->get_tensor_layout(spec.name);
-    if (!layout.ok()) {
+    const auto found = tensors_.entries().find(spec.name);
+    if (found == tensors_.entries().end() || !found->second.is_tensor) {
       throw std::runtime_error(path + ": has no tensor " + spec.name +
                                "; is it the .ptd of another model?");
     }
-    const auto sizes = layout->sizes();
-    const std::vector<int32_t> shape(sizes.begin(), sizes.end());
-    const TensorSpec found{spec.name, layout->scalar_type(), shape, shape};
-    if (!spec.accepts(found.dtype, shape.data(), shape.size())) {
-      throw std::runtime_error(path + ": " + spec.name + " is " + found.describe() +
-                               ", the program takes " + spec.describe() +
-                               "; is it the .ptd of another model?");
+    const auto& [data, size, is_tensor, dtype, sizes, order] = found->second;
+    if (!spec.accepts(dtype, sizes.data(), sizes.size())) {
+      throw std::runtime_error(
+          path + ": " + spec.name + " is " + TensorSpec{spec.name, dtype, sizes, sizes}.describe() +
+          ", the program takes " + spec.describe() + "; is it the .ptd of another model?");
     }
-    auto data = map_->get_data(spec.name);
-    if (!data.ok() || data->size() != spec.nbytes()) {
-      throw std::runtime_error(path + ": truncated at tensor " + spec.name);
-    }
-    buffers_.push_back(std::move(*data));
+    data_.push_back(data);
   }
-  verify_checksums(path, specs);
+  check_fingerprint(path, program);
+  verify_checksums(path);
 }
 
-void Weights::verify_checksums(const std::string& path,
-                               const std::vector<TensorSpec>& specs) const {
-  const auto keys = map_->get_num_keys();
-  const auto blob = map_->get_data(kChecksums);
-  // Every key but the checksums' own has one.
-  if (!blob.ok() || !keys.ok() || blob->size() != 8 * (static_cast<size_t>(*keys) - 1)) {
+void Weights::check_fingerprint(const std::string& path, const Fingerprint& program) const {
+  const auto found = tensors_.entries().find(kFingerprint);
+  if (found == tensors_.entries().end()) {
+    throw std::runtime_error(path +
+                             ": has no fingerprint of its model; export it again with "
+                             "`et-moe export`");
+  }
+  const auto* text = reinterpret_cast<const char*>(found->second.data);
+  check_same(program, {path, std::string(text, found->second.size)});
+}
+
+void Weights::verify_checksums(const std::string& path) const {
+  const auto& entries = tensors_.entries();
+  const auto checksums = entries.find(kChecksums);
+  // Every entry but the checksums' own has one, in the order of the names.
+  if (checksums == entries.end() || checksums->second.size != 8 * (entries.size() - 1)) {
     throw std::runtime_error(path + ": has no checksums of its tensors");
   }
-  std::vector<std::string> names;
-  for (uint32_t i = 0; i < *keys; ++i) names.emplace_back(*map_->get_key(i));
-  names.erase(std::remove(names.begin(), names.end(), kChecksums), names.end());
-  std::sort(names.begin(), names.end());
-  std::vector<char> valid(specs.size());
-  parallel(specs.size(), [&](size_t i) {
-    const auto entry = std::lower_bound(names.begin(), names.end(), specs[i].name);
+  std::vector<decltype(entries.begin())> tensors;
+  for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
+    if (entry != checksums) tensors.push_back(entry);
+  }
+  std::vector<char> valid(tensors.size());
+  parallel(tensors.size(), [&](size_t i) {
     uint64_t expected = 0;
-    std::memcpy(&expected, static_cast<const char*>(blob->data()) + 8 * (entry - names.begin()), 8);
-    valid[i] = XXH3_64bits(buffers_[i].data(), buffers_[i].size()) == expected;
+    std::memcpy(&expected, checksums->second.data + 8 * i, 8);
+    valid[i] = XXH3_64bits(tensors[i]->second.data, tensors[i]->second.size) == expected;
   });
   const auto bad = std::find(valid.begin(), valid.end(), 0);
   if (bad != valid.end()) {
     throw std::runtime_error(path + ": damaged: checksum mismatch of tensor " +
-                             specs[static_cast<size_t>(bad - valid.begin())].name);
+                             tensors[static_cast<size_t>(bad - valid.begin())]->first);
   }
 }
 

@@ -8,9 +8,10 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 git ls-files '*.cpp' '*.h' | xargs clang-format --dry-run -Werror
-# The CUDA delegate, the engine and the tokenizer are tested under AddressSanitizer and UBSan too.
+# The CUDA delegate, the engine, the loader and the tokenizer are tested under AddressSanitizer and
+# UBSan too.
 cmake --preset sanitize -DPython3_EXECUTABLE="$PWD/.venv/bin/python" --log-level=WARNING
-cmake --build --preset sanitize \
-  --target async_engine_check delegate_check executorch_check fake_cuda tokenizer_cli
+cmake --build --preset sanitize --target \
+  async_engine_check delegate_check executorch_check fake_cuda load_files tokenizer_cli
 ctest --test-dir build --output-on-failure --no-tests=error
 python -m pytest -n 2 --dist worksteal --durations=15

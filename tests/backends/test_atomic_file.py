@@ -10,7 +10,7 @@ import torch
 
 from et_moe.backends import atomic_file as module
 from et_moe.backends.atomic_file import atomic_file, atomic_folder, write_file
-from et_moe.backends.sealed_file import PtdWriter
+from et_moe.backends.sealed_file import LAYOUT, PtdWriter
 from et_moe.pipeline.safetensors_stream import SafetensorsWriter
 
 
@@ -147,7 +147,7 @@ def test_weights_are_written_to_a_fifo(tmp_path: Path) -> None:
     """The writers of large files go forward only, so that a pipe can take them elsewhere."""
     spec = {"a": (torch.uint8, (100,)), "b": (torch.bfloat16, (3, 50))}
     writers = {
-        "ptd": lambda path: PtdWriter(path, spec, layout="rows"),
+        "ptd": lambda path: PtdWriter(path, spec, {LAYOUT: "rows"}),
         "safetensors": lambda path: SafetensorsWriter(path, spec, {"format": "pt"}),
     }
     os.mkfifo(tmp_path / "fifo")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from et_moe.backends.cpu import lowering
 from et_moe.backends.cuda import backend as cuda
-from et_moe.backends.sealed_file import PtdWriter, write_sealed
+from et_moe.backends.sealed_file import LAYOUT, PtdWriter, write_sealed
 from et_moe.examples.qwen3_5_moe.model import MODEL as QWEN3_5_MOE
 from et_moe.examples.qwen3_next.model import MODEL as QWEN3_NEXT
 from et_moe.pipeline import export
@@ -71,7 +71,7 @@ def make_small(folder: Path) -> None:
         write_sealed(folder / f"{name}.pte", program.pte)
         for seed in range(2):
             path, plan = folder / f"{name}.{seed}.ptd", program.plan
-            with PtdWriter(path, plan.spec, plan.layout) as writer:
+            with PtdWriter(path, plan.spec, {LAYOUT: plan.layout}) as writer:
                 for key, tensor in plan.pack(_weights(seed)):
                     writer.write(key, tensor)
 

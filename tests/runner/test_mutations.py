@@ -1,8 +1,8 @@
 """Damaged files against the loader and the runner: an error that names the file, never a signal.
 
-The seals promise this for accidental damage. Files that were changed on purpose and sealed again go
-on to ExecuTorch's own parsers, which can crash on them; that is no part of the promise. What a
-damaged tokenizer.json does to its loader is tested in test_tokenizer_files.py.
+This is about accidental damage; what was changed on purpose and sealed again is the subject of
+test_file_fuzz.py. What a damaged tokenizer.json does to its loader is tested in
+test_tokenizer_files.py.
 """
 
 import json

@@ -10,7 +10,7 @@ from torch.export import Dim
 
 from et_moe.backends.cpu import lowering
 from et_moe.backends.method_graph import MethodGraph
-from et_moe.backends.sealed_file import PtdWriter, write_sealed
+from et_moe.backends.sealed_file import FINGERPRINT, PtdWriter, write_sealed
 
 VOCABULARY, CONTEXT, LONGEST = 50, 40, 16
 INPUTS = {
@@ -24,7 +24,8 @@ INPUTS = {
 }
 DECODE = [name for name in INPUTS if name != "num_tokens"]
 CONSTANTS = {
-    "get_format_version": 2,
+    "get_format_version": 3,
+    "get_fingerprint": '{"model_type": "toy"}',
     "get_max_seq_len": CONTEXT,
     "get_max_prefill_tokens": LONGEST,
     "get_vocab_size": VOCABULARY,
@@ -98,7 +99,7 @@ def write(folder: Path, methods: dict[str, MethodGraph] | None = None, **constan
     else:
         pte = lowering.lower(methods or usual(), CONSTANTS | constants).pte
     write_sealed(folder / "model.pte", pte)
-    with PtdWriter(folder / "model.ptd", {}):
+    with PtdWriter(folder / "model.ptd", {}, {FINGERPRINT: CONSTANTS["get_fingerprint"]}):
         pass
     return folder
 
