@@ -3,6 +3,7 @@
 #include <executorch/runtime/core/exec_aten/util/scalar_type_util.h>
 
 #include <nlohmann/json.hpp>
+#include <set>
 #include <stdexcept>
 
 namespace et_moe {
@@ -46,8 +47,32 @@ TensorSpec parse_tensor(const nlohmann::json& entry) {
     valid = tensor.min_shape[i] <= shape[i] &&
             !__builtin_mul_overflow(bytes, static_cast<size_t>(shape[i]), &bytes);
   }
-  if (!valid) throw std::runtime_error("the tensor " + name + " has an impossible shape");
+  // Sums of such sizes, rounded up, must not overflow either.
+  constexpr size_t kMostBytes = size_t{1} << 48;
+  if (!valid || bytes > kMostBytes) {
+    throw std::runtime_error("the tensor " + name + " has an impossible shape");
+  }
   return tensor;
+}
+
+/// Throws std::runtime_error if two tensors have the same name: they are found by it.
+template <typename Spec>
+void check_names(const std::vector<Spec>& tensors) {
+  std::set<std::string_view> names;
+  for (const Spec& tensor : tensors) {
+    if (!names.insert(tensor.name).second) {
+      throw std::runtime_error("the tensor " + tensor.name + " is named twice");
+    }
+  }
+}
+
+/// An index among `count` outputs.
+size_t parse_index(const nlohmann::json& entry) {
+  const auto& index = entry.at("index");
+  if (!index.is_number_unsigned() || index.get<uint64_t>() > INT32_MAX) {
+    throw std::runtime_error("index is no index of an output");
+  }
+  return index.get<size_t>();
 }
 
 }  // namespace
@@ -78,7 +103,12 @@ std::string TensorSpec::describe() const {
 
 std::vector<TensorSpec> parse_tensors(const nlohmann::json& list) {
   std::vector<TensorSpec> tensors;
+  constexpr size_t kMost = 1 << 15;
+  if (!list.is_array() || list.size() > kMost) {
+    throw std::runtime_error("expected a list of at most " + std::to_string(kMost) + " tensors");
+  }
   for (const auto& entry : list) tensors.push_back(parse_tensor(entry));
+  check_names(tensors);
   return tensors;
 }
 
@@ -86,8 +116,9 @@ MethodSpec MethodSpec::parse(const nlohmann::json& method) {
   MethodSpec spec;
   spec.inputs = parse_tensors(method.at("inputs"));
   for (const auto& entry : method.at("outputs")) {
-    spec.outputs.push_back({parse_tensor(entry), entry.at("index").get<size_t>()});
+    spec.outputs.push_back({parse_tensor(entry), parse_index(entry)});
   }
+  check_names(spec.outputs);
   if (const auto& names = method.at("hand_over"); !names.is_null()) {
     spec.hand_over = {names.at("token").get<std::string>(), names.at("tokens").get<std::string>(),
                       names.at("position").get<std::string>()};

@@ -48,13 +48,18 @@ void Container::fail(const std::string& what) const {
 
 std::vector<std::unique_ptr<Tensor>> Container::run(std::vector<std::unique_ptr<Tensor>> inputs,
                                                     size_t count, cudaStream_t stream) const {
-  std::vector<Tensor*> handles, results(count);
-  for (auto& input : inputs) handles.push_back(input.release());
+  std::vector<Tensor*> handles(inputs.size()), results(count);
+  std::vector<std::unique_ptr<Tensor>> outputs(count);
+  for (size_t i = 0; i < inputs.size(); ++i) handles[i] = inputs[i].release();
   const int32_t status =
       run_(handle_, handles.data(), handles.size(), results.data(), count, stream, nullptr);
   for (Tensor* handle : handles) delete handle;  // the code made null those that it took over
+  for (size_t i = 0; i < count; ++i) outputs[i].reset(results[i]);  // some, too, if it failed
   if (status != 0) fail("the code " + name_ + " failed");
-  return {results.begin(), results.end()};
+  for (const auto& output : outputs) {
+    if (!output) fail("the code " + name_ + " returns fewer than its outputs");
+  }
+  return outputs;
 }
 
 }  // namespace et_moe::cuda

@@ -50,11 +50,25 @@ std::optional<HandOverIndices> find_hand_over(const MethodSpec& spec) {
                          find_integers(spec.inputs, spec.hand_over->position, 1)};
 }
 
+/// The code is given the outputs in their order: each has one index below their number.
+void check_outputs(const std::vector<OutputSpec>& outputs) {
+  std::vector<bool> found(outputs.size());
+  for (const OutputSpec& output : outputs) {
+    if (output.index >= outputs.size() || found[output.index]) {
+      throw std::runtime_error("the output " + output.name + " has the index " +
+                               std::to_string(output.index) + " of " +
+                               std::to_string(outputs.size()));
+    }
+    found[output.index] = true;
+  }
+}
+
 MethodInfo parse_info(const nlohmann::json& json) {
   MethodInfo info;
   info.method = json.at("method").get<std::string>();
   info.prepack = json.at("prepack").get<std::string>();
   info.spec = MethodSpec::parse(json);
+  check_outputs(info.spec.outputs);
   info.state = parse_tensors(json.at("state"));
   info.weights = parse_tensors(json.at("weights"));
   for (const auto& [arch, code] : json.at("code").items()) {
