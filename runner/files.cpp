@@ -152,7 +152,8 @@ std::vector<int64_t> read_ids(const std::string& path) {
   if (!list.is_array()) throw std::runtime_error(path + ": expected a JSON list of token ids");
   std::vector<int64_t> ids;
   for (size_t i = 0; i < list.size(); ++i) {
-    if (!list[i].is_number_integer()) {
+    const bool too_large = list[i].is_number_unsigned() && list[i].get<uint64_t>() > INT64_MAX;
+    if (!list[i].is_number_integer() || too_large) {
       throw std::runtime_error(path + ": entry " + std::to_string(i) + " is not a token id");
     }
     ids.push_back(list[i].get<int64_t>());

@@ -279,13 +279,12 @@ class MethodCheck {
 /// Sizes of the segments, all of which must lie behind the program and end in the file.
 void check_segments(const Table& root, size_t size, const Header& header, Data& data) {
   const Tables segments = root.tables(program::kSegments);
-  require(segments.size() == 0 ||
-              (header.segment_base >= header.program_size && header.segment_base <= size),
-          "its data begins outside of it");
+  const bool behind = header.segment_base >= header.program_size && header.segment_base <= size;
   const uint64_t room = size - std::min<uint64_t>(header.segment_base, size);
   for (size_t i = 0; i < segments.size(); ++i) {
     const auto begin = segments[i].scalar<uint64_t>(segment::kOffset);
     const auto length = segments[i].scalar<uint64_t>(segment::kSize);
+    require(behind || length == 0, "its data begins outside of it");
     require(begin <= room && length <= room - begin, "data that ends behind its end");
     data.segments.push_back(length);
   }
@@ -319,9 +318,11 @@ void check_constants(const Table& root, Data& data) {
 void check_program(const uint8_t* data, size_t size) {
   const Buffer file(data, size);
   if (std::memcmp(file.bytes(4, 4), "ET12", 4) != 0) fail("another identifier");
-  const auto header = file.read<Header>(8);
-  require(std::memcmp(header.magic, "eh00", 4) == 0 && header.length >= sizeof(Header),
-          "no header");
+  auto header = file.read<Header>(8);
+  if (std::memcmp(header.magic, "eh00", 4) != 0) {
+    header.program_size = size;  // without a header there is no data but the tables
+    header.segment_base = 0;
+  }
   require(header.program_size <= size, "truncated: its program ends behind its end");
   const Buffer buffer(data, header.program_size);
   const Table root = Table::root(buffer);

@@ -1,11 +1,24 @@
-"""Random damage to files: bits, bytes, and values of JSON documents."""
+"""Random damage to files: bits, bytes, and values of JSON documents.
+
+Tests that damage files at random do it a few times. For a long run, with files that nobody has seen
+yet, set ET_MOE_FUZZ_SEED and ET_MOE_FUZZ_COUNT.
+"""
 
 import copy
+import os
 import random
 from typing import Any
 
-JSON_VALUES = (None, True, False, -1, 0, 3, 1 << 31, 1 << 70, 0.5, -0.0, 1e308, float("nan"))
-JSON_VALUES += (float("inf"), "", "\x00", "..", "../x", "\ud800", "\U0001f600", [], {}, [[[]]], "9")
+SEED = int(os.environ.get("ET_MOE_FUZZ_SEED", "0"))
+
+JSON_VALUES = (None, True, False, -1, 0, 3, 1 << 31, 1 << 63, 1 << 70, 0.5, -0.0, 1e308)
+JSON_VALUES += (float("nan"), float("inf"), "", "\x00", "..", "../x", "\ud800", "\U0001f600", "9")
+JSON_VALUES += ([], {}, [[[]]])
+
+
+def fuzz_count(usual: int) -> int:
+    """How many files a test damages: as many as the environment says, else `usual`."""
+    return int(os.environ.get("ET_MOE_FUZZ_COUNT", usual))
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:

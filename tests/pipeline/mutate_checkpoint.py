@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoints import spec_of, storages
-from mutations import mutate_bytes, mutate_json
+from mutations import SEED, mutate_bytes, mutate_json
 
 from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     kind, directory, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     assert attempt(kind, directory) == "read"
-    rng = random.Random(7)
+    rng = random.Random(SEED)
     outcomes = {}
     for name in sys.argv[4:]:
         file = directory / name

@@ -1,5 +1,6 @@
 """Exports: whole files or none, what ExecuTorch reads of them, and memory."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -15,16 +17,22 @@ from checkpoints import spec_of, storages
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 from files import file_size_limit, files_of
 
-from et_moe.backends.sealed_file import CHECKSUMS, SCALAR_TYPES
+from et_moe.backends.sealed_file import CHECKSUMS, FINGERPRINT, SCALAR_TYPES
+from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import export as exporter
 from et_moe.pipeline.bundle import (
     COPIED_FILES,
     Bundle,
+    bundle_config,
     write_bundle,
+    write_json,
 )
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.make_checkpoint import text_config
+from et_moe.pipeline.models import load_config, parse_config
 from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import storages_from_json
 
 OPTIONS = exporter.ExportOptions(max_seq_len=32)
 
@@ -106,7 +114,7 @@ def test_the_ptd_is_executorchs(tiny_bundle: Path, tiny_program: Path) -> None:
     bundle = Bundle(tiny_bundle)
     tensors = {name: t for group in bundle.groups() for name, t in group.items()}
     spec = spec_of(bundle, torch.float32)
-    assert payload.named_data.keys() == {*tensors, CHECKSUMS}
+    assert payload.named_data.keys() == {*tensors, FINGERPRINT, CHECKSUMS}
     for name, tensor in tensors.items():
         entry, stored = payload.named_data[name], tensor.to(spec[name][0])
         assert entry.tensor_layout.scalar_type == SCALAR_TYPES[stored.dtype]
@@ -116,7 +124,45 @@ def test_the_ptd_is_executorchs(tiny_bundle: Path, tiny_program: Path) -> None:
         assert content == stored.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         assert data.find(content) >= 0
     checksums = payload.buffers[payload.named_data[CHECKSUMS].buffer_index]
-    assert numpy.frombuffer(checksums, "<u8").shape == (len(tensors),)
+    assert numpy.frombuffer(checksums, "<u8").shape == (len(tensors) + 1,)
+    text = payload.buffers[payload.named_data[FINGERPRINT].buffer_index]
+    assert bytes(text).decode() == exporter.fingerprint(bundle, OPTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:.*end-of-sequence id:UserWarning")
+@pytest.mark.parametrize("preset", ["tiny", "35b"])
+def test_a_preset_and_its_random_bundle_have_one_fingerprint(tmp_path: Path, preset: str) -> None:
+    """So that a program exported from a shape alone runs with random weights of that shape."""
+    flags = ("4w", 128, "8w")
+    program = SimpleNamespace(
+        config=parse_config(text_config(MODEL, preset)), storages=storages(*flags)
+    )
+    write_json(tmp_path / "config.json", text_config(MODEL, preset))
+    bundle = bundle_config(tmp_path, storages(*flags))
+    write_json(tmp_path / "config.json", bundle)
+    weights = SimpleNamespace(
+        config=load_config(tmp_path),
+        storages=storages_from_json(bundle["et_moe"]["storages"], MODEL.parts),
+    )
+    cuda = exporter.ExportOptions("cuda", torch.bfloat16, max_seq_len=4608)
+    bf16 = dataclasses.replace(cuda, activation_dtype="bf16", max_seq_len=None)
+    assert exporter.fingerprint(program, bf16) == exporter.fingerprint(weights, cuda)
+
+
+def test_fingerprints_tell_models_apart(tiny_bundle: Path) -> None:
+    bundle = Bundle(tiny_bundle)
+    others = [
+        (dataclasses.replace(bundle.config, rms_norm_eps=1e-5), bundle.storages, OPTIONS),
+        (dataclasses.replace(bundle.config, rope_theta=1e6), bundle.storages, OPTIONS),
+        (bundle.config, storages("4w", 64), OPTIONS),
+        (bundle.config, bundle.storages, dataclasses.replace(OPTIONS, dtype=torch.bfloat16)),
+        (bundle.config, bundle.storages, dataclasses.replace(OPTIONS, backend="cuda")),
+    ]
+    found = {exporter.fingerprint(bundle, OPTIONS)}
+    for config, kinds, options in others:
+        target = SimpleNamespace(config=config, storages=kinds)
+        found.add(exporter.fingerprint(target, options))
+    assert len(found) == 1 + len(others)
 
 
 def test_exports_are_byte_for_byte_the_same(

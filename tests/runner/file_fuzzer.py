@@ -1,9 +1,12 @@
 """Random `.pte` and `.ptd` files that are sealed again, so that a change gets past the seal."""
 
+import copy
 import json
 import random
+import re
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import xxhash
 from flatbuffer_fuzzer import Place, Schema, change, find_places, read
@@ -120,3 +123,36 @@ class FileFuzzer:
         if kind < 0.2 and self._kind == "pte":
             return change_text(rng, data, self.places)
         return change(rng, data, self.places)
+
+
+def changed_delegate(
+    rng: random.Random, original: bytes, edit: Callable[[dict[str, Any]], Any]
+) -> bytes:
+    """A CUDA program with another description of one of its methods, sealed.
+
+    Args:
+        edit: gives the new description, or None for another try; what nobody reads of the old one
+            was left out, which makes room.
+    """
+    data = original[:-TRAILER]
+    begin = rng.choice([m.start() for m in re.finditer(rb'\{"format": \d', data)])
+    text = data[begin:].decode("latin-1")  # what follows is no text
+    document, size = json.JSONDecoder().raw_decode(text)
+    for code in document["code"].values():
+        del code["kernels"]
+    while True:
+        changed = edit(copy.deepcopy(document))
+        text = json.dumps(changed)
+        if changed not in (None, document) and len(text) <= size:
+            return _seal_pte(data[:begin] + text.encode().ljust(size) + data[begin + size :])
+
+
+def random_delegate(rng: random.Random, original: bytes) -> bytes:
+    """A CUDA program with a description of a method that was changed in one to three places."""
+
+    def edit(document: Any) -> Any:
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            document = mutate_json(rng, document)
+        return document
+
+    return changed_delegate(rng, original, edit)

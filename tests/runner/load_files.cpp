@@ -1,4 +1,5 @@
-// Loads files with the runner's own classes: tests/runner/test_mutations.py feeds it damaged ones.
+// Loads files with the runner's own classes: test_mutations.py, test_file_fuzz.py and
+// tests/fake_cuda/test_delegate_fuzz.py feed it damaged ones.
 //
 // Usage: load_files MODEL.pte MODEL.ptd, both undamaged. Reads lines "pte PATH", "ptd PATH" or
 // "ids PATH" and answers each with one line: "ok" and token ids (of an ids file those it holds,

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import toy_programs
 from file_fuzzer import FileFuzzer
+from mutations import SEED, fuzz_count
 
-SEED = int(os.environ.get("ET_MOE_FUZZ_SEED", "0"))
-COUNT = int(os.environ.get("ET_MOE_FUZZ_COUNT", "300"))
+COUNT = fuzz_count(300)
 BATCH = 200  # files that one process is given
 CRASHES = json.loads(Path(__file__).with_name("crashes.json").read_text())
 """Changes with which ExecuTorch's readers once crashed, of every place of a kind."""

@@ -16,14 +16,14 @@ from executorch.extension.flat_tensor.serialize.serialize import (
     FlatTensorHeader,
     _deserialize_to_flat_tensor,
 )
-from mutations import mutate_bytes
+from mutations import SEED, fuzz_count, mutate_bytes, mutate_json
 
-MUTATIONS = 2000
+MUTATIONS = fuzz_count(2000)
 
 
 def mutated_files(folder: Path, original: bytes, count: int, seed: int) -> list[Path]:
     """`count` files that each differ from the original."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{SEED} {seed}")
     paths = []
     while len(paths) < count:
         data = mutate_bytes(rng, original)
@@ -100,8 +100,12 @@ def test_mutated_weights(load, tiny_program: Path, tmp_path: Path) -> None:
 
 def test_mutated_id_files(load, tmp_path: Path) -> None:
     """What is accepted is what Python reads."""
-    original = json.dumps([1, 20, 300, -4, 0, 262]).encode()
-    paths = mutated_files(tmp_path, original, MUTATIONS, seed=3)
+    ids = [1, 20, 300, -4, 0, 262]
+    paths = mutated_files(tmp_path, json.dumps(ids).encode(), MUTATIONS, seed=3)
+    rng = random.Random(SEED)
+    for path in paths[::2]:
+        document = mutate_json(rng, mutate_json(rng, ids))
+        path.write_text(json.dumps(document), errors="surrogatepass")
     answers = load("ids", paths)
     for path, answer in zip(paths, answers, strict=True):
         if not isinstance(answer, str):

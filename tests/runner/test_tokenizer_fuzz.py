@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutations import SEED, fuzz_count
 from tokenizer_fuzzer import random_file
 from tokenizer_reference import start_cli
 from tokenizers import Tokenizer
 
-SEED = int(os.environ.get("ET_MOE_FUZZ_SEED", "0"))
-COUNT = int(os.environ.get("ET_MOE_FUZZ_COUNT", "300"))
+COUNT = fuzz_count(300)
 BATCH = 200  # files that one process is given
 MAX_SECONDS = 20  # processor time for one file and its texts, with sanitizers
 
