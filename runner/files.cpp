@@ -9,12 +9,13 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
+
+#include "runner/errors.h"
+#include "runner/temporary_files.h"
 
 namespace et_moe {
 namespace {
@@ -63,8 +64,7 @@ int open_in_place(const std::string& path, const struct stat& found) {
 /// 0666 less the umask; -1 on an error. Nobody else may open it before it has its final
 /// permissions.
 int create(const std::string& temporary, const struct stat* replaced) {
-  const int flags = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
-  const int fd = open(temporary.c_str(), flags, replaced ? 0600 : 0666);
+  const int fd = create_temporary_file(temporary, replaced ? 0600 : 0666);
   if (fd < 0 || !replaced) return fd;
   // A process may set a group of its own, but no owner. Some file systems have neither.
   [[maybe_unused]] const bool kept = fchown(fd, replaced->st_uid, replaced->st_gid) == 0 ||
@@ -73,18 +73,38 @@ int create(const std::string& temporary, const struct stat* replaced) {
   return fd;
 }
 
+/// Reads an open file to its end.
+void append_all(const std::string& path, int fd, std::string& content) {
+  struct stat info{};
+  if (fstat(fd, &info) != 0) fail(path, "cannot be read");
+  if (S_ISDIR(info.st_mode)) throw std::runtime_error(path + ": is a directory, expected a file");
+  size_t size = S_ISREG(info.st_mode) ? static_cast<size_t>(info.st_size) : 0;
+  content.resize(size + 1);  // the last byte finds the end
+  size = 0;
+  for (;;) {
+    const ssize_t count = read(fd, content.data() + size, content.size() - size);
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) fail(path, "cannot be read");
+    if (count == 0) return content.resize(size);
+    size += static_cast<size_t>(count);
+    if (size == content.size()) content.resize(2 * size);
+  }
+}
+
 }  // namespace
 
 std::string read_file(const std::string& path) {
-  struct stat info{};
-  if (stat(path.c_str(), &info) != 0) fail(path, "cannot be opened");
-  if (S_ISDIR(info.st_mode)) throw std::runtime_error(path + ": is a directory, expected a file");
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path, "cannot be opened");
-  std::ostringstream content;
-  content << file.rdbuf();
-  if (file.bad()) fail(path, "cannot be read");
-  return content.str();
+  const int fd = open(path.c_str(), O_RDONLY | O_NOCTTY | O_CLOEXEC);
+  if (fd < 0) fail(path, "cannot be opened");
+  std::string content;
+  try {
+    needing_memory(path, [&] { append_all(path, fd, content); });
+  } catch (...) {
+    ::close(fd);
+    throw;
+  }
+  ::close(fd);
+  return content;
 }
 
 OutputFile::OutputFile(std::string path) : path_(std::move(path)) {
@@ -107,8 +127,11 @@ void OutputFile::check(bool success) const {
 
 void OutputFile::discard() {
   if (fd_ >= 0) ::close(fd_);
-  if (!temporary_.empty()) unlink(temporary_.c_str());
   fd_ = -1;
+  if (temporary_.empty()) return;
+  unlink(temporary_.c_str());
+  forget_temporary_file(temporary_);
+  temporary_.clear();
 }
 
 void OutputFile::write(const void* data, size_t size) {
@@ -127,7 +150,21 @@ void OutputFile::close() {
   check(fsync(fd_) == 0);
   check(::close(std::exchange(fd_, -1)) == 0);
   check(std::rename(temporary_.c_str(), target_.c_str()) == 0);
+  forget_temporary_file(temporary_);
   temporary_.clear();
+}
+
+void check_writable(const std::string& path) {
+  struct stat found{};
+  const bool special = stat(path.c_str(), &found) == 0 && !S_ISREG(found.st_mode);
+  if (!special) {
+    const OutputFile probe(path);
+  } else if (S_ISDIR(found.st_mode)) {
+    errno = EISDIR;
+    fail(path, "cannot be written");
+  } else if (access(path.c_str(), W_OK) != 0) {
+    fail(path, "cannot be written");
+  }
 }
 
 void write_file(const std::string& path, std::string_view content) {

@@ -17,7 +17,8 @@ std::string read_file(const std::string& path);
 /// replaced; the owner, the group and the permissions of a file that is replaced stay as far as the
 /// process may set them. What is no regular file (a FIFO, a device) is written to directly, and so
 /// is the file that standard output or standard error already goes to.
-/// `backends/atomic_file.py` does the same for the pipeline's outputs.
+/// `backends/atomic_file.py` does the same for the pipeline's outputs. A signal that
+/// `handle_ending_signals` handles removes the temporary file, too.
 ///
 /// All functions throw std::runtime_error that names `path`.
 class OutputFile {
@@ -37,6 +38,10 @@ class OutputFile {
   std::string path_, target_, temporary_;  // no temporary: the file is written to directly
   int fd_ = -1;
 };
+
+/// Throws as an `OutputFile` for `path` would, and leaves nothing: for what is written at the end
+/// of long work. What is no regular file is not opened, since a FIFO would wait for its reader.
+void check_writable(const std::string& path);
 
 /// Writes a whole `OutputFile`.
 void write_file(const std::string& path, std::string_view content);

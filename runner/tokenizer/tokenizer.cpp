@@ -1,19 +1,23 @@
 #include "runner/tokenizer/tokenizer.h"
 
+#include <new>
 #include <stdexcept>
 #include <utility>
 
+#include "runner/errors.h"
 #include "runner/tokenizer/normalizer.h"
 #include "runner/tokenizer/utf8.h"
 
 namespace et_moe {
 namespace {
 
-/// Calls `make`; puts `prefix` in front of the message of what it throws.
+/// Calls `make`; puts `prefix` in front of the message of what it throws, unless memory ran out.
 template <typename Make>
 auto with_prefix(const std::string& prefix, const Make& make) {
   try {
     return make();
+  } catch (const std::bad_alloc&) {
+    throw;
   } catch (const std::exception& error) {
     throw std::runtime_error(prefix + error.what());
   }
@@ -32,7 +36,7 @@ void require_utf8(std::string_view text) {
 }  // namespace
 
 Tokenizer Tokenizer::load(const std::string& path) {
-  return with_prefix(path + ": ", [&] { return Tokenizer(read_tokenizer_json(path)); });
+  return in_context(path, [&] { return Tokenizer(read_tokenizer_json(path)); });
 }
 
 Tokenizer::Tokenizer(TokenizerSpec spec)

@@ -15,6 +15,8 @@
 #include <set>
 #include <thread>
 
+#include "runner/temporary_files.h"
+
 namespace {
 int synced = 0;
 }
@@ -203,6 +205,50 @@ TEST_F(Files, TemporaryNamesDifferAndSayNothingOfTheProcess) {
   EXPECT_EQ(seen.size(), 3u);
   for (const auto& name : seen) EXPECT_EQ(name.find(std::to_string(getpid())), name.npos) << name;
   EXPECT_EQ(names(), Names{});
+}
+
+TEST_F(Files, WhetherAFileCanBeWrittenIsFoundWithoutATrace) {
+  write_file(path("a"), "kept");
+  ASSERT_EQ(mkfifo(path("fifo").c_str(), 0600),
+            0);  // nobody reads it: to open it would take for ever
+  const Names before = names();
+  for (const char* name : {"a", "new", "fifo"}) check_writable(path(name));
+  check_writable("/dev/null");
+  for (const char* name : {"missing/a", "a/b", "."}) {
+    try {
+      check_writable(path(name));
+      ADD_FAILURE() << name;
+    } catch (const std::runtime_error& e) {
+      EXPECT_EQ(std::string(e.what()).find(path(name) + ": cannot be written: "), 0u) << e.what();
+    }
+  }
+  EXPECT_EQ(names(), before);
+  EXPECT_EQ(read_file(path("a")), "kept");
+}
+
+TEST_F(Files, TemporaryFilesGoWithTheProcess) {
+  const pid_t child = fork();
+  if (child == 0) {
+    write_file(path("done"), "x");
+    OutputFile first(path("first")), second(path("second"));
+    remove_temporary_files();
+    _exit(0);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(names(), Names{"done"});
+}
+
+TEST_F(Files, FilesOfUnknownSizeAreReadWhole) {
+  EXPECT_EQ(read_file("/proc/self/comm"), "files_test\n");  // whose size is 0
+  write_file(path("empty"), "");
+  EXPECT_EQ(read_file(path("empty")), "");
+  for (size_t size : {1u, 4096u, 100'000u}) {
+    write_file(path("a"), std::string(size, 'x'));
+    EXPECT_EQ(read_file(path("a")), std::string(size, 'x'));
+  }
+  for (const char* name : {"missing", "."}) EXPECT_THROW(read_file(path(name)), std::runtime_error);
 }
 
 TEST_F(Files, IdsAreAListOfIntegers) {

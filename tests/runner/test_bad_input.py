@@ -248,8 +248,10 @@ def test_empty_prompts(refused, tiny_program: Path, tmp_path: Path) -> None:
     tokenizer = tiny_program / "tokenizer.json"
     empty = tmp_path / "empty"
     empty.touch()
-    for flag, value in (("--prompt_ids", ""), ("--prompt", ""), ("--prompt_file", str(empty))):
-        refused(flag, value, parts=["the prompt is empty"], tokenizer_path=tokenizer)
+    refused("--prompt_ids", "", parts=["the prompt is empty"], tokenizer_path=tokenizer)
+    for flag, value in (("--prompt", ""), ("--prompt_file", str(empty))):
+        message = f"error: {value or flag}: the prompt is empty\n"
+        refused(flag, value, parts=[message], tokenizer_path=tokenizer)
     ids, logprobs = tmp_path / "ids.json", f"--logprobs_path={tmp_path / 'output' / 'l'}"
     for text in ("[]", "[5]"):
         ids.write_text(text)
@@ -269,7 +271,9 @@ def test_prompts_that_cannot_be_read(refused, tiny_program: Path, tmp_path: Path
         for path in (missing, tmp_path):
             parts = [f"error: {path}: "]
             refused(f"--{flag}={path}", *flags, parts=parts, tokenizer_path=tokenizer)
-    refused(f"--prompt_file={latin}", parts=["UTF-8"], tokenizer_path=tokenizer)
+    message = "text is not UTF-8 at byte 3"
+    for flag, where in ((f"--prompt_file={latin}", latin), ("--prompt=caf\udce9", "--prompt")):
+        refused(flag, parts=[f"error: {where}: {message}\n"], tokenizer_path=tokenizer)
     refused("--prompt=hello", parts=["--tokenizer_path is needed to read a text prompt"])
 
 
@@ -281,6 +285,7 @@ def test_id_files_that_are_damaged(refused, tmp_path: Path, text: str) -> None:
     refused(*flags, parts=[f"error: {path}: "])
 
 
+INT64 = "not in range -9223372036854775808 to 9223372036854775807"
 FLAGS = {
     "--temperature=-1": "temperature -1: expected 0 (greedy) or at least 1e-5",
     "--temperature=nan": "temperature nan: expected 0 (greedy) or at least 1e-5",
@@ -297,6 +302,11 @@ FLAGS = {
     "--max_new_tokens=-3": "max_new_tokens -3: expected at least 1",
     "--max_new_tokens=many": "--max_new_tokens",
     "--seed=x": "--seed",
+    f"--seed={10**30}": f"--seed: Value {10**30} {INT64}",
+    f"--seed={2**63}": f"--seed: Value {2**63} {INT64}",
+    f"--seed={-(2**63) - 1}": f"--seed: Value {-(2**63) - 1} {INT64}",
+    f"--top_k={2**63}": f"--top_k: Value {2**63} {INT64}",
+    f"--max_new_tokens={2**63}": f"--max_new_tokens: Value {2**63} {INT64}",
     "--warmup=-1": "--warmup: Value -1 not in range",
     "--num_iters=0": "--num_iters: Value 0 not in range",
     "--prompt=x": "Exactly 1 option from",
@@ -310,6 +320,39 @@ FLAGS = {
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flags(refused, flag: str) -> None:
     refused("--prompt_ids=1", flag, parts=[FLAGS[flag]])
+
+
+def test_seeds_are_all_of_int64(runner, tiny_program: Path, tmp_path: Path) -> None:
+    """And all their bits count, the sign too."""
+    seeds = (0, 1, 2**32, 2**63 - 1, -1, -(2**63))
+    flags = ("--temperature=100", f"--output_ids_path={tmp_path / 'ids'}")
+    texts = set()
+    for seed in seeds:
+        runner.run(tiny_program, "--prompt_ids=1", f"--seed={seed}", *flags)
+        texts.add((tmp_path / "ids").read_text())
+    assert len(texts) == len(seeds)
+
+
+def test_too_little_memory(runner, tiny_program: Path, tmp_path: Path) -> None:
+    """The file that needs it is named: here a hole of 4 GiB."""
+    hole = tmp_path / "hole"
+    with hole.open("wb") as file:
+        file.truncate(2**32)
+    tokenizer = f"--tokenizer_path={tiny_program / 'tokenizer.json'}"
+    ids = tmp_path / "ids"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2**31, resource.RLIM_INFINITY))
+
+    for flags in (
+        (tokenizer, f"--prompt_file={hole}"),
+        (f"--score_ids_path={hole}", f"--logprobs_path={ids}"),
+    ):
+        command = [runner.binary, f"--model_path={tiny_program / 'model.pte'}"]
+        command += [f"--data_path={tiny_program / 'model.ptd'}", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+        assert (done.returncode, done.stderr) == (1, f"error: {hole}: out of memory\n")
+    assert list(tmp_path.iterdir()) == [hole]
 
 
 def test_flags_that_are_missing(refused, runner, tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+#include "runner/flags.h"
+
+#include <cerrno>
+#include <charconv>
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
+
+#include "runner/errors.h"
+#include "runner/files.h"
+
+namespace et_moe {
+namespace {
+
+/// What CLI11 takes for an integer and would bring into the range of int64 by itself.
+std::string check_int64(const std::string& text) {
+  errno = 0;
+  std::strtoll(text.c_str(), nullptr, 0);
+  if (errno != ERANGE) return "";
+  return "Value " + text + " not in range " + std::to_string(INT64_MIN) + " to " +
+         std::to_string(INT64_MAX);
+}
+
+/// Token ids separated by commas.
+std::vector<int64_t> parse_ids(const std::string& text) {
+  std::vector<int64_t> ids;
+  std::istringstream fields(text);
+  for (std::string field; std::getline(fields, field, ',');) {
+    int64_t id = 0;
+    const char* end = field.data() + field.size();
+    const auto [rest, error] = std::from_chars(field.data(), end, id);
+    if (error != std::errc() || rest != end) {
+      throw std::runtime_error("--prompt_ids: \"" + field + "\" is not a token id");
+    }
+    ids.push_back(id);
+  }
+  return ids;
+}
+
+}  // namespace
+
+void add_flags(CLI::App& app, Flags& f) {
+  app.add_option("--model_path", f.model_path, "The program, model.pte")->required();
+  app.add_option("--data_path", f.data_path, "The weights, model.ptd")->required();
+  app.add_option("--tokenizer_path", f.tokenizer_path,
+                 "tokenizer.json; without it prompts and results are token ids");
+  auto* prompt = app.add_option_group("prompt", "exactly one of");
+  prompt->add_option("--prompt", f.prompt, "The prompt");
+  prompt->add_option("--prompt_file", f.prompt_file, "A file that holds the prompt");
+  prompt->add_option("--prompt_ids", f.prompt_ids, "The prompt as token ids: 1,2,3");
+  auto* score = prompt->add_option("--score_ids_path", f.score_ids_path,
+                                   "A JSON list of token ids to score instead of generating");
+  prompt->require_option(1);
+  app.add_option(
+         "--logprobs_path", f.logprobs_path,
+         "Where scoring writes a JSON list of log-probabilities, one per id after the first")
+      ->needs(score);
+  app.add_option("--logits_path", f.logits_path,
+                 "Where scoring writes the logits behind them, float32 [ids - 1, vocabulary] .npy")
+      ->needs(score);
+  auto& g = f.generation;
+  app.add_option("--max_new_tokens", g.max_new_tokens, "Most tokens to generate")
+      ->check(check_int64)
+      ->capture_default_str();
+  app.add_option("--temperature", g.sampling.temperature, "0 is greedy")->capture_default_str();
+  app.add_option("--top_k", g.sampling.top_k, "Sample from the k likeliest, 0 for all")
+      ->check(check_int64)
+      ->capture_default_str();
+  app.add_option("--top_p", g.sampling.top_p, "Sample from the likeliest that make up this mass")
+      ->capture_default_str();
+  app.add_option("--seed", g.sampling.seed, "Of the sampler, any 64-bit integer")
+      ->check(check_int64)
+      ->capture_default_str();
+  app.add_flag("--parse_special,!--no_parse_special", f.parse_special,
+               "Special tokens written in the prompt become their ids (the default)");
+  app.add_option("--warmup", f.warmup, "Runs before the measured ones")
+      ->check(CLI::Range(0, 1000000));
+  app.add_option("--num_iters", f.num_iters, "Measured runs")->check(CLI::Range(1, 1000000));
+  app.add_flag("--cuda_graph", f.cuda_graph, "Capture CUDA graphs; a CPU program ignores it");
+  app.add_option("--output_ids_path", f.output_ids_path,
+                 "Where to write the generated ids, a JSON list");
+  app.add_option("--stats_path", f.stats_path,
+                 "Where to write the stats, one JSON object per measured run and line");
+}
+
+void check_outputs(const Flags& f) {
+  if (f.score_ids_path && f.logprobs_path.empty() && f.logits_path.empty()) {
+    throw std::runtime_error("--score_ids_path needs --logprobs_path or --logits_path");
+  }
+  for (const auto* path : {&f.output_ids_path, &f.stats_path, &f.logprobs_path, &f.logits_path}) {
+    if (!path->empty()) check_writable(*path);
+  }
+}
+
+std::vector<int64_t> read_prompt(const Flags& f, const Tokenizer* tokenizer) {
+  if (f.prompt_ids) return parse_ids(*f.prompt_ids);
+  if (!tokenizer) throw std::runtime_error("--tokenizer_path is needed to read a text prompt");
+  const std::string text = f.prompt ? *f.prompt : read_file(*f.prompt_file);
+  return in_context(f.prompt ? "--prompt" : *f.prompt_file, [&] {
+    if (text.empty()) throw std::runtime_error("the prompt is empty");
+    return tokenizer->encode(text, f.parse_special);
+  });
+}
+
+}  // namespace et_moe

@@ -1,0 +1,48 @@
+#include "runner/signals.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <csignal>
+#include <cstring>
+
+#include "runner/temporary_files.h"
+
+namespace et_moe {
+namespace {
+
+std::atomic<bool> deferred{false}, noted{false};
+static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler reads them");
+
+void end(int number) {
+  if (number == SIGINT && deferred.exchange(false)) {
+    noted = true;
+    return;
+  }
+  remove_temporary_files();
+  const char* const line = number == SIGINT    ? "error: ended by SIGINT\n"
+                           : number == SIGTERM ? "error: ended by SIGTERM\n"
+                                               : "error: ended by SIGHUP\n";
+  [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, line, std::strlen(line));
+  _exit(128 + number);
+}
+
+}  // namespace
+
+void handle_ending_signals() {
+  struct sigaction action{};
+  action.sa_handler = end;
+  action.sa_flags = SA_RESTART;
+  sigfillset(&action.sa_mask);
+  for (int number : {SIGINT, SIGTERM, SIGHUP}) {
+    struct sigaction before{};
+    sigaction(number, nullptr, &before);
+    if (before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);
+  }
+}
+
+void defer_interrupt() { deferred = true; }
+
+bool interrupted() { return noted; }
+
+}  // namespace et_moe

@@ -1,0 +1,18 @@
+// Signals that ask the process to end: `pipeline/signals.py` does the same for the pipeline.
+#pragma once
+
+namespace et_moe {
+
+/// From now on SIGINT, SIGTERM and SIGHUP end the process at once: the temporary files of
+/// `OutputFile` are removed, stderr gets one line, and the exit code is 128 plus the signal's
+/// number, as a shell reports a process that the signal killed. What was ignored before (by nohup)
+/// still is.
+void handle_ending_signals();
+
+/// From now on the first SIGINT only makes `interrupted` true; a second one ends the process.
+void defer_interrupt();
+
+/// Whether a SIGINT came since `defer_interrupt`.
+bool interrupted();
+
+}  // namespace et_moe
