@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "backends/threads.h"
 #include "runner/sealed_file.h"
 
 namespace et_moe {
@@ -20,14 +21,10 @@ constexpr char kChecksums[] = "et_moe.checksums", kFingerprint[] = "et_moe.finge
 template <typename Task>
 void parallel(size_t count, const Task& task) {
   std::atomic<size_t> next{0};
-  const auto work = [&] {
+  const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+  run_in_threads(std::min(count, cores), [&] {
     for (size_t i = next++; i < count; i = next++) task(i);
-  };
-  std::vector<std::thread> threads;
-  const size_t limit = std::max(1u, std::thread::hardware_concurrency());
-  for (size_t i = 1; i < std::min(count, limit); ++i) threads.emplace_back(work);
-  work();
-  for (auto& thread : threads) thread.join();
+  });
 }
 
 }  // namespace

@@ -53,6 +53,16 @@ def test_calls_obey_the_rules(fake, programs, graph: bool) -> None:
     assert '"gpu_total_bytes":4294967296' in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+def test_weights_are_copied_by_fewer_threads(fake, programs, build_dir, monkeypatch, threads):
+    """Where the system refuses to start more."""
+    monkeypatch.setenv("ET_MOE_TEST_THREADS", str(threads))
+    library = build_dir / "tests/libfew_threads.so"
+    done = fake.runner(programs / "cuda", *flags(SHORT, 2), preload=library)
+    assert done.returncode == 0, done.stderr
+    assert not fake.report()["violations"] and not fake.report()["leaks"]
+
+
 def test_a_decoded_token_is_one_launch_of_a_graph(fake, programs) -> None:
     def calls(count: int) -> dict[str, int]:
         done = fake.runner(programs / "cuda", *flags(SHORT, count, graph=True))

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
-#include <mutex>
 #include <thread>
+
+#include "backends/threads.h"
 
 namespace et_moe::cuda {
 namespace {
@@ -69,27 +69,19 @@ void copy_pieces(const std::vector<Piece>& pieces, std::atomic<size_t>& next) {
 
 void copy_all(const std::vector<Piece>& pieces) {
   std::atomic<size_t> next{0};
-  std::mutex mutex;
-  std::exception_ptr failure;
   int device = 0;
   ET_MOE_CUDA(cudaGetDevice(&device));
-  const auto work = [&] {
+  const size_t count = std::min(
+      {kThreads, pieces.size(), static_cast<size_t>(std::thread::hardware_concurrency()) + 1});
+  run_in_threads(count, [&] {
     try {
       ET_MOE_CUDA(cudaSetDevice(device));
       copy_pieces(pieces, next);
     } catch (...) {
-      next = pieces.size();
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (!failure) failure = std::current_exception();
+      next = pieces.size();  // for the other threads
+      throw;
     }
-  };
-  const size_t count = std::min(
-      {kThreads, pieces.size(), static_cast<size_t>(std::thread::hardware_concurrency()) + 1});
-  std::vector<std::thread> threads;
-  for (size_t i = 1; i < count; ++i) threads.emplace_back(work);
-  work();
-  for (auto& thread : threads) thread.join();
-  if (failure) std::rethrow_exception(failure);
+  });
 }
 
 }  // namespace
