@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from et_moe.backends.atomic_file import write_file
 from et_moe.backends.cuda.triton import tuning
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.cases.lookups import record_lookups
@@ -128,9 +129,7 @@ def save(name: str, gpu: str, entries: list[tuning.Entry]) -> None:
     """Writes the entries of one GPU, leaving the others as they are."""
     table, path = tuning.read_table(name), tuning.FOLDER / f"{name}.json"
     changed = dataclasses.replace(table, entries=table.entries | {gpu: entries})
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(format_table(changed))
-    temporary.rename(path)
+    write_file(path, format_table(changed).encode())
     tuning.read_table.cache_clear()
 
 

@@ -15,13 +15,13 @@ fp32.
 """
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 
+from et_moe.backends.atomic_file import atomic_file
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.make_bundle import WEIGHT_RMS
@@ -144,15 +144,14 @@ def _add_metadata(writer, c: ModelConfig) -> None:
 
 
 def write_gguf(path: Path, c: ModelConfig, seed: int = 0) -> None:
-    """Writes a random model of a shape, one tensor in memory.
+    """Writes a random model of a shape by way of `atomic_file`, one tensor in memory.
 
     Raises:
         ConfigError: a shape that llama.cpp does not support.
     """
     import gguf
 
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+    writer = gguf.GGUFWriter(None, ARCHITECTURE)
     _add_metadata(writer, c)
     shapes = tensor_shapes(c)
     for name, (kind, shape) in shapes.items():
@@ -165,16 +164,13 @@ def write_gguf(path: Path, c: ModelConfig, seed: int = 0) -> None:
             size = int(numpy.prod(stored))
             writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), size, quantization)
     generator = numpy.random.Generator(numpy.random.SFC64(seed))
-    try:
+    with atomic_file(path) as file:
+        writer.fout, writer.state = [file], gguf.gguf_writer.WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, (kind, shape) in shapes.items():
             writer.write_tensor_data(random_tensor(name, kind, shape, generator))
-        writer.close()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def run_bench(

@@ -165,6 +165,7 @@ def test_gguf_holds_the_tensors_of_the_shape(tmp_path):
     import gguf
 
     c, path = parse_config(SHAPE), tmp_path / "m.gguf"
+    path.touch(mode=0o600)  # its permissions stay
     llama_cpp.write_gguf(path, c)
     reader = gguf.GGUFReader(path)
     shapes = llama_cpp.tensor_shapes(c)
@@ -179,6 +180,7 @@ def test_gguf_holds_the_tensors_of_the_shape(tmp_path):
     assert reader.get_field("qwen35moe.full_attention_interval").contents() == 4
     assert reader.get_field("qwen35moe.rope.dimension_sections").contents() == [3, 3, 2, 0]
     assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_gguf_of_the_published_shape_has_its_size():

@@ -17,13 +17,15 @@ def test_tables_are_written_as_they_are_read(name):
 def test_save_changes_one_gpu(tmp_path, monkeypatch):
     name, gpu = "linear_gemv", "NVIDIA B200"
     before = tuning.read_table(name)
-    (tmp_path / f"{name}.json").write_text(tune.format_table(before))
+    (tmp_path / "table").write_text(tune.format_table(before))
+    (tmp_path / f"{name}.json").symlink_to("table")  # is followed
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning.read_table.cache_clear()
     try:
         tune.save(name, gpu, tune.merge({64: {"SPAN": 1}, 512: {"SPAN": 1}, 4096: {"SPAN": 2}}))
         entries = [tuning.Entry(512, {"SPAN": 1}), tuning.Entry(None, {"SPAN": 2})]
         assert tuning.read_table(name) == tuning.Table(before.key, before.entries | {gpu: entries})
+        assert (tmp_path / f"{name}.json").is_symlink() and len(list(tmp_path.iterdir())) == 2
     finally:
         tuning.read_table.cache_clear()
 
