@@ -3,6 +3,7 @@
 from et_moe.backends.cuda.triton.attention import cases as attention
 from et_moe.backends.cuda.triton.cases.op_case import OpCase
 from et_moe.backends.cuda.triton.causal_conv1d import cases as causal_conv1d
+from et_moe.backends.cuda.triton.embedding import cases as embedding
 from et_moe.backends.cuda.triton.gated_delta_net import cases as gated_delta_net
 from et_moe.backends.cuda.triton.hand_over import cases as hand_over
 from et_moe.backends.cuda.triton.linear import cases as linear
@@ -13,6 +14,7 @@ from et_moe.backends.cuda.triton.sampling import cases as sampling
 
 OP_CASES: tuple[OpCase, ...] = (
     *attention.CASES,
+    *embedding.CASES,
     *gated_delta_net.CASES,
     *hand_over.CASES,
     *linear.CASES,
