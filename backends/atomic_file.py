@@ -5,6 +5,7 @@ renamed when they are complete. `runner/files.cpp` does the same for the runner'
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -54,6 +55,27 @@ def write_file(path: Path, data: bytes, mode: int | None = None) -> None:
     """Writes a whole file by way of `atomic_file`."""
     with atomic_file(path, mode) as file:
         file.write(data)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError as `atomic_file` would for a file that cannot be written; leaves nothing.
+
+    For what is written at the end of long work. What is no regular file is not opened, since a FIFO
+    would wait for its reader.
+    """
+    found = _stat(path)
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return
+    temporary = _temporary(Path(os.path.realpath(path)))
+    with _naming(path, temporary):
+        try:
+            os.close(_create(temporary, None, None))
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

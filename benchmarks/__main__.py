@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from et_moe.backends.atomic_file import check_writable
 from et_moe.benchmarks.result import REPO, RUNNER
 
 # Modules that measure are imported where they are used: torch and Triton take seconds.
@@ -18,7 +19,16 @@ app = typer.Typer(
 )
 RESULTS = Path("build/results")
 
-Out = Annotated[Path, typer.Option(help="JSON file to write.")]
+
+def _writable(path: Path | None) -> Path | None:
+    """Tries an output before hours of measuring; its folder is made."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+    return path
+
+
+Out = Annotated[Path, typer.Option(help="JSON file to write.", callback=_writable)]
 Prompts = Annotated[str, typer.Option(help="Lengths of the prompts in tokens, by commas.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after a prompt.", min=2)]
 ModelDir = Annotated[
@@ -125,7 +135,9 @@ def tune(
 
 @app.command()
 def static(
-    write: Annotated[Path | None, typer.Option(help="JSON file for a row a kernel.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="JSON file for a row a kernel.", callback=_writable)
+    ] = None,
     compare: Annotated[
         Path | None, typer.Option(help="Such a file: list kernels whose code is not as there.")
     ] = None,

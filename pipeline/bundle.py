@@ -175,7 +175,7 @@ def write_bundle(
     Raises:
         ConfigError: the directory is taken, or another process writes to it.
     """
-    with sole_writer(destination):
+    with sole_writer(destination, ["config.json"]):
         if (destination / "config.json").exists():
             taken = "already holds a config.json; choose another directory"
             raise ConfigError(f"{destination}: {taken}")

@@ -1,7 +1,9 @@
 """The command line: `et-moe quantize | export | inspect | eval | make-checkpoint`."""
 
+import errno
 import json
 import logging
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -250,6 +252,7 @@ def export(
         source = _source(model_dir, model_id, prequantized, qlinear, qlinear_group_size, qembedding)
 
     from et_moe.pipeline import export as exporter
+    from et_moe.pipeline.locks import sole_writer
 
     dtype = dtype or (Dtype.BFLOAT16 if backend is Backend.CUDA else Dtype.FLOAT32)
     options = exporter.ExportOptions(
@@ -268,11 +271,13 @@ def export(
             progress.update(task, advance=1, description=stage)
 
         if graph_only:
-            exporter.write_graphs(exporter.lower(source, options), output_dir, options)
+            with sole_writer(output_dir, ["model.pte"]):
+                exporter.write_graphs(exporter.lower(source, options), output_dir, options)
         elif weights_only:
             exporter.check_tokenizer(source.directory)
-            plan = exporter.plan_weights(source, options)
-            exporter.write_weights(source, plan, output_dir, options, show)
+            with sole_writer(output_dir, ["model.ptd"]):
+                plan = exporter.plan_weights(source, options)
+                exporter.write_weights(source, plan, output_dir, options, show)
         else:
             exporter.export(source, output_dir, options, show)
     console.print(f"wrote {output_dir}", soft_wrap=True)
@@ -302,12 +307,19 @@ def make_checkpoint(
     console.print(f"wrote {output_dir}", soft_wrap=True)
 
 
+def _need_standard_output() -> None:
+    """For what a command prints at its end: it must not work for nothing."""
+    if sys.stdout is None or not sys.stdout.writable():
+        raise OSError("standard output is closed")
+
+
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A `.pte` for CUDA.")],
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prints what a CUDA program holds: methods, code, kernels, state and weights."""
+    _need_standard_output()
     from et_moe.backends.cuda.inspect import inspect as run
     from et_moe.backends.cuda.inspect import print_tables
 
@@ -333,6 +345,7 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compares an exported model with the Hugging Face model on a text."""
+    _need_standard_output()
     from et_moe.pipeline.evaluate import evaluate as run
 
     with _progress() as progress:
@@ -357,6 +370,19 @@ def _show_error(error: object) -> None:
     console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
+def _flush_output() -> None:
+    """Writes what was printed, where an error is still seen: the interpreter's exit is too late."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:  # for what is still in the buffer
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # as click does where a longer text has no reader
+            sys.exit(1)
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 def main(app: typer.Typer = app) -> None:
     """Entry point. A bad input or a machine that lacks a tool ends with one line on stderr and exit
     code 1; SIGTERM and SIGHUP with one line and 128 plus their number."""
@@ -367,7 +393,10 @@ def main(app: typer.Typer = app) -> None:
     warnings.showwarning = _show_warning
     try:
         with ending_signals():
-            app()
+            try:
+                app()
+            finally:
+                _flush_output()
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] == "et_moe":
             raise

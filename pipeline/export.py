@@ -246,6 +246,11 @@ def lower(target: Target, options: ExportOptions):
     return cpu.lower(graphs, constants)
 
 
+def _files(options: ExportOptions) -> list[str]:
+    """What `export` writes besides the tokenizer's files."""
+    return ["model.ptd", "model.pte", *(["kernels.json"] if options.debug_sidecar else [])]
+
+
 def export(
     source: WeightSource,
     output: Path,
@@ -265,7 +270,7 @@ def export(
         OSError: the output cannot be written; nothing is left under a final name.
     """
     check_tokenizer(source.directory)
-    with sole_writer(output):
+    with sole_writer(output, _files(options)):
         lowered = lower(source, options)
         progress("graphs")
         write_weights(source, lowered.plan, output, options, progress)

@@ -1,24 +1,43 @@
-"""Folders that one process at a time writes to."""
+"""Folders that one process at a time writes to, and that are found writable beforehand."""
 
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from et_moe.backends.atomic_file import check_writable
 from et_moe.pipeline.config import ConfigError
 
 
 @contextlib.contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
+def sole_writer(directory: Path, names: Iterable[str]) -> Iterator[None]:
     """Makes `directory` if need be; while the block runs, no other process gets into this one for
-    the same folder. The lock is the kernel's (flock), and goes with the process.
+    the same folder. The lock is the kernel's (flock), and goes with the process. Folders that it
+    made are removed if the block leaves them empty.
+
+    Args:
+        names: files of the folder that the block is going to write.
 
     Raises:
         ConfigError: another process is writing there.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made, or one of the files cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory):
+            for name in names:
+                check_writable(directory / name)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # one that is not empty, and those above it
+            for folder in made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from et_moe.backends import atomic_file as module
-from et_moe.backends.atomic_file import atomic_file, atomic_folder, write_file
+from et_moe.backends.atomic_file import atomic_file, atomic_folder, check_writable, write_file
 from et_moe.backends.sealed_file import LAYOUT, PtdWriter
 from et_moe.pipeline.safetensors_stream import SafetensorsWriter
 
@@ -196,6 +196,19 @@ def test_what_standard_output_goes_to_is_written_through_it(
     os.waitpid(child, 0)
     assert path.read_bytes() == b"before within after"
     assert (tmp_path / "link").is_symlink()
+
+
+def test_whether_a_file_can_be_written_is_found_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("kept")
+    os.mkfifo(tmp_path / "fifo")  # nobody reads it: to open it would take for ever
+    for name in ("a", "new", "fifo"):
+        check_writable(tmp_path / name)
+    check_writable(Path("/dev/null"))
+    for path in (tmp_path / "missing" / "a", tmp_path / "a" / "b", tmp_path, Path("/proc/a")):
+        with pytest.raises(OSError) as raised:
+            check_writable(path)
+        assert raised.value.filename == str(path)
+    assert names(tmp_path) == ["a", "fifo"] and (tmp_path / "a").read_text() == "kept"
 
 
 def test_temporary_names_cannot_be_planted(tmp_path: Path, monkeypatch) -> None:

@@ -284,7 +284,7 @@ def test_one_process_writes_to_a_folder(tiny_checkpoint: Path, tmp_path: Path) -
         "quantize": ["--model-dir", tiny_checkpoint, "--qlinear-group-size", "32"],
         "export": ["--model-dir", tiny_checkpoint, "--qlinear-group-size", "32"],
     }
-    with sole_writer(folder):
+    with sole_writer(folder, []):
         for command, arguments in commands.items():
             done = subprocess.run(
                 [
@@ -301,5 +301,5 @@ def test_one_process_writes_to_a_folder(tiny_checkpoint: Path, tmp_path: Path) -
             )
             assert done.returncode == 1, done.stderr
             assert f"error: {folder}: another process is writing to this folder" in done.stderr
-    assert not list(folder.iterdir())
+    assert not folder.exists()
     write_bundle(source, folder)

@@ -12,9 +12,10 @@ from checkpoints import make_small
 from files import file_size_limit, files_of
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
-from et_moe.pipeline import cli
+from et_moe.pipeline import cli, export
 from et_moe.pipeline.make_bundle import make_bundle
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -280,6 +281,32 @@ def test_outputs_that_cannot_be_written(refused, tiny_checkpoint, tiny_bundle, t
             named = file if file in path.parents else path
             refused(*command, path, parts=["error: ", named])
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
+
+
+@pytest.mark.parametrize("flag", [None, "--graph-only", "--weights-only"])
+def test_an_export_tries_its_files_before_the_work(
+    refused, tiny_bundle: Path, tmp_path: Path, monkeypatch, flag: str | None
+) -> None:
+    def work(*_) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(export, "lower", work)
+    monkeypatch.setattr(export, "plan_weights", work)
+    file = tmp_path / "out" / ("model.ptd" if flag == "--weights-only" else "model.pte")
+    file.mkdir(parents=True)
+    flags = [flag] if flag else []
+    command = ("export", "--prequantized", tiny_bundle, "--max-seq-len", 32, *flags, "--output-dir")
+    refused(*command, tmp_path / "out", parts=["error: ", file])
+    assert list(file.parent.iterdir()) == [file] and not list(file.iterdir())
+    with pytest.raises(AssertionError):
+        refused(*command, tmp_path / "new" / "folder", parts=[])
+    assert not (tmp_path / "new").exists()
+
+
+def test_quantize_tries_its_folder_before_the_work(refused, tiny_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr(QuantizedCheckpoint, "groups", lambda self: pytest.fail("it works"))
+    common = ("quantize", "--model-dir", tiny_checkpoint, "--qlinear-group-size", 32)
+    refused(*common, "--output-dir", "/proc", parts=["error: ", "/proc/config.json"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,3 +66,37 @@ def test_the_shortest_context(export: End, tmp_path: Path) -> None:
     assert (code, last) == (1, "error: --max-seq-len 2: expected 3 to 4096 (the model's limit)")
     assert not list(tmp_path.iterdir())
     assert export("--max-seq-len", 3)[0] == 0
+
+
+def python(code: str, **options) -> tuple[int, str]:
+    """Exit code and stderr of a process that runs `code` with `cli` imported."""
+    command = [sys.executable, "-c", f"import sys; from et_moe.pipeline import cli; {code}"]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+    return done.returncode, done.stderr
+
+
+PRINT = "cli.app = lambda: print('x'); cli.main()"
+
+
+def test_an_output_that_cannot_be_written_is_one_line() -> None:
+    message = "error: [Errno 28] No space left on device: 'standard output'\n"
+    with Path("/dev/full").open("w") as full:
+        assert python(PRINT, stdout=full) == (1, message)
+
+
+def test_an_output_without_a_reader_is_no_message() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert python(PRINT, stdout=writer) == (1, "")
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["inspect /missing", "eval --model-dir /missing --program-dir /missing --text /missing"],
+)
+def test_a_closed_output_is_found_before_the_work(command: str) -> None:
+    code = f"sys.argv[1:] = {command.split()}; cli.main()"
+    expected = (1, "error: standard output is closed\n")
+    assert python(code, preexec_fn=lambda: os.close(1)) == expected
