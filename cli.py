@@ -3,6 +3,7 @@
 import typer
 
 from et_moe.pipeline import cli as pipeline
+from et_moe.pipeline.entry import run
 from et_moe.serving import cli as serving
 
 app = typer.Typer(
@@ -14,7 +15,7 @@ app.add_typer(serving.app)
 
 def main() -> None:
     """Entry point."""
-    pipeline.main(app)
+    run(app)
 
 
 if __name__ == "__main__":

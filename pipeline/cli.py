@@ -1,27 +1,20 @@
 """The command line: `et-moe quantize | export | inspect | eval | make-checkpoint`."""
 
-import errno
 import json
-import logging
-import os
 import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from et_moe.backends.cuda.errors import ToolchainError
-from et_moe.pipeline.signals import Ended, ending_signals
+from et_moe.pipeline.entry import console, run
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
 )
-console = Console(stderr=True)
 
 
 class Backend(StrEnum):
@@ -361,50 +354,9 @@ def evaluate(
     print(result.to_json() if json_output else result.to_table())
 
 
-def _show_warning(message, category, *_) -> None:
-    """One line on stderr in place of Python's two with a line of code."""
-    console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
-
-
-def _show_error(error: object) -> None:
-    console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
-
-
-def _flush_output() -> None:
-    """Writes what was printed, where an error is still seen: the interpreter's exit is too late."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        with open(os.devnull, "wb") as nowhere:  # for what is still in the buffer
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:  # as click does where a longer text has no reader
-            sys.exit(1)
-        raise OSError(error.errno, error.strerror, "standard output") from error
-
-
-def main(app: typer.Typer = app) -> None:
-    """Entry point. A bad input or a machine that lacks a tool ends with one line on stderr and exit
-    code 1; SIGTERM and SIGHUP with one line and 128 plus their number."""
-    # ExecuTorch imports torchao, which reports the GPU libraries it does without.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.showwarning = _show_warning
-    try:
-        with ending_signals():
-            try:
-                app()
-            finally:
-                _flush_output()
-    except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] == "et_moe":
-            raise
-        _show_error(f"{error}: what this command needs is in et-moe[export] or et-moe[serve]")
-        sys.exit(1)
-    except (ValueError, OSError, ToolchainError, Ended) as error:
-        _show_error(error)
-        sys.exit(error.exit_code if isinstance(error, Ended) else 1)
+def main() -> None:
+    """Entry point of `python -m et_moe.pipeline.cli`."""
+    run(app)
 
 
 if __name__ == "__main__":
