@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from file_fuzzer import FileFuzzer
 
 from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
 from et_moe.backends.sealed_file import MAGIC, write_sealed
@@ -283,7 +284,8 @@ def test_weights_that_do_not_fit(fake, programs, tmp_path) -> None:
     data = (program / "model.ptd").read_bytes()
     assert data.count(b"experts-") == 1 and MAGIC in data
     other = tmp_path / "other.ptd"
-    other.write_bytes(data.replace(b"experts-", b"expertz-"))
+    changed = data[:-TRAILER].replace(b"experts-", b"expertz-")
+    other.write_bytes(FileFuzzer("ptd", data).seal(changed))
     refused(fake, program, 'prepacked as "expertz-', "one version of et-moe", ptd=other)
 
 

@@ -8,12 +8,9 @@ A short run by default; a long one is
 """
 
 import random
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "runner"))
 from file_fuzzer import changed_delegate, random_delegate
 from mutations import SEED, fuzz_count
 
