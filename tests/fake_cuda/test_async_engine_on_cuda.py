@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,31 @@ def test_a_device_that_failed_for_good(fake, programs) -> None:
     )
     assert all("cudaErrorIllegalAddress" in end or "ILLEGAL_ADDRESS" in end for end in ends)
     assert refused == broken and "with a fresh state" in broken
+
+
+RELOAD = """
+import select, sys
+from et_moe.serving.engine import load_engine
+from et_moe.serving.interface import SamplingParams
+
+for program in sys.argv[1:]:
+    engine = load_engine(program, max_sequences=1)
+    engine.submit([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+    ended = False
+    while not ended:
+        assert select.select([engine.fileno()], [], [], 60)[0]
+        ended = any(event.finish_reason for event in engine.take_events())
+    engine.close()
+"""
+
+
+def test_a_process_that_loads_one_program_after_the_other(fake, programs) -> None:
+    """Each runs its own code: that of the first may still be in the process."""
+
+    def launches(*names: str) -> Counter:
+        done = fake.run(Path(sys.executable), "-c", RELOAD, *(programs / name for name in names))
+        assert done.returncode == 0, done.stderr
+        return Counter(fake.report()["launches"])
+
+    both = launches("cuda", "next/cuda")
+    assert both == launches("cuda") + launches("next/cuda")

@@ -23,9 +23,6 @@ class SharedObject {
 
  private:
   void* symbol(const char* name) const;
-  // Open as long as the code is loaded: the loader takes a path it knows for the code it knows, and
-  // the number of a closed file is given out again.
-  int file_ = -1;
   void* handle_ = nullptr;
   std::string name_;
 };
