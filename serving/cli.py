@@ -1,5 +1,75 @@
 """The commands of serving, which `et-moe` has beside those of the pipeline."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 app = typer.Typer()
+
+Program = Annotated[Path, typer.Argument(help="Folder that `et-moe export` wrote.")]
+MaxSequences = Annotated[
+    int, typer.Option(min=1, help="Requests that are served at once; the memory of each is taken.")
+]
+
+
+def _model_opener(program: Path, name: str | None, **engine_options):
+    """A program's files are read now, so that what is wrong with them is said at once; the
+    asynchronous function that is returned makes the model on the running event loop."""
+    from et_moe.runner.python import Tokenizer
+    from et_moe.serving.engine import AsyncEngine, load_engine
+    from et_moe.serving.served_model import ServedModel
+
+    try:
+        tokenizer = Tokenizer(str(program / "tokenizer.json"))
+        engine = load_engine(program, **engine_options)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+    async def open_model() -> ServedModel:
+        name_or_folder = name or program.resolve().name
+        return ServedModel.make(name_or_folder, AsyncEngine(engine), tokenizer, program)
+
+    return open_model
+
+
+@app.command()
+def serve(
+    program: Program,
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(help="What clients ask for. Default: the folder's name.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="ET_MOE_API_KEY", help="That clients must send. Default: none."),
+    ] = None,
+    max_sequences: MaxSequences = 8,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait; more are refused with status 429.")
+    ] = 256,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="That requests have to end in after SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Serves a program over HTTP: OpenAI's interface, and a page to chat with at `/`."""
+    from et_moe.serving.run_server import serve as run
+    from et_moe.serving.server import create_app
+
+    if api_key is not None and not api_key.strip():
+        raise typer.BadParameter("--api-key: expected a key")
+    open_model = _model_opener(
+        program, model_name, max_sequences=max_sequences, max_waiting=max_waiting
+    )
+    run(create_app(open_model, api_key), host, port, drain_seconds)
+
+
+@app.command()
+def chat(program: Program) -> None:
+    """Chats with a program in the terminal."""
+    import asyncio
+
+    from et_moe.serving.terminal_chat import terminal_chat
+
+    asyncio.run(terminal_chat(_model_opener(program, None, max_sequences=1)))
