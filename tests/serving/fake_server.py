@@ -1,7 +1,7 @@
 """`serve` over a fake engine, as a process: `fake_server.py SECONDS_A_TOKEN DRAIN_SECONDS`.
 
-The words of a prompt say what happens: "say N" gets N words, "weather" a tool call, "fail" an error
-of the engine, and "break" breaks the device.
+The words of a prompt say what happens: "say N" gets N words, "weather" a tool call, "Python" some
+Markdown after thinking, "fail" an error of the engine, and "break" breaks the device.
 """
 
 import re
@@ -23,6 +23,31 @@ CALL = (
     "</function>\n</tool_call>"
 )
 
+MARKDOWN = """They want a short example.
+</think>
+
+## Lists
+
+A *list* keeps its **order**; `sorted` makes a new one:
+
+```python
+names = ["Ann", "Bob"]
+print(sorted(names, reverse=True))
+```
+
+1. It may hold anything,
+   - even lists,
+   - or `None`.
+2. It <b>grows</b>, see [the tutorial](https://docs.python.org/3/tutorial/).
+
+| method | does |
+| --- | --- |
+| `append` | adds one |
+| `pop` | takes one away |
+
+> [no](javascript:alert(1)) <img src=x onerror=alert(1)>
+"""
+
 
 def main() -> None:
     tokenizer = Tokenizer(str(DEMO / "tokenizer.json"))
@@ -35,6 +60,8 @@ def main() -> None:
             engine.fail_next = "no luck"
         if "weather" in text:
             return [*tokenizer.encode("</think>\n\n" + CALL, True), 2045]
+        if "Python" in text:
+            return [*tokenizer.encode(MARKDOWN, True), 2045]
         count = int((re.findall(r"say (\d+)", text) or ["1"])[-1])
         return [*tokenizer.encode("</think>\n\n" + " word" * count, True), 2045]
 

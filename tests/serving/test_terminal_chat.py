@@ -119,9 +119,10 @@ def test_keys_at_a_terminal() -> None:
     """Alt+Enter begins a line, Ctrl-C ends an answer and then nothing, Ctrl-D the program."""
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", TALK], cwd=Path(__file__).parent, stdin=terminal, stdout=terminal,
-        stderr=terminal, start_new_session=True, env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        stderr=terminal, start_new_session=True, env=environment,
     )  # fmt: skip
     os.close(terminal)
     shown = ""

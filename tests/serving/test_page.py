@@ -1,0 +1,203 @@
+"""The page: its files and headers, and a real run of it in headless Chromium."""
+
+import re
+import shutil
+
+import pytest
+from test_server import Server
+
+from et_moe.serving.page import PAGE_PATHS
+
+
+@pytest.mark.parametrize("path", sorted(PAGE_PATHS))
+def test_files(ask, path: str) -> None:
+    """Nothing is loaded from elsewhere, and nothing inline could run."""
+    response = ask(path)
+    assert response.status_code == 200
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+    kinds = {"": "text/html", "css": "text/css", "js": "text/javascript"}
+    kind = kinds[path.rpartition(".")[2] if "." in path else ""]
+    assert response.headers["content-type"].startswith(kind)
+    for target in re.findall(r"""(?:src|href|from|url\()\s*=?\s*["']([^"']+)""", response.text):
+        assert target in PAGE_PATHS or target == "data:,", target
+    assert not re.search(r"<script>|<style|\son\w+=|style=|innerHTML|eval\(", response.text)
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = Server(0.005, 5)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium found: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page on a phone; whatever its console says is a fault."""
+    context = browser.new_context(viewport={"width": 360, "height": 640})
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    faults: list[str] = []
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(server.url)
+    page.faults = faults
+    yield page
+    context.close()
+
+
+def send(page, text: str) -> None:
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+
+
+def wait_for_end(page, count: int = 1) -> None:
+    page.locator(".speed").nth(count - 1).wait_for()
+
+
+def test_two_turns(page, server) -> None:
+    page.locator("#model", has_text="demo").wait_for()
+    send(page, "say 30")
+    page.wait_for_selector("#stop:visible")
+    page.locator(".assistant .body", has_text="word word word").wait_for()
+    wait_for_end(page)
+    assert page.inner_text(".assistant .body") == " ".join(["word"] * 30)
+    assert re.search(
+        r"\d+ tokens · first after \d+ ms · [\d.]+ tokens/s", page.inner_text(".speed")
+    )
+    page.wait_for_selector("#send:visible")
+    send(page, "say 2")
+    wait_for_end(page, 2)
+    assert page.locator(".assistant .body").nth(1).inner_text() == "word word"
+    with page.expect_request("**/v1/chat/completions") as asked:
+        send(page, "say 1")
+    turns = asked.value.post_data_json["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
+    wait_for_end(page, 3)
+    assert not page.faults
+
+
+def test_stop_and_new_chat(page, server) -> None:
+    send(page, "say 5000")
+    page.locator(".assistant .body", has_text="word word word").wait_for()
+    page.click("#stop")
+    wait_for_end(page)
+    assert page.inner_text(".speed").startswith("stopped")
+    server.wait_for("et_moe_requests_running", 0)
+    send(page, "say 5000")
+    page.locator(".assistant .body", has_text="word").nth(1).wait_for()
+    page.click("#new")
+    server.wait_for("et_moe_requests_running", 0)
+    page.wait_for_selector("#send:visible")
+    assert page.locator(".message").count() == 0
+    with page.expect_request("**/v1/chat/completions") as asked:
+        send(page, "say 1")
+    assert [turn["role"] for turn in asked.value.post_data_json["messages"]] == ["user"]
+    wait_for_end(page)
+    assert not page.faults
+
+
+def test_thinking_and_markdown(page) -> None:
+    """Thinking is folded, Markdown becomes elements, and what looks like HTML stays text."""
+    send(page, "Python")
+    wait_for_end(page)
+    assert page.get_attribute(".reasoning", "open") is None
+    page.click(".reasoning summary")
+    assert page.inner_text(".reasoning div") == "They want a short example."
+    body = page.locator(".assistant .body")
+    assert body.locator("h3").inner_text() == "Lists"
+    assert body.locator("p em").inner_text() == "list"
+    assert body.locator("p strong").inner_text() == "order"
+    code = body.locator("pre[data-language=python] code").inner_text()
+    assert code == 'names = ["Ann", "Bob"]\nprint(sorted(names, reverse=True))'
+    assert body.locator("ol > li").count() == 2 and body.locator("ol > li > ul > li").count() == 2
+    assert body.locator("td").all_inner_texts() == ["append", "adds one", "pop", "takes one away"]
+    assert body.locator("a").count() == 1 and body.locator("img, b").count() == 0
+    assert "<b>grows</b>" in body.inner_text() and "[no](javascript" in body.inner_text()
+    wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    assert not page.evaluate(wide)
+    assert not page.faults
+
+
+def test_settings(page) -> None:
+    """Go into the request, and are still there after a reload; the key is only for this tab."""
+    page.click("#show-settings")
+    page.fill("[name=system]", "Be brief.")
+    page.fill("[name=temperature]", "0.5")
+    page.fill("[name=max_tokens]", "7")
+    page.uncheck("[name=thinking]")
+    page.fill("[name=key]", "secret")
+    page.press("[name=key]", "Tab")
+    page.reload()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        send(page, "say 50")
+    body = asked.value.post_data_json
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (body["temperature"], body["max_tokens"]) == (0.5, 7) and "top_p" not in body
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert asked.value.headers["authorization"] == "Bearer secret"
+    assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+    wait_for_end(page)
+    assert "cut off" in page.inner_text(".speed")
+    assert not page.faults
+
+
+def test_an_error_is_shown_and_the_question_kept(page) -> None:
+    send(page, "fail")
+    page.wait_for_selector(".fault")
+    assert "no luck" in page.inner_text(".fault")
+    assert page.input_value("#input") == "fail"
+    send(page, "say 1")
+    wait_for_end(page, 2)
+    assert page.locator(".assistant .body").nth(1).inner_text() == "word"
+
+
+MARKDOWN = {
+    "": "",
+    "a\nb\n\nc": "<p>a\nb</p><p>c</p>",
+    "# A #\n#B": "<h2>A</h2><p>#B</p>",
+    "a_b_c 2*3*4": "<p>a_b_c 2*3*4</p>",
+    "**a *b* c**": "<p><strong>a <em>b</em> c</strong></p>",
+    "`` a`b `` `<i>`": "<p><code>a`b</code> <code>&lt;i&gt;</code></p>",
+    "```\n<x>\n```js": "<pre><code>&lt;x&gt;\n```js</code>",
+    "~~~\na\n~~~\nb": "<pre><code>a</code>",
+    "- a\n- b\n  more": "<ul><li>a</li><li>b\nmore</li></ul>",
+    "3. a\n4. b": '<ol start="3"><li>a</li><li>b</li></ol>',
+    "> a\n> - b": "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>",
+    "---": "<hr>",
+    "a | b\n--|--\n1 | 2": "<table><thead><tr><th>a</th><th>b</th></tr></thead>",
+    "[a](data:x) [b](http://c/?d)": '<p>[a](data:x) <a href="http://c/?d"',
+    "see http://a.b/c.": '<p>see <a href="http://a.b/c"',
+    "**": "<p>**</p>",
+    "<script>alert(1)</script>": "<p>&lt;script&gt;alert(1)&lt;/script&gt;</p>",
+}
+
+
+def test_markdown_whole_and_in_pieces(page) -> None:
+    """A text that was rendered piece by piece looks as if it had come at once."""
+    html = """async ([text, step]) => {
+        const { render } = await import("/page/markdown.js");
+        const target = document.createElement("div");
+        for (let end = step; end < text.length + step; end += step)
+            render(text.slice(0, end), target);
+        return target.innerHTML;
+    }"""
+    for text, expected in MARKDOWN.items():
+        whole = page.evaluate(html, [text, len(text) or 1])
+        assert whole.startswith(expected), (text, whole)
+        assert page.evaluate(html, [text, 1]) == whole
+    assert not page.faults
