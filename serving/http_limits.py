@@ -3,13 +3,17 @@ request id that it is answered with."""
 
 import asyncio
 import hmac
+import logging
 import re
+import traceback
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from et_moe.serving.openai.errors import APIError
+
+logger = logging.getLogger("et_moe.serving")
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 BODY_SECONDS = 60.0
@@ -37,8 +41,12 @@ class HttpLimits:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
 
+        started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -48,7 +56,12 @@ class HttpLimits:
                 receive = await _read_body(headers, receive)
         except APIError as error:
             return await error.response()(scope, receive, send_with_id)
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _log(error, request_id)
+            if not started:
+                await APIError(500, "internal error").response()(scope, receive, send_with_id)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         if self._key is not None and scope["path"] not in self._open_paths:
@@ -61,6 +74,12 @@ class HttpLimits:
         # A page on another site can make a browser post forms and plain text here, but not JSON.
         if scope["method"] == "POST" and kind != "application/json":
             raise APIError(415, f"Content-Type {kind!r}: expected application/json")
+
+
+def _log(error: Exception, request_id: str) -> None:
+    """Where it happened, without its message, which may hold what the request says."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s: %s\n%s", request_id, type(error).__name__, where)
 
 
 async def _read_body(headers: Headers, receive: Receive) -> Receive:

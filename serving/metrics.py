@@ -1,4 +1,5 @@
-"""What a server measures, for Prometheus. Names and units follow https://prometheus.io/docs/practices/naming."""
+"""What a server measures, for Prometheus, with names and units as its documentation asks
+(https://prometheus.io/docs/practices/naming)."""
 
 from collections.abc import Callable
 
@@ -50,9 +51,13 @@ class Metrics:
         return Histogram(name, text, buckets=_SECONDS, registry=self._registry)
 
     def tokens(self, count: int, seconds: float, first: bool) -> None:
-        """`count` tokens came `seconds` after the last ones, or after the request."""
+        """`count` tokens came together, `seconds` after the last ones or after the request."""
         self._generated.inc(count)
-        (self._first if first else self._between).observe(seconds)
+        if first:
+            self._first.observe(seconds)
+            return
+        for _ in range(count):
+            self._between.observe(seconds / count)
 
     def finished(self, reason: str, seconds: float) -> None:
         self._requests.labels(reason).inc()

@@ -2,10 +2,11 @@
 has failed."""
 
 import asyncio
-import contextlib
 import logging
 import resource
+import signal
 import sys
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +24,12 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app, self._drain_seconds = app, drain_seconds
         self.failed = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn would raise the signal again after the end; a process that was asked to end and
+        did so in order has exit code 0. A second Ctrl-C does not wait."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         ending = await super().on_tick(counter)
@@ -55,8 +62,8 @@ class _Server(uvicorn.Server):
 
 
 def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> None:
-    """Serves until SIGTERM or SIGINT. Exits with code 1 if the device fails or the address is
-    taken.
+    """Serves until SIGTERM or SIGINT, and returns. Exits with code 1 if the device fails or
+    the address is taken.
 
     Args:
         drain_seconds: requests that run when a signal comes have so long to end.
@@ -74,8 +81,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> No
         lifespan="on",
     )
     server = _Server(config, app, drain_seconds)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+    server.run()
     if server.failed or not server.started:
         sys.exit(_FAILED)
 

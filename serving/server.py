@@ -1,7 +1,6 @@
 """The HTTP server: OpenAI's interface, a page to chat with, health and metrics."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -14,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from et_moe.serving.http_limits import HttpLimits
 from et_moe.serving.openai.chat import Chat, template_messages
 from et_moe.serving.openai.completions import Completion
-from et_moe.serving.openai.errors import APIError, api_error, bad_request
+from et_moe.serving.openai.errors import KNOWN, APIError, api_error, bad_request, refusals
 from et_moe.serving.openai.events import EventStream, primed, with_errors
 from et_moe.serving.openai.protocol import (
     ChatRequest,
@@ -27,8 +26,6 @@ from et_moe.serving.served_model import ServedModel
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
-
-logger = logging.getLogger("et_moe.serving")
 
 OpenModel = Callable[[], Awaitable[ServedModel]]
 """Makes the model on the server's event loop."""
@@ -67,12 +64,7 @@ def _add_errors(app: FastAPI) -> None:
         return error.response()
 
     async def known(request: Request, error: Exception) -> Response:
-        told = api_error(error)
-        if told is None:
-            # Neither the message nor the traceback's values: they may hold what a request says.
-            logger.error("%s: %s", request.url.path, type(error).__name__, exc_info=True)
-            told = APIError(500, "internal error")
-        return refuse(request, told)
+        return refuse(request, api_error(error))
 
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
@@ -81,7 +73,7 @@ def _add_errors(app: FastAPI) -> None:
     async def left(request: Request, error: _ClientLeft) -> Response:
         return Response(status_code=499)
 
-    for kind in (APIError, ValueError, RuntimeError, Exception):
+    for kind in KNOWN:
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(_ClientLeft, left)
@@ -194,7 +186,8 @@ def _tokenize(body: TokenizeRequest, model: ServedModel) -> list[int]:
             body.add_generation_prompt,
             **(body.chat_template_kwargs or {}),
         )
-    return model.tokenizer.encode(text, True)
+    with refusals():
+        return model.tokenizer.encode(text, True)
 
 
 def _add_state(app: FastAPI) -> None:

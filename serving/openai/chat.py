@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from et_moe.serving.generation import Generation, Step, in_turn
 from et_moe.serving.grammars import json_grammar, tool_grammar
 from et_moe.serving.guidance import GrammarError, Guide
-from et_moe.serving.openai.errors import bad_request
+from et_moe.serving.openai.errors import bad_request, refusals
 from et_moe.serving.openai.events import Head, event, usage
 from et_moe.serving.openai.logprobs import chat_logprobs
 from et_moe.serving.openai.protocol import ChatRequest, Message, NamedTool
@@ -165,7 +165,8 @@ class Chat:
             request.max_completion_tokens or request.max_tokens,
             (request.top_logprobs or 0) if request.logprobs else None,
         )
-        generations = model.start([prompt_ids] * request.n, params, guides)
+        with refusals():
+            generations = model.start([prompt_ids] * request.n, params, guides)
         choices = [
             _Choice(i, request, model, generation, thinking)
             for i, generation in enumerate(generations)
@@ -223,7 +224,8 @@ class Chat:
 
 def _encode(request: ChatRequest, model: ServedModel) -> tuple[str, list[int]]:
     prompt = render(request, model)
-    return prompt, model.tokenizer.encode(prompt, True)
+    with refusals():
+        return prompt, model.tokenizer.encode(prompt, True)
 
 
 async def _guides(request: ChatRequest, model: ServedModel, thinking: bool) -> list[Guide] | None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 from et_moe.serving.generation import Generation, Step, in_turn
+from et_moe.serving.openai.errors import refusals
 from et_moe.serving.openai.events import Head, event, usage
 from et_moe.serving.openai.logprobs import CompletionLogprobs
 from et_moe.serving.openai.protocol import CompletionRequest
@@ -90,7 +91,8 @@ class Completion:
             request.logprobs if request.echo else None,
         )
         pairs = [(prompt, its_params) for prompt in prompts for its_params in params]
-        generations = model.start([ids for (_, ids), _ in pairs], [p for _, p in pairs])
+        with refusals():
+            generations = model.start([ids for (_, ids), _ in pairs], [p for _, p in pairs])
         choices = [
             _Choice(i, request, model, generation, pair[0])
             for i, (generation, pair) in enumerate(zip(generations, pairs, strict=True))
@@ -140,9 +142,10 @@ class Completion:
 def _encode(request: CompletionRequest, model: ServedModel) -> list[tuple[str, list[int]]]:
     """Text and token ids of each prompt; special tokens in a text become their ids."""
     prompts = []
-    for prompt in request.prompts():
-        if isinstance(prompt, str):
-            prompts.append((prompt, model.tokenizer.encode(prompt, True)))
-        else:
-            prompts.append((model.decode(prompt) if request.echo else "", prompt))
+    with refusals():
+        for prompt in request.prompts():
+            if isinstance(prompt, str):
+                prompts.append((prompt, model.tokenizer.encode(prompt, True)))
+            else:
+                prompts.append((model.decode(prompt) if request.echo else "", prompt))
     return prompts

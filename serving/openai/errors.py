@@ -1,5 +1,8 @@
 """Errors in OpenAI's envelope, and what each failure of a request becomes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
@@ -68,9 +71,29 @@ def api_error(error: Exception) -> APIError | None:
         return APIError(503, f"the request did not end: {error}", code="generation_failed")
     if isinstance(error, ChatTemplateError):
         return bad_request(str(error), "messages")
-    if isinstance(error, ValueError):
-        return bad_request(str(error))
     return None
+
+
+KNOWN = (
+    APIError,
+    ChatTemplateError,
+    EngineBrokenError,
+    GenerationError,
+    QueueFullError,
+    ValidationError,
+)
+"""The exceptions that `api_error` knows."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Where the engine or the tokenizer refuse what a request asks of them, as a bad request."""
+    try:
+        yield
+    except KNOWN:
+        raise
+    except ValueError as error:
+        raise bad_request(str(error)) from None
 
 
 def _invalid(error: ValidationError) -> APIError:

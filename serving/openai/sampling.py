@@ -34,7 +34,7 @@ def sampling_params(
     """
     given = {key: value for key in _FIELDS if (value := getattr(request, key)) is not None}
     values = {**defaults, **given}
-    values["top_k"] = max(values.get("top_k", 0), 0)  # -1 is vLLM's name for all
+    values["top_k"] = max(int(values.get("top_k", 0)), 0)  # -1 is vLLM's name for all
     seed = random.getrandbits(63) if request.seed is None else request.seed
     return [
         SamplingParams(

@@ -40,7 +40,7 @@ async def running_app(engine: FakeEngine, tokenizer, program_dir: Path = DEMO, *
 
     app = create_app(open_model, **options)
     async with app.router.lifespan_context(app):
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             client.app = app
             yield client

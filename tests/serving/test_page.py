@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from test_server import Server
+from test_server import fake_server
 
 from et_moe.serving.page import PAGE_PATHS
 
@@ -27,7 +27,7 @@ def test_files(ask, path: str) -> None:
 
 @pytest.fixture(scope="module")
 def server():
-    running = Server(0.005, 5)
+    running = fake_server(0.005, 5)
     yield running
     running.stop()
 

@@ -1,0 +1,72 @@
+"""`et-moe serve` with a real program."""
+
+import asyncio
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from test_server import Server
+
+
+@pytest.fixture(scope="module")
+def server(tiny_program: Path):
+    options = ("--port", "0", "--max-sequences", "4", "--model-name", "tiny")
+    running = Server("et-moe", "serve", tiny_program, *options)
+    yield running
+    running.stop()
+
+
+def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
+    """Drawn with a seed, so that every token counts on the one before."""
+    requests = [
+        {"prompt": [3 + i, 60, 7], "max_tokens": 10 + i, "seed": i, "temperature": 1.0}
+        for i in range(12)
+    ]
+
+    async def ask(client: httpx.AsyncClient, body: dict) -> str:
+        body = {**body, "ignore_eos": True}
+        response = await client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["text"]
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            alone = [await ask(client, body) for body in requests]
+            together = await asyncio.gather(*(ask(client, body) for body in requests))
+            assert alone == together and len(set(alone)) > 6
+
+    asyncio.run(run())
+
+
+def test_what_the_program_refuses(server) -> None:
+    """With the engine's own words, and what it has no template for."""
+    for body in ({"prompt": [1] * 40}, {"prompt": [1], "max_tokens": 10**12}):
+        response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    response = server.chat("Hi")
+    assert response.status_code == 400 and "no chat template" in response.text
+
+
+def test_it_ends_in_order(server) -> None:
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    assert "error" not in server.log.lower(), server.log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["nowhere"], "error: nowhere/tokenizer.json: "),
+        (["--port", "99999", "nowhere"], "--port"),
+        (["--api-key", " ", "nowhere"], "--api-key: expected a key"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments: list[str], fault: str) -> None:
+    done = subprocess.run(
+        ["et-moe", "serve", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and fault in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
