@@ -11,14 +11,14 @@
 namespace et_moe {
 namespace {
 
-std::atomic<bool> deferred{false}, noted{false};
-static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler reads them");
+/// What a SIGINT does or has done: each goes over into the next, and none back.
+enum Interrupt { kEnds, kIsNoted, kWasNoted };
+std::atomic<Interrupt> interrupt{kEnds};
+static_assert(std::atomic<Interrupt>::is_always_lock_free, "a signal handler changes it");
 
 void end(int number) {
-  if (number == SIGINT && deferred.exchange(false)) {
-    noted = true;
-    return;
-  }
+  Interrupt first = kIsNoted;
+  if (number == SIGINT && interrupt.compare_exchange_strong(first, kWasNoted)) return;
   remove_temporary_files();
   const char* const line = number == SIGINT    ? "error: ended by SIGINT\n"
                            : number == SIGTERM ? "error: ended by SIGTERM\n"
@@ -41,8 +41,11 @@ void handle_ending_signals() {
   }
 }
 
-void defer_interrupt() { deferred = true; }
+void defer_interrupt() {
+  Interrupt before = kEnds;
+  interrupt.compare_exchange_strong(before, kIsNoted);
+}
 
-bool interrupted() { return noted; }
+bool interrupted() { return interrupt == kWasNoted; }
 
 }  // namespace et_moe
