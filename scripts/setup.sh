@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh Linux machine to .venv and build/runner/qwen3_5_moe_runner. Run it again at any time:
-# what is up to date stays.
+# what is up to date stays. With ET_MOE_APT=no, which demo.sh and test.sh pass on, no system package is
+# installed: those that are missing are named, and it ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,6 +20,11 @@ install_system_packages() {
     esac
   done
   [ ${#missing[@]} -eq 0 ] && return
+  if [ "${ET_MOE_APT:-yes}" = no ]; then
+    echo "setup: these system packages are missing, and ET_MOE_APT=no says not to install them:" >&2
+    echo "  apt-get install ${missing[*]}" >&2
+    exit 1
+  fi
   local sudo=()
   if [ "$(id -u)" -ne 0 ]; then
     if ! sudo -n true 2>/dev/null; then
@@ -28,7 +34,7 @@ install_system_packages() {
     fi
     sudo=(sudo -n)
   fi
-  echo "setup: installing ${missing[*]}"
+  echo "setup: apt-get installs ${missing[*]} (ET_MOE_APT=no refuses)"
   "${sudo[@]}" apt-get update -qq
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
 }
@@ -40,10 +46,16 @@ install_python_packages() {
   fi
   [ -x .venv/bin/python ] || python3 -m venv .venv
   local stamp
-  stamp=$(sha256sum pyproject.toml)
+  stamp=$(cat pyproject.toml requirements/*.txt | sha256sum)
   [ "$(cat .venv/et_moe_stamp 2>/dev/null)" = "$stamp" ] && return
   echo "setup: installing Python packages into .venv"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[build,cuda,dev,export,serve]"
+  # All of scripts/lock.sh, checked by hash; then the project, which needs nothing besides.
+  local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
+  "${install[@]}" --require-hashes --requirement requirements/lock.txt
+  if ! .venv/bin/python -m pip list --format freeze | grep -q '^torch==.*+cpu$'; then
+    "${install[@]}" --require-hashes --requirement requirements/torch-cuda.txt
+  fi
+  "${install[@]}" --no-build-isolation --editable .
   echo "$stamp" >.venv/et_moe_stamp
 }
 
