@@ -1,4 +1,4 @@
-"""Internals of torch and Triton that compiling relies on, where no result would show that they moved.
+"""Internals of torch and Triton on which compiling relies, and whose change no result would show.
 
 docs/lowering.md lists them all.
 """
