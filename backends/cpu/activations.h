@@ -1,4 +1,4 @@
-// Activation rows in the form that products want them: INT8 chunks or padded floats.
+// Activation rows in the forms that matrix products take: INT8 chunks or padded floats.
 #pragma once
 
 #include "backends/cpu/dot.h"
@@ -10,8 +10,8 @@ namespace et_moe::cpu {
 // the op contracts).
 inline constexpr int kActivationTile = 128;
 
-// Quantizes columns begin..end, which share a scale: q[0..end-begin). Returns the scale. `source`
-// has f32x8 load(column, count).
+// Quantizes columns begin..end, which share a scale, into q[0..end-begin) and returns the scale.
+// `source` has f32x8 load(column, count).
 template <class Source>
 inline float quantize_tile(const Source& source, int64_t begin, int64_t end, int8_t* q) {
   i32x8 largest = {};
@@ -23,7 +23,7 @@ inline float quantize_tile(const Source& source, int64_t begin, int64_t end, int
     std::memset(q, 0, end - begin);
     return 0.0f;
   }
-  // As torch computes 127 / tensor, so that ties round alike.
+  // This is how torch computes 127 / tensor: ties are rounded as in the reference.
   const float inverse = 127.0f * (1.0f / amax);
   for_lanes(end - begin, [&](int64_t i, int64_t count) {
     const i32x8 rounded = round_to_int(source.load(begin + i, count) * inverse);
@@ -61,11 +61,11 @@ inline void pack_int8(const Source& source, int64_t columns, Int8Chunk* row) {
   }
 }
 
-// Floats per row of a float product: a multiple of 16.
+// How many floats a row of a float product is padded to: the next multiple of 16.
 inline int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
 
-// Copies a row, padded with zeros. For INT4 weights each 16 columns become 8 even, then 8 odd ones,
-// the order in which nibbles unpack.
+// Copies a row and pads it with zeros. For INT4 weights every 16 columns are reordered into the 8
+// even ones and then the 8 odd ones, which is the order in which nibbles are unpacked.
 template <bool kForInt4, class Source>
 inline void pack_floats(const Source& source, int64_t columns, float* row) {
   for (int64_t k = 0; k < columns; k += 16) {

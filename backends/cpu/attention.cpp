@@ -5,7 +5,8 @@ namespace et_moe::cpu {
 
 namespace {
 
-// Queries of one head that share the pass over its cache, and keys of one step of that pass.
+// How many queries of one head share a pass over its cache, and how many keys one step of that pass
+// takes.
 constexpr int64_t kQueries = 6;
 constexpr int64_t kKeys = 128;
 
@@ -68,7 +69,7 @@ void add_values(const T* values, int64_t keys, int64_t n, const float* weights, 
   }
 }
 
-// A softmax over keys that come block by block.
+// An online softmax: over keys that come block by block.
 struct RunningSoftmax {
   float largest = -INFINITY, total = 0.0f;
 
@@ -137,7 +138,7 @@ class Attention {
   }
 
  private:
-  // Norm and rotation of a token's q and k heads; k and v go to the cache.
+  // Normalizes and rotates a token's q and k heads, and writes k and v to the cache.
   void prepare(Floats qkv, Floats q_norm, Floats k_norm, double eps, const float* angles,
                int64_t half, int64_t token, float* rows) const {
     const int64_t dim = layer_.dim, queries = layer_.heads * 2 * dim;
@@ -159,7 +160,7 @@ class Attention {
     }
   }
 
-  // Tokens token.. (at most kQueries) of one head.
+  // Attention of at most kQueries tokens, from `token` on, of one head.
   void attend(int64_t head, int64_t token, const float* rows, Floats qkv, float* sums,
               MutableFloats out) const {
     const int64_t dim = layer_.dim, count = std::min(kQueries, layer_.tokens - token);

@@ -1,4 +1,4 @@
-// From the runtime's argument stack to a kernel's typed arguments. ExecuTorch's own
+// Turns the runtime's argument stack into a kernel's typed arguments. ExecuTorch's own
 // EXECUTORCH_LIBRARY aborts the process on an argument of another kind and trusts the stack's
 // length; a damaged program must end in an error instead.
 #pragma once

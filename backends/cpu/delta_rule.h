@@ -20,7 +20,7 @@ struct DeltaRule {
   float* out;          // [tokens, heads, value_dim]
 };
 
-// All tokens of one value head.
+// Processes all tokens of one value head.
 void run_head(const DeltaRule& rule, int64_t head);
 
 }  // namespace et_moe::cpu

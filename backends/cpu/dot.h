@@ -19,7 +19,8 @@ namespace et_moe::cpu {
 
 inline constexpr int kChunk = 128;
 
-// 128 INT8 activations, ordered as the nibbles of packed weights are; zeros past the row's end.
+// 128 INT8 activations in the order of the nibbles of packed weights, with zeros past the row's
+// end.
 struct Int8Chunk {
   int8_t even[64], odd[64];
   int32_t bias[16];  // -8 * the sum of columns 8l..8l+7

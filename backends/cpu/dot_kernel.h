@@ -13,7 +13,7 @@
 namespace et_moe::cpu {
 namespace {
 
-// N (at most 4) scales as floats.
+// Converts N (at most 4) scales to floats.
 template <ScaleType kType, int N>
 inline __m128 scale_values(const uint16_t* bits) {
   __m128i raw;

@@ -1,5 +1,6 @@
-// Floating-point data whose dtype is known at run time only. The dtype is asked once per vector,
-// which is cheap where a kernel streams over data once; inner loops of products are templates.
+// Floating-point data whose dtype is known at run time only. The dtype is looked at once per
+// vector, which is cheap where a kernel streams over data once; inner loops of products are
+// templates.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 
 namespace et_moe::cpu {
 
-// Read-only float32 or bfloat16 numbers; none at all if made from an empty optional.
+// Read-only float32 or bfloat16 numbers. Made from an empty optional it has none.
 class Floats {
  public:
   explicit Floats(const Tensor& tensor)
@@ -29,7 +30,7 @@ class Floats {
     return moved;
   }
 
-  // Numbers i.. (the first `count` lanes, at most 8; the others are 0).
+  // Loads the `count` (at most 8) numbers from index i on; the other lanes are 0.
   f32x8 load(int64_t i, int64_t count = kLanes) const {
     return bf16_ ? cpu::load(reinterpret_cast<const bf16*>(data_) + i, count)
                  : cpu::load(reinterpret_cast<const float*>(data_) + i, count);
@@ -69,7 +70,7 @@ class MutableFloats {
   bool bf16_;
 };
 
-// Calls body(i, count) for the vectors of 0..n; count is 8 but for the last.
+// Calls body(i, count) for each vector of 0..n; `count` is 8 for all but the last one.
 template <class Body>
 inline void for_lanes(int64_t n, const Body& body) {
   int64_t i = 0;
@@ -77,7 +78,7 @@ inline void for_lanes(int64_t n, const Body& body) {
   if (i < n) body(i, n - i);
 }
 
-// sum(source(i)^2) over 0..n, where source.load(i, count) gives a vector.
+// The sum of squares of n numbers, of which source.load(i, count) gives a vector.
 template <class Source>
 inline float sum_of_squares(const Source& source, int64_t n) {
   f32x8 total = {};

@@ -16,7 +16,7 @@ struct Convolution {
   Floats old_state;         // [taps - 1, channels]
   MutableFloats new_state;  // the same memory
 
-  // The input of `channel`.. that lies `row` rows after the oldest one in the state.
+  // The inputs of the channels from `channel` on, `row` rows after the oldest one in the state.
   f32x8 input(int64_t row, int64_t channel, int64_t count) const {
     return row < taps - 1 ? old_state.load(row * channels + channel, count)
                           : x.load((row - (taps - 1)) * x_stride + channel, count);

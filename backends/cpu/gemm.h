@@ -29,7 +29,8 @@ struct DenseRow {
   }
 };
 
-// One row of INT4 weights; even columns first (see pack_floats). There is never a tail.
+// One row of INT4 weights, even columns first (see pack_floats). Its length is a multiple of what
+// is read at a time, so no part of a vector is left over.
 template <class Scale>
 struct Int4Row {
   const uint8_t* packed;
@@ -73,7 +74,7 @@ inline void float_block(const Row* weights, const float* const* x, int64_t colum
   }
 }
 
-// As multiply(), for weights given by row_at(r).
+// Does what multiply() does, for weights that row_at(r) gives row by row.
 template <class RowAt>
 inline void float_multiply(const RowAt& row_at, int64_t rows, const float* const* x, int64_t tokens,
                            int64_t columns, float* out, int64_t stride) {

@@ -31,7 +31,7 @@ int64_t id_at(const Tensor& ids, int64_t i) {
                                               : ids.const_data_ptr<int64_t>()[i];
 }
 
-// A counting sort.
+// Makes `groups` by a counting sort.
 bool group_by_expert(Op& op, const Routing& routing, int64_t experts, Groups* groups) {
   const Tensor& ids = routing.topk_ids;
   const int64_t slots = ids.numel(), per_token = ids.size(1);

@@ -5,7 +5,7 @@ namespace et_moe::cpu {
 
 namespace {
 
-// Whether logit a comes before b; NaN, which only a broken model has, before all others.
+// Whether logit a comes before b. NaN, which only a broken model has, comes before all others.
 bool precedes(float a, float b) { return a > b || (a != a && b == b); }
 
 // The routed experts of one token in order of falling logit, and their weights: the softmax of

@@ -35,24 +35,26 @@ class Op {
   // Fails with InvalidArgument and a printf-style message. Returns false.
   __attribute__((format(printf, 2, 3))) bool fail(const char* format, ...);
 
-  // A contiguous tensor with one of these dtypes and these sizes (kAny is a wildcard).
+  // Fails unless the tensor is contiguous and has one of these dtypes and these sizes (kAny stands
+  // for any size). Returns whether it has.
   bool check(const char* argument, const Tensor& tensor, Types types, Sizes sizes);
   bool check(const char* argument, const OptionalTensor& tensor, Types types, Sizes sizes);
 
   // Gives a result its sizes, within the memory planned for it.
   bool output(const char* argument, Tensor& out, ScalarType dtype, Sizes sizes);
 
-  // The value of an `int64 [1]`, a finite `float32 [1]`.
+  // Reads the value of an `int64 [1]` or of a `float32 [1]`, which must be finite.
   bool scalar(const char* argument, const Tensor& tensor, int64_t* value);
   bool scalar(const char* argument, const Tensor& tensor, float* value);
 
-  // min(tokens, num_tokens), or tokens if num_tokens is None.
+  // Sets `valid` to min(tokens, num_tokens), or to `tokens` if num_tokens is None.
   bool valid_tokens(const OptionalTensor& num_tokens, int64_t tokens, int64_t* valid);
 
-  // A group size of the INT4 format that divides `columns`.
+  // Fails unless it is a group size of the INT4 format and divides `columns`.
   bool group_size(int64_t group_size, int64_t columns);
 
-  // Uninitialised memory until the kernel returns, at a cache line's start; null if there is none.
+  // Uninitialised memory, aligned to a cache line, that lives until the kernel returns; null, after
+  // failing, if there is none.
   template <class T>
   T* scratch(int64_t count) {
     return static_cast<T*>(allocate(count, sizeof(T)));

@@ -5,7 +5,7 @@ namespace et_moe::cpu {
 
 namespace {
 
-// `row_at(m)` gives row m as a source of `columns` numbers.
+// Quantizes all rows; `row_at(m)` gives row m as a source of `columns` numbers.
 template <class RowAt>
 void quantize_rows(Op& op, int64_t rows, int64_t columns, int64_t tile, const RowAt& row_at,
                    Tensor& q, Tensor& scale) {

@@ -45,7 +45,7 @@ inline f32x8 splat(float value) {
   return f32x8{value, value, value, value, value, value, value, value};
 }
 
-// What GCC makes little of without help: fused multiply-add, widening, narrowing.
+// Operations for which GCC makes slow code by itself: fused multiply-add, widening, narrowing.
 #ifdef __AVX2__
 inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 inline i32x8 widen(u16x8 v) { return (i32x8)_mm256_cvtepu16_epi32((__m128i)v); }
@@ -107,7 +107,7 @@ inline void store(T* target, f32x8 v, int64_t count) {
   std::memcpy(target, padded, count * sizeof(T));
 }
 
-// To bfloat16 and back.
+// Conversions to bfloat16 and back.
 inline f32x8 round_to_bf16(f32x8 v) {
   bf16 rounded[kLanes];
   store(rounded, v);
@@ -126,7 +126,7 @@ inline float max(f32x8 v) {
 
 inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 
-// Largest magnitude. Compared as integers, so that NaN counts as the largest of all.
+// The largest magnitude. Magnitudes are compared as integers, so that NaN is the largest of all.
 inline i32x8 max_magnitude(i32x8 largest, f32x8 v) {
   const i32x8 magnitude = bits_as<i32x8>(v) & 0x7FFFFFFF;
   return magnitude > largest ? magnitude : largest;
@@ -159,7 +159,7 @@ inline f32x8 exp(f32x8 v) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
-  // 2^n in two factors: n may lie outside the range of one exponent.
+  // 2^n is made of two factors, since n may lie outside the range of one exponent.
   const i32x8 exponent = round_to_int(n);
   const i32x8 half = exponent >> 1;
   return p * bits_as<f32x8>((half + 127) << 23) * bits_as<f32x8>((exponent - half + 127) << 23);
