@@ -75,6 +75,25 @@ class MethodGraph:
         nodes = self.program.graph.output_node().args[0]
         return {name: n.meta["val"] for name, n in zip(self.outputs, nodes, strict=True)}
 
+    def length(self) -> tuple[int, int]:
+        """Smallest and largest value of the size that varies from call to call; (1, 1) if none.
+
+        Raises:
+            ValueError: more than one size varies.
+        """
+        nodes = self.input_nodes()
+        shapes = {name: nodes[name].meta["val"].shape for name in self.inputs}
+        sizes = {
+            size.node.expr: (name, size)
+            for name, shape in shapes.items()
+            for size in shape
+            if not isinstance(size, int)
+        }
+        if len(sizes) > 1:
+            names = ", ".join(name for name, _ in sizes.values())
+            raise ValueError(f"more than one size varies from call to call: of {names}")
+        return next((self.bounds(size) for _, size in sizes.values()), (1, 1))
+
     def bounds(self, size: int | torch.SymInt) -> tuple[int, int]:
         """Smallest and largest value of a dimension of the graph."""
         if isinstance(size, int):

@@ -4,8 +4,9 @@ A whole method is one opaque op in the program that ExecuTorch sees, so that ops
 in place never pass the edge dialect, which would make copies of them. The op is delegated, and
 `preprocess` compiles the real graph.
 
-The delegate's processed bytes are JSON (see `describe`); the code of each architecture is a named
-blob of the `.pte`, `<method>.<architecture>`.
+The delegate's processed bytes are JSON (see `describe`). Code lies in named blobs of the `.pte`:
+a host program for each architecture and range, `<method>.<architecture>.<longest>`, and the binary
+of each kernel once, whoever launches it, under its SHA-256.
 """
 
 import contextlib
@@ -33,12 +34,12 @@ from torch.export import Dim, ExportedProgram
 
 from et_moe.backends.bindings import describe_method, describe_tensors, get_bindings, tensor_spec
 from et_moe.backends.cuda.code_cache import CodeCache, compile_cached, open_cache
-from et_moe.backends.cuda.compile import CompiledMethod
+from et_moe.backends.cuda.compile import CompiledMethod, CompiledRange
 from et_moe.backends.cuda.gpu import gpu_for
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, WeightPlan, plan_weights
 from et_moe.backends.method_graph import MethodGraph
 
-FORMAT = 3
+FORMAT = 4
 """Version of the delegate's JSON."""
 
 ALIGNMENT = 256
@@ -93,13 +94,21 @@ class EtMoeCudaBackend(BackendDetails):
         compiled = lowering.compiled[method] = {}
         for arch in lowering.archs:
             code = compile_cached(graph, lowering.plan, arch, lowering.cache)
-            store.add_named_data(f"{method}.{arch}", code.code, alignment=16)
+            for part in code.ranges:
+                store.add_named_data(_blob(method, arch, part), part.code, alignment=16)
+            for digest, binary in code.binaries.items():
+                store.add_named_data(digest, binary, alignment=16)
             compiled[arch] = code
         return PreprocessResult(
             processed_bytes=json.dumps(describe(method, graph, lowering.plan, compiled)).encode(),
             debug_handle_map={},
             data_store_output=store.get_named_data_store_output(),
         )
+
+
+def _blob(method: str, arch: str, part: CompiledRange) -> str:
+    """Name of the blob that has the host program of a range."""
+    return f"{method}.{arch}.{part.longest}"
 
 
 class EtMoeCudaPartitioner(Partitioner):
@@ -127,9 +136,11 @@ def describe(
 
     Tensors, inputs, outputs and `hand_over` are described as in `get_bindings`, see
     `backends/bindings.py`. The code takes `inputs`, `state` and `weights` in this order and returns
-    `outputs`. Where a method hands over its token, the code takes `drawn`, `int64 [2]`, behind all
-    others: the token of a call at position p is left in drawn[p % 2], too, and the inputs that
-    `hand_over` names are left as the next call takes them.
+    `outputs`. For each architecture there is code for each range of the size that varies from call
+    to call, by rising `longest`, the largest size of a range. Where a method hands over its token,
+    the code takes `drawn`, `int64 [2]`, behind all others: the token of a call at position p is
+    left in drawn[p % 2], too, and the inputs that `hand_over` names are left as the next call takes
+    them.
     """
     return {
         "format": FORMAT,
@@ -145,24 +156,29 @@ def describe(
             "torch": torch.__version__.partition("+")[0],
             "triton": triton.__version__,
         },
-        "code": {arch: _describe_code(method, code) for arch, code in compiled.items()},
+        "code": {
+            arch: [_describe_range(_blob(method, arch, part), part) for part in code.ranges]
+            for arch, code in compiled.items()
+        },
     }
 
 
-def _describe_code(method: str, code: CompiledMethod) -> dict[str, object]:
+def _describe_range(blob: str, part: CompiledRange) -> dict[str, object]:
     return {
-        "data": f"{method}.{code.arch}",
-        "bytes": len(code.code),
-        "sha256": code.sha256,
-        "launches": code.launches,
+        "longest": part.longest,
+        "data": blob,
+        "bytes": len(part.code),
+        "sha256": part.sha256,
+        "launches": part.launches,
         "kernels": [
             {
                 "name": kernel.name,
+                "sha256": kernel.sha256,
                 "launches": kernel.launches,
                 "num_warps": kernel.num_warps,
                 "shared_memory": kernel.shared_memory,
             }
-            for kernel in code.kernels
+            for kernel in part.kernels
         ],
     }
 
@@ -184,13 +200,13 @@ class LoweredProgram:
     def sidecar(self) -> str:
         """JSON for debuggers: every kernel's source, parameters and constants.
 
-        method -> architecture -> kernels, with the attributes of `inductor.Kernel`. With it a
-        program that stands in for the CUDA driver can execute each launch on a CPU.
+        method -> architecture -> range -> kernels, with the attributes of `inductor.Kernel`. With
+        it a program that stands in for the CUDA driver can execute each launch on a CPU.
         """
         return json.dumps(
             {
                 method: {
-                    arch: [dataclasses.asdict(kernel) for kernel in code.kernels]
+                    arch: [[dataclasses.asdict(k) for k in part.kernels] for part in code.ranges]
                     for arch, code in codes.items()
                 }
                 for method, codes in self.compiled.items()
@@ -250,7 +266,7 @@ def lower(
 
     Raises:
         ValueError: an unknown architecture, none at all, methods that differ in state or a weight,
-            or an output whose shape varies from call to call.
+            one with more than one size that varies from call to call, or with an output that does.
         RuntimeError, UnsupportedOpError: see `compile_method`.
     """
     if not archs:

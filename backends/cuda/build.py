@@ -1,4 +1,4 @@
-"""Builds a host program and its kernels into a shared object, reproducibly."""
+"""Builds a host program into a shared object, reproducibly."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ import torch
 from et_moe.backends.cuda.errors import ToolchainError
 from et_moe.backends.cuda.gpu import cuda_include_dir, ptxas
 from et_moe.backends.cuda.host_program import run_body
-from et_moe.backends.cuda.inductor import HostProgram, UnsupportedOpError
+from et_moe.backends.cuda.inductor import UnsupportedOpError
 
 MARCH = "x86-64"
 """The host program launches kernels and computes nothing: it is for any processor of the kind."""
@@ -85,20 +85,19 @@ _FLAGS = [
 
 _EXPORTS = "{ global: AOTInductor*; local: *; };\n"
 
-
-def _data(binaries: dict[str, bytes]) -> str:
-    """Assembly of the kernels' binaries and of the constants, of which there are none."""
-    lines = ['.section .note.GNU-stack,"",@progbits', ".section .rodata"]
-    for i, name in enumerate(binaries):
-        lines += [".balign 16", f".global __{name}_start", f"__{name}_start:"]
-        lines += [f'.incbin "{i}.cubin"', f".global __{name}_end", f"__{name}_end:"]
-    for symbol in ("_binary_constants_bin_start", "_binary_constants_bin_end"):
-        lines += [f".global {symbol}", f"{symbol}:"]
-    return "\n".join([*lines, ".byte 0", ""])
+_CONSTANTS = """.section .note.GNU-stack,"",@progbits
+.section .rodata
+.global _binary_constants_bin_start
+_binary_constants_bin_start:
+.global _binary_constants_bin_end
+_binary_constants_bin_end:
+.byte 0
+"""
+"""Assembly of the constants, of which there are none."""
 
 
 @contextlib.contextmanager
-def scratch_folder() -> Iterator[None]:
+def scratch_folder() -> Iterator[Path]:
     """Inside the block all temporary files lie in one folder, which is removed at its end.
 
     Those of this process and of the compilers that it starts: when an exception or a signal ends
@@ -109,7 +108,7 @@ def scratch_folder() -> Iterator[None]:
         mock.patch.object(tempfile, "tempdir", folder),
         mock.patch.dict(os.environ, {"TMPDIR": folder}),
     ):
-        yield
+        yield Path(folder)
 
 
 def _run(command: list[str], folder: Path) -> str:
@@ -155,18 +154,19 @@ def toolchain() -> str:
     return f"{compiler}; CUDA {cuda[1] if cuda else 'unknown'}; {assembler}"
 
 
-def build(program: HostProgram) -> bytes:
-    """Compiles and links a host program with its kernels.
+def build(source: str) -> bytes:
+    """Compiles and links the C++ text of a host program.
 
     The result exports AOTInductor's C interface, is for x86-64, and asks its loader for nothing
-    but CUDA and `RUNTIME_FUNCTIONS`. The same input gives the same bytes in any folder.
+    but CUDA, `RUNTIME_FUNCTIONS` and its kernels (`host_program.FIND_KERNEL`). The same input gives
+    the same bytes in any folder.
 
     Raises:
         UnsupportedOpError: the program calls a library op.
         ToolchainError: the C++ compiler is missing or fails.
     """
     torch_headers = Path(torch.__file__).parent / "include"
-    _check_functions(run_body(program.source))
+    _check_functions(run_body(source))
     headers = {
         torch_headers: "torch",
         torch_headers / "torch/csrc/api/include": "torch_api",
@@ -174,16 +174,24 @@ def build(program: HostProgram) -> bytes:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "host.cpp").write_text(program.source)
-        (folder / "data.S").write_text(_data(program.binaries))
+        (folder / "host.cpp").write_text(source)
+        (folder / "constants.S").write_text(_CONSTANTS)
         (folder / "exports.map").write_text(_EXPORTS)
-        for i, binary in enumerate(program.binaries.values()):
-            (folder / f"{i}.cubin").write_bytes(binary)
         includes = [f"-isystem{path}" for path in headers]
         prefixes = [f"-ffile-prefix-map={path}={short}" for path, short in headers.items()]
         renamed = [f"-D{name}=et_moe_{name}" for name in sorted(RUNTIME_FUNCTIONS)]
         _run(
-            ["g++", *_FLAGS, *renamed, *includes, *prefixes, "host.cpp", "data.S", "-o", "host.so"],
+            [
+                "g++",
+                *_FLAGS,
+                *renamed,
+                *includes,
+                *prefixes,
+                "host.cpp",
+                "constants.S",
+                "-o",
+                "host.so",
+            ],
             folder,
         )
         _check_functions(_run(["nm", "-D", "--undefined-only", "host.so"], folder))

@@ -23,7 +23,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.backends.cuda.build import toolchain
-from et_moe.backends.cuda.compile import CompiledMethod, compile_method
+from et_moe.backends.cuda.compile import CompiledMethod, CompiledRange, compile_method
 from et_moe.backends.cuda.gpu import Gpu, gpu_for
 from et_moe.backends.cuda.inductor import Kernel
 from et_moe.backends.cuda.prepack import WeightPlan
@@ -73,8 +73,8 @@ def cache_key(graph: MethodGraph, plan: WeightPlan, gpu: Gpu, tools: str) -> str
 
 
 def _encode(method: CompiledMethod) -> bytes:
-    entry = dataclasses.asdict(method) | {"code": base64.b64encode(method.code).decode()}
-    content = json.dumps(entry).encode()
+    entry = dataclasses.asdict(method)
+    content = json.dumps(entry, default=lambda data: base64.b64encode(data).decode()).encode()
     return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
@@ -85,10 +85,16 @@ def _decode(data: bytes) -> CompiledMethod | None:
         return None
     try:
         entry = json.loads(content)
-        code, kernels = base64.b64decode(entry["code"]), [Kernel(**k) for k in entry["kernels"]]
-        return CompiledMethod(**entry | {"code": code, "kernels": kernels})
-    except (ValueError, KeyError, TypeError, RecursionError):  # of another version's
+        binaries = {digest: base64.b64decode(data) for digest, data in entry["binaries"].items()}
+        ranges = [_decode_range(part) for part in entry["ranges"]]
+        return CompiledMethod(entry["arch"], ranges, binaries)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # another version's
         return None
+
+
+def _decode_range(entry: dict) -> CompiledRange:
+    code, kernels = base64.b64decode(entry["code"]), [Kernel(**k) for k in entry["kernels"]]
+    return CompiledRange(**entry | {"code": code, "kernels": kernels})
 
 
 def _distrust(info: os.stat_result) -> str:

@@ -1,4 +1,4 @@
-"""Compiles a method's graph to a CUDA shared object, on any x86-64 Linux machine."""
+"""Compiles a method's graph to CUDA code, range by range, on any x86-64 Linux machine."""
 
 import copy
 import dataclasses
@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from et_moe.backends.cuda.build import build, scratch_folder, toolchain
 from et_moe.backends.cuda.fusion import fuse
@@ -17,6 +21,7 @@ from et_moe.backends.cuda.gpu import TWINS, Gpu, gpu_for, pretend_gpu
 from et_moe.backends.cuda.host_program import kernel_calls
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
+from et_moe.backends.cuda.ranges import Range, split
 from et_moe.backends.cuda.triton.hand_over.op import _hand_over_kernel, hand_over
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.backends.cuda.triton.tuning import tuning_target
@@ -26,16 +31,17 @@ aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledMethod:
-    """A method's code for one architecture.
+class CompiledRange:
+    """A method's host program for one range of the size that varies from call to call.
 
     Attributes:
+        longest: the largest size that it is for; 1 if none varies.
         code: the shared object.
-        source: C++ text of its host program.
+        source: its C++ text.
         kernels: what it launches.
     """
 
-    arch: str
+    longest: int
     code: bytes
     source: str
     kernels: list[Kernel]
@@ -50,14 +56,58 @@ class CompiledMethod:
         return hashlib.sha256(self.code).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledMethod:
+    """A method's code for one architecture.
+
+    Attributes:
+        ranges: the host programs, by rising size.
+        binaries: of all their kernels, by SHA-256; ranges may share one.
+    """
+
+    arch: str
+    ranges: list[CompiledRange]
+    binaries: dict[str, bytes]
+
+
 def _index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     # Its decomposition indexes a CUDA tensor in Python, which a CPU build of torch cannot.
     return aten.index.Tensor(x, [None] * dim + [index])
 
 
-def _retarget(graph: MethodGraph, plan: WeightPlan) -> tuple[GraphModule, list[torch.Tensor]]:
-    """The graph on `cuda:0`, ops replaced by the functions that launch their kernels."""
+def _size_in(limits: Range, shape_env: ShapeEnv) -> int | torch.SymInt:
+    """A size that may be any of a range: a symbol, or a number if there is only one."""
+    if limits.low == limits.high:
+        return limits.low
+    limit = ValueRanges(limits.low, limits.high)
+    constraint = StrictMinMaxConstraint(vr=limit, warn_only=False)
+    source = ConstantSource("length")
+    symbol = shape_env.create_symbol(limits.high, source, DimDynamic.DYNAMIC, constraint)
+    return shape_env.create_symintnode(symbol, hint=limits.high, source=source)
+
+
+def _check_any_size(limits: Range, shape_env: ShapeEnv) -> None:
+    """Raises RuntimeError if code was made on conditions that not all sizes of a range meet."""
+    failed = [f"{symbol} is {value}" for symbol, value in shape_env.replacements.items()]
+    for condition in (guard.expr for guard in shape_env.guards):
+        sizes = range(limits.low, limits.high + 1)
+        if not all(condition.subs(dict.fromkeys(condition.free_symbols, n)) for n in sizes):
+            failed.append(str(condition))
+    if failed:
+        raise RuntimeError(f"the code is not for all of {limits}: {', '.join(failed)}")
+
+
+def _retarget(
+    graph: MethodGraph, plan: WeightPlan, limits: Range, fake_mode: FakeTensorMode
+) -> tuple[GraphModule, list[torch.Tensor]]:
+    """The graph on `cuda:0`, ops replaced by the functions that launch their kernels.
+
+    Args:
+        limits: of the size that varies from call to call.
+        fake_mode: of the inputs, fresh: what is known of a size in one range is not for others.
+    """
     device = torch.device("cuda", 0)
+    size = _size_in(limits, fake_mode.shape_env)
     module = GraphModule(torch.nn.Module(), copy.deepcopy(graph.program.graph))
     fuse(module.graph)
     names = iter(graph.input_nodes())
@@ -69,8 +119,9 @@ def _retarget(graph: MethodGraph, plan: WeightPlan) -> tuple[GraphModule, list[t
                 continue
             nodes[name := next(names)] = node
             dtype, shape = plan.spec.get(name, (value.dtype, value.shape))
-            with value.fake_mode:
-                node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+            with fake_mode:
+                sizes = [s if isinstance(s, int) else size for s in shape]
+                node.meta["val"] = torch.empty(sizes, dtype=dtype, device=device)
             inputs.append(node.meta["val"])
         if node.op != "call_function":
             continue
@@ -140,22 +191,28 @@ def check_in_place(source: str, graph: MethodGraph) -> None:
         raise RuntimeError("the token is not handed over in place")
 
 
-def _generate(graph: MethodGraph, plan: WeightPlan, gpu: Gpu) -> HostProgram:
+def _generate(
+    graph: MethodGraph, plan: WeightPlan, gpu: Gpu, limits: Range, kernels: Path
+) -> HostProgram:
     with (
         tempfile.TemporaryDirectory() as work,
         pretend_gpu(gpu),
         tuning_target(gpu.name, gpu.arch, TWINS.get(gpu.arch, gpu.arch)),
     ):
-        module, inputs = _retarget(graph, plan)
-        return generate(module, inputs, Path(work))
+        fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+        module, inputs = _retarget(graph, plan, limits, fake_mode)
+        program = generate(module, inputs, Path(work), kernels)
+        _check_any_size(limits, fake_mode.shape_env)
+        return program
 
 
 def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledMethod:
     """Compiles one method for one architecture; no GPU, driver or CUDA toolkit is needed.
 
-    The code takes the method's inputs, state and weights (prepacked, see `plan`), and behind them,
-    if the method has a `hand_over`, `drawn` of `triton.hand_over`: CUDA tensors in that order,
-    contiguous and aligned to 16 bytes. It updates in place state and what `hand_over` writes.
+    The code of each range takes the method's inputs, state and weights (prepacked, see `plan`), and
+    behind them, if the method has a `hand_over`, `drawn` of `triton.hand_over`: CUDA tensors in
+    that order, contiguous and aligned to 16 bytes. It updates in place state and what `hand_over`
+    writes.
 
     Args:
         arch: one of `gpu.ARCHS`; kernels are tuned for the first GPU of that architecture there.
@@ -164,10 +221,16 @@ def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledM
         UnsupportedOpError: the graph has an op without a kernel, which would be a library call.
         ToolchainError: unsupported versions, or a missing compiler.
         RuntimeError: state that is copied.
+        ValueError: more than one size varies from call to call.
     """
     gpu = gpu_for(arch)
     toolchain()  # before minutes of work
-    with scratch_folder():
-        program = _generate(graph, plan, gpu)
-        check_in_place(program.source, graph)
-        return CompiledMethod(arch, build(program), program.source, program.kernels)
+    ranges, binaries = [], {}
+    with scratch_folder() as scratch:
+        for limits in split(*graph.length()):
+            program = _generate(graph, plan, gpu, limits, scratch / "kernels")
+            check_in_place(program.source, graph)
+            code = build(program.source)
+            ranges.append(CompiledRange(limits.high, code, program.source, program.kernels))
+            binaries |= program.binaries
+    return CompiledMethod(arch, ranges, binaries)

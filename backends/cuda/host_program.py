@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 
 def run_body(source: str) -> str:
@@ -50,6 +50,26 @@ _LAUNCH_DEPENDENT = """static inline void launchDependentKernel(
 }
 """
 """For kernels that wait for their predecessor themselves: `triton/common/dependent_launch.py`."""
+
+
+FIND_KERNEL = "et_moe_find_kernel"
+"""Function of the program that loads the code: the binary with a SHA-256, in hexadecimal."""
+
+
+def find_kernels(source: str, digests: Mapping[str, str]) -> str:
+    """The host program with kernels that it asks its loader for, instead of kernels inside it.
+
+    Args:
+        digests: SHA-256 of the binary by the name of the kernel, for all kernels.
+    """
+    declared = f'extern "C" const void* {FIND_KERNEL}(const char* sha256);\n'
+    source = source.replace(_LAUNCH, declared + _LAUNCH, 1)
+    for name, digest in digests.items():
+        load = f"loadKernel(__{name}_start,"
+        if source.count(load) != 1:
+            raise RuntimeError("torch generates another host program than expected")
+        source = source.replace(load, f'loadKernel({FIND_KERNEL}("{digest}"),')
+    return source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from et_moe.backends.cuda.gpu import ptxas_environment
 from et_moe.backends.cuda.host_program import (
     Accesses,
     find_dependents,
+    find_kernels,
     kernel_calls,
     launch_dependents,
 )
@@ -84,7 +85,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class HostProgram:
-    """C++ text of the host program, its kernels, and their binaries by kernel name."""
+    """C++ text of the host program, its kernels, and their binaries by SHA-256."""
 
     source: str
     kernels: list[Kernel]
@@ -246,15 +247,18 @@ class _Collector:
         binaries, kernels = {}, []
         for name, launches in calls.items():
             parameters = CudaKernelParamCache.cache[name]
-            binaries[name] = Path(parameters["cubin_path"]).read_bytes()
-            kernel = self._kernel(name, parameters, binaries[name], launches, name in dependents)
+            binary = Path(parameters["cubin_path"]).read_bytes()
+            kernel = self._kernel(name, parameters, binary, launches, name in dependents)
             kernels.append(kernel)
+            binaries[kernel.sha256] = binary
         source, count = re.subn(
             r"#define CUDA_DRIVER_CHECK\(EXPR\)(.*\\\n)+.*\n", lambda _: _DRIVER_CHECK, wrapper_code
         )
         if count != 1:
             raise RuntimeError("torch generates another host program than expected")
-        self.program = HostProgram(launch_dependents(source, dependents), kernels, binaries)
+        source = launch_dependents(source, dependents)
+        source = find_kernels(source, {kernel.name: kernel.sha256 for kernel in kernels})
+        self.program = HostProgram(source, kernels, binaries)
         return ""
 
     def _accesses(self, name: str, parameters: dict) -> Accesses:
@@ -294,7 +298,9 @@ class _Collector:
         )
 
 
-def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> HostProgram:
+def generate(
+    module: GraphModule, inputs: list[torch.Tensor], work: Path, kernels: Path
+) -> HostProgram:
     """Compiles a graph of Triton functions and aten ops to a host program and kernels.
 
     To be called inside `pretend_gpu`.
@@ -303,6 +309,7 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
         module: the graph; placeholders are `inputs`.
         inputs: fake CUDA tensors.
         work: an empty folder for intermediate files.
+        kernels: a folder of compiled kernels; those that are in it are not compiled again.
 
     Raises:
         UnsupportedOpError: the graph has an op that would be a library call.
@@ -313,7 +320,7 @@ def generate(module: GraphModule, inputs: list[torch.Tensor], work: Path) -> Hos
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
     collector, op_class = _Collector(), triton_kernel_wrap.Op
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(work / "triton")}
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(kernels)}
     environment |= ptxas_environment()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, environment))

@@ -20,7 +20,8 @@ def inspect(pte: bytes) -> dict[str, object]:
     Returns:
         `backend`: its id; `bytes`: of the file; `constants`: constant method -> value; `methods`:
         method -> what `backend.describe` says of it (inputs, outputs, hand_over, state, weights,
-        versions, prepack, and per architecture bytes, digest, launches per call and kernels).
+        versions, prepack, and per architecture and range the largest size, bytes, digest, launches
+        per call and kernels).
 
     Raises:
         ValueError: not a `.pte`, none of this backend's, of another format version, or damaged (the
@@ -39,8 +40,9 @@ def inspect(pte: bytes) -> dict[str, object]:
         if backend != EtMoeCudaBackend.__name__:
             raise ValueError(f"method {plan.name} is for {backend}: not a program for CUDA")
         methods[plan.name] = _describe(plan.name, _processed(file.program, plan.delegates[0]))
-        for arch, code in methods[plan.name]["code"].items():
-            _check_code(f"{plan.name}, {arch}", file, code)
+        for arch, ranges in methods[plan.name]["code"].items():
+            for code in ranges:
+                _check_code(f"{plan.name}, {arch}, up to {code['longest']}", file, code)
     if not methods:
         raise ValueError("no method is delegated: not a program for CUDA")
     return {
@@ -76,12 +78,15 @@ def _describe(method: str, processed: bytes) -> dict[str, object]:
 
 
 def _check_code(name: str, file: PTEFile, code: dict) -> None:
+    """Raises ValueError unless host program and kernels of a range are those that are described."""
     entries = file.named_data.pte_data if file.named_data else {}
-    if code["data"] not in entries:
-        raise ValueError(f"{name}: no blob {code['data']} in the file")
-    blob = bytes(file.named_data.buffers[entries[code["data"]].buffer_index])
-    if len(blob) != code["bytes"] or hashlib.sha256(blob).hexdigest() != code["sha256"]:
-        raise ValueError(f"{name}: the code is damaged: its digest does not match")
+    blobs = {code["data"]: code["sha256"]} | {k["sha256"]: k["sha256"] for k in code["kernels"]}
+    for blob, digest in blobs.items():
+        if blob not in entries:
+            raise ValueError(f"{name}: no blob {blob} in the file")
+        content = bytes(file.named_data.buffers[entries[blob].buffer_index])
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{name}: the code is damaged: its digest does not match")
 
 
 def print_tables(description: dict) -> None:
@@ -90,17 +95,17 @@ def print_tables(description: dict) -> None:
     methods = description["methods"]
     versions = ", ".join(f"{k} {v}" for k, v in next(iter(methods.values()))["versions"].items())
     console.print(f"{description['backend']}, {description['bytes']:,} bytes, made with {versions}")
-    code = Table("method", "arch", "launches", "bytes", "sha256", title="code")
-    kernels = Table("method", "arch", "kernel", "launches", "warps", "shared memory")
+    code = Table("method", "arch", "up to", "launches", "bytes", "sha256", title="code")
     calls = Table("method", "kind", "tensor", "dtype", "shape", title="inputs and outputs")
     tensors = Table("method", "tensors", "number", "bytes", title="tensors")
+    kernels: list[Table] = []
     for name, method in methods.items():
-        for arch, entry in method["code"].items():
-            size, digest = f"{entry['bytes']:,}", entry["sha256"][:16]
-            code.add_row(name, arch, str(entry["launches"]), size, digest)
-            for k in entry["kernels"]:
-                numbers = (str(k[key]) for key in ("launches", "num_warps", "shared_memory"))
-                kernels.add_row(name, arch, k["name"], *numbers)
+        for arch, ranges in method["code"].items():
+            for entry in ranges:
+                longest, launches = str(entry["longest"]), str(entry["launches"])
+                size, digest = f"{entry['bytes']:,}", entry["sha256"][:16]
+                code.add_row(name, arch, longest, launches, size, digest)
+                kernels.append(_kernel_table(entry))
         for kind in ("input", "output"):
             for tensor in method[f"{kind}s"]:
                 use = _hand_over_text(method["hand_over"], tensor["name"])
@@ -108,11 +113,20 @@ def print_tables(description: dict) -> None:
         for kind in ("inputs", "state", "weights", "outputs"):
             size = sum(_nbytes(tensor) for tensor in method[kind])
             tensors.add_row(name, kind, str(len(method[kind])), f"{size:,}")
-    for table in (code, kernels, calls, tensors):
+    for table in (code, *kernels, calls, tensors):
         console.print(table)
     constants = {k: v for k, v in description["constants"].items() if k != "get_bindings"}
     for name, value in constants.items():
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _kernel_table(code: dict) -> Table:
+    """The kernels of a method's code for one architecture and range."""
+    table = Table("kernel", "launches", "warps", "shared memory", title=code["data"])
+    for kernel in code["kernels"]:
+        numbers = (str(kernel[key]) for key in ("launches", "num_warps", "shared_memory"))
+        table.add_row(kernel["name"], *numbers)
+    return table
 
 
 def _hand_over_text(hand_over: dict | None, name: str) -> str:

@@ -140,8 +140,9 @@ Ids generate(char** argv) {
   config.max_new_tokens = 4;  // the first run, warm-up, capture, replay
   et_moe::llm::Stats stats;
   Ids ids;
-  for (int run = 0; run < 2; ++run) {
-    const Ids more = engine.generate({1, 2, 3}, config, stats, [](int64_t) { return true; }).ids;
+  const Ids few = {1, 2, 3}, many(18, 5);  // for the code of two ranges
+  for (const Ids& prompt : {few, few, many}) {
+    const Ids more = engine.generate(prompt, config, stats, [](int64_t) { return true; }).ids;
     ids.insert(ids.end(), more.begin(), more.end());
   }
   return ids;

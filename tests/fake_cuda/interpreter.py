@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import mmap
 import os
@@ -180,8 +179,9 @@ class Server:
 
     def __init__(self, sidecar: Path, memory: Memory, folder: Path) -> None:
         methods = json.loads(sidecar.read_text())
-        codes = itertools.chain.from_iterable(archs.values() for archs in methods.values())
-        self._entries = {k["sha256"]: k for k in itertools.chain.from_iterable(codes)}
+        codes = (ranges for archs in methods.values() for ranges in archs.values())
+        kernels = (kernel for ranges in codes for part in ranges for kernel in part)
+        self._entries = {kernel["sha256"]: kernel for kernel in kernels}
         self._memory, self._folder = memory, folder
         self._digests: dict[int, str] = {}
         self._kernels: dict[str, Kernel] = {}

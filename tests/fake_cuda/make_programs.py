@@ -35,8 +35,9 @@ from et_moe.pipeline.models import Model
 from et_moe.pipeline.quantize import QuantizedCheckpoint
 from et_moe.pipeline.storage import choose_storages
 
-MAX_PREFILL_TOKENS = 16
-"""Short, so that a prompt of some tens of tokens takes several calls."""
+MAX_PREFILL_TOKENS = 20
+"""Short, so that a prompt of some tens of tokens takes several calls; more than the range for a few
+tokens has, so that calls have the kernels for many, too."""
 
 # One layer has a dense MLP, the other a mixture whose weights do not add up to 1.
 NEXT_FOR_CUDA = SMALL_FOR_CUDA | {

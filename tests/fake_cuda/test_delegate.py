@@ -15,8 +15,9 @@ from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
 from et_moe.backends.sealed_file import MAGIC, write_sealed
 
 CAPTURE = pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-# Two calls of at most 16 tokens, the second one padded.
-LONG, SHORT = [5, 77, 130, 9, 31, 64, 250, 3, 8, 19, 20, 33, 41, 57, 101, 99, 5, 6, 7], [9, 8]
+# Two calls: of 20 tokens, with the kernels for many, and of 3, padded, with those for a few.
+LONG = [5, 77, 130, 9, 31, 64, 250, 3, 8, 19, 20, 33, 41, 57, 101, 99, 5, 6, 7, 12, 18, 200, 1]
+SHORT = [9, 8]
 TRAILER = 24
 
 
@@ -131,6 +132,41 @@ def test_executed_tokens_are_those_of_the_cpu(fake, programs, build_dir, graph: 
     done = fake.runner(programs / "cuda", *flags(LONG, 4, graph), "--warmup=1", execute=sidecar)
     assert done.returncode == 0, done.stderr
     assert tokens(done.stdout) == cpu_tokens(build_dir, programs, LONG, 4)
+
+
+@CAPTURE
+@pytest.mark.parametrize(
+    ("length", "few", "many"),
+    [(2, 1, 0), (15, 1, 0), (16, 1, 0), (17, 0, 1), (19, 0, 1), (20, 0, 1), (23, 1, 1), (37, 0, 2)],
+)
+def test_calls_run_the_code_of_their_range(
+    fake, programs, graph: bool, length: int, few: int, many: int
+) -> None:
+    """A prompt takes calls of at most 20 tokens; of up to 16 the experts have kernels of their own.
+
+    The first run is eager, the second one is captured, the third is a launch of the same graph.
+    """
+    prompt = [1 + i % 200 for i in range(length)]
+    done = fake.runner(programs / "cuda", *flags(prompt, 1, graph), "--num_iters=3")
+    assert done.returncode == 0, done.stderr
+    report = fake.report()
+    layers, found = 2, report["launches"]
+    assert found.get("_decode_gate_up_kernel", 0) == 3 * few * layers
+    assert found.get("_gate_up_kernel", 0) == 3 * many * layers
+    graphs = report["calls_by_name"].get("cudaGraphInstantiate", 0)
+    assert graphs == (few + many if graph and length != 37 else graph)
+
+
+@pytest.mark.timeout(900)
+def test_executed_tokens_around_the_boundaries(fake, programs, build_dir) -> None:
+    """Lengths that are padded and that are not, at the ends of both ranges."""
+    prompts = [[*LONG, *LONG][:length] for length in (3, 15, 16, 17, 19, 36)]
+    printed = fake.check(
+        *("sessions", *files(programs / "cuda"), 0, 1, *map(json.dumps, prompts)),
+        execute=str(programs / "cuda/kernels.json"),
+    )
+    expected = [cpu_tokens(build_dir, programs, prompt, 1) for prompt in prompts]
+    assert [json.loads(line) for line in printed.splitlines()] == expected
 
 
 @pytest.mark.timeout(900)
@@ -269,10 +305,14 @@ def test_no_driver(programs, build_dir) -> None:
     assert "no NVIDIA driver" in done.stderr and "--backend cpu" in done.stderr
 
 
-def test_a_program_that_was_tampered_with(fake, programs, tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["host program", "kernel"])
+def test_a_program_that_was_tampered_with(fake, programs, tmp_path, kind: str) -> None:
     """Sealed again, so that only the code's own digest is wrong."""
     data = bytearray((programs / "cuda/model.pte").read_bytes()[:-TRAILER])
-    data[data.rindex(b"\x7fELF") + 5000] ^= 1
+    # The number of the machine in an ELF header: EM_X86_64, EM_CUDA.
+    machine = {"host program": b"\x3e\x00", "kernel": b"\xbe\x00"}[kind]
+    files = (m.start() for m in re.finditer(rb"\x7fELF", data))
+    data[next(at for at in files if data[at + 18 : at + 20] == machine) + 1000] ^= 1
     write_sealed(tmp_path / "model.pte", bytes(data))
     refused(fake, tmp_path, "digest mismatch", "not be run", ptd=programs / "cuda/model.ptd")
 
@@ -307,7 +347,7 @@ def test_inspect(programs) -> None:
     assert "_decode_gate_up_kernel" in printed.stdout and "get_max_seq_len: 64" in printed.stdout
     rows = [" ".join(re.findall(r"[^\s│]+", line)) for line in printed.stdout.splitlines()]
     for row in (
-        "prefill input tokens int64 [1, 2..16]",
+        "prefill input tokens int64 [1, 2..20]",
         "prefill output token int64 [1, 1]",
         "decode input tokens (next: token) int64 [1, 1]",
         "decode input position (next: + 1) int64 [1]",

@@ -132,21 +132,26 @@ def test_codes_of_weights_that_do_not_fit(fake, small, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "code"),
     [
-        (b'"format": 3', b'"format": 2', "DelegateInvalidCompatibility"),
+        (b'"format": 4', b'"format": 3', "DelegateInvalidCompatibility"),
         (b'"prepack"', b'"prepak"', "InvalidProgram"),
         (b'"hand_over": {"token": "token"', b'"hand_over": {"token": "logit"', "InvalidProgram"),
         (b'"min_shape": [1, 2]', b'"min_shape": [0, 2]', "InvalidProgram"),
+        (b'"longest": 64', b'"longest": 63', "InvalidProgram"),
+        (b'"longest": 16', b'"longest": 64', "InvalidProgram"),
+        (b'"data": "decode.sm_90.1"', b'"data": "decode.sm_90.2"', "InvalidProgram"),
+        (b'"sha256"', b'"sha255"', "InvalidProgram"),
         (b"AOTInductorModelContainerDelete", b"AOTInductorModelContainerDelate", "InvalidProgram"),
     ],
 )
 def test_codes_of_programs_that_do_not_fit(
     fake, small, tmp_path, old: bytes, new: bytes, code: str
 ) -> None:
-    """Of another version, damaged, with two dimensions that vary, or with other code."""
+    """Of another version, damaged, with two dimensions that vary, for other lengths, without code
+    that it names, or with other code."""
     whole = (small / "cuda.pte").read_bytes()
     assert old in whole
     (tmp_path / "other.pte").write_bytes(whole.replace(old, new.ljust(len(old))))
-    method = "scores" if b"min_shape" in old else "decode"
+    method = "scores" if b"min_shape" in old or b"longest" in old else "decode"
     assert failure(fake, small, method, pte=tmp_path / "other.pte") == ("load", code)
 
 

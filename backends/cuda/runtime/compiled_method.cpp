@@ -1,7 +1,5 @@
 #include "backends/cuda/runtime/compiled_method.h"
 
-#include <sodium/crypto_hash_sha256.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -18,18 +16,6 @@ using executorch::runtime::NamedDataMap;
 
 constexpr size_t kToken = sizeof(int64_t);
 
-std::string sha256(const void* data, size_t size) {
-  unsigned char digest[crypto_hash_sha256_BYTES];
-  crypto_hash_sha256(digest, static_cast<const unsigned char*>(data), size);
-  std::string text;
-  for (unsigned char byte : digest) {
-    char digits[3];
-    std::snprintf(digits, sizeof digits, "%02x", byte);
-    text += digits;
-  }
-  return text;
-}
-
 std::unique_ptr<Tensor> view_of(std::byte* data, const TensorSpec& spec) {
   return view(data, {spec.shape.begin(), spec.shape.end()}, static_cast<int32_t>(spec.dtype));
 }
@@ -40,30 +26,30 @@ CompiledMethod::CompiledMethod(MethodInfo info, const NamedDataMap& data)
     : info_(std::move(info)),
       context_(Context::of(data)),
       offsets_(aligned_offsets(info_.spec.inputs)) {
-  const CodeInfo& code = info_.code_for(architecture());
-  const auto blob = data.get_data(code.data);
-  if (!blob.ok() || blob->size() != code.bytes) {
-    throw DelegateError(Error::InvalidProgram, "the program lacks the code " + code.data);
+  for (const CodeInfo& code : info_.code_for(architecture())) {
+    for (const std::string& kernel : code.kernels) context_->kernels_.adopt(data, kernel);
+    const auto blob = load_code(data, code.data, code.sha256);
+    ranges_.push_back({code.longest, std::make_unique<Container>(blob.data(), blob.size(),
+                                                                 code.data, context_->kernels_)});
   }
-  if (sha256(blob->data(), blob->size()) != code.sha256) {
-    throw DelegateError(
-        Error::InvalidProgram,
-        "the code " + code.data + " is not what was exported: digest mismatch; it will not be run");
-  }
-  container_ = std::make_unique<Container>(blob->data(), blob->size(), code.data);
   context_->adopt(data, info_);
 }
 
 CompiledMethod::~CompiledMethod() { context_->forget(*this); }
 
+const CompiledMethod::Range& CompiledMethod::range_of(int64_t length) const {
+  return *std::find_if(ranges_.begin(), ranges_.end(),
+                       [length](const Range& range) { return length <= range.longest; });
+}
+
 int64_t CompiledMethod::bucket(int64_t length) const {
-  if (!info_.free_dimension) return length;
-  const auto [input, dimension] = *info_.free_dimension;
-  const int64_t most = info_.spec.inputs[input].shape[dimension];
-  // An eighth of the power of two below, at least 16: padding stays under 1/8 of long prompts.
-  int64_t step = 16;
+  // Of a few tokens a power of two. Of more a multiple of an eighth of the power of two below, at
+  // least 16: padding stays under 1/8 of long prompts.
+  int64_t step = 1;
+  while (step < std::min<int64_t>(length, 16)) step *= 2;
   while (step * 16 <= length) step *= 2;
-  return std::min(most, (length + step - 1) / step * step);
+  // A longer range has kernels for more tokens, which are slower for these.
+  return std::min(range_of(length).longest, (length + step - 1) / step * step);
 }
 
 Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
@@ -85,7 +71,8 @@ Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
   }
   const ArenaScope scope(context_->arena_);
   const auto results =
-      container_->run(std::move(tensors), info_.spec.outputs.size(), context_->stream_.get());
+      range_of(calls.length)
+          .code->run(std::move(tensors), info_.spec.outputs.size(), context_->stream_.get());
   Calls::Outputs outputs;
   for (size_t i = 0; i < results.size(); ++i) {
     if (results[i]->nbytes() != static_cast<int64_t>(info_.spec.outputs[i].nbytes())) {

@@ -33,11 +33,17 @@ class CompiledMethod {
 
   /// One call, with the session and the options of the active CallScope: fills the outputs that are
   /// wanted, and always the token that is handed over. An input of varying length is padded with
-  /// zeros to one of a few lengths. Throws DelegateError: InvalidState if the session runs ahead
-  /// with another call, else what CUDA or the code says.
+  /// zeros to one of a few lengths, and run by the code for it. Throws DelegateError: InvalidState
+  /// if the session runs ahead with another call, else what CUDA or the code says.
   void run(const HostTensors& tensors);
 
  private:
+  /// The code for the lengths above those of the range before.
+  struct Range {
+    int64_t longest;
+    std::unique_ptr<Container> code;
+  };
+
   /// Runs the code on the inputs that are on the GPU; returns where its outputs are.
   Calls::Outputs enqueue(Session& session, const Calls& calls);
   /// Starts the call of calls.length, at calls.drawn->position, as a graph if it may be one.
@@ -51,12 +57,14 @@ class CompiledMethod {
   /// Starts copies of the outputs that are wanted, but for a token that is handed over; whether
   /// there are any.
   bool copy_outputs(const Calls& calls, const std::vector<void*>& outputs) const;
-  /// The length that a call of `length` is padded to.
+  /// The range that a length lies in.
+  const Range& range_of(int64_t length) const;
+  /// The length that a call of `length` is padded to; it lies in the same range.
   int64_t bucket(int64_t length) const;
 
   MethodInfo info_;
   std::shared_ptr<Context> context_;
-  std::unique_ptr<Container> container_;
+  std::vector<Range> ranges_;    // by rising length; the last one ends with the longest
   std::vector<size_t> offsets_;  // of the inputs in their memory; the end of the last
   bool capture_failed_ = false;
 };

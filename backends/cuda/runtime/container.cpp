@@ -18,8 +18,9 @@ Error code_of_driver_error(const std::string& text) {
 
 }  // namespace
 
-Container::Container(const void* data, size_t size, const std::string& name)
+Container::Container(const void* data, size_t size, const std::string& name, const Kernels& kernels)
     : name_(name),
+      kernels_(kernels),
       code_(data, size, name),
       run_(code_.function<Run>("AOTInductorModelContainerRunSingleThreaded")),
       delete_(code_.function<Delete>("AOTInductorModelContainerDelete")),
@@ -51,6 +52,7 @@ std::vector<std::unique_ptr<Tensor>> Container::run(std::vector<std::unique_ptr<
   std::vector<Tensor*> handles(inputs.size()), results(count);
   std::vector<std::unique_ptr<Tensor>> outputs(count);
   for (size_t i = 0; i < inputs.size(); ++i) handles[i] = inputs[i].release();
+  const KernelScope scope(kernels_);
   const int32_t status =
       run_(handle_, handles.data(), handles.size(), results.data(), count, stream, nullptr);
   for (Tensor* handle : handles) delete handle;  // the code made null those that it took over

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/cuda/runtime/kernels.h"
 #include "backends/cuda/runtime/shared_object.h"
 #include "backends/cuda/runtime/tensor.h"
 
@@ -14,8 +15,9 @@ namespace et_moe::cuda {
 /// AOTInductor's C interface of one shared object (torch/csrc/inductor/aoti_runtime/interface.h).
 class Container {
  public:
-  /// Loads the code and its kernels; `name` is for messages. Throws DelegateError.
-  Container(const void* data, size_t size, const std::string& name);
+  /// Loads the code, which finds its kernels in `kernels`, owned elsewhere; `name` is for messages.
+  /// Throws DelegateError.
+  Container(const void* data, size_t size, const std::string& name, const Kernels& kernels);
   ~Container();
   Container(const Container&) = delete;
   Container& operator=(const Container&) = delete;
@@ -34,6 +36,7 @@ class Container {
   using LastError = int32_t(const char**);
 
   std::string name_;
+  const Kernels& kernels_;
   SharedObject code_;
   Run* run_;
   Delete* delete_;

@@ -9,6 +9,7 @@
 #include "backends/cuda/runtime/arena.h"
 #include "backends/cuda/runtime/cuda.h"
 #include "backends/cuda/runtime/device_weights.h"
+#include "backends/cuda/runtime/kernels.h"
 #include "backends/cuda/runtime/metadata.h"
 #include "backends/cuda/runtime/session.h"
 
@@ -16,8 +17,8 @@ namespace et_moe::cuda {
 
 class CompiledMethod;
 
-/// Weights, scratch memory and stream, shared by the methods of a program, each of which keeps it
-/// alive. Calls of methods and sessions of one context are made by one thread at a time.
+/// Weights, kernels, scratch memory and stream, shared by the methods of a program, each of which
+/// keeps it alive. Calls of methods and sessions of one context are made by one thread at a time.
 class Context {
  public:
   /// `use_graphs`: whether calls are captured into CUDA graphs, one per session, method and length,
@@ -51,6 +52,7 @@ class Context {
   const bool use_graphs_;
   Stream stream_;
   Arena arena_;
+  Kernels kernels_;
   std::unique_ptr<DeviceWeights> weights_;
   std::vector<TensorSpec> state_;
   const Calls* last_ = nullptr;  // whose call was started last: it owns what is in scratch memory

@@ -12,7 +12,7 @@
 namespace et_moe::cuda {
 namespace {
 
-constexpr int kFormat = 3;
+constexpr int kFormat = 4;
 
 std::optional<FreeDimension> find_free_dimension(const std::vector<TensorSpec>& inputs) {
   std::optional<FreeDimension> found;
@@ -63,6 +63,28 @@ void check_outputs(const std::vector<OutputSpec>& outputs) {
   }
 }
 
+/// The code of one architecture; throws std::runtime_error unless it is for all lengths.
+std::vector<CodeInfo> parse_ranges(const nlohmann::json& ranges, int64_t longest) {
+  std::vector<CodeInfo> code;
+  for (const auto& range : ranges) {
+    CodeInfo info{range.at("longest").get<int64_t>(),
+                  range.at("data").get<std::string>(),
+                  range.at("sha256").get<std::string>(),
+                  {}};
+    for (const auto& kernel : range.at("kernels")) {
+      info.kernels.push_back(kernel.at("sha256").get<std::string>());
+    }
+    if (!code.empty() && code.back().longest >= info.longest) {
+      throw std::runtime_error("the code is not in the order of its lengths");
+    }
+    code.push_back(std::move(info));
+  }
+  if (code.empty() || code.back().longest != longest) {
+    throw std::runtime_error("the code is not for lengths up to " + std::to_string(longest));
+  }
+  return code;
+}
+
 MethodInfo parse_info(const nlohmann::json& json) {
   MethodInfo info;
   info.method = json.at("method").get<std::string>();
@@ -71,11 +93,10 @@ MethodInfo parse_info(const nlohmann::json& json) {
   check_outputs(info.spec.outputs);
   info.state = parse_tensors(json.at("state"));
   info.weights = parse_tensors(json.at("weights"));
-  for (const auto& [arch, code] : json.at("code").items()) {
-    info.code[arch] = {code.at("data").get<std::string>(), code.at("bytes").get<size_t>(),
-                       code.at("sha256").get<std::string>()};
-  }
   info.free_dimension = find_free_dimension(info.spec.inputs);
+  for (const auto& [arch, ranges] : json.at("code").items()) {
+    info.code[arch] = parse_ranges(ranges, info.longest());
+  }
   info.hand_over = find_hand_over(info.spec);
   return info;
 }
@@ -107,6 +128,11 @@ MethodInfo MethodInfo::parse(std::string_view text) {
   }
 }
 
+int64_t MethodInfo::longest() const {
+  if (!free_dimension) return 1;
+  return spec.inputs[free_dimension->input].shape[free_dimension->dimension];
+}
+
 namespace {
 
 /// The number of an architecture's name: 90 of "sm_90"; 0 if there is none.
@@ -126,7 +152,7 @@ std::string advice(const std::string& architecture) {
 
 }  // namespace
 
-const CodeInfo& MethodInfo::code_for(const std::string& architecture) const {
+const std::vector<CodeInfo>& MethodInfo::code_for(const std::string& architecture) const {
   const auto exact = code.find(architecture);
   if (exact != code.end()) return exact->second;
   // A cubin runs on later minor versions of its major version: sm_80's on sm_86, sm_89. From sm_90

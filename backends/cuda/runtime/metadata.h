@@ -15,10 +15,12 @@ namespace et_moe::cuda {
 /// Where in one piece of memory each tensor begins, and behind the last one its size.
 std::vector<size_t> aligned_offsets(const std::vector<TensorSpec>& tensors);
 
+/// The code for one range of the length that varies from call to call.
 struct CodeInfo {
-  std::string data;  // name of the blob in the `.pte`
-  size_t bytes;
-  std::string sha256;  // of the blob, hexadecimal
+  int64_t longest;                   // the largest length of the range; 1 if none varies
+  std::string data;                  // name of the blob in the `.pte`
+  std::string sha256;                // of the blob, hexadecimal
+  std::vector<std::string> kernels;  // SHA-256 of each one that it launches
 };
 
 /// The dimension of an input that varies from call to call. Those before it are 1, so that a
@@ -36,7 +38,7 @@ struct MethodInfo {
   std::string method, prepack;
   MethodSpec spec;
   std::vector<TensorSpec> state, weights;
-  std::map<std::string, CodeInfo> code;  // by architecture
+  std::map<std::string, std::vector<CodeInfo>> code;  // by architecture; in rising order of lengths
   std::optional<FreeDimension> free_dimension;
   std::optional<HandOverIndices> hand_over;
 
@@ -44,10 +46,13 @@ struct MethodInfo {
   /// InvalidProgram, with the key or tensor at fault, for anything else.
   static MethodInfo parse(std::string_view json);
 
+  /// The largest value of the length that varies from call to call; 1 if none does.
+  int64_t longest() const;
+
   /// The code for a GPU: of its own architecture, or, before sm_90, of an older one with the same
   /// major version.
   /// Throws DelegateError (NotSupported) that lists what there is and how to export for this one.
-  const CodeInfo& code_for(const std::string& architecture) const;
+  const std::vector<CodeInfo>& code_for(const std::string& architecture) const;
 };
 
 }  // namespace et_moe::cuda

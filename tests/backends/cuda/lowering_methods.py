@@ -145,8 +145,9 @@ def _lower(folder: Path) -> None:
     (folder / "sidecar.json").write_text(program.sidecar())
     for name, codes in program.compiled.items():
         for arch, code in codes.items():
-            (folder / f"{name}.{arch}.so").write_bytes(code.code)
-            (folder / f"{name}.{arch}.cpp").write_text(code.source)
+            for part in code.ranges:
+                (folder / f"{name}.{arch}.{part.longest}.so").write_bytes(part.code)
+                (folder / f"{name}.{arch}.{part.longest}.cpp").write_text(part.source)
     damaged = next((folder / "cache").iterdir())
     start = time.monotonic()
     again = lower(methods(), archs, constants, folder / "cache")
@@ -165,8 +166,8 @@ def _again(folder: Path) -> None:
     from et_moe.backends.cuda.prepack import plan_weights
 
     graphs = {"decode": method(Small(), True)}
-    code = compile_method(graphs["decode"], plan_weights(graphs), "sm_80").code
-    (folder / "again.txt").write_text(hashlib.sha256(code).hexdigest())
+    (code,) = compile_method(graphs["decode"], plan_weights(graphs), "sm_80").ranges
+    (folder / "again.txt").write_text(hashlib.sha256(code.code).hexdigest())
 
 
 def _errors(folder: Path) -> None:
@@ -198,7 +199,7 @@ def _launches(folder: Path) -> None:
 
     config = parse_config(text_config(MODEL, "35b", layers=4), where="35b")
     graphs = build_graphs(config, Precision(storages()), 4096)
-    code = compile_method(graphs["decode"], plan_weights(graphs), "sm_90")
+    (code,) = compile_method(graphs["decode"], plan_weights(graphs), "sm_90").ranges
     report = {"layers": config.layer_types, "launches": code.launches}
     report["plain"] = [kernel.function for kernel in code.kernels if not kernel.dependent]
     (folder / "launches.json").write_text(json.dumps(report))

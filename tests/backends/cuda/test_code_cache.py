@@ -21,14 +21,18 @@ from lowering_methods import Small, method, methods
 
 from et_moe.backends.cuda import code_cache, compile
 from et_moe.backends.cuda.code_cache import CodeCache, cache_key, compile_cached, open_cache
-from et_moe.backends.cuda.compile import CompiledMethod
+from et_moe.backends.cuda.compile import CompiledMethod, CompiledRange
 from et_moe.backends.cuda.gpu import gpu_for
 from et_moe.backends.cuda.inductor import Kernel
 from et_moe.backends.cuda.prepack import plan_weights
 
 REPO = Path(__file__).resolve().parents[3]
 KERNEL = Kernel("k", "f", "m", "src", [["x", "*bf16"]], {"N": 1}, 4, 0, "0", [["1"]], 2, False)
-METHOD = CompiledMethod("sm_90", bytes(range(256)) * 40, "int main() {}\n", [KERNEL])
+RANGES = [
+    CompiledRange(longest, bytes(range(256)) * longest, "int main() {}\n", [KERNEL])
+    for longest in (16, 64)
+]
+METHOD = CompiledMethod("sm_90", RANGES, {"0": bytes(range(256)) * 40})
 
 
 @pytest.fixture
@@ -158,8 +162,17 @@ def test_an_entry_comes_back_whole_or_not_at_all(cache: CodeCache, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"null", b"{}", b"[" * 100_000, b'{"code": "eA==", "kernels": [[]]}', b"\xff"],
-    ids=["empty", "null", "no entry", "nested", "no kernel", "no text"],
+    [
+        b"",
+        b"null",
+        b"{}",
+        b"[" * 100_000,
+        b'{"arch": "sm_90", "ranges": [{"code": "eA==", "kernels": [[]]}], "binaries": {}}',
+        b'{"arch": "sm_90", "code": "eA==", "source": "", "kernels": []}',
+        b'{"arch": "sm_90", "ranges": [], "binaries": [1]}',
+        b"\xff",
+    ],
+    ids=["empty", "null", "no entry", "nested", "no kernel", "one range", "no binaries", "no text"],
 )
 def test_content_of_another_kind_is_a_miss(cache: CodeCache, tmp_path: Path, content) -> None:
     digest = hashlib.sha256(content).hexdigest().encode()

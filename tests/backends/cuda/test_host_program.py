@@ -2,7 +2,13 @@
 
 import pytest
 
-from et_moe.backends.cuda.host_program import Accesses, find_dependents, launch_dependents
+from et_moe.backends.cuda.host_program import (
+    FIND_KERNEL,
+    Accesses,
+    find_dependents,
+    find_kernels,
+    launch_dependents,
+)
 
 
 def program(*calls: str) -> str:
@@ -64,3 +70,16 @@ def test_launch_dependents():
     assert launch_dependents(source, set()) == source
     with pytest.raises(RuntimeError, match="another host program"):
         launch_dependents(source, {"c"})
+
+
+def test_find_kernels():
+    source = (
+        "static inline void launchKernel(\n"
+        'a = loadKernel(__a_start, "f", 0);\nb = loadKernel(__b_start, "f", 8);'
+    )
+    changed = find_kernels(source, {"a": "00ff", "b": "11ee"})
+    assert changed.startswith(f'extern "C" const void* {FIND_KERNEL}(const char* sha256);')
+    assert f'a = loadKernel({FIND_KERNEL}("00ff"), "f", 0);' in changed
+    assert f'b = loadKernel({FIND_KERNEL}("11ee"), "f", 8);' in changed
+    with pytest.raises(RuntimeError, match="another host program"):
+        find_kernels(source, {"c": "22dd"})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from executorch.exir._serialize._program import deserialize_pte_binary
 from filelock import FileLock
 from lowering_methods import (
     MAX_TOKENS,
@@ -25,14 +26,17 @@ from lowering_methods import (
 
 from et_moe.backends.cuda.backend import lower
 from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
-from et_moe.backends.cuda.host_program import kernel_calls, run_body
+from et_moe.backends.cuda.gpu import gpu_for
+from et_moe.backends.cuda.host_program import FIND_KERNEL, kernel_calls, run_body
 from et_moe.backends.cuda.inspect import inspect
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, plan_weights
+from et_moe.backends.cuda.triton.tuning import find_config, tuning_target
 
 PROGRAM = Path(__file__).with_name("lowering_methods.py")
 TESTS = PROGRAM.parents[2]
 ARCHS = ("sm_90", "sm_80")
-CODES = [(name, arch) for name in ("prefill", "decode") for arch in ARCHS]
+LONGEST = {"prefill": (16, MAX_TOKENS), "decode": (1,)}
+CODES = [f"{name}.{arch}.{n}" for arch in ARCHS for name, ends in LONGEST.items() for n in ends]
 
 
 def _run(command: str, tmp_path_factory, **environment: str) -> Path:
@@ -64,42 +68,48 @@ def description(lowered) -> dict:
     return inspect((lowered / "model.pte").read_bytes())
 
 
-def _source(lowered: Path, name: str, arch: str) -> str:
-    return (lowered / f"{name}.{arch}.cpp").read_text()
+def _source(lowered: Path, code: str) -> str:
+    return (lowered / f"{code}.cpp").read_text()
+
+
+def _entry(description: dict, code: str) -> dict:
+    """What the program says of the code of a method, architecture and range."""
+    name, arch, longest = code.split(".")
+    return description["methods"][name]["code"][arch][LONGEST[name].index(int(longest))]
 
 
 def _tool(*command: object) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize(("name", "arch"), CODES)
-def test_only_kernels_are_called(lowered, name, arch):
-    body = run_body(_source(lowered, name, arch))
+@pytest.mark.parametrize("code", CODES)
+def test_only_kernels_are_called(lowered, code):
+    body = run_body(_source(lowered, code))
     assert not re.findall(r"aoti_torch_(cuda|cpu)_|proxy_executor_call|call_dispatcher", body)
     assert set(re.findall(r"\baoti_torch\w+", body)) <= RUNTIME_FUNCTIONS
-    assert len(list(kernel_calls(_source(lowered, name, arch)))) >= 6
+    assert len(list(kernel_calls(_source(lowered, code)))) >= 6
 
 
-@pytest.mark.parametrize(("name", "arch"), CODES)
-def test_state_is_passed_to_its_kernel_as_it_came(lowered, name, arch):
-    inputs = 3 if name == "prefill" else 2
+@pytest.mark.parametrize("code", CODES)
+def test_state_is_passed_to_its_kernel_as_it_came(lowered, code):
+    inputs = 3 if code.startswith("prefill") else 2
     users = [
         kernel
-        for kernel, arguments in kernel_calls(_source(lowered, name, arch))
+        for kernel, arguments in kernel_calls(_source(lowered, code))
         if f"arg{inputs}_1" in arguments
     ]
     assert len(users) == 1 and "causal_conv1d" in users[0]
     # Inputs that are not aligned would be copied, and updates of state lost.
-    assert "aoti_torch_clone" not in run_body(_source(lowered, name, arch))
+    assert "aoti_torch_clone" not in run_body(_source(lowered, code))
 
 
-@pytest.mark.parametrize(("name", "arch"), CODES)
-def test_shared_object(lowered, tmp_path, name, arch):
-    file = lowered / f"{name}.{arch}.so"
+@pytest.mark.parametrize("code", CODES)
+def test_shared_object(lowered, code):
+    file = lowered / f"{code}.so"
     needed = set(_tool("nm", "-D", "--undefined-only", file).split())
-    functions = {f"et_moe_{name}" for name in RUNTIME_FUNCTIONS}
-    assert {n for n in needed if "aoti_torch" in n} <= functions
-    assert {"cuLaunchKernel", "cuModuleLoadData", "et_moe_aoti_torch_empty_strided"} <= needed
+    functions = {FIND_KERNEL, *(f"et_moe_{name}" for name in RUNTIME_FUNCTIONS)}
+    assert {n for n in needed if "et_moe" in n or "aoti_torch" in n} <= functions
+    assert {"cuLaunchKernel", "cuModuleLoadData", FIND_KERNEL} <= needed
     exported = _tool("nm", "-D", "--defined-only", file).split()[2::3]
     assert exported and all(symbol.startswith("AOTInductor") for symbol in exported)
     libraries = re.findall(r"NEEDED.*\[(.*)\]", _tool("readelf", "-d", file))
@@ -148,25 +158,27 @@ def test_pte_describes_the_methods(description):
         assert entry["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
-@pytest.mark.parametrize(("name", "arch"), CODES)
-def test_pte_holds_the_code(lowered, description, name, arch):
-    code = (lowered / f"{name}.{arch}.so").read_bytes()
-    entry = description["methods"][name]["code"][arch]
-    assert entry["data"] == f"{name}.{arch}"
-    assert entry["bytes"] == len(code)
-    assert entry["sha256"] == hashlib.sha256(code).hexdigest()
-    assert code in (lowered / "model.pte").read_bytes()
-    calls = [kernel for kernel, _ in kernel_calls(_source(lowered, name, arch))]
+@pytest.mark.parametrize("code", CODES)
+def test_pte_holds_the_code(lowered, description, code):
+    host, entry = (lowered / f"{code}.so").read_bytes(), _entry(description, code)
+    assert entry["data"] == code and entry["longest"] == int(code.split(".")[-1])
+    assert entry["bytes"] == len(host)
+    assert entry["sha256"] == hashlib.sha256(host).hexdigest()
+    assert (lowered / "model.pte").read_bytes().count(host) == 1
+    calls = [kernel for kernel, _ in kernel_calls(_source(lowered, code))]
     assert entry["launches"] == len(calls) == sum(k["launches"] for k in entry["kernels"])
     assert {k["name"]: k["launches"] for k in entry["kernels"]} == {
         name: calls.count(name) for name in calls
     }
 
 
-@pytest.mark.parametrize(("name", "arch"), CODES)
-def test_sidecar_says_how_to_execute_every_launch(lowered, name, arch):
-    kernels = json.loads((lowered / "sidecar.json").read_text())[name][arch]
-    source, content = _source(lowered, name, arch), (lowered / f"{name}.{arch}.so").read_bytes()
+@pytest.mark.parametrize("code", CODES)
+def test_sidecar_says_how_to_execute_every_launch(lowered, description, code):
+    name, arch, longest = code.split(".")
+    ranges = json.loads((lowered / "sidecar.json").read_text())[name][arch]
+    kernels = ranges[LONGEST[name].index(int(longest))]
+    digests = {k["name"]: k["sha256"] for k in _entry(description, code)["kernels"]}
+    source = _source(lowered, code)
     assert {k["name"] for k in kernels} == {kernel for kernel, _ in kernel_calls(source)}
     for kernel in kernels:
         (function,) = (
@@ -183,27 +195,55 @@ def test_sidecar_says_how_to_execute_every_launch(lowered, name, arch):
         start = source.index(f" call_{kernel['name']}(")
         passed = re.search(r"kernel_args_\[\] = \{(.*)\};", source[start:])[1].split(",")
         assert len(passed) == len(kernel["parameters"]) + 2
-        # The binary is in the shared object: a driver can tell a kernel by its digest.
-        assert kernel["sha256"] in _digests_of_binaries(content)
+        # A driver can tell a kernel by the digest of its binary, for which the host program asks.
+        assert kernel["sha256"] == digests[kernel["name"]]
+        assert source.count(f'{FIND_KERNEL}("{kernel["sha256"]}"), "{kernel["function"]}"') >= 1
         if kernel["module"]:
             assert hasattr(importlib.import_module(kernel["module"]), kernel["function"])
         else:
             assert kernel["name"].startswith("triton_")
 
 
-def _digests_of_binaries(content: bytes) -> set[str]:
-    """Digests of the ELF files inside; the section table ends a cubin, but for program headers."""
-    digests = set()
-    for match in re.finditer(re.escape(b"\x7fELF"), content[4:]):
-        elf = content[4 + match.start() :]
+def _kernels(description: dict, code: str) -> dict[str, str]:
+    """Digests of the kernels of a method, architecture and range by name."""
+    return {k["name"]: k["sha256"] for k in _entry(description, code)["kernels"]}
 
-        def number(offset: int, size: int, elf: bytes = elf) -> int:
-            return int.from_bytes(elf[offset : offset + size], "little")
 
-        sections = number(0x28, 8) + number(0x3A, 2) * number(0x3C, 2)
-        segments = number(0x20, 8) + number(0x36, 2) * number(0x38, 2)
-        digests.add(hashlib.sha256(elf[: max(sections, segments)]).hexdigest())
-    return digests
+def _binaries(lowered: Path) -> dict[str, bytes]:
+    """The kernels' binaries in the program, by name of the blob."""
+    file = deserialize_pte_binary((lowered / "model.pte").read_bytes())
+    blobs = file.named_data.pte_data.items()
+    content = {name: bytes(file.named_data.buffers[e.buffer_index]) for name, e in blobs}
+    return {name: data for name, data in content.items() if name not in CODES}
+
+
+def test_kernels_are_stored_once(lowered, description):
+    """Whichever ranges and methods launch them; and nothing else is stored."""
+    binaries, pte = _binaries(lowered), (lowered / "model.pte").read_bytes()
+    launched = [_kernels(description, code).values() for code in CODES]
+    assert set(binaries) == set().union(*launched)
+    assert len(binaries) < sum(map(len, launched))
+    for digest, binary in binaries.items():
+        assert hashlib.sha256(binary).hexdigest() == digest and pte.count(binary) == 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_ranges_have_kernels_of_their_size(lowered, description, arch):
+    """The same graph, with the configurations of few and of many tokens."""
+    few, many, one = (
+        _kernels(description, code)
+        for code in (f"prefill.{arch}.16", f"prefill.{arch}.{MAX_TOKENS}", f"decode.{arch}.1")
+    )
+    assert list(few) == list(many)
+    (gemm,) = (name for name in few if "w4_gemm" in name and few[name] != many[name])
+    rest = [name for name in few if name != gemm]
+    assert [few[name] for name in rest] == [many[name] for name in rest]
+    sidecar = json.loads((lowered / "sidecar.json").read_text())["prefill"][arch]
+    blocks = [k["constants"]["BLOCK_M"] for part in sidecar for k in part if k["name"] == gemm]
+    with tuning_target(gpu_for(arch).name, arch):
+        expected = [find_config("linear_w4a8", tokens=n)["BLOCK_M"] for n in (16, MAX_TOKENS)]
+    assert blocks == expected and expected[0] < expected[1]
+    assert set(few.values()) & set(one.values()), "methods share kernels, too"
 
 
 def test_second_export_is_quick_and_the_same(lowered):
@@ -216,7 +256,7 @@ def test_second_export_is_quick_and_the_same(lowered):
 def test_same_bytes_in_another_process(lowered, tmp_path_factory):
     """Alone, without the cache, in another folder, with other hashes of strings."""
     folder = _run("again", tmp_path_factory, PYTHONHASHSEED="123")
-    expected = hashlib.sha256((lowered / "decode.sm_80.so").read_bytes()).hexdigest()
+    expected = hashlib.sha256((lowered / "decode.sm_80.1.so").read_bytes()).hexdigest()
     assert (folder / "again.txt").read_text() == expected
 
 
@@ -243,14 +283,16 @@ def test_a_signal_leaves_nothing_of_a_compile(tmp_path_factory):
     assert report == {"error": "ended by SIGTERM", "files_then": True}
 
 
-def test_damaged_files_are_noticed(lowered):
+def test_damaged_files_are_noticed(lowered, description):
     pte = (lowered / "model.pte").read_bytes()
-    code = (lowered / "decode.sm_80.so").read_bytes()
-    at = pte.index(code) + len(code) // 2
-    flipped = bytearray(pte)
-    flipped[at] ^= 1
-    with pytest.raises(ValueError, match=r"decode, sm_80: the code is damaged"):
-        inspect(bytes(flipped))
+    code = (lowered / "decode.sm_80.1.so").read_bytes()
+    name = next(n for n in _kernels(description, "decode.sm_80.1") if "hand_over" in n)
+    kernel = _binaries(lowered)[_kernels(description, "decode.sm_80.1")[name]]
+    for content in (code, kernel):
+        flipped = bytearray(pte)
+        flipped[pte.index(content) + len(content) // 2] ^= 1
+        with pytest.raises(ValueError, match=r"decode, sm_80, up to 1: the code is damaged"):
+            inspect(bytes(flipped))
     for damaged in (b"", b"not a program", pte[:1000], pte[: len(pte) // 2]):
         with pytest.raises(ValueError, match="not an ExecuTorch program, or damaged"):
             inspect(damaged)

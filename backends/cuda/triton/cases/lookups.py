@@ -18,7 +18,7 @@ class Lookup:
     """
 
     table: str
-    size: int
+    size: float
     gpu: str
     index: int
 
@@ -29,7 +29,7 @@ def record_lookups() -> Iterator[set[Lookup]]:
     lookups: set[Lookup] = set()
     original = tuning.find_entry
 
-    def recorder(name: str, size: int) -> tuple[str, int]:
+    def recorder(name: str, size: float) -> tuple[str, int]:
         gpu, index = original(name, size)
         lookups.add(Lookup(name, size, gpu, index))
         return gpu, index

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.tuning import find_largest
+
 DECODE_TOKENS = 16
 """Up to this many tokens the router and the experts run their kernels for a few tokens. Of more,
 the pairs of a token and an expert are sorted by expert, and an expert's weights are read once
@@ -11,8 +13,8 @@ however many pairs it has."""
 
 
 def is_decode(tokens: int | torch.SymInt) -> bool:
-    """Whether a call has at most `DECODE_TOKENS` tokens; a symbolic number counts as more."""
-    return isinstance(tokens, int) and tokens <= DECODE_TOKENS
+    """Whether a call has at most `DECODE_TOKENS` tokens, whatever a symbolic number stands for."""
+    return find_largest(tokens) <= DECODE_TOKENS
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,17 +116,23 @@ def find_gpu(table: Table) -> str:
     return next(name for name in (*names, "default") if name in table.entries)
 
 
-def find_entry(name: str, size: int | torch.SymInt) -> tuple[str, int]:
+def find_largest(size: int | torch.SymInt) -> float:
+    """The largest value that a size can have: its own, or a symbolic size's bound, or infinity."""
+    if isinstance(size, int):
+        return size
+    limit = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(limit) if limit.is_Integer else math.inf
+
+
+def find_entry(name: str, size: float) -> tuple[str, int]:
     """Where a table has the configuration for a size on the target GPU: name of the GPU, and index.
 
-    A symbolic size (of a prompt) takes the last entry.
+    A size without a bound, which is infinity, takes the last entry.
     """
     table = read_table(name)
     gpu = find_gpu(table)
-    bounds = [entry.bound for entry in table.entries[gpu]]
-    if isinstance(size, int):
-        return gpu, next(i for i, bound in enumerate(bounds) if bound is None or size <= bound)
-    return gpu, len(bounds) - 1
+    bounds = (entry.bound for entry in table.entries[gpu])
+    return gpu, next(i for i, bound in enumerate(bounds) if bound is None or size <= bound)
 
 
 def find_config(name: str, **size: int | torch.SymInt) -> dict[str, int]:
@@ -133,6 +140,7 @@ def find_config(name: str, **size: int | torch.SymInt) -> dict[str, int]:
 
     Args:
         size: one size, under the name of the table's key: `find_config("linear_w4a8", tokens=m)`.
+            Of a symbolic one the largest value counts.
 
     Raises:
         ValueError: the table has another key.
@@ -140,5 +148,5 @@ def find_config(name: str, **size: int | torch.SymInt) -> dict[str, int]:
     table = read_table(name)
     if list(size) != [table.key]:
         raise ValueError(f"{name} is looked up by {list(size)}, expected {table.key}")
-    gpu, index = find_entry(name, size[table.key])
+    gpu, index = find_entry(name, find_largest(size[table.key]))
     return dict(table.entries[gpu][index].config)

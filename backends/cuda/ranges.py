@@ -1,0 +1,29 @@
+"""Ranges of the size that varies from call to call; a method is compiled once for each of them.
+
+Which kernels a method launches, and in which tuned configurations, is decided while it is compiled.
+Where the number of tokens is symbolic, the largest number counts: a range for a few tokens gets
+kernels for a few tokens. The graph is the same in all ranges.
+"""
+
+import dataclasses
+
+from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
+
+BOUNDS = (DECODE_TOKENS, 64, 256)
+"""Where one range ends and the next one begins: between these numbers the best kernels and
+configurations change most (`triton/tuning`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Sizes from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+
+def split(low: int, high: int) -> list[Range]:
+    """The ranges that sizes from `low` to `high` are cut into at `BOUNDS`, in rising order."""
+    ends = [*(bound for bound in BOUNDS if low <= bound < high), high]
+    starts = [low, *(end + 1 for end in ends)]
+    return [Range(start, end) for start, end in zip(starts, ends, strict=False)]
