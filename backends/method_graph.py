@@ -32,8 +32,10 @@ class MethodGraph:
     then `state` (updated in place), then `weights`, and returns those called `outputs`. Names are
     what a runner binds by; the order is the graph's alone.
 
-    Where a dimension of an input varies from call to call, a backend may pad the tensor with zeros
-    along it, so another input has to say how much of it is valid.
+    One size may vary from call to call, in one dimension of an input, of several, and of outputs. A
+    backend may pad such inputs with zeros, and gives back the beginning of such outputs. What is
+    padding must not change the rest, so another input has to say how much is valid, or rows must
+    not depend on each other.
 
     Attributes:
         hand_over: of a method that draws a token, how the next call follows; None for any other
@@ -41,7 +43,7 @@ class MethodGraph:
 
     Raises:
         ValueError: names that are not unique, that do not fit the graph in number, or a `hand_over`
-            that names no tensor of its dtype and shape.
+            that names no tensor of its dtype and shape, or belongs to a method whose sizes vary.
     """
 
     program: ExportedProgram
@@ -81,18 +83,15 @@ class MethodGraph:
         Raises:
             ValueError: more than one size varies.
         """
-        nodes = self.input_nodes()
-        shapes = {name: nodes[name].meta["val"].shape for name in self.inputs}
-        sizes = {
-            size.node.expr: (name, size)
-            for name, shape in shapes.items()
-            for size in shape
-            if not isinstance(size, int)
-        }
-        if len(sizes) > 1:
-            names = ", ".join(name for name, _ in sizes.values())
+        nodes, found = self.input_nodes(), {}
+        for name in self.inputs:
+            for size in nodes[name].meta["val"].shape:
+                if not isinstance(size, int):
+                    found.setdefault(size.node.expr, (name, self.bounds(size)))
+        if len(found) > 1:
+            names = ", ".join(name for name, _ in found.values())
             raise ValueError(f"more than one size varies from call to call: of {names}")
-        return next((self.bounds(size) for _, size in sizes.values()), (1, 1))
+        return next((bounds for _, bounds in found.values()), (1, 1))
 
     def bounds(self, size: int | torch.SymInt) -> tuple[int, int]:
         """Smallest and largest value of a dimension of the graph."""
@@ -108,6 +107,8 @@ def _placeholders(program: ExportedProgram) -> list[Node]:
 
 
 def _check_hand_over(graph: MethodGraph, names: HandOver) -> None:
+    if graph.length() != (1, 1):
+        raise ValueError("hand_over: the method has a size that varies from call to call")
     inputs = {name: node.meta["val"] for name, node in graph.input_nodes().items()}
     inputs = {name: inputs[name] for name in graph.inputs}
     for kind, name, tensors, shape in (

@@ -63,7 +63,8 @@ def _example(given: Input) -> Tensor:
 def _dynamic(given: Input) -> dict[int, Dim] | None:
     """The dimensions of an input that vary, as torch.export wants them."""
     ranges = {i: s for i, s in enumerate(given.shape) if not isinstance(s, int)}
-    return {i: Dim(given.name, min=low, max=high) for i, (low, high) in ranges.items()} or None
+    dims = {i: Dim(f"from_{r[0]}_to_{r[1]}", min=r[0], max=r[1]) for i, r in ranges.items()}
+    return dims or None
 
 
 def build_graphs(config: Config, precision: Precision, max_seq_len: int) -> dict[str, MethodGraph]:

@@ -53,7 +53,8 @@ class Input:
     Attributes:
         name: of the model's argument.
         dtype: of the tensor.
-        shape: sizes; one that varies from call to call is (smallest, largest).
+        shape: sizes; one that varies from call to call is (smallest, largest), and the same one
+            wherever a method has these limits.
     """
 
     name: str

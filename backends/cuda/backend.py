@@ -65,8 +65,12 @@ _LIBRARY.define("method(str name, Tensor[] inputs) -> Tensor[]")
 
 @torch.library.register_fake("et_moe_cuda::method", lib=_LIBRARY)
 def _method_fake(name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    results = _LOWERING.get().methods[name].output_values().values()
-    return [inputs[0].new_empty(tuple(r.shape), dtype=r.dtype) for r in results]
+    graph = _LOWERING.get().methods[name]
+    size = next((size for x in inputs for size in x.shape if not isinstance(size, int)), 1)
+    return [
+        inputs[0].new_empty([s if isinstance(s, int) else size for s in r.shape], dtype=r.dtype)
+        for r in graph.output_values().values()
+    ]
 
 
 class _Method(torch.nn.Module):
@@ -226,28 +230,32 @@ def _lowering(lowering: _Lowering) -> Iterator[None]:
 
 def _opaque(name: str, graph: MethodGraph) -> ExportedProgram:
     """The method as ExecuTorch is to see it: its runtime inputs, one op, its outputs."""
-    nodes = graph.input_nodes()
+    nodes, (low, high) = graph.input_nodes(), graph.length()
+    length = Dim(f"{name}_length", min=low, max=high) if low < high else None
     examples, dims = [], []
     for value in (nodes[n].meta["val"] for n in graph.inputs):
-        limits = [graph.bounds(size) for size in value.shape]
-        examples.append(torch.zeros([high for _, high in limits], dtype=value.dtype))
-        dims.append(
-            {
-                i: Dim(f"{name}_{len(dims)}_{i}", min=low, max=high)
-                for i, (low, high) in enumerate(limits)
-                if low != high
-            }
-        )
+        varying = [i for i, size in enumerate(value.shape) if not isinstance(size, int)]
+        sizes = [high if i in varying else size for i, size in enumerate(value.shape)]
+        examples.append(torch.zeros(sizes, dtype=value.dtype))
+        dims.append(dict.fromkeys(varying, length))
     return torch.export.export(_Method(name), (examples,), dynamic_shapes=(dims,))
 
 
-def _check_outputs(method: str, graph: MethodGraph) -> None:
-    for name, value in graph.output_values().items():
-        if not all(isinstance(size, int) for size in value.shape):
-            raise ValueError(
-                f"method {method}: the shape of output {name} varies from call to call, which the "
-                "CUDA delegate does not support"
-            )
+def _check_shapes(method: str, graph: MethodGraph) -> None:
+    """Raises ValueError unless a shorter input or output is the beginning of a longer one."""
+    graph.length()
+    nodes, sizes = graph.input_nodes(), set()
+    inputs = {f"input {name}": nodes[name].meta["val"] for name in graph.inputs}
+    outputs = {f"output {name}": value for name, value in graph.output_values().items()}
+    for name, value in (inputs | outputs).items():
+        varying = [i for i, size in enumerate(value.shape) if not isinstance(size, int)]
+        if any(i in varying or value.shape[i] != 1 for i in range(max(varying, default=0))):
+            raise ValueError(f"method {method}: {name} varies in an inner dimension")
+        found = {value.shape[i].node.expr for i in varying}
+        if name in inputs:
+            sizes |= found
+        elif not found <= sizes:
+            raise ValueError(f"method {method}: {name} varies with no input")
 
 
 def lower(
@@ -266,7 +274,7 @@ def lower(
 
     Raises:
         ValueError: an unknown architecture, none at all, methods that differ in state or a weight,
-            one with more than one size that varies from call to call, or with an output that does.
+            or one in which more than one size varies from call to call, or an inner one.
         RuntimeError, UnsupportedOpError: see `compile_method`.
     """
     if not archs:
@@ -274,7 +282,7 @@ def lower(
     for arch in archs:
         gpu_for(arch)
     for name, graph in methods.items():
-        _check_outputs(name, graph)
+        _check_shapes(name, graph)
     plan = plan_weights(methods)
     cache = open_cache(cache_dir)
     lowering = _Lowering(methods, plan, tuple(dict.fromkeys(archs)), cache, compiled={})

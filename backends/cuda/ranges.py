@@ -9,14 +9,14 @@ import dataclasses
 
 from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
 
-BOUNDS = (DECODE_TOKENS, 64, 256)
-"""Where one range ends and the next one begins: between these numbers the best kernels and
-configurations change most (`triton/tuning`)."""
+BOUNDS = (1, DECODE_TOKENS, 64, 256)
+"""Where one range ends and the next one begins: one row has kernels of its own, as have a few, and
+between the other numbers the best configurations change most (`triton/tuning`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Sizes from `low` to `high`, both included."""
+    """The sizes from `low` to `high`, both included."""
 
     low: int
     high: int

@@ -52,6 +52,30 @@ def test_description() -> None:
     assert describe_method(graph())["hand_over"] == dataclasses.asdict(HAND_OVER)
 
 
+class Rows(torch.nn.Module):
+    """Two inputs and an output whose first dimension varies, and perhaps one more."""
+
+    def forward(self, tokens, positions, others):
+        return tokens + positions[:, None], others[:1]
+
+
+def rows(**lengths: Dim) -> MethodGraph:
+    sizes = {"tokens": (8, 1), "positions": (8,), "others": (8,)}
+    example = tuple(torch.zeros(size, dtype=torch.int64) for size in sizes.values())
+    shapes = tuple({0: lengths[n]} if n in lengths else None for n in sizes)
+    program = torch.export.export(Rows(), example, dynamic_shapes=shapes)
+    return MethodGraph(program=program, inputs=list(sizes), outputs=["sums", "first"])
+
+
+def test_one_size_may_vary() -> None:
+    size = Dim("B", min=2, max=64)
+    assert graph().length() == (1, 1) and graph(8).length() == (2, 16)
+    assert rows(tokens=size, positions=size).length() == (2, 64)
+    two = rows(tokens=size, positions=size, others=Dim("C", min=3, max=9))
+    with pytest.raises(ValueError, match=r"more than one size varies .*: of tokens, others"):
+        two.length()
+
+
 def test_bindings_name_state_and_weights_once() -> None:
     graphs = {"prefill": graph(8), "decode": graph()}
     weights = {"weight": (torch.int8, (6, 3))}
@@ -84,7 +108,7 @@ def test_methods_must_agree() -> None:
             r"output scores is torch.float32 \[1, 3\], expected int64 \[1, 1\]",
         ),
         ({"dtype": torch.int32}, r"output token is torch.int32 \[1, 1\], expected int64 \[1, 1\]"),
-        ({"tokens": 8, "hand_over": HAND_OVER}, r"input tokens is .*, expected int64 \[1, 1\]"),
+        ({"tokens": 8, "hand_over": HAND_OVER}, "hand_over: the method has a size that varies"),
     ],
 )
 def test_names_must_fit(changes: dict, message: str) -> None:

@@ -3,9 +3,9 @@
 // takes state and weights as arguments, without it.
 //
 //   executorch_check run MODEL.pte MODEL.ptd METHOD INPUTS...
-//     Calls a method once for each INPUTS, a JSON object of name -> list of integers (shape [1, N],
-//     or [N] where the method takes that). Prints a JSON object of the outputs for each; or, if a
-//     call or the load fails, {"error": NAME, "at": "load" | "execute"} and no more.
+//     Calls a method once for each INPUTS, a JSON object of name -> list of integers, along the
+//     dimension that varies, or else the last one. Prints a JSON object of the outputs for each;
+//     or, if a call or the load fails, {"error": NAME, "at": "load" | "execute"} and no more.
 //   executorch_check programs MODEL.pte METHOD INPUTS MODEL.ptd...
 //     Loads all methods of the program once for each MODEL.ptd, all at the same time, and calls one
 //     in turns, three times each, unloading it in between: the other methods keep the state. Prints
@@ -73,7 +73,11 @@ class Program {
     for (const TensorSpec& input : spec.inputs) {
       values.push_back(inputs.at(input.name).get<std::vector<int64_t>>());
       std::vector<int32_t> shape(input.shape.size(), 1);
-      shape.back() = static_cast<int32_t>(values.back().size());
+      size_t along = shape.size() - 1;
+      for (size_t d = 0; d < shape.size(); ++d) {
+        if (input.min_shape[d] != input.shape[d]) along = d;
+      }
+      shape[along] = static_cast<int32_t>(values.back().size());
       tensors.push_back(from_blob(values.back().data(), shape, ScalarType::Long));
     }
     size_t buffer = 0;

@@ -8,7 +8,7 @@ also the kernels' sources. Its methods take their inputs in the reverse order: n
 it. FOLDER/next gets the same of a small Qwen3-Next, whose experts and attention come from a GPTQ
 checkpoint, with float16 scales. FOLDER/small gets programs with two methods of
 `lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and
-kernels.json.
+kernels.json; FOLDER/rows the same with its method `rows`.
 """
 
 import json
@@ -20,11 +20,12 @@ from unittest import mock
 
 import torch
 from checkpoints import GPTQ, SMALL_FOR_CUDA, to_gptq, write
-from lowering_methods import WEIGHTS, Small, method, scores
+from lowering_methods import WEIGHTS, Small, method, rows, scores
 from safetensors.torch import load_file
 
 from et_moe.backends.cpu import lowering
 from et_moe.backends.cuda import backend as cuda
+from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import LAYOUT, PtdWriter, write_sealed
 from et_moe.examples.qwen3_5_moe.model import MODEL as QWEN3_5_MOE
 from et_moe.examples.qwen3_next.model import MODEL as QWEN3_NEXT
@@ -62,10 +63,9 @@ def _weights(seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def make_small(folder: Path) -> None:
-    """Two methods that share state and weights, one of which hands its token over."""
+def make_small(folder: Path, graphs: dict[str, MethodGraph]) -> None:
+    """Programs of methods that share state and weights."""
     folder.mkdir(parents=True)
-    graphs = {"scores": scores(), "decode": method(Small(), decode=True)}
     compiled = cuda.lower(graphs, ["sm_90"], {}, None)
     (folder / "kernels.json").write_text(compiled.sidecar())
     for name, program in (("cpu", lowering.lower(graphs, {})), ("cuda", compiled)):
@@ -124,7 +124,8 @@ def export_model(
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    make_small(folder / "small")
+    make_small(folder / "small", {"scores": scores(), "decode": method(Small(), decode=True)})
+    make_small(folder / "rows", {"rows": rows()})
     export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA)
     export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, quantized_checkpoint)

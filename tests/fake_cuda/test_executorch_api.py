@@ -49,6 +49,32 @@ def test_a_method_without_a_hand_over_returns_all_its_outputs(fake, small, build
         assert_same(one, other)
 
 
+def rows(count: int, offsets: int | None = None) -> str:
+    """Inputs of the method `rows`."""
+    tokens = [7 * i % 200 for i in range(count)]
+    return json.dumps({"tokens": tokens, "offsets": list(range(offsets or count))})
+
+
+def test_sizes_of_several_inputs_and_of_outputs_vary(fake, programs, build_dir) -> None:
+    """Of one row, and at the ends of each range; 3, 15 and 33 rows are padded."""
+    folder, counts = programs / "rows", (1, 2, 3, 15, 16, 17, 33, 63, 64)
+    files = [[folder / f"{kind}.pte", folder / f"{kind}.0.ptd"] for kind in ("cuda", "cpu")]
+    command = ("rows", *map(rows, counts))
+    sidecar = str(folder / "kernels.json")
+    printed = fake.check("run", *files[0], *command, tool=TOOL, execute=sidecar)
+    found = [json.loads(line) for line in printed.splitlines()]
+    expected = cpu_outputs(build_dir, "run", *files[1], *command)
+    for count, one, other in zip(counts, found, expected, strict=True):
+        assert len(one["token"]) == count
+        assert_same(one, other)
+
+
+def test_sizes_must_agree(fake, programs) -> None:
+    pte, ptd = programs / "rows/cuda.pte", programs / "rows/cuda.0.ptd"
+    printed = fake.check("run", pte, ptd, "rows", rows(3, offsets=2), tool=TOOL)
+    assert json.loads(printed) == {"at": "execute", "error": "Error::InvalidArgument"}
+
+
 def test_programs_have_their_own_weights_and_state(fake, small, build_dir) -> None:
     """The first two differ in weights alone; the third is the first once more."""
 

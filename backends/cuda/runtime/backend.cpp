@@ -4,6 +4,7 @@
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/core/error.h>
 #include <executorch/runtime/core/evalue.h>
+#include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 #include <executorch/runtime/platform/log.h>
 
 #include "backends/cuda/runtime/compiled_method.h"
@@ -47,7 +48,16 @@ const executorch::aten::Tensor& tensor_of(const MethodInfo& info, const EValue& 
                                                   spec.describe());
 }
 
-/// The arguments of a call, inputs before outputs, as the method's code takes them.
+void resize(const executorch::aten::Tensor& tensor, const TensorSpec& spec) {
+  const Error error = executorch::runtime::resize_tensor(
+      tensor, ArrayRef<executorch::aten::SizesType>(spec.shape.data(), spec.shape.size()));
+  if (error != Error::Ok) {
+    throw DelegateError(error, "the output " + spec.name + " cannot become " + spec.describe());
+  }
+}
+
+/// The arguments of a call, inputs before outputs, as the method's code takes them. Outputs get the
+/// length of the inputs, where it varies.
 HostTensors bind(const MethodInfo& info, Span<EValue*> arguments) {
   const auto& [inputs, outputs, _] = info.spec;
   if (arguments.size() != inputs.size() + outputs.size()) {
@@ -57,16 +67,27 @@ HostTensors bind(const MethodInfo& info, Span<EValue*> arguments) {
                             std::to_string(outputs.size()) + " outputs");
   }
   HostTensors tensors;
+  bool varies = false;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const auto& tensor = tensor_of(info, *arguments[i], "input", inputs[i]);
-    if (info.free_dimension && info.free_dimension->input == i) {
-      tensors.length = tensor.sizes()[info.free_dimension->dimension];
+    if (const auto free = free_dimension(inputs[i])) {
+      const int64_t length = tensor.sizes()[*free];
+      if (varies && length != tensors.length) {
+        throw DelegateError(Error::InvalidArgument,
+                            "method " + info.method + ": the input " + inputs[i].name +
+                                " has another length, " + std::to_string(length) +
+                                ", than an input before it, " + std::to_string(tensors.length));
+      }
+      tensors.length = length;
+      varies = true;
     }
     tensors.inputs.push_back(tensor.const_data_ptr());
   }
   for (const OutputSpec& output : outputs) {
     const EValue& argument = *arguments[inputs.size() + output.index];
-    tensors.outputs.push_back(tensor_of(info, argument, "output", output).mutable_data_ptr());
+    const auto& tensor = tensor_of(info, argument, "output", output);
+    if (free_dimension(output)) resize(tensor, with_length(output, tensors.length));
+    tensors.outputs.push_back(tensor.mutable_data_ptr());
   }
   return tensors;
 }

@@ -55,10 +55,7 @@ int64_t CompiledMethod::bucket(int64_t length) const {
 Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
   std::vector<std::unique_ptr<Tensor>> tensors;
   for (size_t i = 0; i < info_.spec.inputs.size(); ++i) {
-    TensorSpec spec = info_.spec.inputs[i];
-    if (info_.free_dimension && info_.free_dimension->input == i) {
-      spec.shape[info_.free_dimension->dimension] = static_cast<int32_t>(calls.length);
-    }
+    const TensorSpec spec = with_length(info_.spec.inputs[i], calls.length);
     tensors.push_back(view_of(calls.inputs.data() + offsets_[i], spec));
   }
   for (const TensorSpec& t : info_.state) tensors.push_back(view_of(session.at(t.name), t));
@@ -75,10 +72,11 @@ Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
           .code->run(std::move(tensors), info_.spec.outputs.size(), context_->stream_.get());
   Calls::Outputs outputs;
   for (size_t i = 0; i < results.size(); ++i) {
-    if (results[i]->nbytes() != static_cast<int64_t>(info_.spec.outputs[i].nbytes())) {
-      throw DelegateError(Error::InvalidProgram,
-                          "the code of " + info_.method + " returns another " +
-                              info_.spec.outputs[i].name + " than it is described to");
+    const TensorSpec spec = with_length(info_.spec.outputs[i], calls.length);
+    if (results[i]->nbytes() != static_cast<int64_t>(spec.nbytes())) {
+      throw DelegateError(Error::InvalidProgram, "the code of " + info_.method +
+                                                     " returns another " + spec.name +
+                                                     " than it is described to");
     }
     outputs.push_back(results[i]->data + results[i]->offset * results[i]->itemsize());
   }
@@ -125,13 +123,10 @@ void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& te
   calls.length = bucket(tensors.length);
   std::byte* memory = calls.staging.data();
   for (size_t i = 0; i < inputs.size(); ++i) {
-    size_t size = inputs[i].nbytes();
-    if (info_.free_dimension && info_.free_dimension->input == i) {
-      const auto row = size / static_cast<size_t>(inputs[i].shape[info_.free_dimension->dimension]);
-      size = row * static_cast<size_t>(tensors.length);
-      std::memset(memory + offsets_[i] + size, 0, row * static_cast<size_t>(calls.length) - size);
-    }
+    const size_t size = with_length(inputs[i], tensors.length).nbytes();
+    const size_t padded = with_length(inputs[i], calls.length).nbytes();
     std::memcpy(memory + offsets_[i], tensors.inputs[i], size);
+    std::memset(memory + offsets_[i] + size, 0, padded - size);
   }
   if (calls.drawn) {
     std::memcpy(&calls.drawn->position, tensors.inputs[info_.hand_over->position], kToken);
@@ -153,11 +148,11 @@ bool CompiledMethod::is_last(const Calls& calls, const std::vector<const void*>&
   return true;
 }
 
-bool CompiledMethod::copy_outputs(const Calls& calls, const std::vector<void*>& outputs) const {
+bool CompiledMethod::copy_outputs(const Calls& calls, const HostTensors& tensors) const {
   const std::vector<std::string>* wanted = CallScope::options().outputs;
   bool any = false;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    const OutputSpec& spec = info_.spec.outputs[i];
+  for (size_t i = 0; i < tensors.outputs.size(); ++i) {
+    const TensorSpec spec = with_length(info_.spec.outputs[i], tensors.length);
     if (info_.hand_over && info_.hand_over->token == i) continue;
     if (wanted && std::find(wanted->begin(), wanted->end(), spec.name) == wanted->end()) continue;
     if (context_->last_ != &calls) {
@@ -165,8 +160,8 @@ bool CompiledMethod::copy_outputs(const Calls& calls, const std::vector<void*>& 
                                                    " of a call that ran ahead is gone: another "
                                                    "session has made a call since");
     }
-    ET_MOE_CUDA(cudaMemcpyAsync(outputs[i], calls.outputs[i], spec.nbytes(), cudaMemcpyDeviceToHost,
-                                context_->stream_.get()));
+    ET_MOE_CUDA(cudaMemcpyAsync(tensors.outputs[i], calls.outputs[i], spec.nbytes(),
+                                cudaMemcpyDeviceToHost, context_->stream_.get()));
     any = true;
   }
   return any;
@@ -185,7 +180,7 @@ void CompiledMethod::run(const HostTensors& tensors) {
                             info_.method);
   }
   session.ahead_ = nullptr;
-  const bool copied = copy_outputs(calls, tensors.outputs);
+  const bool copied = copy_outputs(calls, tensors);
   if (copied || !calls.drawn) context_->stream_.synchronize();
   if (!calls.drawn) return;
   const int64_t position = calls.drawn->position;

@@ -17,7 +17,7 @@ namespace et_moe::cuda {
 struct HostTensors {
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
-  int64_t length = 1;  // of the dimension that varies from call to call, if there is one
+  int64_t length = 1;  // of the dimension that varies from call to call, wherever it occurs
 };
 
 class CompiledMethod {
@@ -32,7 +32,7 @@ class CompiledMethod {
   const MethodInfo& info() const { return info_; }
 
   /// One call, with the session and the options of the active CallScope: fills the outputs that are
-  /// wanted, and always the token that is handed over. An input of varying length is padded with
+  /// wanted, and always the token that is handed over. Inputs of varying length are padded with
   /// zeros to one of a few lengths, and run by the code for it. Throws DelegateError: InvalidState
   /// if the session runs ahead with another call, else what CUDA or the code says.
   void run(const HostTensors& tensors);
@@ -56,7 +56,7 @@ class CompiledMethod {
   bool is_last(const Calls& calls, const std::vector<const void*>& inputs) const;
   /// Starts copies of the outputs that are wanted, but for a token that is handed over; whether
   /// there are any.
-  bool copy_outputs(const Calls& calls, const std::vector<void*>& outputs) const;
+  bool copy_outputs(const Calls& calls, const HostTensors& tensors) const;
   /// The range that a length lies in.
   const Range& range_of(int64_t length) const;
   /// The length that a call of `length` is padded to; it lies in the same range.

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 #include "backends/cuda/runtime/alignment.h"
 #include "backends/cuda/runtime/errors.h"
@@ -14,22 +15,29 @@ namespace {
 
 constexpr int kFormat = 4;
 
-std::optional<FreeDimension> find_free_dimension(const std::vector<TensorSpec>& inputs) {
-  std::optional<FreeDimension> found;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const TensorSpec& input = inputs[i];
-    for (size_t d = 0; d < input.shape.size(); ++d) {
-      if (input.min_shape[d] == input.shape[d]) continue;
-      if (found) throw std::runtime_error("more than one dimension varies from call to call");
-      found = {i, d};
+/// The largest value of the one size that varies from call to call, in inputs and perhaps outputs;
+/// 1 if none does. Throws std::runtime_error if there are several, or an inner dimension varies.
+int64_t find_longest(const MethodSpec& spec) {
+  std::optional<std::pair<int32_t, int32_t>> bounds;
+  const auto check = [&bounds](const TensorSpec& tensor) {
+    const auto free = free_dimension(tensor);
+    if (!free) return;
+    const std::pair found{tensor.min_shape[*free], tensor.shape[*free]};
+    if (bounds.value_or(found) != found) {
+      throw std::runtime_error("more than one dimension varies from call to call");
     }
-    for (size_t d = 0; found && found->input == i && d < found->dimension; ++d) {
-      if (input.shape[d] != 1) {
-        throw std::runtime_error("the input " + input.name + " varies in an inner dimension");
+    bounds = found;
+    for (size_t d = 0; d < *free; ++d) {
+      if (tensor.min_shape[d] != 1 || tensor.shape[d] != 1) {
+        throw std::runtime_error("the tensor " + tensor.name + " varies in an inner dimension");
       }
     }
-  }
-  return found;
+  };
+  for (const TensorSpec& input : spec.inputs) check(input);
+  const bool varies = bounds.has_value();
+  for (const OutputSpec& output : spec.outputs) check(output);
+  if (bounds && !varies) throw std::runtime_error("outputs vary from call to call, no input does");
+  return bounds ? bounds->second : 1;
 }
 
 /// Index of a tensor of `count` int64 elements.
@@ -45,6 +53,11 @@ size_t find_integers(const std::vector<Spec>& tensors, const std::string& name, 
 
 std::optional<HandOverIndices> find_hand_over(const MethodSpec& spec) {
   if (!spec.hand_over) return std::nullopt;
+  for (const TensorSpec& input : spec.inputs) {
+    if (free_dimension(input)) {
+      throw std::runtime_error("hand_over: the input " + input.name + " varies from call to call");
+    }
+  }
   return HandOverIndices{find_integers(spec.outputs, spec.hand_over->token, 1),
                          find_integers(spec.inputs, spec.hand_over->tokens, 1),
                          find_integers(spec.inputs, spec.hand_over->position, 1)};
@@ -93,15 +106,30 @@ MethodInfo parse_info(const nlohmann::json& json) {
   check_outputs(info.spec.outputs);
   info.state = parse_tensors(json.at("state"));
   info.weights = parse_tensors(json.at("weights"));
-  info.free_dimension = find_free_dimension(info.spec.inputs);
+  info.longest = find_longest(info.spec);
   for (const auto& [arch, ranges] : json.at("code").items()) {
-    info.code[arch] = parse_ranges(ranges, info.longest());
+    info.code[arch] = parse_ranges(ranges, info.longest);
   }
   info.hand_over = find_hand_over(info.spec);
   return info;
 }
 
 }  // namespace
+
+std::optional<size_t> free_dimension(const TensorSpec& tensor) {
+  std::optional<size_t> found;
+  for (size_t d = 0; d < tensor.shape.size(); ++d) {
+    if (tensor.min_shape[d] != tensor.shape[d]) found = d;
+  }
+  return found;
+}
+
+TensorSpec with_length(TensorSpec tensor, int64_t length) {
+  if (const auto free = free_dimension(tensor)) {
+    tensor.shape[*free] = static_cast<int32_t>(length);
+  }
+  return tensor;
+}
 
 std::vector<size_t> aligned_offsets(const std::vector<TensorSpec>& tensors) {
   std::vector<size_t> offsets{0};
@@ -126,11 +154,6 @@ MethodInfo MethodInfo::parse(std::string_view text) {
   } catch (const std::exception& e) {
     throw DelegateError(Error::InvalidProgram, where + e.what());
   }
-}
-
-int64_t MethodInfo::longest() const {
-  if (!free_dimension) return 1;
-  return spec.inputs[free_dimension->input].shape[free_dimension->dimension];
 }
 
 namespace {

@@ -23,11 +23,12 @@ struct CodeInfo {
   std::vector<std::string> kernels;  // SHA-256 of each one that it launches
 };
 
-/// The dimension of an input that varies from call to call. Those before it are 1, so that a
-/// shorter tensor is the beginning of a longer one.
-struct FreeDimension {
-  size_t input, dimension;
-};
+/// The dimension of a tensor that varies from call to call, if one does. In a method's description
+/// those before it are 1, so that a shorter tensor is the beginning of a longer one.
+std::optional<size_t> free_dimension(const TensorSpec& tensor);
+
+/// A tensor with this size in the dimension that varies, if one does.
+TensorSpec with_length(TensorSpec tensor, int64_t length);
 
 /// Indices of the tensors that `HandOver` names, among outputs and inputs.
 struct HandOverIndices {
@@ -39,15 +40,12 @@ struct MethodInfo {
   MethodSpec spec;
   std::vector<TensorSpec> state, weights;
   std::map<std::string, std::vector<CodeInfo>> code;  // by architecture; in rising order of lengths
-  std::optional<FreeDimension> free_dimension;
+  int64_t longest = 1;  // the largest size of the one dimension that varies from call to call
   std::optional<HandOverIndices> hand_over;
 
   /// Throws DelegateError: DelegateInvalidCompatibility for another version of the format,
   /// InvalidProgram, with the key or tensor at fault, for anything else.
   static MethodInfo parse(std::string_view json);
-
-  /// The largest value of the length that varies from call to call; 1 if none does.
-  int64_t longest() const;
 
   /// The code for a GPU: of its own architecture, or, before sm_90, of an older one with the same
   /// major version.

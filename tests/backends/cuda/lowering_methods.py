@@ -56,13 +56,33 @@ class Scores(Small):
         return (torch.ops.et_moe.linear_w4a8(last, w["head.weight"], w["head.scale"], GROUP),)
 
 
-class AllLogits(Small):
-    """Gives the logits of every token."""
+class Columns(Small):
+    """Gives a number for every token, in columns."""
 
     def forward(self, tokens, position, num_tokens, state, w):
         x = self.hidden(tokens, None, state, w).float()
-        logits = torch.ops.et_moe.linear_w4a8(x, w["head.weight"], w["head.scale"], GROUP)
-        return logits[:1].argmax(-1, keepdim=True), logits
+        return x[:1, :1].long(), x[:, :2].t()
+
+
+class Pairs(Small):
+    """Gives twice as many rows as there are tokens."""
+
+    def forward(self, tokens, position, num_tokens, state, w):
+        x = self.hidden(tokens, None, state, w).float()
+        return x[:1, :1].long(), torch.cat([x, x])
+
+
+class Rows(torch.nn.Module):
+    """Logits and the greedy token of each of a number of rows, which have no state.
+
+    Inputs and outputs vary in the same size.
+    """
+
+    def forward(self, tokens, offsets, state, w):
+        et, ids = torch.ops.et_moe, (tokens.view(-1) + offsets).clamp(0, VOCABULARY - 1)
+        x = et.embedding_w8(ids, w["embed.weight"], w["embed.scale"], torch.bfloat16).float()
+        logits = et.linear_w4a8(x, w["head.weight"], w["head.scale"], GROUP)
+        return logits.argmax(-1, keepdim=True), logits
 
 
 class LibraryCall(Small):
@@ -92,23 +112,34 @@ class _Decode(torch.nn.Module):
         return self._model(tokens, position, None, state, w)
 
 
-def _export(model: torch.nn.Module, inputs: dict[str, tuple[int, ...]], **names) -> MethodGraph:
-    """Exports one method of int64 inputs on fake tensors; a size of 8 varies from call to call."""
+def _export(
+    model: torch.nn.Module,
+    inputs: dict[str, tuple[int, ...]],
+    state: dict[str, tuple[torch.dtype, tuple[int, ...]]] = STATE,
+    shortest: int = 2,
+    **names,
+) -> MethodGraph:
+    """Exports one method of int64 inputs on fake tensors.
+
+    Args:
+        inputs: shapes; a size of 8 varies from call to call, from `shortest` on.
+        names: of outputs and hand-over.
+    """
     with FakeTensorMode():
         arguments = (
             *(torch.empty(shape, dtype=torch.int64) for shape in inputs.values()),
-            {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in STATE.items()},
+            {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in state.items()},
             {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in WEIGHTS.items()},
         )
-    length = {1: Dim("T", min=2, max=MAX_TOKENS)}
-    varying = [length if 8 in shape else None for shape in inputs.values()]
+    length = Dim("T", min=shortest, max=MAX_TOKENS)
+    varying = [{shape.index(8): length} if 8 in shape else None for shape in inputs.values()]
     program = torch.export.export(
         model,
         arguments,
-        dynamic_shapes=(*varying, dict.fromkeys(STATE), dict.fromkeys(WEIGHTS)),
+        dynamic_shapes=(*varying, dict.fromkeys(state), dict.fromkeys(WEIGHTS)),
         strict=False,
     )
-    named = {"inputs": list(inputs), "state": list(STATE), "weights": list(WEIGHTS)}
+    named = {"inputs": list(inputs), "state": list(state), "weights": list(WEIGHTS)}
     return MethodGraph(program=program, **named, **names)
 
 
@@ -126,6 +157,12 @@ def method(model: torch.nn.Module, decode: bool) -> MethodGraph:
 def scores() -> MethodGraph:
     """A method whose inputs have other names than those of `method` and that hands nothing over."""
     return _export(Scores(), {"count": (1,), "ids": (1, 8)}, outputs=["logits"])
+
+
+def rows() -> MethodGraph:
+    """A method of 1 to `MAX_TOKENS` rows, in two inputs and in both outputs."""
+    inputs = {"tokens": (8, 1), "offsets": (8,)}
+    return _export(Rows(), inputs, state={}, shortest=1, outputs=["token", "logits"])
 
 
 def methods() -> dict[str, MethodGraph]:

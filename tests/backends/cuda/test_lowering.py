@@ -18,7 +18,8 @@ from lowering_methods import (
     MAX_TOKENS,
     VOCABULARY,
     WEIGHTS,
-    AllLogits,
+    Columns,
+    Pairs,
     Small,
     method,
     methods,
@@ -315,7 +316,11 @@ def test_architectures_are_checked_first(archs, message):
         lower({"decode": method(Small(), True)}, archs, {}, None)
 
 
-def test_outputs_that_vary_are_refused():
-    graph = method(AllLogits(), False)
-    with pytest.raises(ValueError, match="method prefill: the shape of output logits varies"):
-        lower({"prefill": graph}, ["sm_90"], {}, None)
+def test_sizes_that_vary_otherwise_are_refused():
+    """A shorter tensor must be the beginning of a longer one, and outputs as long as inputs."""
+    for model, message in (
+        (Columns(), "method prefill: output logits varies in an inner dimension"),
+        (Pairs(), "method prefill: output logits varies with no input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lower({"prefill": method(model, False)}, ["sm_90"], {}, None)
