@@ -29,7 +29,8 @@ static inline uint32_t philox(uint32_t counter, uint32_t position, uint64_t seed
 
 // Standard Gumbel noise made of a random word; it grows with the word.
 static inline float to_gumbel(uint32_t word) {
-  const float u = (static_cast<float>(word >> 8) + 0.5f) * 0x1p-24f;
+  // The largest number of 24 bits plus 0.5 is rounded to 2^24, whose noise would be infinite.
+  const float u = std::min(static_cast<float>(word >> 8) + 0.5f, 0x1p24f - 1.0f) * 0x1p-24f;
   return -std::log(-std::log(u));
 }
 

@@ -34,9 +34,13 @@ def philox(counter: torch.Tensor, position: int, seed: int) -> torch.Tensor:
 
 
 def gumbel(vocabulary: int, position: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise `float32 [V]`: -log(-log(u)), u = (philox >> 8 + 0.5) / 2^24."""
+    """Standard Gumbel noise `float32 [V]`: -log(-log(min(philox >> 8 + 0.5, 2^24 - 1) / 2^24)).
+
+    In float32 the largest number of 24 bits plus 0.5 is 2^24, whose noise would be infinite.
+    """
     words = philox(torch.arange(vocabulary, device=device), position, seed)
-    return -torch.log(-torch.log(((words >> 8).float() + 0.5) * 2.0**-24))
+    u = ((words >> 8).float() + 0.5).clamp(max=2.0**24 - 1) * 2.0**-24
+    return -torch.log(-torch.log(u))
 
 
 def _sample_fake(logits, temperature, top_k, top_p, seed, position):

@@ -54,6 +54,15 @@ def test_same_tokens_with_a_large_vocabulary(harness: Harness) -> None:
     harness.compare("sample", calls)
 
 
+def test_noise_is_finite(harness: Harness) -> None:
+    """The random number of token 186077 is the largest that there is, at this seed and position."""
+    logits = torch.zeros(1, 186_100)
+    logits[0, 5] = 40.0
+    call = _sample(logits, seed=2, position=14)
+    harness.compare("sample", [call])
+    assert int(reference("sample", call)[0]) == 5
+
+
 def test_greedy_and_ties(harness: Harness) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0, -1.0]])
     calls = [_sample(logits, 0.0), _sample(-logits, 0.0)]

@@ -39,7 +39,7 @@ def _draw_gumbel(token, position, seed):
     zero = tl.zeros_like(token)
     low = zero + (position & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     word, _, _, _ = tl.philox(seed, token, low, zero, zero)
-    u = ((word >> 8).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 16777216.0)
+    u = tl.minimum((word >> 8).to(tl.int32).to(tl.float32) + 0.5, 16777215.0) * (1.0 / 16777216.0)
     return -tl.log(-tl.log(u))
 
 

@@ -95,6 +95,15 @@ def test_invalid_logits_do_not_leave_the_vocabulary(device):
         assert 0 <= draw(sampling.sample, logits, temperature, top_k=5, top_p=0.5) < 300
 
 
+def test_noise_is_finite(device, monkeypatch):
+    """The random number of token 186077 is the largest that there is, at this seed and position."""
+    monkeypatch.setattr(sampling, "BLOCK", 8192)
+    logits = torch.zeros(1, 186_100, device=device)
+    logits[0, 5] = 40.0
+    assert draw(sampling.sample, logits, 1.0, seed=2, position=14) == 5
+    assert draw(sampling.sample, logits, 1.0, top_k=2, seed=2, position=14) == 5
+
+
 def test_noise_is_philox(device):
     """All logits equal: the distribution is uniform and the draw a function of the seed."""
     logits = torch.zeros(1, 64, device=device)
