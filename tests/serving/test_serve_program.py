@@ -42,7 +42,7 @@ def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
 
 def test_what_the_program_refuses(server) -> None:
     """With the engine's own words, and what it has no template for."""
-    for body in ({"prompt": [1] * 40}, {"prompt": [1], "max_tokens": 10**12}):
+    for body in ({"prompt": [1] * 40}, {"prompt": [10**6]}):
         response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
