@@ -126,6 +126,7 @@ def test_keys_at_a_terminal() -> None:
     )  # fmt: skip
     os.close(terminal)
     shown = ""
+    prompt = "\x1b[?2004h"  # asks the terminal for bracketed paste, as each prompt does at first
 
     def wait_for(text: str, count: int = 1) -> None:
         nonlocal shown
@@ -133,19 +134,20 @@ def test_keys_at_a_terminal() -> None:
             shown += os.read(main, 4096).decode(errors="replace")
 
     try:
-        wait_for("/help says")
-        wait_for(">")
+        wait_for(prompt)
         os.write(main, b"one\x1b\rtwo")
         wait_for("two")
         os.write(main, b"\r")
         wait_for("word word word")
         os.kill(process.pid, signal.SIGINT)
         wait_for("stopped: ")
+        wait_for(prompt, 2)
         os.write(main, b"again\r")
         wait_for("word word word", shown.count("word word word") + 1)
         os.kill(process.pid, signal.SIGINT)
-        wait_for("stopped: ", 2)
+        wait_for(prompt, 3)
         os.write(main, b"\x03")
+        wait_for(prompt, 4)
         os.write(main, b"\x04")
         assert process.wait(20) == 0
     finally:
