@@ -4,13 +4,13 @@
 # --upgrade they become the newest that it allows.
 #   lock.txt         everything but the CUDA libraries that PyPI's build of torch loads
 #   torch-cuda.txt   those; a CPU build of torch does without
+#   torch-cpu.txt    such a build, for machines whose pip finds one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Builds of torch for CPUs are not on PyPI: the version, and the sha256 of the wheels that may stand in
-# for PyPI's (Python 3.11).
-cpu_torch=2.13.0
-cpu_hashes=(6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b)
+# A build of torch for CPUs, which is not on PyPI: its version, and the sha256 of its wheel (Python 3.11).
+cpu_torch=2.13.0+cpu
+cpu_hash=6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -52,7 +52,5 @@ cp requirements/lock.txt "$scratch/cpu" 2>/dev/null || true
 lock cpu lock.txt "$@"
 mapfile -t locked < <(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package=\1/p' "$scratch/cpu/lock.txt" | sort -u)
 lock cuda torch-cuda.txt --constraints "$scratch/cpu/lock.txt" --no-annotate "${locked[@]}"
-for hash in "${cpu_hashes[@]}"; do
-  sed -i "/^torch==$cpu_torch /a\\    --hash=sha256:$hash \\\\" "$scratch/cpu/lock.txt"
-done
+echo "torch==$cpu_torch --hash=sha256:$cpu_hash" >requirements/torch-cpu.txt
 cp "$scratch/cpu/lock.txt" "$scratch/cuda/torch-cuda.txt" requirements/

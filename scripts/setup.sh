@@ -49,12 +49,13 @@ install_python_packages() {
   stamp=$(cat pyproject.toml requirements/*.txt | sha256sum)
   [ "$(cat .venv/et_moe_stamp 2>/dev/null)" = "$stamp" ] && return
   echo "setup: installing Python packages into .venv"
-  # All of scripts/lock.sh, checked by hash; then the project, which needs nothing besides.
+  # All of scripts/lock.sh, checked by hash; then the project, which needs nothing besides. Among equal
+  # versions pip would not take a CPU build of torch by itself.
   local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
-  "${install[@]}" --require-hashes --requirement requirements/lock.txt
-  if ! .venv/bin/python -m pip list --format freeze | grep -q '^torch==.*+cpu$'; then
+  if ! "${install[@]}" --require-hashes --requirement requirements/torch-cpu.txt 2>/dev/null; then
     "${install[@]}" --require-hashes --requirement requirements/torch-cuda.txt
   fi
+  "${install[@]}" --require-hashes --requirement requirements/lock.txt
   "${install[@]}" --no-build-isolation --editable .
   echo "$stamp" >.venv/et_moe_stamp
 }
