@@ -2,15 +2,15 @@
 # Renews requirements/: all Python packages of all extras of pyproject.toml, pinned and with hashes,
 # for Python 3.11 to 3.13 on x86-64 Linux. Versions stay where pyproject.toml still allows them; with
 # --upgrade they become the newest that it allows.
-#   lock.txt         everything but the CUDA libraries that PyPI's build of torch loads
-#   torch-cuda.txt   those; a CPU build of torch does without
-#   torch-cpu.txt    such a build, for machines whose pip finds one
+#   lock.txt         everything but torch
+#   torch-cuda.txt   PyPI's build of torch, and the CUDA libraries that it loads
+#   torch-cpu.txt    a build without them, for whoever has an index with one: PyPI has none
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# A build of torch for CPUs, which is not on PyPI: its version, and the sha256 of its wheel (Python 3.11).
-cpu_torch=2.13.0+cpu
-cpu_hash=6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+# The version of torch, and the sha256 of its wheels for CPUs (Python 3.11).
+torch=2.13.0
+cpu_hashes=(6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -49,8 +49,12 @@ lock() {
 
 mkdir -p requirements
 cp requirements/lock.txt "$scratch/cpu" 2>/dev/null || true
-lock cpu lock.txt "$@"
+lock cpu lock.txt --no-emit-package torch "$@"
 mapfile -t locked < <(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package=\1/p' "$scratch/cpu/lock.txt" | sort -u)
 lock cuda torch-cuda.txt --constraints "$scratch/cpu/lock.txt" --no-annotate "${locked[@]}"
-echo "torch==$cpu_torch --hash=sha256:$cpu_hash" >requirements/torch-cpu.txt
+grep -q "^torch==$torch " "$scratch/cuda/torch-cuda.txt" || {
+  echo "lock: pyproject.toml asks for another torch than $torch: renew cpu_hashes in scripts/lock.sh" >&2
+  exit 1
+}
 cp "$scratch/cpu/lock.txt" "$scratch/cuda/torch-cuda.txt" requirements/
+echo "torch==$torch+cpu ${cpu_hashes[*]/#/--hash=sha256:}" >requirements/torch-cpu.txt

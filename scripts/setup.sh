@@ -52,10 +52,10 @@ install_python_packages() {
   # All of scripts/lock.sh, checked by hash; then the project, which needs nothing besides. Among equal
   # versions pip would not take a CPU build of torch by itself.
   local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
-  if ! "${install[@]}" --require-hashes --requirement requirements/torch-cpu.txt 2>/dev/null; then
-    "${install[@]}" --require-hashes --requirement requirements/torch-cuda.txt
-  fi
-  "${install[@]}" --require-hashes --requirement requirements/lock.txt
+  local locked=("${install[@]}" --require-hashes --requirement)
+  "${locked[@]}" requirements/lock.txt
+  # The CPU build is taken where pip's indices have it.
+  "${locked[@]}" requirements/torch-cpu.txt 2>/dev/null || "${locked[@]}" requirements/torch-cuda.txt
   "${install[@]}" --no-build-isolation --editable .
   echo "$stamp" >.venv/et_moe_stamp
 }
