@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.fx import GraphModule
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from et_moe.backends.cuda import ptx
@@ -202,11 +203,15 @@ def _once_per_variant(analyse: Callable) -> Callable:
             return value.dtype
         if value is None or isinstance(value, (bool, int, float, str)):
             return (type(value), value)
-        return type(value) if isinstance(value, (torch.SymInt, sympy.Expr)) else str(value)
+        return "symbol" if isinstance(value, (torch.SymInt, sympy.Expr)) else str(value)
 
     def cached(kernel, kwargs: dict, tma_descriptor_metadata: dict):
-        arguments = tuple((name, variant(value)) for name, value in sorted(kwargs.items()))
-        key = (id(kernel), arguments, str(tma_descriptor_metadata))
+        function, given = kernel, kwargs
+        if isinstance(kernel, Autotuner):
+            # torch makes one for each launch that has options, with these as its configuration.
+            function, given = kernel.fn, kwargs | kernel.configs[0].kwargs
+        arguments = tuple((name, variant(value)) for name, value in sorted(given.items()))
+        key = (id(function), arguments, str(tma_descriptor_metadata))
         if key not in known:
             known[key] = analyse(kernel, kwargs, tma_descriptor_metadata)
         return known[key]
