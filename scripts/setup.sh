@@ -49,8 +49,7 @@ install_python_packages() {
   stamp=$(cat pyproject.toml requirements/*.txt | sha256sum)
   [ "$(cat .venv/et_moe_stamp 2>/dev/null)" = "$stamp" ] && return
   echo "setup: installing Python packages into .venv"
-  # All of scripts/lock.sh, checked by hash; then the project, which needs nothing besides. Among equal
-  # versions pip would not take a CPU build of torch by itself.
+  # All of scripts/lock.sh, checked by hash; then the project, which needs nothing besides.
   local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
   local locked=("${install[@]}" --require-hashes --requirement)
   "${locked[@]}" requirements/lock.txt
