@@ -18,6 +18,13 @@ from et_moe.serving.interface import (
 )
 
 
+def check_folder(program_dir: Path) -> None:
+    """Raises ValueError unless a program folder is one; what is in it is not looked at."""
+    if not program_dir.is_dir():
+        kind = "not a folder" if program_dir.exists() else "no such folder"
+        raise ValueError(f"{program_dir}: {kind}, expected one that `et-moe export` wrote")
+
+
 def load_engine(
     program_dir: str | Path,
     *,

@@ -36,6 +36,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
     return et_moe
 
 
+def test_inspect_of_a_folder_says_which_file(run: Run, tmp_path: Path) -> None:
+    code, _, error = run("inspect", tmp_path)
+    assert code == 1 and f"{tmp_path}: a folder, expected a .pte, such as" in error
+
+
 @pytest.fixture
 def refused(run: Run) -> Callable[..., str]:
     """Runs a command that must fail with a message of these parts."""
