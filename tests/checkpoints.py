@@ -61,7 +61,7 @@ SMALL_FOR_CUDA = {
 def storages(
     qlinear: str = "4w", group_size: int = 128, qembedding: str = "8w"
 ) -> dict[str, Storage]:
-    """Storages of Qwen3.5's parts by the flags of the command line."""
+    """How the parts of Qwen3.5 are stored with these flags of the command line."""
     return choose_storages(MODEL.parts, qlinear, group_size, qembedding)
 
 
@@ -115,15 +115,16 @@ def per_expert(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _eight_in_an_int32(values: Tensor) -> Tensor:
-    """0..15 `[..., K]` as int32 `[..., K/8]`, the first in the lowest nibble."""
+    """Packs values 0..15 of shape `[..., K]` into int32 `[..., K/8]`, the first in the lowest
+    nibble."""
     eight = values.long().unflatten(-1, (-1, 8))
     words = sum(eight[..., i] << (4 * i) for i in range(8))
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def int4_values(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values -8..7 `[N, K]` and scales `[N, K/group_size]` of a weight; not those that this
-    project would choose."""
+    """A weight as values -8..7 `[N, K]` and scales `[N, K/group_size]`, which are not those that
+    this project would choose."""
     groups = weight.float().unflatten(-1, (-1, group_size))
     scale = (groups.abs().amax(-1) / 7.3).to(dtype)
     values = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7)
@@ -137,8 +138,8 @@ def _product(values: Tensor, scale: Tensor) -> Tensor:
 def to_gptq(
     tensors: Tensors, quantized: tuple[str, ...], group_size: int = 32, version: int = 1
 ) -> tuple[Tensors, Tensors]:
-    """Weights whose names end with `quantized`, experts apart, as GPTQ stores them; and the same
-    as floats."""
+    """The weights whose names end with `quantized` as GPTQ stores them, one expert at a time, among
+    the other tensors; and the same tensors with those weights as floats."""
     stored, meant = {}, {}
     for name, weight in per_expert(tensors).items():
         if not name.endswith(quantized):
@@ -158,7 +159,7 @@ def to_gptq(
 def to_compressed_tensors(
     tensors: Tensors, quantized: tuple[str, ...], group_size: int = 32
 ) -> tuple[Tensors, Tensors]:
-    """As `to_gptq`, in the format "pack-quantized" of compressed-tensors."""
+    """The same as `to_gptq`, in the format "pack-quantized" of compressed-tensors."""
     stored, meant = {}, {}
     for name, weight in per_expert(tensors).items():
         if not name.endswith(quantized):
@@ -205,7 +206,7 @@ def parameters(groups) -> list[Tensors]:
 
 
 def assert_equal(actual: list[Tensors], expected: list[Tensors]) -> None:
-    """Same groups, same names in the same order, same dtypes, same values."""
+    """Checks that groups, names and their order, dtypes and values are the same."""
     assert [list(group) for group in actual] == [list(group) for group in expected]
     for group, other in zip(actual, expected, strict=True):
         for name, tensor in group.items():
@@ -214,8 +215,8 @@ def assert_equal(actual: list[Tensors], expected: list[Tensors]) -> None:
 
 
 def assert_mutations_are_survived(kind: str, directory: Path, count: int, *files: str) -> None:
-    """`count` damaged copies of each file, or as many as the environment says, are read or refused
-    by name; see the script."""
+    """Checks that `count` damaged copies of each file, or as many as the environment says, are
+    read, or refused with the name of the file; see the script."""
     count = fuzz_count(count)
     script = Path(__file__).with_name("pipeline") / "mutate_checkpoint.py"
     command = [sys.executable, script, kind, directory, str(count), *files]

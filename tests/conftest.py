@@ -11,8 +11,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads this when a kernel is decorated, its own functions at its first import. What
-    # compiles kernels does so in a process of its own.
+    # Triton reads this when a kernel is decorated, and for its own functions when it is first
+    # imported. Tests that compile kernels do so in a process of their own.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # Tensors are small, and pytest-xdist has a process for every core. Threads of torch, here and
     # in what tests start, would spend most of their time waiting for each other.

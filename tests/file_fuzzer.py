@@ -40,7 +40,7 @@ def change_text(rng: random.Random, data: bytes, places: list[Place]) -> bytes:
     text = data[place.at : place.at + place.width]
     try:
         document = json.loads(text)
-    except ValueError:  # an earlier change was about it
+    except ValueError:  # an earlier change has damaged this text
         return data
     for _ in range(20):
         changed = json.dumps(mutate_json(rng, document), separators=(",", ":"))
@@ -55,11 +55,11 @@ def _seal_pte(data: bytes) -> bytes:
 
 
 def _seal_ptd(original: bytes, places: list[Place]) -> Callable[[bytes], bytes]:
-    """A function that seals a changed file: with the hashes of what its tables now say."""
+    """A function that seals a changed file with the hashes of what its tables now describe."""
     base = struct.unpack_from("<Q", original, 8 + 24)[0]
 
     def entries(data: bytes) -> dict[bytes, bytes]:
-        """Content by name, as far as that can be made out with the fields where they were."""
+        """The contents by name, as far as they can be found with the fields where they were."""
         segments = [
             p.at for p in places if p.role == "offset" and p.what == "FlatTensor.segments[]"
         ]
@@ -100,7 +100,7 @@ class FileFuzzer:
         self.seal = _seal_pte if kind == "pte" else _seal_ptd(self.data, self.places)
 
     def random_file(self, rng: random.Random) -> bytes:
-        """A copy that differs in one to three places, sealed."""
+        """A sealed copy that differs in one to three places."""
         data = self.data
         while data == self.data:
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -108,7 +108,7 @@ class FileFuzzer:
         return self.seal(data)
 
     def each(self, role: str, what: str, number: int) -> Iterator[bytes]:
-        """Copies in which one place of a kind has another number, for each place that has."""
+        """For each place of a kind that does not hold `number`, a sealed copy in which it does."""
         for place in [*self.places, *header_places(self._kind)]:
             old = read(self.data, place.at, place.width)
             if (place.role, place.what) == (role, what) and old != number:
@@ -128,15 +128,15 @@ class FileFuzzer:
 def changed_delegate(
     rng: random.Random, original: bytes, edit: Callable[[dict[str, Any]], Any]
 ) -> bytes:
-    """A CUDA program with another description of one of its methods, sealed.
+    """A sealed CUDA program with another description of one of its methods.
 
     Args:
-        edit: gives the new description, or None for another try; what nobody reads of the old one
-            was left out, which makes room.
+        edit: takes the old description and gives the new one, or None for another try. What nobody
+            reads of the old one is left out before, which makes room.
     """
     data = original[:-TRAILER]
     begin = rng.choice([m.start() for m in re.finditer(rb'\{"format": \d', data)])
-    text = data[begin:].decode("latin-1")  # what follows is no text
+    text = data[begin:].decode("latin-1")  # what follows the document is not text
     document, size = json.JSONDecoder().raw_decode(text)
     for code in document["code"].values():
         del code["kernels"]

@@ -17,13 +17,13 @@ import executorch
 ROOT = Path(executorch.__path__[0])
 WIDTHS = {"byte": 1, "ubyte": 1, "uint8": 1, "bool": 1, "int": 4, "uint": 4, "int32": 4}
 WIDTHS |= {"uint32": 4, "long": 8, "int64": 8, "uint64": 8, "double": 8}
-MOST_ELEMENTS = 8  # of a vector that are places of their own
+MOST_ELEMENTS = 8  # how many elements of a vector are places of their own
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a table. `kind`: of a scalar its type, else the name of a table or union,
-    "string", or "[...]" around one of these."""
+    """A field of a table. `kind` is the type of a scalar, the name of a table or union, "string",
+    or "[...]" around one of these."""
 
     name: str
     slot: int
@@ -67,8 +67,9 @@ class Schema:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a buffer. `role`: "scalar", "length" of a vector or string, "offset" to something,
-    "entry" of a vtable, or "text" (its bytes). `what`: table and field."""
+    """A place in a buffer. `role` is "scalar", "length" (of a vector or string), "offset" (to
+    something), "entry" (of a vtable) or "text" (its bytes). `what` names the table and the
+    field."""
 
     role: str
     what: str

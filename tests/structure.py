@@ -88,7 +88,7 @@ def module_name(path: str) -> str:
 
 
 def python_imports(path: str, source: bytes) -> Iterator[tuple[str, bool]]:
-    """(name that is imported, whether a function does it) of all imports of a file."""
+    """For all imports of a file: the name that is imported, and whether it is inside a function."""
     tree = ast.parse(source, path)
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
@@ -107,7 +107,8 @@ def python_imports(path: str, source: bytes) -> Iterator[tuple[str, bool]]:
 
 
 def edges(files: Files) -> Iterator[tuple[str, str, bool]]:
-    """(file, file of the tree that it imports or includes, whether inside a function)."""
+    """Triples of a file, a file of the tree that it imports or includes, and whether it does so
+    inside a function."""
     modules = {module_name(path): path for path in files if path.endswith(".py")}
     for path, content in files.items():
         if path.endswith(".py"):

@@ -49,7 +49,7 @@ CLEAN = {
 
 
 def make_tree(folder: Path, changes: dict[str, str]) -> Files:
-    """`CLEAN` with changes, as a git repository; what its checks are given."""
+    """Makes a git repository of `CLEAN` with changes, and gives what the checks take."""
     for path, content in (CLEAN | changes).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(content)

@@ -45,7 +45,7 @@ def run(*command, code: int = 0, cwd: Path | None = None) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built in `build/wheel`, where a second time costs little."""
+    """The wheel, built in `build/wheel`, where building it again costs little."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", "-C", f"build-dir={REPO / 'build' / 'wheel'}")
     run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, REPO)
@@ -64,7 +64,7 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 @pytest.mark.timeout(1800)
 def test_contents(wheel: Path) -> None:
-    """All packages, and nothing that is not part of one."""
+    """The wheel has all packages, and nothing that is not part of one."""
     names = zipfile.ZipFile(wheel).namelist()
     project = tomllib.loads((REPO / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]

@@ -37,15 +37,18 @@ def install() -> None:
 
 
 def _patch_language() -> None:
-    """Replaces the language's functions by interpreted ones, and the replacing by nothing."""
+    """Replaces the language's functions by interpreted ones for good, so that no call replaces them
+    again."""
     interpreter._patch_attr = _patch_builtin
-    for function in (_cast, tl.zeros.fn):  # one with this file's `tl`, and one with Triton's `core`
+    # One of them refers to this file's `tl`, the other to Triton's `core`.
+    for function in (_cast, tl.zeros.fn):
         interpreter._patch_lang(function)
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 
 def _patch_builtin(owner, name: str, builtin, builder, scope) -> None:
-    function = getattr(builtin, "__wrapped__", builtin)  # not what asks for `_semantic` first
+    # This leaves out the wrapper that asks for `_semantic`.
+    function = getattr(builtin, "__wrapped__", builtin)
     semantic = interpreter.interpreter_semantic
 
     @functools.wraps(function)
@@ -57,7 +60,8 @@ def _patch_builtin(owner, name: str, builtin, builder, scope) -> None:
 
 
 def _cast(original):
-    """Of bf16 and float32 too. To bf16 it rounds to nearest, ties to even; Triton truncates."""
+    """Casts that also convert between bf16 and float32. Casts to bf16 round to nearest, ties to
+    even, where Triton's truncate."""
 
     def cast_impl(self, source, target):
         types = source.dtype.scalar.name, target.scalar.name
@@ -100,7 +104,7 @@ def _unwrap(original):
 
 
 def _block_type(initialize):
-    """One object for equal types. It has the shape as integers besides, in `dimensions`."""
+    """Equal types become one object, which also has its shape as integers, in `dimensions`."""
     known: dict[tuple, tl.block_type] = {}
 
     def __new__(cls, element_ty: tl.dtype, shape) -> tl.block_type:
@@ -117,7 +121,8 @@ def _block_type(initialize):
 
 
 def _initialize_tensor(self: tl.tensor, handle, type: tl.dtype) -> None:
-    """As Triton's, with the attributes that depend on the type alone made once a type."""
+    """Does what Triton's does, but makes the attributes that depend on the type alone only once per
+    type."""
     if not hasattr(type, "of_tensors"):
         shape = type.dimensions if type.is_block() else ()
         sizes = core.tuple([tl.constexpr(size) for size in shape])
@@ -142,7 +147,8 @@ def _broadcast(original):
 
 
 def _check_types(original):
-    """Operands of an operation in their common type and shape; most are already, or are numbers."""
+    """Brings an operation's operands to their common type and shape. Most have it already, or are
+    numbers."""
     # bf16 and fp16 are divided in float32, and pointers are not numbers.
     plain = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
     plain |= {"int1", "fp32", "fp64"}

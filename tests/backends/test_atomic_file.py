@@ -179,8 +179,8 @@ def test_what_standard_output_goes_to_is_written_through_it(
 ) -> None:
     """Replacing that file would lose what is printed before and after.
 
-    `link` is a link of our own to where `/dev/stdout` leads: as root a fault would replace that one
-    for the whole machine.
+    `link` is a link of our own to where `/dev/stdout` leads. With that one, a fault in a test run
+    as root would replace it for the whole machine.
     """
     path = tmp_path / "file"
     (tmp_path / "link").symlink_to(f"/proc/self/fd/{stream}")
@@ -200,7 +200,7 @@ def test_what_standard_output_goes_to_is_written_through_it(
 
 def test_whether_a_file_can_be_written_is_found_without_a_trace(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("kept")
-    os.mkfifo(tmp_path / "fifo")  # nobody reads it: to open it would take for ever
+    os.mkfifo(tmp_path / "fifo")  # nobody reads it, so that opening it would wait forever
     for name in ("a", "new", "fifo"):
         check_writable(tmp_path / name)
     check_writable(Path("/dev/null"))

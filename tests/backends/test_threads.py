@@ -1,4 +1,5 @@
-"""Pieces shared out to threads, and items written while the next ones are made."""
+"""Pieces that are shared out to threads, and items that are written while the next ones are
+made."""
 
 import threading
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def test_an_item_is_written_while_the_next_is_made() -> None:
 
     def items() -> Iterator[int]:
         for i, event in enumerate(made):
-            assert len(written) >= i - 1  # two in memory at most
+            assert len(written) >= i - 1  # at most two items are in memory
             event.set()
             yield i
 
@@ -68,4 +69,4 @@ def test_errors_are_raised_as_they_are() -> None:
         write_behind(range(5), failing_write)
     assert written == [0]
     with pytest.raises(OSError, match="written"):
-        write_behind(range(2), failing_write)  # of the last item too
+        write_behind(range(2), failing_write)  # an error is raised for the last item, too

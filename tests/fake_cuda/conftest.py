@@ -39,7 +39,8 @@ class Fake:
     def run(
         self, *command, preload: Path | None = None, stdin: str = "", **environment: str
     ) -> subprocess.CompletedProcess:
-        """`environment`: of fake_cuda.h, without the prefix, in lower case."""
+        """Runs a command; `environment` has variables of fake_cuda.h, in lower case and without
+        prefix."""
         env = {"LD_PRELOAD": str(preload)} if preload else {}
         env |= {f"ET_MOE_FAKE_CUDA_{k.upper()}": v for k, v in environment.items()}
         env |= {"LD_LIBRARY_PATH": str(self._build / "tests/fake_cuda")}
@@ -58,7 +59,7 @@ class Fake:
         return self.run("runner/qwen3_5_moe_runner", *files, *flags, **environment)
 
     def check(self, *command, tool: str = "fake_cuda/delegate_check", **environment: str) -> str:
-        """Output of a tool of the tests, which must succeed."""
+        """Runs a tool of the tests, which must succeed, and returns its output."""
         done = self.run(f"tests/{tool}", *command, **environment)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout

@@ -13,14 +13,15 @@ namespace {
 constexpr uint16_t kMachine = 190;  // EM_CUDA
 constexpr char kInfo[] = ".nv.info.";
 
-// Formats and attributes of .nv.info entries: format, attribute, then a 16-bit value or size.
+// Formats and attributes of .nv.info entries. An entry has a format, an attribute and a 16-bit
+// value, or the 16-bit size of a value that follows.
 constexpr uint8_t kHasSize = 4;
 constexpr uint8_t kParameterInfo =
-    0x17;  // uint32 index, uint16 ordinal, uint16 offset, uint32 flags
-constexpr uint8_t kParameterBytes = 0x19;   // in the 16-bit value
-constexpr uint8_t kRequiredThreads = 0x10;  // three uint32
+    0x17;  // followed by: uint32 index, uint16 ordinal, uint16 offset, uint32 flags
+constexpr uint8_t kParameterBytes = 0x19;   // its value is the 16-bit one
+constexpr uint8_t kRequiredThreads = 0x10;  // followed by three uint32
 
-/// Reads of `image`, in bounds.
+/// Reads a value from `image`; throws std::runtime_error if it does not lie inside.
 template <typename T>
 T read(const std::string& image, size_t offset) {
   if (offset > image.size() || image.size() - offset < sizeof(T)) {
@@ -31,7 +32,8 @@ T read(const std::string& image, size_t offset) {
   return value;
 }
 
-/// All of the file that `image` starts: its section headers stand at the end.
+/// The whole file that begins at `image`. Its size follows from its headers, which stand at its
+/// end.
 std::string whole(const void* image) {
   Elf64_Ehdr header;
   std::memcpy(&header, image, sizeof header);
@@ -45,7 +47,8 @@ std::string whole(const void* image) {
 }
 
 int architecture_of(const Elf64_Ehdr& header) {
-  const bool old = header.e_ident[EI_ABIVERSION] < 8;  // later ones moved it by a byte
+  // Later versions moved the architecture by a byte.
+  const bool old = header.e_ident[EI_ABIVERSION] < 8;
   return static_cast<int>((old ? header.e_flags : header.e_flags >> 8) & 0xff);
 }
 

@@ -16,8 +16,8 @@ struct Parameter {
 struct Kernel {
   std::string name;
   std::vector<Parameter> parameters;
-  uint32_t parameter_bytes = 0;     // of all
-  uint32_t threads[3] = {0, 0, 0};  // that a block must have; zeros if any will do
+  uint32_t parameter_bytes = 0;     // of all parameters together
+  uint32_t threads[3] = {0, 0, 0};  // that a block must have; zeros if any number will do
 };
 
 /// A parsed cubin: an ELF file whose sections `.nv.info.KERNEL` hold attributes. The format is not

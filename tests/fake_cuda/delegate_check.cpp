@@ -57,7 +57,7 @@ void sessions(int argc, char** argv) {
   const size_t most = static_cast<size_t>(model->info().max_prefill_tokens);
   struct Sequence {
     std::unique_ptr<et_moe::Session> session;
-    Ids ids;  // to feed next
+    Ids ids;  // the ids to feed next
     Ids generated;
   };
   std::vector<Sequence> sequences;
@@ -137,10 +137,10 @@ void ahead(char** argv) {
 Ids generate(char** argv) {
   et_moe::Engine engine(load(argv));
   et_moe::GenerationConfig config;
-  config.max_new_tokens = 4;  // the first run, warm-up, capture, replay
+  config.max_new_tokens = 4;  // enough for a first run, a warm-up, a capture and a replay
   et_moe::llm::Stats stats;
   Ids ids;
-  const Ids few = {1, 2, 3}, many(18, 5);  // for the code of two ranges
+  const Ids few = {1, 2, 3}, many(18, 5);  // these lengths use the code of two ranges
   for (const Ids& prompt : {few, few, many}) {
     const Ids more = engine.generate(prompt, config, stats, [](int64_t) { return true; }).ids;
     ids.insert(ids.end(), more.begin(), more.end());

@@ -129,7 +129,7 @@ cudaError_t load_module(State& s, CUmodule* module, const void* image) {
   } catch (const std::exception& e) {
     return s.violation(cudaErrorInvalidKernelImage, std::string("cuModuleLoadData: ") + e.what());
   }
-  // Triton compiles for what only this architecture has from 9.0 on.
+  // From 9.0 on, Triton's code uses features of its own architecture, and runs on no other.
   const int device = 10 * s.config.major + s.config.minor, code = cubin->architecture;
   const bool runs = code == device || (code < 90 && code / 10 == device / 10 && code < device);
   if (!runs) return cudaErrorNoKernelImageForDevice;
@@ -142,7 +142,7 @@ cudaError_t unload_module(State& s, CUmodule handle) {
   if (!module) return s.violation(cudaErrorInvalidResourceHandle, "cuModuleUnload: not a module");
   for (auto it = s.functions.begin(); it != s.functions.end();) {
     const bool gone = it->second->module == module;
-    if (gone) it->second->loaded = false;  // graphs may hold it still
+    if (gone) it->second->loaded = false;  // graphs may still hold it
     it = gone ? s.functions.erase(it) : std::next(it);
   }
   s.modules.remove(handle);

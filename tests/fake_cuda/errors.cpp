@@ -7,8 +7,8 @@ namespace {
 
 struct Entry {
   int error;
-  const char* name;         // of the runtime
-  const char* driver_name;  // of the same number
+  const char* name;         // the runtime's name
+  const char* driver_name;  // the driver's name of the same number
   const char* text;
 };
 

@@ -7,19 +7,20 @@
 
 namespace et_moe::fake_cuda {
 
-/// As cudaGetErrorName and cudaGetErrorString; "unrecognized error code" for one not known here.
+/// What cudaGetErrorName and cudaGetErrorString return; "unrecognized error code" for an error that
+/// is not known here.
 const char* error_name(int error);
 const char* error_text(int error);
-/// As cuGetErrorName: the driver has the same numbers and names of its own.
+/// What cuGetErrorName returns: the driver has the same numbers, but names of its own.
 const char* driver_error_name(int error);
 
-/// The error of a name; throws std::runtime_error for an unknown one.
+/// The error that has this name; throws std::runtime_error for an unknown name.
 cudaError_t error_of(const std::string& name);
 
-/// What a function is made to fail with unless a test says otherwise.
+/// The error that a function is made to fail with unless a test says otherwise.
 cudaError_t default_error(const std::string& function);
 
-/// Whether the context is unusable afterwards.
+/// Whether the context is unusable after this error.
 bool ends_context(cudaError_t error);
 
 }  // namespace et_moe::fake_cuda

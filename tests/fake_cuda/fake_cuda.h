@@ -20,10 +20,10 @@
 //   ET_MOE_FAKE_CUDA_FAIL     the call that fails: N (the N-th of all, from 1) or NAME:N
 //   ET_MOE_FAKE_CUDA_ERROR    what it fails with, such as cudaErrorLaunchFailure (the default
 //                             depends on the function)
-//   ET_MOE_FAKE_CUDA_REPORT   file for a report at exit, JSON: calls (number of all),
-//   calls_by_name,
-//                             launches (by kernel, as they ran), failed (the name of the call that
-//                             was made to fail, or null), violations, leaks (lists of text)
+//   ET_MOE_FAKE_CUDA_REPORT   file for a report at exit, JSON: calls (number of all calls),
+//                             calls_by_name, launches (by kernel, as they ran), failed (the name
+//                             of the call that was made to fail, or null), violations and leaks
+//                             (lists of text)
 // A process with violations or leaks prints them to stderr at exit and ends with status 86.
 //
 // A call that is made to fail does nothing, but one that releases something or waits does that
@@ -39,16 +39,18 @@
 
 // For tests in the same process.
 extern "C" {
-/// Calls made so far: those that can fail, hence not the queries of errors.
+/// The number of calls made so far. Only calls that can fail count, hence not the queries of
+/// errors.
 uint64_t fake_cuda_calls();
-/// Makes the n-th call from now on (1 is the next) of `function`, or of any if null, fail with
-/// `error`, or with the function's default if 0. n = 0 takes it back.
+/// Makes the n-th call from now on (1 is the next) of `function` fail with `error`. If `function`
+/// is null, calls of any function count; if `error` is 0, it is the function's default. n = 0
+/// cancels it.
 void fake_cuda_fail(const char* function, uint64_t n, int error);
 /// Writes the oldest violation (a text, cut to `size`) to `text` and forgets it; false if there is
 /// none.
 bool fake_cuda_take_violation(char* text, size_t size);
-/// Number of things that are not released: memory, streams, events, graphs, modules.
+/// The number of things that are not released: memory, streams, events, graphs and modules.
 size_t fake_cuda_live();
-/// Number of kernels that ran, replays of graphs included.
+/// The number of kernels that ran, including those in replays of graphs.
 uint64_t fake_cuda_launches();
 }

@@ -21,7 +21,7 @@ inline void EXPECT_THAT_CONTAINS(const std::string& found, const std::string& ex
   EXPECT_NE(found.find(expected), std::string::npos) << "found: " << found;
 }
 
-/// A device buffer and a stream; afterwards nothing may be live, and no violation left unseen.
+/// A device buffer and a stream. After each test nothing may be live, and no violation left unseen.
 class FakeCuda : public testing::Test {
  protected:
   void SetUp() override {
@@ -37,13 +37,13 @@ class FakeCuda : public testing::Test {
     EXPECT_EQ(violation(), "");
     cudaGetLastError();
   }
-  /// What device memory holds.
+  /// What the device buffer holds.
   std::vector<unsigned char> content(size_t size = kSize) {
     std::vector<unsigned char> bytes(size);
     EXPECT_EQ(cudaMemcpy(bytes.data(), device_, size, cudaMemcpyDeviceToHost), cudaSuccess);
     return bytes;
   }
-  /// Captures what `body` does.
+  /// Captures the work that `body` puts on the stream.
   cudaError_t capture(const std::function<void()>& body, cudaGraph_t* graph) {
     EXPECT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
     body();

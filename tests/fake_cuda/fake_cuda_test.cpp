@@ -80,7 +80,8 @@ TEST_F(FakeCuda, WorkIsPutOffUntilSomethingWaits) {
   EXPECT_EQ(content()[0], 0);  // the default stream does not wait for others
   std::memset(pinned, 2, kSize);
   EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
-  EXPECT_EQ(content()[0], 2);  // changed before it was copied: the mistake shows
+  // The memory was changed before it was copied, and this shows the mistake.
+  EXPECT_EQ(content()[0], 2);
   char pageable[kSize];
   std::memset(pageable, 3, kSize);
   ASSERT_EQ(cudaMemcpyAsync(device_, pageable, kSize, cudaMemcpyHostToDevice, stream_),
@@ -94,7 +95,7 @@ TEST_F(FakeCuda, WorkIsPutOffUntilSomethingWaits) {
 TEST_F(FakeCuda, EventsWaitForTheirPositionOnly) {
   cudaEvent_t event = nullptr;
   ASSERT_EQ(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), cudaSuccess);
-  EXPECT_EQ(cudaEventSynchronize(event), cudaSuccess);  // never recorded
+  EXPECT_EQ(cudaEventSynchronize(event), cudaSuccess);  // the event was never recorded
   ASSERT_EQ(cudaMemsetAsync(device_, 1, kSize, stream_), cudaSuccess);
   ASSERT_EQ(cudaEventRecord(event, stream_), cudaSuccess);
   ASSERT_EQ(cudaMemsetAsync(device_, 2, kSize, stream_), cudaSuccess);
@@ -119,7 +120,7 @@ TEST_F(FakeCuda, GraphsAreRecordedAndReplayed) {
   cudaGraph_t graph = nullptr;
   const auto fill = [&] { cudaMemsetAsync(device_, 5, kSize, stream_); };
   ASSERT_EQ(capture(fill, &graph), cudaSuccess);
-  EXPECT_EQ(content()[0], 0);  // recorded, not run
+  EXPECT_EQ(content()[0], 0);  // the work was recorded, not run
   cudaGraphExec_t executable = nullptr;
   ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
   ASSERT_EQ(cudaGraphDestroy(graph), cudaSuccess);
@@ -149,7 +150,7 @@ TEST_F(FakeCuda, CapturesForbidAllocationsAndWaits) {
     EXPECT_VIOLATION("called during a capture");
     EXPECT_EQ(cudaGetLastError(), cudaErrorStreamCaptureInvalidated);
   }
-  cudaGraph_t graph = nullptr;  // a thread of its own may allocate
+  cudaGraph_t graph = nullptr;  // another thread may allocate during a capture
   const auto elsewhere = [&p] {
     EXPECT_EQ(cudaMalloc(&p, 1), cudaSuccess);
     EXPECT_EQ(cudaFree(p), cudaSuccess);
@@ -184,7 +185,8 @@ TEST_F(FakeCuda, AnyCallCanBeMadeToFail) {
   EXPECT_EQ(cudaGetLastError(), cudaErrorMemoryAllocation);
   fake_cuda_fail("cudaFree", 1, cudaErrorUnknown);
   EXPECT_EQ(cudaMemset(first, 0, 8), cudaSuccess);
-  EXPECT_EQ(cudaFree(first), cudaErrorUnknown);  // and it is free: see TearDown
+  // The memory is released nevertheless, which TearDown checks.
+  EXPECT_EQ(cudaFree(first), cudaErrorUnknown);
   fake_cuda_fail("cudaStreamEndCapture", 1, 0);
   cudaGraph_t graph = nullptr;
   EXPECT_EQ(capture([] {}, &graph), cudaErrorUnknown);

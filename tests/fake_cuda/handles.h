@@ -9,8 +9,8 @@ namespace et_moe::fake_cuda {
 
 inline uintptr_t last_handle = 0;
 
-/// Live objects of one kind. A handle is a number that is never used again nor shared with another
-/// kind, so a stale or mistaken one is found out.
+/// Live objects of one kind. A handle is a number that is never used again, also not for another
+/// kind of object, so a stale or mistaken handle is noticed.
 template <typename T>
 class Handles {
  public:

@@ -14,7 +14,7 @@
 namespace et_moe::fake_cuda {
 namespace {
 
-// Where the process finds what it inherits.
+// The file descriptors under which the process finds what it inherits.
 constexpr int kSocket = 3, kMemory = 4;
 
 /// This process's environment without what belongs to its libraries.
@@ -63,7 +63,8 @@ Interpreter::Interpreter(const std::string& sidecar, const Memory& memory) {
                                         std::to_string(Memory::kBase),
                                         std::to_string(Memory::kSize)};
   std::vector<std::string> environment = child_environment();
-  // Numbers far from the targets, so that neither overwrites the other's source.
+  // These numbers are far from the targets, so that neither duplication overwrites the other's
+  // source.
   const int socket_source = fcntl(sockets[1], F_DUPFD_CLOEXEC, 100);
   const int memory_source = fcntl(memory.file(), F_DUPFD_CLOEXEC, 100);
   posix_spawn_file_actions_t actions;
@@ -82,7 +83,7 @@ Interpreter::Interpreter(const std::string& sidecar, const Memory& memory) {
 }
 
 Interpreter::~Interpreter() {
-  close(socket_);  // it ends when it reads the end of the file
+  close(socket_);  // the process ends when it reads the end of the file
   waitpid(process_, nullptr, 0);
 }
 

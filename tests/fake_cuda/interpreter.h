@@ -15,7 +15,7 @@ namespace et_moe::fake_cuda {
 
 struct Launch {
   uint32_t grid[3], block[3], shared_memory;
-  std::vector<std::string> arguments;  // their bytes, as the kernel's parameters are laid out
+  std::vector<std::string> arguments;  // the bytes of each, in the order of the kernel's parameters
 };
 
 class Interpreter {
@@ -36,7 +36,7 @@ class Interpreter {
 
   pid_t process_ = -1;
   int socket_ = -1;
-  std::set<uint64_t> sent_;  // modules that the process knows
+  std::set<uint64_t> sent_;  // the modules that the process has been sent
 };
 
 }  // namespace et_moe::fake_cuda

@@ -65,12 +65,12 @@ class Libdevice:
 
 
 class Memory:
-    """Device memory, and which of it may be touched."""
+    """Device memory, and which parts of it may be touched."""
 
     def __init__(self, file: int, base: int, size: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
-        noreserve, fixed_noreplace = 0x4000, 0x100000  # not in `mmap`
+        noreserve, fixed_noreplace = 0x4000, 0x100000  # flags that Python's `mmap` does not name
         address = libc.mmap(
             ctypes.c_void_p(base),
             ctypes.c_size_t(size),
@@ -84,13 +84,13 @@ class Memory:
         self.set_allocations([])
 
     def set_allocations(self, allocations: list[list[int]]) -> None:
-        """Live allocations: [address, bytes], by address."""
+        """Takes the live allocations, [address, bytes] each, sorted by address."""
         table = np.array(allocations, dtype=np.uint64).reshape(-1, 2)
         self._begin, self._end = table[:, 0], table[:, 0] + table[:, 1]
 
     def check(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, what: str) -> None:
         """Raises IndexError if an address, where the mask is set, is not all in one allocation."""
-        if mask is not None:  # a mask that was made from a scalar may be of integers
+        if mask is not None:  # a mask that was made from a scalar may consist of integers
             pointers = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)]
         touched = pointers.reshape(-1)
         i = np.searchsorted(self._begin, touched, side="right")
@@ -102,7 +102,7 @@ class Memory:
 
 
 class CheckedInterpreter:
-    """Stands for Triton's module of memory accesses; looks at the addresses first."""
+    """Stands in for Triton's module of memory accesses, and checks the addresses first."""
 
     def __init__(self, module, memory: Memory) -> None:
         self._module, self._memory = module, memory

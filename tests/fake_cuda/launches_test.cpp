@@ -23,14 +23,14 @@ std::string cubin(uint8_t architecture = 90, uint32_t parameter_bytes = 24) {
     append(info, name);
     append(info, value);
   };
-  for (uint16_t i : {2, 1, 0}) {  // as the assembler does, last first
+  for (uint16_t i : {2, 1, 0}) {  // the last one first, as the assembler does
     attribute(4, 0x17, 12);
     append(info, uint32_t{0});
     append(info, i);
     append(info, static_cast<uint16_t>(8 * i));
     append(info, uint32_t{i == 1 ? 4u : 8u} << 18 | 0x1f000);
   }
-  attribute(3, 0x1b, 0xff);  // one that is of no interest
+  attribute(3, 0x1b, 0xff);  // an attribute that is of no interest
   attribute(3, 0x19, static_cast<uint16_t>(parameter_bytes));
   attribute(4, 0x10, 12);
   for (uint32_t threads : {128, 1, 1}) append(info, threads);

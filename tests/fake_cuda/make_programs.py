@@ -1,7 +1,7 @@
 """Exports small models for the CPU and for CUDA: `python make_programs.py FOLDER`.
 
-In a process of its own, as tests interpret kernels; with `tests` and `tests/backends/cuda` in
-PYTHONPATH.
+It runs in a process of its own, as tests interpret kernels in theirs, and needs `tests` and
+`tests/backends/cuda` in PYTHONPATH.
 
 FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activations, FOLDER/cuda
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
@@ -88,7 +88,7 @@ def _turned(methods):
 
 
 def quantized_checkpoint(checkpoint: Path) -> Path:
-    """The same with experts and attention as GPTQ stores them."""
+    """A copy of the checkpoint with experts and attention as GPTQ stores them."""
     config = json.loads((checkpoint / "config.json").read_text())
     (file,) = checkpoint.glob("model-*.safetensors")
     names = [f"self_attn.{p}_proj.weight" for p in "qkvo"]

@@ -53,7 +53,7 @@ Memory::Memory(uint8_t filling) : filling_(filling), file_(memfd_create("fake_cu
 void* Memory::allocate(size_t size) {
   if (size == 0) return nullptr;
   const size_t begin = next_;
-  next_ += (size + 2 * kPage - 1) / kPage * kPage;  // at least a byte lies between two
+  next_ += (size + 2 * kPage - 1) / kPage * kPage;  // at least a byte lies between two allocations
   used_ += size;
   device_.emplace(kBase + begin, size);
   if (filling_ != 0) std::memset(alias_ + begin, filling_, size);

@@ -35,15 +35,16 @@ class Memory {
   /// What is wrong with a copy, or nothing. `kind` is not cudaMemcpyDefault.
   std::string check_copy(const void* to, const void* from, size_t size, cudaMemcpyKind kind) const;
   bool is_pinned(const void* address) const;
-  /// Where the fake itself reads and writes what the program knows as `address`.
+  /// Where the fake itself reads and writes the memory that the program knows as `address`.
   std::byte* at(const void* address) const;
 
-  /// Live device allocations: address -> bytes; and page-locked ones.
+  /// The live allocations, as address -> bytes, of device memory and of page-locked memory.
   const std::map<uintptr_t, size_t>& allocations() const { return device_; }
   const std::map<uintptr_t, size_t>& pinned() const { return pinned_; }
 
-  /// For a process that executes kernels: map all of the file at this address.
-  static constexpr uintptr_t kBase = uintptr_t{1} << 45;  // far from what Linux hands out
+  /// A process that executes kernels maps all of the file at this address, which is far from those
+  /// that Linux hands out.
+  static constexpr uintptr_t kBase = uintptr_t{1} << 45;
   static constexpr size_t kSize = size_t{1} << 40;
   int file() const { return file_; }
 

@@ -7,7 +7,7 @@
 namespace et_moe::fake_cuda {
 namespace {
 
-/// `body(stream)` on the stream of a handle.
+/// A call that runs `body` on the stream of a handle.
 template <typename Body>
 cudaError_t stream_call(const char* function, unsigned traits, cudaStream_t handle,
                         const Body& body) {
@@ -17,7 +17,7 @@ cudaError_t stream_call(const char* function, unsigned traits, cudaStream_t hand
   });
 }
 
-/// `body(event)` on the event of a handle.
+/// A call that runs `body` on the event of a handle.
 template <typename Body>
 cudaError_t event_call(const char* function, unsigned traits, cudaEvent_t handle,
                        const Body& body) {
@@ -29,8 +29,8 @@ cudaError_t event_call(const char* function, unsigned traits, cudaEvent_t handle
   });
 }
 
-/// Whether work is done yet; if not it is by the next call, so that programs that ask in a loop
-/// end.
+/// Tells whether work is done. If it is not, it is done before the next call, so that programs that
+/// ask in a loop end.
 template <typename Waitable, typename Wait>
 cudaError_t query(const Waitable& done, const Wait& wait) {
   if (done()) return cudaSuccess;

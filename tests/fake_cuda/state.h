@@ -26,21 +26,21 @@ struct Config {
   size_t memory = size_t{4} << 30;
   int driver_version = 13000;
   int devices = 1;
-  std::string sidecar, report;  // paths; empty for none
+  std::string sidecar, report;  // paths, which are empty if there is no such file
 
   static Config from_environment();
   /// What new memory is filled with: NaN and -1 if launches are executed, else zeros, which are
   /// tokens that a program can go on with.
   uint8_t filling() const { return sidecar.empty() ? 0 : 0xff; }
-  /// Most bytes of shared memory that a block can ask for on this device.
+  /// The most bytes of shared memory that a block can ask for on this device.
   uint32_t shared_memory_limit() const;
 };
 
 /// The call that is to fail.
 struct Fault {
-  std::string function;             // empty: any
-  uint64_t countdown = 0;           // 1: the next; 0: none
-  cudaError_t error = cudaSuccess;  // none: the function's default
+  std::string function;             // empty means any function
+  uint64_t countdown = 0;           // 1 means the next call, 0 none
+  cudaError_t error = cudaSuccess;  // cudaSuccess means the function's default
 
   static Fault from_environment();
 };
@@ -48,7 +48,7 @@ struct Fault {
 struct Function {
   std::shared_ptr<const Cubin> module;
   const Kernel* kernel;
-  uint32_t dynamic_shared_memory = 48 << 10;  // most that a launch may ask for
+  uint32_t dynamic_shared_memory = 48 << 10;  // the most bytes that a launch may ask for
   bool loaded = true;
 };
 
@@ -61,7 +61,7 @@ struct State {
   Handles<Event> events;
   Handles<Graph> graphs, executables;
   Handles<const Cubin> modules;
-  std::map<const void*, std::shared_ptr<Function>> functions;  // by handle, freed with their module
+  std::map<const void*, std::shared_ptr<Function>> functions;  // by handle; gone with their module
   std::optional<Interpreter> interpreter;
 
   uint64_t calls = 0;
@@ -70,7 +70,7 @@ struct State {
   Fault fault = Fault::from_environment();
   std::string failed;  // name of the call that was made to fail
   std::vector<std::string> violations;
-  cudaError_t context_error = cudaSuccess;  // all calls return it
+  cudaError_t context_error = cudaSuccess;  // unless cudaSuccess, all calls return it
   bool failing = false;                     // the call at hand is made to fail
 
   /// Counts a call; returns the error that it is made to fail with.
@@ -83,21 +83,21 @@ struct State {
   Capture* forbidding_capture() const;
   /// Runs what is pending on all streams.
   cudaError_t run_all();
-  /// What is not released, in words.
+  /// Describes what is not released.
   std::vector<std::string> leaks() const;
 };
 
-/// The process's own; never destroyed, as programs make calls while they end.
+/// The state of this process. It is never destroyed, as programs make calls while they end.
 State& state();
 
 enum Trait : unsigned {
   kPlain = 0,
-  kReleases = 1,         // does its work even if it is made to fail
-  kUnsafeInCapture = 2,  // allocates or waits
+  kReleases = 1,         // the call does its work even if it is made to fail
+  kUnsafeInCapture = 2,  // the call allocates or waits
 };
 
-/// A call of `function`: counted, made to fail, refused, or done by `body`, which takes the state
-/// and returns an error.
+/// Handles a call of `function`: counts it and then makes it fail, refuses it, or lets `body` do
+/// it, which takes the state and returns an error.
 template <typename Body>
 cudaError_t call(const char* function, unsigned traits, const Body& body) {
   State& s = state();

@@ -1,4 +1,4 @@
-// Streams, events, captures and graphs: work that is put off.
+// Streams, events, captures and graphs, whose work is put off until something waits for it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -43,7 +43,7 @@ struct Capture {
 
 class Stream {
  public:
-  /// Records the work if a capture is on, else puts it behind what is pending.
+  /// Records the work if the stream is being captured, else puts it behind what is pending.
   void enqueue(Work work) {
     if (capture) {
       capture->graph->nodes.push_back(std::move(work));
@@ -51,7 +51,7 @@ class Stream {
       pending_.push_back(std::move(work));
     }
   }
-  /// Position behind all work so far.
+  /// The position behind all work so far.
   uint64_t end() const { return done_ + pending_.size(); }
   bool reached(uint64_t position) const { return done_ >= position; }
   /// Runs what is pending up to a position; returns the first error.

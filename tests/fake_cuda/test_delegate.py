@@ -15,7 +15,8 @@ from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
 from et_moe.backends.sealed_file import MAGIC, write_sealed
 
 CAPTURE = pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-# Two calls: of 20 tokens, with the kernels for many, and of 3, padded, with those for a few.
+# This prompt takes two calls: one of 20 tokens, with the kernels for many tokens, and one of 3,
+# which is padded, with the kernels for a few.
 LONG = [5, 77, 130, 9, 31, 64, 250, 3, 8, 19, 20, 33, 41, 57, 101, 99, 5, 6, 7, 12, 18, 200, 1]
 SHORT = [9, 8]
 TRAILER = 24
@@ -57,7 +58,7 @@ def test_calls_obey_the_rules(fake, programs, graph: bool) -> None:
 
 @pytest.mark.parametrize("threads", [0, 1])
 def test_weights_are_copied_by_fewer_threads(fake, programs, build_dir, monkeypatch, threads):
-    """Where the system refuses to start more."""
+    """The weights are copied even where the system refuses to start more threads."""
     monkeypatch.setenv("ET_MOE_TEST_THREADS", str(threads))
     library = build_dir / "tests/libfew_threads.so"
     done = fake.runner(programs / "cuda", *flags(SHORT, 2), preload=library)
@@ -95,7 +96,7 @@ def test_every_call_fails_in_turn_under_sanitizers(sanitized, programs, graph: b
 
 @CAPTURE
 def test_runner_says_what_failed(fake, programs, graph: bool) -> None:
-    """The first call of each function, by the runner itself."""
+    """The first call of each CUDA function fails, in the runner itself."""
     arguments = flags(SHORT, 4, graph)
     assert fake.runner(programs / "cuda", *arguments).returncode == 0
     failed = 0
@@ -127,7 +128,7 @@ def test_errors_that_end_the_context(fake, programs, error: str, driver_error: s
 @CAPTURE
 @pytest.mark.timeout(900)
 def test_executed_tokens_are_those_of_the_cpu(fake, programs, build_dir, graph: bool) -> None:
-    """After a warm-up: the printed tokens come from a session that was reset."""
+    """There is a warm-up, so that the printed tokens come from a session that was reset."""
     sidecar = str(programs / "cuda/kernels.json")
     done = fake.runner(programs / "cuda", *flags(LONG, 4, graph), "--warmup=1", execute=sidecar)
     assert done.returncode == 0, done.stderr
@@ -142,7 +143,7 @@ def test_executed_tokens_are_those_of_the_cpu(fake, programs, build_dir, graph: 
 def test_calls_run_the_code_of_their_range(
     fake, programs, graph: bool, length: int, few: int, many: int
 ) -> None:
-    """A prompt takes calls of at most 20 tokens; of up to 16 the experts have kernels of their own.
+    """A prompt takes calls of at most 20 tokens; for up to 16 the experts have their own kernels.
 
     The first run is eager, the second one is captured, the third is a launch of the same graph.
     """
@@ -159,7 +160,7 @@ def test_calls_run_the_code_of_their_range(
 
 @pytest.mark.timeout(900)
 def test_executed_tokens_around_the_boundaries(fake, programs, build_dir) -> None:
-    """Lengths that are padded and that are not, at the ends of both ranges."""
+    """Lengths at the ends of both ranges, some of which are padded and some not."""
     prompts = [[*LONG, *LONG][:length] for length in (3, 15, 16, 17, 19, 36)]
     printed = fake.check(
         *("sessions", *files(programs / "cuda"), 0, 1, *map(json.dumps, prompts)),
@@ -236,7 +237,8 @@ def test_executed_sequences_go_on_where_they_stopped(fake, programs, graph: bool
 
 
 def test_calls_run_ahead_after_logits_were_asked_for(fake, programs) -> None:
-    """A callback that ends a generation leaves the call behind it unasked for."""
+    """If a callback ends a generation, nobody asks for the result of the call that was made
+    ahead."""
 
     def calls(**generate) -> dict[str, int]:
         script = [{"score": LONG[:4]}, {"generate": SHORT, **generate}]
@@ -245,7 +247,7 @@ def test_calls_run_ahead_after_logits_were_asked_for(fake, programs) -> None:
 
     stopped, ended = calls(max_new_tokens=9, stop_after=6), calls(max_new_tokens=6)
     assert stopped["cudaEventRecord"] == ended["cudaEventRecord"] + 1
-    # Logits were copied for the three scored tokens alone, a token for the prompt.
+    # Logits were copied only for the three scored tokens; for the prompt, a token was.
     few, many = calls(max_new_tokens=4), calls(max_new_tokens=9)
     assert many["cudaMemcpyAsync"] == few["cudaMemcpyAsync"]
     assert many["cudaStreamSynchronize"] == few["cudaStreamSynchronize"]
@@ -267,7 +269,8 @@ def test_executed_logits_are_those_of_the_cpu(fake, programs, build_dir, tmp_pat
 
 
 def test_another_delegate_in_the_process(fake, programs, tmp_path) -> None:
-    """It may bring the functions that AOTInductor's code usually calls; ours has its own."""
+    """Another delegate may bring the functions that AOTInductor's code usually calls; our code has
+    its own."""
     (tmp_path / "other.c").write_text(
         "#include <stdlib.h>\n"
         + "".join(f"int {name}() {{ abort(); }}\n" for name in sorted(RUNTIME_FUNCTIONS))
@@ -307,9 +310,9 @@ def test_no_driver(programs, build_dir) -> None:
 
 @pytest.mark.parametrize("kind", ["host program", "kernel"])
 def test_a_program_that_was_tampered_with(fake, programs, tmp_path, kind: str) -> None:
-    """Sealed again, so that only the code's own digest is wrong."""
+    """The program is sealed again, so that only the code's own digest is wrong."""
     data = bytearray((programs / "cuda/model.pte").read_bytes()[:-TRAILER])
-    # The number of the machine in an ELF header: EM_X86_64, EM_CUDA.
+    # The number that an ELF header has for its machine: EM_X86_64 or EM_CUDA.
     machine = {"host program": b"\x3e\x00", "kernel": b"\xbe\x00"}[kind]
     files = (m.start() for m in re.finditer(rb"\x7fELF", data))
     data[next(at for at in files if data[at + 18 : at + 20] == machine) + 1000] ^= 1

@@ -1,7 +1,9 @@
-"""CUDA programs whose delegate says something else of its methods than was exported, sealed again:
-an error that names the file, never a signal, a leak or a call that CUDA forbids.
+"""CUDA programs whose delegate describes its methods otherwise than they were exported.
 
-A short run by default; a long one is
+The files are sealed again. Each must lead to an error that names the file, and never to a signal, a
+leak or a call that CUDA forbids.
+
+The run is short by default; a long one is
 
     export ET_MOE_FUZZ_SEED=7 ET_MOE_FUZZ_COUNT=5000
     python -m pytest -n 0 tests/fake_cuda/test_delegate_fuzz.py

@@ -29,11 +29,13 @@ def cpu_outputs(build_dir: Path, *command) -> list:
 
 
 def assert_same(found: dict, expected: dict) -> None:
-    """Logits of other weights differ by more than their own norm."""
+    """Checks that outputs agree. With other weights, logits would differ by more than their own
+    norm."""
     assert set(found) == set(expected)
     assert found.get("token") == expected.get("token")
     logits, others = np.array(found["logits"]), np.array(expected["logits"])
-    assert np.linalg.norm(logits - others) < 0.05 * np.linalg.norm(others)  # bf16
+    # The tolerance is that of bf16.
+    assert np.linalg.norm(logits - others) < 0.05 * np.linalg.norm(others)
 
 
 def test_a_method_without_a_hand_over_returns_all_its_outputs(fake, small, build_dir) -> None:
@@ -56,7 +58,7 @@ def rows(count: int, offsets: int | None = None) -> str:
 
 
 def test_sizes_of_several_inputs_and_of_outputs_vary(fake, programs, build_dir) -> None:
-    """Of one row, and at the ends of each range; 3, 15 and 33 rows are padded."""
+    """Calls have one row, or sizes at the ends of each range; 3, 15 and 33 rows are padded."""
     folder, counts = programs / "rows", (1, 2, 3, 15, 16, 17, 33, 63, 64)
     files = [[folder / f"{kind}.pte", folder / f"{kind}.0.ptd"] for kind in ("cuda", "cpu")]
     command = ("rows", *map(rows, counts))
@@ -76,7 +78,7 @@ def test_sizes_must_agree(fake, programs) -> None:
 
 
 def test_programs_have_their_own_weights_and_state(fake, small, build_dir) -> None:
-    """The first two differ in weights alone; the third is the first once more."""
+    """The first two programs differ in weights alone, and the third is the first once more."""
 
     def command(backend: str) -> tuple:
         weights = [small / f"{backend}.{seed}.ptd" for seed in (0, 1, 0)]
@@ -110,7 +112,8 @@ def failure(
 
 @pytest.mark.parametrize("method", ["decode", "scores"])
 def test_out_of_memory_has_its_own_code(fake, small, method: str) -> None:
-    """Each allocation in turn: weights at load; then state, inputs and scratch memory."""
+    """Each allocation fails in turn: that of weights at load, then those of state, inputs and
+    scratch memory."""
     found = []
     for function in ("cudaMalloc", "cudaHostAlloc"):
         count = 0
@@ -172,8 +175,8 @@ def test_codes_of_weights_that_do_not_fit(fake, small, tmp_path) -> None:
 def test_codes_of_programs_that_do_not_fit(
     fake, small, tmp_path, old: bytes, new: bytes, code: str
 ) -> None:
-    """Of another version, damaged, with two dimensions that vary, for other lengths, without code
-    that it names, or with other code."""
+    """A program may be of another version, damaged, with two dimensions that vary, for other
+    lengths, without code that it names, or with other code."""
     whole = (small / "cuda.pte").read_bytes()
     assert old in whole
     (tmp_path / "other.pte").write_bytes(whole.replace(old, new.ljust(len(old))))

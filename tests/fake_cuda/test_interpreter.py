@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# In a process of its own: what it replaces in Triton is for good.
+# It runs in a process of its own, as it replaces parts of Triton for good.
 SCRIPT = """
 import sys
 

@@ -68,7 +68,7 @@ print(json.dumps([list(tokens.values()), list(ends.values()), refused, broken]))
 
 
 def python(fake, program: Path, **environment: str) -> list:
-    """What the script prints, over the fake driver."""
+    """Runs the script over the fake driver, and returns what it prints."""
     done = fake.run(
         Path(sys.executable),
         *("-c", SCRIPT, program, json.dumps(PROMPTS)),
@@ -122,7 +122,7 @@ for program in sys.argv[1:]:
 
 
 def test_a_process_that_loads_one_program_after_the_other(fake, programs) -> None:
-    """Each runs its own code: that of the first may still be in the process."""
+    """Each program runs its own code, even if that of the first is still in the process."""
 
     def launches(*names: str) -> Counter:
         done = fake.run(Path(sys.executable), "-c", RELOAD, *(programs / name for name in names))

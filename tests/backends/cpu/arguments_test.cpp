@@ -27,8 +27,8 @@ constexpr auto kByte = ScalarType::Byte;
 constexpr auto kChar = ScalarType::Char;
 constexpr auto kInt = ScalarType::Int;
 
-// A tensor argument; `free` says which sizes may be any, so that changing them alone is no error of
-// this argument.
+// A tensor argument. `free` marks the sizes that may have any value: changing only such a size does
+// not make this argument wrong.
 struct TensorArgument {
   const char* name;
   ScalarType type;
@@ -39,7 +39,7 @@ struct TensorArgument {
 
 struct Argument {
   std::optional<TensorArgument> tensor;
-  EValue value;  // if not a tensor
+  EValue value;  // used if the argument is not a tensor
 
   Argument(TensorArgument tensor) : tensor(std::move(tensor)) {}
   Argument(int64_t value) : value(value) {}
@@ -147,7 +147,8 @@ std::vector<OpCase> cases() {
   };
 }
 
-// A call of a kernel with the memory of its arguments, all ones (ones are valid data everywhere).
+// A call of a kernel together with the memory of its arguments. The memory is filled with ones,
+// which are valid data for every argument.
 class Call {
  public:
   explicit Call(const OpCase& op) : name_(std::string("et_moe::") + op.name) {
@@ -241,7 +242,8 @@ TEST_P(Arguments, SizesAreChecked) {
         if (d >= argument->free.size() || !argument->free[d]) {
           expect_refusal(i, spoilt, "size " + std::to_string(size));
         } else {
-          // Another argument no longer fits, or all still do; either way nothing is overrun.
+          // Another argument may no longer fit, or all may still fit. Either way the kernel must
+          // not read or write beyond any of them.
           Call call(GetParam());
           call[i] = call.make(spoilt);
           call.run();
@@ -282,7 +284,8 @@ TEST_P(Arguments, IntegersAreChecked) {
     if (!GetParam().arguments[i].value.isInt()) continue;
     for (int64_t bad : {int64_t{-1}, int64_t{INT64_MIN}, int64_t{INT64_MAX}}) {
       const bool is_tile = std::string(GetParam().name).find("quantize") != std::string::npos;
-      if (is_tile && bad > 0) continue;  // one tile
+      // Any tile longer than a row is valid: the row is then one tile.
+      if (is_tile && bad > 0) continue;
       Call call(GetParam());
       call[i] = EValue(bad);
       call.expect_refusal("expected", "integer " + std::to_string(bad));

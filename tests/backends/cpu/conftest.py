@@ -14,5 +14,5 @@ def harness(build_dir: Path, tmp_path: Path) -> Harness:
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Of activations, caches and convolution states."""
+    """The dtype of activations, caches and convolution states."""
     return request.param

@@ -11,7 +11,7 @@
 namespace et_moe::cpu {
 namespace {
 
-// Of bits by the definitions of the formats.
+// The value that the bits of a scale stand for, by the definitions of the formats.
 double value_of(uint16_t bits, ScaleType type) {
   const int mantissa_bits = type == ScaleType::kFloat16 ? 10 : 7;
   const int bias = type == ScaleType::kFloat16 ? 15 : 127;
@@ -22,14 +22,14 @@ double value_of(uint16_t bits, ScaleType type) {
   return bits & 0x8000 ? -value : value;
 }
 
-// Random weights and activations in memory of exactly their size.
+// Random weights and activations, each in memory of exactly its size.
 struct Problem {
   int64_t rows, columns, group_size, tokens;
   ScaleType type;
   std::vector<uint8_t> packed;
   std::vector<uint16_t> scale;
   std::vector<std::vector<Int8Chunk>> x;
-  std::vector<std::vector<int8_t>> q;  // x in the columns' order
+  std::vector<std::vector<int8_t>> q;  // the values of x, in the order of the columns
 
   Problem(int64_t rows, int64_t columns, int64_t group_size, int64_t tokens, bool extreme,
           ScaleType type)
@@ -48,7 +48,8 @@ struct Problem {
     };
     std::normal_distribution<float> normal;
     for (auto& byte : packed) byte = extreme ? 0xFF : random();
-    // fp16 up to 2, subnormal and negative ones included; bf16 of about 1.
+    // Scales in fp16 are below 2, with subnormal and negative ones among them; in bf16 they are of
+    // about 1 in magnitude.
     const bool half = type == ScaleType::kFloat16;
     for (auto& s : scale) s = half ? random() % 0x4000 | random() % 2 << 15 : bits(normal(random));
     for (int64_t t = 0; t < tokens; ++t) {
@@ -122,7 +123,7 @@ TEST(Dot, ScalarEqualsTheDefinition) {
 
 class DotVariantTest : public testing::TestWithParam<int> {};
 
-// Bits, not values: what a model says must not depend on the processor.
+// The bits must be equal, not only the values: what a model says must not depend on the processor.
 TEST_P(DotVariantTest, EqualsScalarBitForBit) {
   const DotVariant& variant = dot_variants()[GetParam()];
   if (!variant.supported) GTEST_SKIP() << "this processor lacks " << variant.name;

@@ -42,7 +42,8 @@ def quantized(
 
 @dataclass(frozen=True)
 class Result:
-    """Of one call: the runtime's error code (0 is success), updated inputs and outputs, seconds."""
+    """What one call gave: the runtime's error code (0 is success), the updated inputs and the
+    outputs, and how many seconds it took."""
 
     error: int
     tensors: list[torch.Tensor]
@@ -50,7 +51,7 @@ class Result:
 
 
 def reference(op: str, args: Sequence) -> list[torch.Tensor]:
-    """What a program's outputs must be: inputs that are updated in place, then results."""
+    """What a program must return: the inputs that are updated in place, then the results."""
     args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     results = getattr(ops, op)(*args)
     schema = getattr(torch.ops.et_moe, op).default._schema
@@ -83,7 +84,7 @@ def _tensors(args: Sequence) -> tuple[torch.Tensor, ...]:
 
 
 def build_program(op: str, calls: Sequence[Sequence]) -> bytes:
-    """A `.pte` of one op. Sizes that differ between the calls become dynamic."""
+    """A `.pte` of one op, in which sizes that differ between the calls are dynamic."""
     shapes = [[tuple(t.shape) for t in _tensors(args)] for args in calls]
     dims: dict[tuple[int, ...], Dim] = {}
 
@@ -115,7 +116,7 @@ class Harness:
     def run(
         self, op: str, calls: Sequence[Sequence], threads: Sequence[int] = (0,)
     ) -> list[list[Result]]:
-        """All calls (lists of the op's arguments), once for each number of threads."""
+        """Makes all calls (lists of the op's arguments) once for each number of threads."""
         self._programs += 1
         stem = self.folder / f"{op}_{self._programs}"
         stem.with_suffix(".pte").write_bytes(build_program(op, calls))
@@ -157,10 +158,11 @@ class Harness:
         return results
 
     def compare(self, op: str, calls: Sequence[Sequence], valid: Sequence[int] = ()) -> None:
-        """Every call agrees with the reference, and with itself for one thread and for two.
+        """Checks that every call agrees with the reference, and that two threads change nothing.
 
         Args:
-            valid: of each call, how many rows of the last output are defined; all if empty.
+            valid: for each call, how many rows of the last output are defined; if it is empty, all
+                rows of all calls are.
         """
         one, two = self.run(op, calls, threads=(1, 2))
         for i, args in enumerate(calls):
@@ -177,7 +179,7 @@ class Harness:
                 assert_close(got, want, where, _rounds(op, args))
 
     def refuse(self, op: str, args: Sequence, message: str) -> None:
-        """The call ends in InvalidArgument, with a log line that has `message`."""
+        """Checks that the call ends in InvalidArgument and logs a line that contains `message`."""
         (result,) = self.run(op, [args])[0]
         assert result.error == INVALID_ARGUMENT
         assert message in self.log
@@ -191,11 +193,15 @@ def _rounds(op: str, args: Sequence) -> bool:
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, where: str, rounds: bool) -> None:
-    """Integers are equal, floats within 1e-5 of their row's largest, bfloat16: and one unit more.
+    """Checks that integers are equal and that floats differ by little.
+
+    Floats may be off by 1e-5 of the largest number of their row; bfloat16 numbers by a unit in
+    their last place besides.
 
     Args:
-        rounds: a last bit in front of a rounding is a step behind it, so 3% of the numbers may be
-            further off: INT8 numbers by 1, floats by 1% of their row's largest.
+        rounds: whether the op rounds an intermediate result. Where two results differ in the last
+            bit before the rounding, they may differ by a whole step after it. Hence 3% of the
+            numbers may be further off: INT8 numbers by 1, floats by 1% of their row's largest.
     """
     assert got.dtype == want.dtype and got.shape == want.shape, where
     error, magnitude = (got.double() - want.double()).abs(), want.double().abs()

@@ -4,9 +4,9 @@
 //   program   path of the .pte
 //   data      path of the inputs' bytes, all calls' tensors one after the other
 //   output    where to write the outputs' bytes, in the same way
-//   threads   of the thread pool; 0 leaves it alone
-//   calls     per call a list of tensors [dtype number, size, size, ...]
-// Prints JSON: per call {"error": number, "tensors": like a call, "seconds": time}.
+//   threads   number of threads of the thread pool; 0 leaves the pool as it is
+//   calls     for each call a list of tensors [dtype number, size, size, ...]
+// Prints JSON: for each call {"error": number, "tensors": as in `calls`, "seconds": time}.
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 

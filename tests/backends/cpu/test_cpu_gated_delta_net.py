@@ -90,7 +90,8 @@ def test_gated_delta_net_large_enough_for_threads(harness: Harness) -> None:
 
 
 def test_gated_delta_net_token_by_token(harness: Harness) -> None:
-    """One call with all tokens leaves the state and the results of a call per token."""
+    """One call with all tokens gives the same results, and leaves the same state, as a call per
+    token."""
     together = _net(6, HEADS[1], 4, torch.float32)
     state, recurrent, out = harness.run("gated_delta_net", [together])[0][0].tensors
     step, rows = list(together), []

@@ -11,7 +11,7 @@ SHAPES = ((96, 32), (192, 64), (256, 128), (160, 32))
 
 
 def _extremes(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of zeros, denormals, huge numbers, and one with magnitudes 30 decades apart."""
+    """Rows of zeros, of denormals and of huge numbers, and one with magnitudes 30 decades apart."""
     x = normal(tokens, columns, dtype=dtype, seed=7)
     x[0] = 0.0
     x[1] *= 1e-39

@@ -55,7 +55,7 @@ def test_moe(
     ("hidden", "inner", "group"), [(96, 32, 32), (192, 64, 64), (128, 256, 128)]
 )
 def test_float16_scales(harness: Harness, op: str, hidden: int, inner: int, group: int) -> None:
-    """Of both tables or of one."""
+    """The scales of both weight tables are float16, or those of one only."""
     for first, second in ((torch.float16, torch.float16), (torch.float16, torch.bfloat16)):
         weights = _weights(op, hidden, inner, group, torch.float32, (first, second))
         calls = [_call(op, t, _route(t, 3), weights, group, torch.float32) for t in TOKENS]
@@ -64,7 +64,8 @@ def test_float16_scales(harness: Harness, op: str, hidden: int, inner: int, grou
 
 @pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
 def test_moe_with_uneven_routing(harness: Harness, op: str, dtype: torch.dtype) -> None:
-    """All tokens to one expert, skipped slots, an expert twice for one token, no expert at all."""
+    """All tokens go to one expert, slots are skipped, a token has an expert twice, or no expert at
+    all."""
     tokens, weights = 70, _weights(op, 64, 32, 32, dtype)
     one = torch.full((tokens, 2), 4, dtype=torch.int32)
     one[:, 1] = -1
@@ -146,7 +147,8 @@ def test_router_breaks_ties_by_the_lower_id(harness: Harness) -> None:
 
 
 def test_router_orders_by_logits(harness: Harness) -> None:
-    """Also those whose probabilities are all 0, among them -inf; zeros of both signs are equal."""
+    """The order holds even for logits whose probabilities are all 0, -inf among them. Zeros of both
+    signs are equal."""
     rows = [0.0, -0.0, 500.0, 300.0, 400.0, -float("inf"), -300.0, -0.0, -400.0, -float("inf"), 1.0]
     args = [torch.ones(2, 1), torch.zeros(1), torch.tensor(rows)[:, None], 10, 1, 0.0]
     ids = harness.run("moe_router", [args])[0][0].tensors[2]

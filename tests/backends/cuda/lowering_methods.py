@@ -32,7 +32,8 @@ WEIGHTS = {
 
 
 class Small(torch.nn.Module):
-    """Embedding, convolution with state, INT4 layer and head, greedy token."""
+    """An embedding, a convolution with state, an INT4 layer and a head that gives the greedy
+    token."""
 
     def hidden(self, tokens, num_tokens, state, w):
         et = torch.ops.et_moe
@@ -49,7 +50,7 @@ class Small(torch.nn.Module):
 
 
 class Scores(Small):
-    """Gives the logits of the last token and nothing else: no next call follows from it."""
+    """Gives the logits of the last token and nothing else, hence no token to go on with."""
 
     def forward(self, count, ids, state, w):
         last = self.hidden(ids, count, state, w).float()
@@ -122,8 +123,9 @@ def _export(
     """Exports one method of int64 inputs on fake tensors.
 
     Args:
-        inputs: shapes; a size of 8 varies from call to call, from `shortest` on.
-        names: of outputs and hand-over.
+        inputs: their shapes. A size of 8 stands for one that varies from call to call and is at
+            least `shortest`.
+        names: what `MethodGraph` is told of the outputs and of the hand-over.
     """
     with FakeTensorMode():
         arguments = (
@@ -170,7 +172,8 @@ def methods() -> dict[str, MethodGraph]:
 
 
 def _lower(folder: Path) -> None:
-    """The `.pte` for two architectures, its parts, and what a second run with the cache does."""
+    """Writes the `.pte` for two architectures, its parts, and what a second run with the cache
+    does."""
     from et_moe.backends.cuda.backend import lower
 
     constants = {"get_max_seq_len": 128, "get_eos_ids": "[1, 2]"}
@@ -198,7 +201,7 @@ def _lower(folder: Path) -> None:
 
 
 def _again(folder: Path) -> None:
-    """The digest of one method, compiled alone and without a cache."""
+    """Writes the digest of one method, compiled alone and without a cache."""
     from et_moe.backends.cuda.compile import compile_method
     from et_moe.backends.cuda.prepack import plan_weights
 
@@ -208,7 +211,7 @@ def _again(folder: Path) -> None:
 
 
 def _errors(folder: Path) -> None:
-    """The messages of graphs that must be refused."""
+    """Writes the messages with which graphs are refused."""
     from et_moe.backends.cuda.compile import compile_method
     from et_moe.backends.cuda.prepack import plan_weights
 
@@ -223,7 +226,8 @@ def _errors(folder: Path) -> None:
 
 
 def _launches(folder: Path) -> None:
-    """Launches per decoded token of four layers of the 35B model, of both kinds."""
+    """Writes how many launches a decoded token takes in four layers of the 35B model, which are of
+    both kinds."""
     from checkpoints import storages
 
     from et_moe.backends.cuda.compile import compile_method
@@ -243,7 +247,7 @@ def _launches(folder: Path) -> None:
 
 
 def _ended(folder: Path) -> None:
-    """What a compile says that is ended by a signal while ptxas works."""
+    """Writes what a compile says when a signal ends it while ptxas works."""
     from unittest import mock
 
     from et_moe.backends.cuda import gpu
@@ -252,7 +256,7 @@ def _ended(folder: Path) -> None:
     from et_moe.pipeline.signals import Ended, ending_signals
 
     assembler, seen = folder / "ptxas", folder / "seen"
-    # Stands in for ptxas: says its version, or ends its caller and goes on.
+    # This stands in for ptxas: it says its version, or it ends its caller and goes on running.
     script = f"""#!/bin/sh
         [ "$1" = --version ] && exec {gpu.ptxas()} --version
         find "$TMPDIR" -name '*.ptx' > {seen}

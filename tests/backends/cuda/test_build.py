@@ -42,7 +42,8 @@ def _alive(process: int) -> bool:
 
 
 def test_a_signal_ends_the_compiler_and_what_it_started(tmp_path: Path) -> None:
-    """As g++ starts cc1plus, which would go on alone. The signal comes once the parent has it."""
+    """Compilers start others, as g++ starts cc1plus, which would go on alone. The signal is sent
+    when both run."""
     script = f"sleep 60 & echo $! $$ > {tmp_path}/ids; sleep 1; kill -TERM $PPID; wait"
     with pytest.raises(Ended, match="ended by SIGTERM"), ending_signals():
         _run(["sh", "-c", script], tmp_path)

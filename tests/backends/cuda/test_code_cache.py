@@ -44,7 +44,7 @@ def cache(tmp_path: Path) -> CodeCache:
 
 @pytest.fixture
 def compiled(monkeypatch) -> list[str]:
-    """Stands in for the compiler; the architectures that it was asked for."""
+    """Puts a stand-in in the compiler's place and gives the architectures that it was asked for."""
     asked: list[str] = []
 
     def compile_method(graph, plan, arch: str) -> CompiledMethod:
@@ -69,7 +69,8 @@ def _module_file(name: str) -> Path | None:
 
 
 def _imports(file: Path) -> set[Path]:
-    """Files of this project that a file imports, in its functions too, and their packages."""
+    """The files of this project that a file imports, also inside functions, and the files of their
+    packages."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -181,7 +182,7 @@ def test_content_of_another_kind_is_a_miss(cache: CodeCache, tmp_path: Path, con
 
 
 def test_only_its_user_may_read_or_write_it(tmp_path: Path) -> None:
-    """Whatever the umask: a group that may write would turn the next export away."""
+    """This holds for every umask: if a group might write to it, the next export would refuse it."""
     before = os.umask(0o002)
     try:
         cache = open_cache(tmp_path / "new" / "cache")
@@ -255,7 +256,7 @@ def test_code_that_cannot_be_kept_is_not_lost(
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert [r.arch for r in results] == compiled == ["sm_90", "sm_80"]
-    (message,) = warnings_of(caplog)  # once
+    (message,) = warnings_of(caplog)  # the warning comes only once
     assert "compiled code is not kept" in message and str(tmp_path / "cache") in message
     assert fault == "gone" or not list((tmp_path / "cache").iterdir())
 

@@ -30,7 +30,8 @@ class Net(nn.Module):
 
 
 def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, dynamic=False):
-    """Targets of the graph's nodes, and keyword arguments of the fused one if there is one."""
+    """The targets of the graph's nodes, and the keyword arguments of the fused node if there is
+    one."""
     with FakeTensorMode():
         weight = torch.empty((WIDTH, k // 2), dtype=torch.uint8)
         if model.op == "linear":

@@ -66,7 +66,8 @@ def test_answers_come_from_the_table(arch):
         properties = torch.cuda.get_device_properties(0)
         assert properties.multi_processor_count == target.sm_count
         assert properties.shared_memory_per_block_optin == target.shared_memory_per_block
-        # Inductor and Triton keep what they learn in caches: a former GPU must not shine through.
+        # Inductor and Triton keep in caches what they learn of a GPU: that of an earlier one must
+        # not be used for a later one.
         learned = DeviceProperties.create(torch.device("cuda", 0))
         major, minor = target.compute_capability
         assert (learned.cc, learned.multi_processor_count) == (10 * major + minor, target.sm_count)
@@ -80,7 +81,7 @@ def test_everything_is_put_back():
     with pretend_gpu(gpu_for("sm_90")):
         inside = _snapshot()
     assert _snapshot() == before
-    # Every object is really patched, else this test shows nothing.
+    # Every object must really have been patched, or else this test shows nothing.
     assert all(a != b for a, b in zip(before, inside, strict=True))
     assert torch.cuda.is_available() == available
     assert DeviceProperties.create.__func__.cache_info().currsize == 0

@@ -26,7 +26,8 @@ SAMPLING = {
 
 
 class Executor(fx.Interpreter):
-    """Runs a graph with other functions for its ops; keeps the tensors that its nodes return."""
+    """Runs a graph with other functions in place of its ops, and keeps the tensors that its nodes
+    return."""
 
     def __init__(self, graph: fx.Graph, functions: dict) -> None:
         super().__init__(fx.GraphModule(torch.nn.Module(), graph))
@@ -47,7 +48,8 @@ class Executor(fx.Interpreter):
 
 
 class Side:
-    """One implementation with its weights and its state; ops without a function by reference."""
+    """One implementation with its weights and its state. Ops for which it has no function are
+    computed by their references."""
 
     def __init__(self, graphs: dict, weights: dict, functions: dict) -> None:
         self._graphs, self._weights, self._functions = graphs, weights, functions
@@ -71,7 +73,7 @@ class Side:
 
 @pytest.fixture(params=["int8", "bf16"])
 def sides(request, tmp_path) -> tuple[Side, Side]:
-    """(references, Triton kernels) of a random model, fp32."""
+    """A random fp32 model computed by the references, and computed by the Triton kernels."""
     make_checkpoint(tmp_path, MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
     source = QuantizedCheckpoint(Checkpoint(tmp_path), storages("4w", 32, "8w"))
     precision = Precision(source.storages, request.param, torch.float32)
@@ -108,12 +110,12 @@ def test_prefill_with_padding_then_decode(sides) -> None:
         fused |= expected.keys() - actual.keys()
         for name, values in actual.items():
             for x, y in zip(expected[name], values, strict=True):
-                # Rows of padding are nobody's: ops may leave anything there.
+                # Nobody reads the rows of padding: ops may leave anything there.
                 rows = count if x.dim() and x.shape[0] == ids.shape[1] else None
                 same(x[:rows], y[:rows], f"{method} {name}")
                 compared += 1
         for name, state in sides[0].state.items():
             same(state, sides[1].state[name], f"{method} {name}")
     assert compared > 50
-    # In decode, the projection of the one gated delta net.
+    # The one fusion is in decode: the projection of the only gated delta net.
     assert len(fused) == 1 and fused.pop().startswith("linear_w4a")

@@ -33,7 +33,7 @@ def test_a_kernel_that_torch_cannot_analyse_is_an_error() -> None:
         inductor._strict_kernel_analysis(),
     ):
         nothing(None, {}, {})
-    nothing(None, {}, {})  # the handler is gone again
+    nothing(None, {}, {})  # the handler has been removed again
 
 
 def import_file(folder: Path, name: str, source: str):

@@ -12,7 +12,7 @@ from et_moe.backends.cuda.host_program import (
 
 
 def program(*calls: str) -> str:
-    """A host program of calls like "gemv(buf0, arg1_1)"."""
+    """A host program that makes these calls, which look like "gemv(buf0, arg1_1)"."""
     body = "".join(f"    call_{call};\n" for call in calls)
     return f"void AOTInductorModel::run_impl(\n{body}}} // AOTInductorModel::run_impl"
 
@@ -30,7 +30,7 @@ BRIEF = Accesses(ARGUMENTS, set(), {"out"}, starts_next_early=True)
         (["a(buf0, buf1)", "b(buf1, buf2)"], {"a": PLAIN, "b": WAITS}, {"b"}),
         # The kernel that comes before a call is not known.
         (["a(buf0, buf1)", "b(buf1, buf2)"], {"a": WAITS, "b": WAITS}, {"b"}),
-        # b reads early what its predecessor writes, or what the one before wrote.
+        # b reads early what its predecessor writes, or what the kernel before that one wrote.
         (["a(arg0_1, buf1)", "b(buf1, buf2)"], {"a": PLAIN, "b": EARLY_X}, set()),
         (
             ["a(arg0_1, buf1)", "c(buf0, buf3)", "b(buf1, buf2)"],
@@ -43,7 +43,7 @@ BRIEF = Accesses(ARGUMENTS, set(), {"out"}, starts_next_early=True)
             {"a": PLAIN, "b": EARLY_X, "c": BRIEF},
             {"c"},
         ),
-        # One unsafe call is enough, whatever the tensor looks like there.
+        # One unsafe call is enough, in whatever form the tensor is passed there.
         (
             ["a(arg0_1, buf1)", "b(buf0, buf2)", "b(reinterpret(buf2, 1, 2L), buf3)"],
             {"a": PLAIN, "b": EARLY_X},

@@ -1,4 +1,5 @@
-"""What is asked of torch about kernels: once for launches that differ in nothing it looks at."""
+"""How often torch is asked about a kernel: once for all launches that differ in nothing that it
+looks at."""
 
 import sympy
 import torch
@@ -10,7 +11,7 @@ from et_moe.backends.cuda.inductor import _once_per_variant
 
 
 def tuner(function, **sizes: int) -> Autotuner:
-    """What torch makes of a launch with options: a new object each time."""
+    """What torch makes of a launch with options, which is a new object each time."""
     made = object.__new__(Autotuner)
     made.fn, made.configs = function, [triton.Config(sizes, num_warps=2)]
     return made

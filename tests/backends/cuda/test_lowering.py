@@ -74,7 +74,8 @@ def _source(lowered: Path, code: str) -> str:
 
 
 def _entry(description: dict, code: str) -> dict:
-    """What the program says of the code of a method, architecture and range."""
+    """What the program says of the code `code`, which is named by method, architecture and
+    range."""
     name, arch, longest = code.split(".")
     return description["methods"][name]["code"][arch][LONGEST[name].index(int(longest))]
 
@@ -100,7 +101,7 @@ def test_state_is_passed_to_its_kernel_as_it_came(lowered, code):
         if f"arg{inputs}_1" in arguments
     ]
     assert len(users) == 1 and "causal_conv1d" in users[0]
-    # Inputs that are not aligned would be copied, and updates of state lost.
+    # Inputs taken to be unaligned would be copied, and updates of the state would be lost.
     assert "aoti_torch_clone" not in run_body(_source(lowered, code))
 
 
@@ -116,7 +117,8 @@ def test_shared_object(lowered, code):
     libraries = re.findall(r"NEEDED.*\[(.*)\]", _tool("readelf", "-d", file))
     allowed = re.compile(r"(libc|libm|libgcc_s|ld-linux-x86-64)\.so")
     assert not [library for library in libraries if not allowed.match(library)]
-    # For any x86-64 processor: neither AVX, whose instructions begin with v, nor BMI.
+    # The code must run on any x86-64 processor: it has neither AVX, whose instructions begin with
+    # v, nor BMI.
     newer = r"\t(v(?!err|erw|m)\w+|[sr]\wrx|rorx|mulx|andn|bls\w+|[tl]zcnt|movbe)\s"
     assert not re.search(newer, _tool("objdump", "-d", "--no-show-raw-insn", file))
     content = file.read_bytes()
@@ -192,11 +194,13 @@ def test_sidecar_says_how_to_execute_every_launch(lowered, description, code):
         assert "fp64" not in [kind for _, kind in kernel["parameters"]]
         names = {p for p, _ in kernel["parameters"]} | set(kernel["constants"])
         assert names == {a.arg for a in function.args.args}
-        # What the host program passes, in number: the parameters and two scratch pointers.
+        # The host program passes as many arguments as there are parameters, and two scratch
+        # pointers.
         start = source.index(f" call_{kernel['name']}(")
         passed = re.search(r"kernel_args_\[\] = \{(.*)\};", source[start:])[1].split(",")
         assert len(passed) == len(kernel["parameters"]) + 2
-        # A driver can tell a kernel by the digest of its binary, for which the host program asks.
+        # A driver can tell which kernel it is given by the digest of its binary, by which the host
+        # program asks for it.
         assert kernel["sha256"] == digests[kernel["name"]]
         assert source.count(f'{FIND_KERNEL}("{kernel["sha256"]}"), "{kernel["function"]}"') >= 1
         if kernel["module"]:
@@ -206,12 +210,12 @@ def test_sidecar_says_how_to_execute_every_launch(lowered, description, code):
 
 
 def _kernels(description: dict, code: str) -> dict[str, str]:
-    """Digests of the kernels of a method, architecture and range by name."""
+    """The digests of the kernels that the code `code` launches, by name."""
     return {k["name"]: k["sha256"] for k in _entry(description, code)["kernels"]}
 
 
 def _binaries(lowered: Path) -> dict[str, bytes]:
-    """The kernels' binaries in the program, by name of the blob."""
+    """The binaries of the kernels in the program, by the names under which they are stored."""
     file = deserialize_pte_binary((lowered / "model.pte").read_bytes())
     blobs = file.named_data.pte_data.items()
     content = {name: bytes(file.named_data.buffers[e.buffer_index]) for name, e in blobs}
@@ -219,7 +223,8 @@ def _binaries(lowered: Path) -> dict[str, bytes]:
 
 
 def test_kernels_are_stored_once(lowered, description):
-    """Whichever ranges and methods launch them; and nothing else is stored."""
+    """A kernel is stored once even if several ranges and methods launch it, and nothing else is
+    stored."""
     binaries, pte = _binaries(lowered), (lowered / "model.pte").read_bytes()
     launched = [_kernels(description, code).values() for code in CODES]
     assert set(binaries) == set().union(*launched)
@@ -230,7 +235,7 @@ def test_kernels_are_stored_once(lowered, description):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_ranges_have_kernels_of_their_size(lowered, description, arch):
-    """The same graph, with the configurations of few and of many tokens."""
+    """Two ranges have the same graph, with configurations for few and for many tokens."""
     few, many, one = (
         _kernels(description, code)
         for code in (f"prefill.{arch}.16", f"prefill.{arch}.{MAX_TOKENS}", f"decode.{arch}.1")
@@ -255,7 +260,8 @@ def test_second_export_is_quick_and_the_same(lowered):
 
 
 def test_same_bytes_in_another_process(lowered, tmp_path_factory):
-    """Alone, without the cache, in another folder, with other hashes of strings."""
+    """A method compiled alone, without the cache, in another folder, and with other hashes of
+    strings is the same."""
     folder = _run("again", tmp_path_factory, PYTHONHASHSEED="123")
     expected = hashlib.sha256((lowered / "decode.sm_80.1.so").read_bytes()).hexdigest()
     assert (folder / "again.txt").read_text() == expected
@@ -270,7 +276,7 @@ def test_refused_graphs(tmp_path_factory):
 
 
 def test_launches_of_a_decoded_token(tmp_path_factory):
-    """The 35B model is ten times these four layers; its embedding, head and sampler come once."""
+    """The 35B model has these four layers ten times; its embedding, head and sampler come once."""
     report = json.loads((_run("launches", tmp_path_factory) / "launches.json").read_text())
     assert report["layers"] == ["linear_attention"] * 3 + ["full_attention"]
     assert 10 * report["launches"] <= 360
@@ -279,7 +285,7 @@ def test_launches_of_a_decoded_token(tmp_path_factory):
 
 
 def test_a_signal_leaves_nothing_of_a_compile(tmp_path_factory):
-    """It comes while ptxas works; `_run` looks for files that are left."""
+    """The signal comes while ptxas works; `_run` looks for files that were left."""
     report = json.loads((_run("ended", tmp_path_factory) / "ended.json").read_text())
     assert report == {"error": "ended by SIGTERM", "files_then": True}
 

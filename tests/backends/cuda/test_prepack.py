@@ -1,4 +1,4 @@
-"""Which weights are prepacked, to what shapes, and the tensors themselves."""
+"""Which weights are prepacked, what shapes they get, and the prepacked tensors themselves."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ def test_tensors_are_those_of_the_kernels_prepack(graphs):
 
 
 def test_pack_by_groups(graphs):
-    """As an export streams them: tensors of some layers at a time."""
+    """Tensors come as an export streams them, those of some layers at a time."""
     plan, tensors = plan_weights(graphs), _tensors()
     halves = [dict(list(tensors.items())[:6]), dict(list(tensors.items())[6:])]
     streamed = [item for half in halves for item in plan.pack(half)]

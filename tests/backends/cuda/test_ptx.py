@@ -1,4 +1,4 @@
-"""What a kernel reads and writes, and when, told from its PTX."""
+"""What a kernel reads and writes, and when, as its PTX shows."""
 
 import pytest
 
@@ -20,7 +20,8 @@ PTX = """
 
 
 def test_load_widths():
-    """Widths go to the pointers that an address comes from, not to values loaded on the way."""
+    """A load's width counts for the pointers that its address comes from, not for values that were
+    loaded to compute it."""
     assert ptx.load_widths(PTX, ["a", "b", "c"]) == {"a": {16}, "b": {8}, "c": {4}}
 
 
@@ -33,7 +34,7 @@ WAIT, START = "griddepcontrol.wait; // dummy %r7", "griddepcontrol.launch_depend
 
 
 def kernel(*lines: str) -> str:
-    """PTX of a kernel with three pointers, which goes through these lines."""
+    """The PTX of a kernel with three pointers, whose body contains these lines."""
     head = [f"\tld.param.b64 \t%rd{i + 1}, [kernel_param_{i}];" for i in range(3)]
     head += [f"\tmad.wide.u32 \t%rd{i + 4}, %r5, 4, %rd{i + 1};" for i in range(3)]
     return "\n".join([*head, *(f"\t{line}" for line in lines), "\tret;"])
@@ -98,7 +99,7 @@ def test_an_address_from_nowhere_may_be_any():
 
 
 def test_an_address_that_a_loop_moves_on():
-    """What is added to it further down counts as well."""
+    """What the loop adds to the address after the load counts as well."""
     lines = ("add.s64 %rd9, %rd4, 8;", "ld.global.b32 %r9, [ %rd9 + 0 ];", WAIT)
     moved = kernel(*lines, "add.s64 %rd9, %rd9, %rd5;", STORE)
     assert ptx.read_early(moved, PARAMETERS) == {"weight", "x"}

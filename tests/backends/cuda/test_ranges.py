@@ -55,23 +55,25 @@ def test_a_range_of_one_size_is_a_number() -> None:
 
 
 def test_conditions_on_the_size_are_refused() -> None:
-    """A condition that every size of the range meets is none."""
+    """A condition that every size of the range meets is not refused."""
     limits, shape_env = Range(17, 64), ShapeEnv()
     size = _size_in(limits, shape_env)
     assert size > 16 and size < 65
     _check_any_size(limits, shape_env)
-    assert size > 20  # true of the largest one, which stands for all while code is made
+    assert size > 20  # true of the largest size, which stands for all while code is made
     with pytest.raises(RuntimeError, match=r"not for all of Range\(low=17, high=64\): .*20"):
         _check_any_size(limits, shape_env)
 
 
 def _program_sizes() -> set[int]:
-    """Numbers of tokens by which programs look configurations up, of prefill and of decode."""
+    """The numbers of tokens with which programs look configurations up, in prefill and in
+    decode."""
     return {1, *(r.high for r in split(2, MAX_PREFILL_TOKENS)), *BATCHES}
 
 
 def test_every_tuned_entry_is_reached_by_a_program() -> None:
-    """By the shapes of the published models, on one of the GPUs that programs are tuned for."""
+    """Each entry is reached with a shape of a published model, on one of the GPUs that programs are
+    tuned for."""
     reached = set()
     for names in targets():
         with tuning.tuning_target(*names), record_lookups() as lookups, record_launches():

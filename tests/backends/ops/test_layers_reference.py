@@ -138,7 +138,7 @@ def test_attention(values: dict, rotary: float, calls: tuple[int, ...], padding:
     projection = torch.cat([getattr(layer, f"{p}_proj").weight for p in "qkv"])
     k_cache = torch.full(
         (config.num_key_value_heads, capacity, dim), 9.0
-    )  # beyond the tokens: must not matter
+    )  # what lies beyond the tokens must not matter
     v_cache = k_cache.clone()
     cache, position = DynamicCache(config=config), 0
     for x in pieces(calls):

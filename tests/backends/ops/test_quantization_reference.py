@@ -39,14 +39,14 @@ def distributions(k: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def squared_errors(weight: Tensor, group_size: int, method: str) -> Tensor:
-    """Per group, in double."""
+    """The squared error of each group, computed in double precision."""
     packed, scale = ops.quantize_w4(weight, group_size, method)
     error = ops.dequantize_w4(packed, scale, group_size).double() - weight.double()
     return error.square().unflatten(-1, (-1, group_size)).sum(-1)
 
 
 def test_pack_and_unpack() -> None:
-    """Every byte, and the layout: value + 8, even columns in the low nibble."""
+    """Every byte survives, and the layout is value + 8, with even columns in the low nibble."""
     every = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
     assert torch.equal(ops.pack_int4(ops.unpack_int4(every)), every)
     values = torch.randint(-8, 8, (3, 5, 64), generator=rng(), dtype=torch.int8)
@@ -80,7 +80,7 @@ def test_w4_mse_is_never_worse_than_minmax(group_size: int) -> None:
 
 @GROUPS
 def test_w4_mse_is_close_to_the_best_scale(group_size: int) -> None:
-    """Against an exhaustive search over 2000 scales per group."""
+    """The errors are compared with those of an exhaustive search over 2000 scales per group."""
     weight = torch.randn(100, group_size, generator=rng(1))
     extreme = weight.abs().amax(-1, keepdim=True)
     best = torch.full((100, 1), float("inf"))
@@ -93,7 +93,8 @@ def test_w4_mse_is_close_to_the_best_scale(group_size: int) -> None:
 
 @GROUPS
 def test_w4_minmax_error_bound(group_size: int) -> None:
-    """Half a step, and what rounding the scale to bfloat16 costs the largest entry."""
+    """Errors are at most half a step, and what rounding the scale to bfloat16 costs the largest
+    entry."""
     for name, weight in distributions(group_size):
         packed, scale = ops.quantize_w4(weight, group_size, "minmax")
         error = (ops.dequantize_w4(packed, scale, group_size) - weight).abs()
@@ -104,12 +105,13 @@ def test_w4_minmax_error_bound(group_size: int) -> None:
 @GROUPS
 @METHODS
 def test_w4_is_exact_on_representable_weights(group_size: int, method: str) -> None:
-    """Groups that reach the end of the range (7 for min-max, 7 or -8 otherwise) come back."""
+    """Groups that reach the end of the range (7 for min-max, 7 or -8 otherwise) come back
+    unchanged."""
     generator = rng(2)
     low, high = (-8, 8) if method == "mse" else (-7, 8)
     values = torch.randint(low, high, (ROWS, group_size), generator=generator)
     values[:, 7] = 7 if method == "minmax" else torch.where(torch.arange(ROWS) % 2 == 0, 7, -8)
-    if method == "mse":  # 7 is only the end of the range where no -8 is longer
+    if method == "mse":  # 7 is the end of the range only where no -8 is larger in magnitude
         values[::2].clamp_(-7, 7)
     steps = torch.randint(128, 256, (ROWS, 1), generator=generator) / 128  # exact in bfloat16
     scale = steps * 2.0 ** torch.randint(-20, 5, (ROWS, 1), generator=generator)
@@ -140,7 +142,8 @@ def test_w4_at_the_ends_of_the_number_range(method: str, size: float) -> None:
     packed, scale = ops.quantize_w4(weight, 32, method)
     dequantized = ops.dequantize_w4(packed, scale, 32)
     assert dequantized.isfinite().all()
-    limit = 0.15 if size >= 1e-30 else 1.0  # below that, weights may vanish, but not grow
+    # Weights that are smaller than 1e-30 may vanish, but not grow.
+    limit = 0.15 if size >= 1e-30 else 1.0
     groups = weight.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
     assert ((dequantized - weight).abs().unflatten(-1, (-1, 32)) <= limit * groups).all()
 
@@ -169,7 +172,8 @@ def test_w4_arguments() -> None:
 
 
 def test_w8() -> None:
-    """Half a step per row, zero rows, denormal rows, and -127 to 127 only."""
+    """Errors are at most half a step of the row, also for rows of zeros and of denormals, and all
+    values are from -127 to 127."""
     table = torch.randn(300, 64, generator=rng(4)) * torch.logspace(-30, 30, 300)[:, None]
     table[7], table[8] = 0, table[8] * 1e-45
     values, scale = ops.quantize_w8(table)
@@ -191,7 +195,8 @@ def test_w8() -> None:
     ("columns", "tile"), [(128, 128), (130, 64), (5, 128), (64, 1), (192, 128)]
 )
 def test_int8(columns: int, tile: int) -> None:
-    """Scales are amax / 127 per tile, the last one possibly short; errors are half a step."""
+    """Each tile, of which the last may be short, has the scale amax / 127. Errors are at most half
+    a step."""
     x = torch.randn(50, columns, generator=rng(5)) * torch.logspace(-6, 6, 50)[:, None]
     x[3] = 0
     q, scale = ops.quantize_int8(x, tile)
@@ -216,7 +221,8 @@ def test_int8_rounds_half_to_even() -> None:
 
 
 def test_int8_takes_tiny_tiles_as_zero() -> None:
-    """amax below 1e-30 is zero; from there on 127 / amax is finite and the tile is kept."""
+    """An amax below 1e-30 counts as zero. From there on 127 / amax is finite, and the tile is
+    kept."""
     x = torch.tensor([[0.9e-30, 0.0], [1.1e-30, -1.1e-30], [1e-45, 0.0], [3e38, -3e38]])
     q, scale = ops.quantize_int8(x, 2)
     assert q.tolist() == [[0, 0], [127, -127], [0, 0], [127, -127]]

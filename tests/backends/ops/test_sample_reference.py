@@ -48,7 +48,8 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_known_answers(counter, key, expected) -> None:
-    """Of the transcription above, which covers the counter words that sampling leaves at 0."""
+    """They check the function above, which also covers the counter words that sampling leaves at
+    0."""
     assert philox4x32(counter, key) == expected
 
 
@@ -65,7 +66,7 @@ def test_philox() -> None:
 
 
 def test_gumbel() -> None:
-    """Finite at both ends of u, and of the mean and variance of the distribution."""
+    """The noise is finite at both ends of u, and has the mean and variance of the distribution."""
     noise = gumbel(200_000, 3, 5, torch.device("cpu"))
     assert noise.isfinite().all() and noise.dtype == torch.float32
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
@@ -99,7 +100,8 @@ LOGITS = [0.3, -1.0, 2.0, 1.2, 0.0, 1.9, -0.5, 0.8]
 
 @pytest.mark.parametrize("temperature", [0.9, 2.0])
 def test_distribution_over_seeds_and_positions(temperature: float) -> None:
-    """softmax(logits / temperature); 24.3 is the 0.1% quantile of chi-square with 7 degrees."""
+    """Tokens follow softmax(logits / temperature). Chi-square with 7 degrees of freedom is larger
+    than 24.3 with a probability of 0.1%."""
     probabilities = (torch.tensor(LOGITS) / temperature).softmax(-1).tolist()
     for over in ("seed", "position"):
         counts = [0] * len(LOGITS)
@@ -109,7 +111,8 @@ def test_distribution_over_seeds_and_positions(temperature: float) -> None:
 
 
 def test_neighbouring_positions_are_independent() -> None:
-    """Pairs of tokens at positions p and p + 1; 26.1 is the 0.1% quantile with 8 degrees."""
+    """Draws at positions p and p + 1 are counted as pairs. Chi-square with 8 degrees of freedom is
+    larger than 26.1 with a probability of 0.1%."""
     logits = [0.0, 0.5, 1.0]
     single = torch.tensor(logits).softmax(-1)
     tokens = [draw(logits, seed=9, position=p) for p in range(2000)]
@@ -120,13 +123,15 @@ def test_neighbouring_positions_are_independent() -> None:
 
 
 def test_truncated_distribution() -> None:
-    """Top-k of 3 and top-p renormalise what is left; 13.8 is the 0.1% quantile with 2 degrees."""
+    """Top-k of 3 and top-p renormalize what is left. Chi-square with 2 degrees of freedom is larger
+    than 13.8 with a probability of 0.1%."""
     kept = {2: 2.0, 5: 1.9, 3: 1.2}
     probabilities = torch.tensor(list(kept.values())).softmax(-1).tolist()
     for truncation in ({"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.75}):
         counts = dict.fromkeys(kept, 0)
         for seed in range(1000):
-            counts[draw(LOGITS, seed=seed, **truncation)] += 1  # a KeyError is a wrong token
+            # A KeyError means that a wrong token was drawn.
+            counts[draw(LOGITS, seed=seed, **truncation)] += 1
         assert chi_square(list(counts.values()), probabilities) < 13.8, (truncation, counts)
 
 
@@ -154,7 +159,7 @@ def expected_token(logits: torch.Tensor, temperature, top_k, top_p, seed, positi
 
 
 def test_against_the_contract() -> None:
-    """Random logits with many ties, every kind of truncation, any seed."""
+    """Draws agree for random logits with many ties, every kind of truncation, and any seed."""
     generator = torch.Generator().manual_seed(1)
     options = [(k, p) for k in (0, 1, 2, 5, 30, 100) for p in (1e-6, 0.1, 0.5, 0.9, 0.999, 1.0)]
     for i, (top_k, top_p) in enumerate(options * 8):
@@ -168,14 +173,15 @@ def test_against_the_contract() -> None:
 
 
 def test_equal_logits_stay_together() -> None:
-    """Top-k of 1 keeps both of the largest, and top-p does not split them either."""
+    """Top-k of 1 keeps both of the two largest, and top-p does not separate them either."""
     logits = [1.0, 3.0, 0.0, 3.0]
     for truncation in ({"top_k": 1}, {"top_p": 0.1}, {"top_k": 1, "top_p": 1e-9}):
         assert {draw(logits, seed=s, **truncation) for s in range(40)} == {1, 3}
 
 
 def test_greedy() -> None:
-    """The largest, of equals the lowest id; truncation and seed do not matter."""
+    """The token with the largest logit is taken, and of equal ones that with the lowest id.
+    Truncation and seed do not matter."""
     assert draw([0.0, 2.0, 2.0, 1.0], temperature=0.0, seed=3) == 1
     assert draw([-1.0, -1.0], temperature=0.0) == 0
     assert draw([float("-inf"), -3.0], temperature=0.0, top_k=1, top_p=0.1) == 1
@@ -189,6 +195,6 @@ def test_greedy() -> None:
 def test_a_draw_depends_on_seed_position_and_logits_alone() -> None:
     first = [draw(LOGITS, seed=s, position=p) for s in range(20) for p in range(20)]
     assert first == [draw(LOGITS, seed=s, position=p) for s in range(20) for p in range(20)]
-    # A token's noise does not depend on the vocabulary behind it.
+    # A token's noise does not depend on how many tokens follow it in the vocabulary.
     longer = [*LOGITS, float("-inf"), -1e9]
     assert first == [draw(longer, seed=s, position=p) for s in range(20) for p in range(20)]

@@ -10,7 +10,8 @@ from et_moe.backends.cuda.triton import tuning
 
 @pytest.fixture
 def reconfigure(monkeypatch) -> Callable[..., None]:
-    """`reconfigure(part, **changes)`: changes of the configurations of tables named with `part`."""
+    """`reconfigure(part, **changes)` changes configurations in the tables whose names contain
+    `part`."""
 
     def change(part: str, **changes: int) -> None:
         original = tuning.read_table

@@ -10,7 +10,7 @@ from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.attention.rope import sincos
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 
-# Relative L2 error allowed.
+# The relative L2 error that is allowed.
 TOLERANCE = {
     torch.float32: 2e-6 if triton.knobs.runtime.interpret else 1e-4,
     torch.bfloat16: 5e-3,
@@ -67,7 +67,7 @@ def check(inputs: dict, valid: int | None = None) -> None:
 
 @pytest.fixture
 def few_splits(reconfigure):
-    """Few enough that one split has several tiles, and the interpreter little to do."""
+    """Takes so few splits that one split has several tiles and the interpreter has little to do."""
     reconfigure("attention_decode", SPLITS=4, BLOCK_N=16, num_warps=4)
 
 
@@ -75,7 +75,7 @@ def few_splits(reconfigure):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 17, 63, 64, 65, 66, 130, 199])
 def test_decode_positions(position, dtype, device):
-    """From an empty cache to the last row, around the edges of tiles and of splits."""
+    """Positions from an empty cache to its last row, around the edges of tiles and of splits."""
     check(make_inputs(GROUP_3, 1, position, dtype, device))
 
 
@@ -93,7 +93,7 @@ def test_decode_counted(valid, device):
 
 @pytest.fixture
 def small_tiles(reconfigure):
-    """Several tiles of queries and keys within a short prompt."""
+    """Takes tiles so small that even a short prompt has several tiles of queries and of keys."""
     reconfigure("attention_prefill", BLOCK_M=32, BLOCK_N=16, STAGES=1, num_warps=4)
 
 
@@ -150,7 +150,7 @@ def _sincos_kernel(angle_ptr, sin_ptr, cos_ptr, BLOCK: tl.constexpr):
 
 
 def test_sincos(device):
-    """Angles of many turns, as of positions far into the cache."""
+    """Angles may be many turns, as they are at positions far into the cache."""
     edges = torch.arange(-8, 9) * (torch.pi / 4)
     angles = torch.cat((edges, torch.rand(2000) * 10, torch.rand(2079) * 1e5)).to(device)
     sin, cos = torch.empty_like(angles), torch.empty_like(angles)

@@ -9,7 +9,7 @@ from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 
-# Relative L2 error allowed.
+# The relative L2 error that is allowed.
 TOLERANCE = {
     torch.float32: 2e-6 if triton.knobs.runtime.interpret else 1e-4,
     torch.bfloat16: 5e-3,
@@ -114,7 +114,7 @@ def test_padding(tokens, valid, device):
 @pytest.mark.parametrize("tokens", [1, 66])
 @pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-20, 1e6])
 def test_magnitudes(scale, tokens, device):
-    """Of everything projected but the gates: q and k are normed, v and z go through SiLU."""
+    """Everything projected but the gates is scaled: q and k are normed, v and z go through SiLU."""
     inputs = net_inputs(SMALL, tokens, torch.float32, device)
     inputs["projected"][:, : -2 * inputs["a_log"].numel()] *= scale
     if scale != 1e-41:
@@ -136,7 +136,8 @@ def test_true_head_size(dtype, device):
 
 
 def test_pieces_equal_the_whole(device):
-    """A prompt in pieces, one of them a single token, leaves the states of the prompt at once."""
+    """A prompt in pieces, one of them a single token, leaves the same states as the whole
+    prompt."""
     inputs = net_inputs(GROUP_3, 80, torch.float32, device)
     whole, pieces = clone(inputs), clone(inputs)
     expected = gated_delta_net(**whole)
@@ -169,14 +170,14 @@ def test_launches(device):
 @pytest.mark.parametrize("tokens,valid", [(1, None), (65, None), (129, None), (193, None), (70, 3)])
 @pytest.mark.parametrize("shape", [GROUP_3, (1, 2, 32, 128, 2)])
 def test_rule(shape, tokens, valid, dtype, device):
-    """In one token of the second shape, several programs share a head."""
+    """For one token and the second shape, several programs share a head."""
     check("gated_delta_rule", rule_inputs(shape, tokens, dtype, device), valid)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rule_with_one_key(dtype, device):
-    """The same key throughout, no decay, beta 1: the system of a chunk has ones below the diagonal,
-    and inverting it by a power series would lose all digits."""
+    """All tokens have the same key, nothing decays, and beta is 1: the matrix of a chunk has ones
+    below its diagonal, and inverting it by a power series would lose all digits."""
     inputs = rule_inputs(WIDE, 100, dtype, device)
     inputs["k"].copy_(inputs["k"].select(0, 0).expand_as(inputs["k"]).clone())
     inputs["g"].zero_()
@@ -185,7 +186,7 @@ def test_rule_with_one_key(dtype, device):
 
 
 def test_rule_at_extremes(device):
-    """Decay to nothing within a chunk must not overflow; a zero key has no direction."""
+    """A decay to nothing within a chunk must not overflow, and a key of zeros has no direction."""
     inputs = rule_inputs(WIDE, 100, torch.float32, device)
     inputs["g"].mul_(torch.tensor([1.0, 200.0], device=device))
     inputs["k"].select(0, 5).zero_()

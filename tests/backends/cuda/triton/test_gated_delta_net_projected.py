@@ -33,7 +33,7 @@ class Layer:
         )
 
     def run_composed(self, x: torch.Tensor) -> torch.Tensor:
-        """By the kernels of the two ops."""
+        """Runs the kernels of the two ops one after the other."""
         y = TRITON_OPS[self.op](x, *self.packed, self.group, self.norm, 1e-5)
         return kernels.gated_delta_net(y, **self.composed, eps=1e-4)
 
@@ -43,7 +43,7 @@ class Layer:
 
 
 def check(layer: Layer, steps: int = 4) -> None:
-    """Tokens one after the other: results, and the states that they leave."""
+    """Runs one token after the other and compares the results and the states that they leave."""
     weight = layer.fused["conv_weight"]
     dtype = weight.dtype
     tolerance = max(TOLERANCE[dtype], 1e-5 if layer.op == "linear_w4a8" else 5e-4)
@@ -52,7 +52,8 @@ def check(layer: Layer, steps: int = 4) -> None:
         got, expected = layer.run_fused(x), layer.run_reference(x)
         assert got.dtype == dtype and got.shape == expected.shape
         assert relative_error(got, expected) < tolerance
-        # Of the same roundings: only the order of the convolution's sum is another.
+        # Both round in the same places: they only add the terms of the convolution in another
+        # order.
         assert relative_error(got, layer.run_composed(x)) < min(1e-3, TOLERANCE[dtype])
         for name in STATES:
             assert relative_error(layer.fused[name], layer.reference[name]) < tolerance, name
@@ -63,7 +64,8 @@ def check(layer: Layer, steps: int = 4) -> None:
 @pytest.mark.parametrize("group", ops.GROUP_SIZES)
 @pytest.mark.parametrize("shape", [GROUP_3, TAPS_2, TAPS_3])
 def test_sizes(shape, group, op, device):
-    """No number of columns here is a multiple of a program's, nor is that of the channels."""
+    """Neither the number of columns nor that of channels is a multiple of what a program
+    computes."""
     check(Layer(shape, op, 256, group, torch.float32, device))
 
 

@@ -9,7 +9,7 @@ from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.linear.op import linear_w4a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 
-# Relative L2 error allowed against the reference with fp32 activations.
+# The relative L2 error that is allowed against the reference with fp32 activations.
 TOLERANCE = {"linear_w4a8": 1e-5, "linear_w4a16": 2e-4}
 ROWS = [1, 2, 3, 15, 16, 17, 31, 64, 65, 129]
 
@@ -20,14 +20,14 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def weights(n: int, k: int, group: int, device: torch.device, dtype=torch.bfloat16):
-    """A bundle's weight and scale of a dtype, and the same as the kernels take it."""
+    """A weight with scales of `dtype` as a bundle has it, and the same as the kernels take it."""
     packed, scale = ops.quantize_w4(torch.randn(n, k), group, scale_dtype=dtype)
     packed, scale = packed.to(device), scale.to(device)
     return (packed, scale), prepack_linear(packed, scale, group)
 
 
 def run(name, x, n, group, device, scale_dtype=torch.bfloat16, **options):
-    """(result, reference) of one op."""
+    """The result of an op's kernel, and that of its reference."""
     bundle, prepacked = weights(n, x.shape[1], group, device, scale_dtype)
     got = TRITON_OPS[name](x, *prepacked, group, **options)
     assert got.dtype == x.dtype
@@ -68,7 +68,8 @@ def test_float16_scales(m, k, group, name, device):
 
 @pytest.mark.parametrize("m", [1, 3])
 def test_float16_scales_of_all_magnitudes(m, device):
-    """Negative, largest, smallest normal and subnormal ones, a row of the weight each."""
+    """Each row of the weight has scales of one kind: negative, the largest, the smallest normal
+    ones, subnormal ones, or zeros."""
     packed = torch.randint(0, 256, (8, 128), dtype=torch.uint8)
     column = [65504.0, -65504.0, 1.0, 2.0**-14, 2.0**-14 - 2.0**-24, 2.0**-24, -(2.0**-24), 0.0]
     scale = torch.tensor(column).half()[:, None].expand(8, 2).contiguous()
@@ -84,7 +85,7 @@ def test_float16_scales_of_all_magnitudes(m, device):
 @pytest.mark.parametrize("n", [1, 2, 15, 33, 127, 129, 200])
 @pytest.mark.parametrize("m", [1, 2])
 def test_outputs(m, n, device):
-    """The last block of outputs overlaps its neighbour; small N takes smaller blocks."""
+    """The last block of outputs overlaps its neighbor, and a small N takes smaller blocks."""
     x, residual = torch.randn(m, 256, device=device), torch.randn(m, n, device=device)
     got, expected = run("linear_w4a8", x, n, 64, device, residual=residual)
     assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
@@ -132,7 +133,7 @@ def test_extreme_activations(name, m, scale, device):
 
 
 def test_w4a16_is_within_its_bound_of_an_outlier(device):
-    """15 bits per tile: next to an outlier of 1000 the others are off by 1000 / 2^15 at most."""
+    """A tile has 15 bits: next to an outlier of 1000 the others are off by 1000 / 2^15 at most."""
     x = torch.randn(1, 256, device=device)
     x[0, 7] = 1000.0
     got, expected = run("linear_w4a16", x, 64, 128, device)

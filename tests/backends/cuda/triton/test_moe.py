@@ -15,15 +15,15 @@ from et_moe.backends.cuda.triton.moe.routing import route
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 NAMES = ["moe_w4a8", "moe_w4a16"]
-# Relative L2 error against the reference; a GPU's silu and sums differ in the last bits, and INT8
-# rounding turns a few of those into whole steps.
+# The relative L2 error that is allowed against the reference. On a GPU, silu and sums differ from
+# it in the last bits, and rounding to INT8 turns a few of those differences into whole steps.
 TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-5
 DTYPES = [(torch.float32, TOLERANCE), (torch.bfloat16, 0.003)]
 
 
 @pytest.fixture(autouse=True)
 def _few_programs(reconfigure, device):
-    """The interpreter takes its time per program, whatever the size: make them large."""
+    """Makes programs large, as the interpreter takes the same time for a program of any size."""
     if device.type == "cpu":
         reconfigure("_decode_", BLOCK_N=64)
 
@@ -44,22 +44,22 @@ def random_w4(count, rows, columns, group):
 
 
 class Experts:
-    """Weights as in a bundle and as the kernels take them."""
+    """The weights of experts, both as a bundle has them and as the kernels take them."""
 
     def __init__(self, count, hidden, inner, group, device, scale_dtype=torch.bfloat16):
-        # Quantizing takes long; of many experts draw the nibbles.
+        # Quantizing takes long, so the nibbles of many experts are drawn at random instead.
         draw = random_w4 if count > 64 else gaussian_w4
         w13, w2 = draw(count, 2 * inner, hidden, group), draw(count, hidden, inner, group)
         self.bundle = [t.to(device) for t in (*w13, *w2)]
         for i in (1, 3):
-            # By a factor that makes of a bfloat16 a number that is none.
+            # The factor turns a bfloat16 number into one that bfloat16 cannot represent.
             factor = 1.0 if scale_dtype == torch.bfloat16 else 1.01
             self.bundle[i] = (self.bundle[i].float() * factor).to(scale_dtype)
         self.prepacked = prepack_experts(*self.bundle, group)
         self.count, self.hidden, self.group, self.device = count, hidden, group, device
 
     def run(self, name, x, weights, ids, residual=None):
-        """(kernels' result, reference's)."""
+        """The result of the kernels, and that of the reference."""
         got = TRITON_OPS[name](x, *self.prepacked, weights, ids, self.group, residual)
         assert got.dtype == x.dtype and got.shape == x.shape
         return got, getattr(ops, name)(x, *self.bundle, weights, ids, self.group, residual)
@@ -137,14 +137,14 @@ def test_true_width(tokens, device):
     ],
 )
 def test_accuracy(tokens, hidden, inner, count, top_k, group, device):
-    """In bf16, against the same arithmetic and against activations that are not quantized.
+    """Compares bf16 results with the same arithmetic and with activations that are not quantized.
 
-    The latter is (1.45 +- 0.1)% from one token to the next, hence one token alone is not measured.
+    The error against the latter varies by token, (1.45 +- 0.1)%, so one token is not enough.
     """
     experts = Experts(count, hidden, inner, group, device)
     x, weights, ids = experts.inputs(tokens, top_k)
     if tokens > 16 and count > 64:
-        ids = ids % 8 * 36 + 3  # the interpreter takes its time per expert
+        ids = ids % 8 * 36 + 3  # few experts, as the interpreter takes its time for each expert
     got, expected = experts.run("moe_w4a8", x.bfloat16(), weights, ids)
     unquantized = ops.moe_w4a16(x.bfloat16(), *experts.bundle, weights, ids, group)
     assert relative_error(got, expected) < 0.003
@@ -154,11 +154,12 @@ def test_accuracy(tokens, hidden, inner, count, top_k, group, device):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [3, 33])
 def test_routing(name, tokens, device):
-    """All to one expert; empty experts; skipped slots and rows; an id twice; a residual."""
+    """All tokens go to one expert, experts stay empty, slots and rows are skipped, a token has an
+    id twice, and a residual is added."""
     experts = Experts(6, 128, 64, 64, device)
     x, weights, ids = experts.inputs(tokens, 3)
     residual = torch.randn_like(x)
-    ids[:, 0] = 4  # everyone, as if shared; experts 0 and 5 stay empty
+    ids[:, 0] = 4  # every token, as if it were a shared expert; experts 0 and 5 stay empty
     ids[:, 1:] = ids[:, 1:].clamp(1, 4)
     ids[1, 1:] = -1
     ids[2] = -1
@@ -169,7 +170,7 @@ def test_routing(name, tokens, device):
 
 @pytest.mark.parametrize("tokens", [4, 20])
 def test_padded_bucket(tokens, device):
-    """One valid token; the padding rows hold what must not be looked at."""
+    """One token is valid, and the rows of padding hold what must not be looked at."""
     experts = Experts(4, 128, 64, 64, device)
     x, weights, ids = experts.inputs(tokens, 2)
     x[1:], weights[1:], ids[1:] = float("nan"), 0.0, -1
@@ -183,7 +184,7 @@ def test_padded_bucket(tokens, device):
 @pytest.mark.parametrize("tokens", [4, 20])
 @pytest.mark.parametrize("dtype,tolerance", DTYPES)
 def test_extreme_values(name, tokens, dtype, tolerance, device):
-    """Zero, denormal and huge rows of activations; routing weights from 1e-30 to 1e8."""
+    """Rows of activations are zero, denormal or huge, and routing weights go from 1e-30 to 1e8."""
     experts = Experts(4, 128, 64, 64, device)
     x, weights, ids = experts.inputs(tokens, 2)
     x = x.to(dtype)

@@ -26,7 +26,8 @@ def inputs(m, device, experts=32, hidden=96):
 
 
 def exact_inputs(m, device, dtype, experts=32, hidden=96):
-    """Rows of +-1 and weights in sixteenths: no order of additions rounds, and ties abound."""
+    """Rows of +-1 and weights that are multiples of 1/16: sums are exact in any order, and there
+    are many ties."""
     x = torch.randint(0, 2, (m, hidden), device=device).to(dtype) * 2 - 1
     weight = torch.randint(-8, 9, (experts + 1, hidden), device=device).to(dtype) / 16
     return x, torch.zeros(hidden, dtype=dtype, device=device), weight
@@ -73,7 +74,8 @@ def test_as_many_experts_as_qwen3_next_has(m, hidden, normalize, device):
 @pytest.mark.parametrize("m", [1, 19])
 @pytest.mark.parametrize("experts,top_k,num_shared", [(4, 2, 0), (60, 4, 1), (8, 8, 2)])
 def test_weights_that_are_not_normalized(m, experts, top_k, num_shared, device):
-    """They are parts of the softmax over all experts, and leave room for those not chosen."""
+    """They are parts of the softmax over all experts and add up to less than 1, as some are not
+    chosen."""
     args = inputs(m, device, experts=experts)
     num_tokens = torch.tensor([m - 1], device=device)
     for valid in (None, num_tokens):
@@ -98,14 +100,16 @@ def test_padding(m, valid, device):
 @pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-30, 1e4, 1e15])
 def test_extreme_rows(m, scale, normalize, device):
     x, norm, weight = inputs(m, device)
-    args = (x * scale, norm, weight * 100)  # one weight is 1, most others underflow
+    # The largest routing weight is 1, and most others underflow.
+    args = (x * scale, norm, weight * 100)
     expected = ops.moe_router(*args, 4, 1, normalize=normalize)
     check(moe_router(*args, 4, 1, normalize=normalize), expected)
 
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_order_of_what_is_hardly_a_number(m, device):
-    """NaNs first, infinities in their place; zeros of both signs are equal, denormals are not."""
+    """NaNs come first, and infinities where their sign puts them. Zeros of both signs are equal;
+    denormals differ from zero and from each other."""
     rows = [0.0, -0.0, 1e-43, -1e-43, float("inf"), -float("inf"), float("nan"), -0.0, 0.0]
     weight = torch.tensor([*rows, -float("nan"), 1.0, 0.0], device=device)[:, None]
     args = (torch.ones(m, 1, device=device), torch.zeros(1, device=device), weight)
@@ -117,7 +121,7 @@ def test_order_of_what_is_hardly_a_number(m, device):
 
 @pytest.mark.parametrize("m", [1, 17])
 def test_equal_probabilities_of_unequal_logits(m, device):
-    """Far below the largest logit, probabilities are 0; the order of the logits counts."""
+    """Far below the largest logit all probabilities are 0, and the order of the logits decides."""
     weight = torch.arange(-1000.0, 1001, 100, device=device)[:, None]
     args = (torch.ones(m, 1, device=device), torch.zeros(1, device=device), weight)
     got = moe_router(*args, 5, 1, eps=0.0)

@@ -105,7 +105,7 @@ def test_noise_is_finite(device, monkeypatch):
 
 
 def test_noise_is_philox(device):
-    """All logits equal: the distribution is uniform and the draw a function of the seed."""
+    """With equal logits the distribution is uniform, and the draw is a function of the seed."""
     logits = torch.zeros(1, 64, device=device)
     drawn = [draw(sampling.sample, logits, 1.0, seed=s) for s in range(30)]
     assert drawn == [draw(ops.sample, logits, 1.0, seed=s) for s in range(30)]

@@ -15,7 +15,7 @@ def table(**changes) -> dict:
 
 @pytest.fixture
 def read(monkeypatch):
-    """Lets every table be one of two GPUs."""
+    """Replaces every table by one that has entries for two GPUs."""
     found = table()
     found["entries"]["sm_90"] = [{"max_tokens": None, "config": {"A": 3}}]
     monkeypatch.setattr(tuning, "read_table", lambda name: parse_table(found))
