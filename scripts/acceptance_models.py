@@ -24,16 +24,17 @@ class Tolerance:
     """How far a program may be from the fp32 program of the CPU.
 
     Activations that are rounded to INT8 differ by a whole step where two programs differ in the
-    last bits, and the recurrent state carries that on: on an H200 the fp32 programs of the tiny and
-    of the demo model are at relative errors of 0.006 and 0.011 and 99.2% top-1 agreement, and a
-    token of margin 0.02 differed. In bf16 it is 0.022 and 96.5%; the bf16 program of the CPU is at
-    94% to 98% and 0.02 to 0.04 on the demo model's held-out text, and every token that differs has
-    a margin under 0.23. A random model has more near ties than a trained one.
+    last bits, and the recurrent state carries that on. On an H200 the fp32 programs of the tiny and
+    of the demo model have relative errors of 0.006 and 0.011 and a top-1 agreement of 99.2%, and a
+    token of margin 0.02 differed. In bf16 the error is 0.022 and the agreement 96.5%. The bf16
+    program of the CPU has an agreement of 94% to 98% and an error of 0.02 to 0.04 on the demo
+    model's held-out text, and every token that differs has a margin under 0.23. A random model has
+    more near ties than a trained one.
 
     Attributes:
-        margin: least margin of a token that must be the same.
-        top1: least share of positions with the same likeliest token.
-        relative_error: most of the logits, an L2 norm over all positions.
+        margin: a token must be the same if its margin is at least this.
+        top1: the least share of positions that must have the same likeliest token.
+        relative_error: the largest relative error of the logits, in the L2 norm over all positions.
     """
 
     margin: float
@@ -46,7 +47,7 @@ TOLERANCES = {"float32": Tolerance(0.1, 0.98, 0.02), "bfloat16": Tolerance(0.5, 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and the greedy tokens that must follow it; `least_margin` is among these."""
+    """A prompt and the greedy tokens that must follow it; `least_margin` is the least of theirs."""
 
     prompt_ids: list[int]
     expected_ids: list[int]
@@ -55,11 +56,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Model:
-    """A program in a folder of its name, `model.pte` and `model.ptd`, with what it must compute.
+    """A program and what it must compute; `model.pte` and `model.ptd` are in a folder of its name.
 
     Attributes:
-        dtype: of its activations, a key of `TOLERANCES`.
-        cases: from the shortest prompt to the longest.
+        dtype: the type of its activations, a key of `TOLERANCES`.
+        cases: in order from the shortest prompt to the longest.
         score_ids: tokens whose logits, float32 [len - 1, vocabulary], are in `EXPECTED_LOGITS`.
     """
 
@@ -82,9 +83,9 @@ class Program:
 
     Attributes:
         runner: the runner's binary.
-        folder: holds `model.pte` and `model.ptd`.
-        scratch: folder for what the runner writes.
-        flags: further ones, such as `--cuda_graph`.
+        folder: the folder that holds `model.pte` and `model.ptd`.
+        scratch: the folder for what the runner writes.
+        flags: further flags of the runner, such as `--cuda_graph`.
     """
 
     run: Run
@@ -116,13 +117,13 @@ class Program:
 
 
 def margins(logits: np.ndarray) -> np.ndarray:
-    """Margin of the likeliest token per row of logits [rows, vocabulary]."""
+    """The margin of the likeliest token in each row of logits [rows, vocabulary]."""
     second, first = np.partition(logits, -2, axis=-1)[:, -2:].T
     return (first - second) / logits.std(axis=-1)
 
 
 def make_case(program: Program, prompt_ids: list[int], count: int, margin: float) -> Case:
-    """The greedy tokens after a prompt, at most `count`, up to the first of a smaller margin."""
+    """A case of at most `count` greedy tokens, which end before the first with a smaller margin."""
     ids = program.generate(prompt_ids, count)
     logits = program.logits(prompt_ids + ids)[len(prompt_ids) - 1 :]
     sizes = margins(logits)
@@ -142,7 +143,9 @@ def compare_tokens(actual: list[int], expected: list[int]) -> str | None:
 
 
 def compare_logits(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Share of rows with the same likeliest token, and the relative L2 error; NaN counts as wrong.
+    """The share of rows with the same likeliest token, and the relative L2 error.
+
+    NaN counts as wrong.
 
     Raises:
         ValueError: the shapes differ.
@@ -156,13 +159,13 @@ def compare_logits(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]
 
 
 def check_tokens(program: Program, case: Case) -> dict:
-    """`error` is None, or says which token differs."""
+    """What was found of a case; its `error` is None, or says which token differs."""
     actual = program.generate(case.prompt_ids, len(case.expected_ids))
     return {"error": compare_tokens(actual, case.expected_ids)}
 
 
 def check_logits(program: Program, model: Model) -> dict:
-    """Measures of `compare_logits`, and an `error` where they are out of tolerance."""
+    """The measures of `compare_logits`, with an `error` if they are out of tolerance."""
     expected = np.load(program.folder / EXPECTED_LOGITS)
     found = compare_logits(program.logits(model.score_ids), expected)
     allowed = TOLERANCES[model.dtype]
@@ -174,7 +177,7 @@ def check_logits(program: Program, model: Model) -> dict:
 
 
 def check_model(program: Program, model: Model, cases: list[Case]) -> Iterator[dict]:
-    """Yields what each check found; one that cannot be made has its reason as `error`."""
+    """Yields what each check found; a check that cannot be made gives the reason as `error`."""
     checks: list[tuple[dict, Callable[[], dict]]] = []
     for case in cases:
         head = {"check": "tokens", "prompt_tokens": len(case.prompt_ids)}

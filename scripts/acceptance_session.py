@@ -19,7 +19,7 @@ interpreter."""
 
 
 class StepFailed(RuntimeError):
-    """Why a step, or a command of it, failed; `found` goes into the report all the same."""
+    """Says why a step, or a command of it, failed; `found` goes into the report all the same."""
 
     def __init__(self, message: str, found: dict | None = None) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class OutOfTime(Exception):
 
 
 class NotRun(Exception):
-    """Why a step cannot be run here."""
+    """Says why a step cannot be run here."""
 
 
 @dataclasses.dataclass
@@ -39,10 +39,10 @@ class Session:
     """What the steps share.
 
     Attributes:
-        folder: made by `pack_acceptance.py`; `manifest` is its content's description.
-        scratch: for files of the steps.
-        log: gets every command and its output.
-        deadline: of the current step, as of `time.monotonic`.
+        folder: the folder that `pack_acceptance.py` made; `manifest` describes its content.
+        scratch: the folder for the files of the steps.
+        log: the file that gets every command and its output.
+        deadline: when the current step must end, on the clock of `time.monotonic`.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Session:
             log.write(text + "\n")
 
     def call(self, command: Sequence[str | Path]) -> tuple[int, str]:
-        """Runs a command from the repository's root; returns exit code and output.
+        """Runs a command from the repository's root; returns its exit code and its output.
 
         Raises:
             OutOfTime: it does not end before the deadline; it is interrupted, then killed.
@@ -99,7 +99,7 @@ class Session:
         return code, output
 
     def run(self, command: Sequence[str | Path]) -> str:
-        """Output of a command; a StepFailed if its exit code is not 0."""
+        """Returns the output of a command; raises StepFailed if its exit code is not 0."""
         code, output = self.call(command)
         if code:
             end = output.strip()[-600:]
@@ -108,7 +108,7 @@ class Session:
 
 
 def _heed_interrupts() -> None:
-    """Shells make what they start in the background ignore interrupts, and children inherit it."""
+    """Heeds interrupts again, which shells make their background jobs and all children ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -127,7 +127,7 @@ class Step:
     """A part of the acceptance; `run` returns what it found, or raises.
 
     Attributes:
-        seconds: its time, and that of --quick.
+        seconds: the time that it gets, without and with --quick.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Step:
 
 
 def run_step(step: Step, session: Session) -> dict:
-    """Outcome of a step for the report."""
+    """Runs a step and returns its outcome for the report."""
     begin = time.monotonic()
     outcome: dict = {"name": step.name, "status": "passed", "reason": None}
     session.note(f"===== {step.name}: {session.left():.0f} s")
@@ -145,7 +145,7 @@ def run_step(step: Step, session: Session) -> dict:
     except NotRun as e:
         outcome |= {"status": "not run", "reason": str(e)}
         found = {}
-    except Exception as e:  # whatever it is, the other steps are run
+    except Exception as e:  # the other steps are run whatever it is
         reason = f"out of time: {e}" if isinstance(e, OutOfTime) else str(e)
         if not isinstance(e, (StepFailed, OutOfTime)):
             reason = f"{type(e).__name__}: {e}"

@@ -1,6 +1,6 @@
 """The build backend of pyproject.toml: scikit-build-core builds the wheel, with what CMake builds.
 
-An editable install is setuptools' own. It takes the Python files from the tree and builds nothing:
+setuptools makes an editable install. It takes the Python files from the tree and builds nothing:
 the extension comes from the tree's build folder, see runner/python.
 """
 

@@ -11,7 +11,7 @@ mkdir -p "${1:?usage: $0 FOLDER}/results"
 folder=$(cd "$1" && pwd)
 rm -f "$folder/results/e2e_cpu.tsv"
 
-et_moe() {  # and how long it took
+et_moe() {  # also writes down how long it took
   local begin=$SECONDS
   et-moe "$@"
   printf '%s\tet-moe %s\n' $((SECONDS - begin)) "${*//"$folder"/FOLDER}" \

@@ -1,7 +1,7 @@
 """Tests and measures the project on a GPU; `gpu_acceptance.sh` calls it.
 
-A step is run whether or not those before it failed. It has time of its own, and what the steps
-before it did not need. The report says for each step whether it `passed`, `failed` or was
+A step is run whether or not those before it failed. It has time of its own, and the time that the
+steps before it did not need. The report says for each step whether it `passed`, `failed` or was
 `not run`, with what was found.
 """
 
@@ -38,7 +38,7 @@ MODES = {"eager": (), "graphs": ("--cuda_graph",)}
 
 
 def junit_counts(path: Path) -> dict:
-    """Counts of a JUnit file, and the names of the tests that failed."""
+    """The counts of a JUnit file, and the names of the tests that failed."""
     suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
     counts = {k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors")}
     skipped = sum(int(s.get("skipped", 0)) for s in suites)
@@ -54,7 +54,7 @@ def junit_counts(path: Path) -> dict:
 
 
 def kernel_tests(session: Session) -> dict:
-    """Tests of every op's kernels, run for real."""
+    """Runs the tests of every op's kernels on the GPU."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     chosen = [KERNEL_TESTS]
     if session.quick:
@@ -82,7 +82,7 @@ def kernel_tests(session: Session) -> dict:
 
 
 def models(session: Session) -> dict:
-    """Every model, with and without CUDA graphs, against the CPU's results."""
+    """Compares every model, with and without CUDA graphs, with the CPU's results."""
     found: list[dict] = []
     try:
         for model in map(Model.from_json, session.manifest["models"]):
@@ -102,13 +102,13 @@ def models(session: Session) -> dict:
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer on the PATH or in the CUDA toolkit."""
+    """The path of compute-sanitizer, on the PATH or in the CUDA toolkit."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{home}/bin")
 
 
 def sanitize(session: Session) -> dict:
-    """A prompt and some decoded tokens of the first model under compute-sanitizer."""
+    """Runs a prompt and some decoded tokens of the first model under compute-sanitizer."""
     tool = find_sanitizer()
     if tool is None:
         raise NotRun("compute-sanitizer is not installed")
@@ -145,14 +145,14 @@ def _benchmark(session: Session, name: str, *flags: str | Path) -> tuple[dict, s
     except OutOfTime:
         code, output = -1, "out of time"
     found = json.loads(out.read_text()) if out.is_file() else {}
-    found.pop("command", None)  # names temporary folders; the log has it
+    found.pop("command", None)  # it names temporary folders, and the log has it
     if code or not found:
         raise StepFailed(f"{name}: exit code {code}: {output.strip()[-600:]}", found)
     return found, output
 
 
 def kernel_benchmark(session: Session) -> dict:
-    """Kernels against the wheel's, for a few numbers of tokens."""
+    """Compares the kernels with the wheel's, for a few numbers of tokens."""
     tokens = "1,1024" if session.quick else "1,16,128,1600"
     flags = ("--tokens", tokens, "--seconds", f"{max(session.left() - 10, 1):.0f}")
     found, output = _benchmark(session, "kernels", *flags)
@@ -167,7 +167,7 @@ def kernel_benchmark(session: Session) -> dict:
 
 
 def demo_benchmark(session: Session) -> dict:
-    """Stats of the demo model, and a profile of its kernels."""
+    """Measures the stats of the demo model, and a profile of its kernels."""
     program = session.folder / "models/demo-bfloat16"
     found, _ = _benchmark(
         session,
@@ -180,8 +180,9 @@ def demo_benchmark(session: Session) -> dict:
     return found
 
 
-# Together 8 minutes, and not 4 with --quick: a step that is stopped may take 10 s to end. First
-# those that leave most of their time to the kernel tests, which compile for as long as that takes.
+# Together they have 8 minutes, and less than 4 with --quick, as a step that is stopped may take
+# 10 s to end. First come those that leave most of their time to the kernel tests, which spend much
+# time on compiling.
 STEPS = (
     Step("models", models, (80, 40)),
     Step("compute-sanitizer", sanitize, (60, 20)),
@@ -192,7 +193,7 @@ STEPS = (
 
 
 def summary(report: dict) -> Table:
-    """A line per step."""
+    """A table with a line for each step."""
     table = Table("step", "outcome", "s", "what")
     for step in report["steps"]:
         table.add_row(step["name"], step["status"], f"{step['seconds']:.0f}", step["reason"] or "")
@@ -219,7 +220,7 @@ def main(
     log.write_text(f"{json.dumps(report)}\n")
     with tempfile.TemporaryDirectory() as scratch:
         session = Session(folder, manifest, Path(scratch), log, quick, deadline=0)
-        if not os.access(session.runner, os.X_OK):  # a copy may have lost it
+        if not os.access(session.runner, os.X_OK):  # a copy may have lost its permission
             session.runner.chmod(0o755)
         run_steps(STEPS, session, report, path)
     console.print(summary(report))

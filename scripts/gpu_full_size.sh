@@ -20,7 +20,7 @@ scratch=$folder/scratch results=$folder/results
 mkdir -p "$scratch" "$results"
 rm -f "$results/e2e.tsv"
 
-et_moe() {  # and how long it took
+et_moe() {  # also writes down how long it took
   local begin=$SECONDS
   python3 -m et_moe.pipeline.cli "$@"
   printf '%s\tet-moe %s\n' $((SECONDS - begin)) "${*//"$folder"/FOLDER}" >>"$results/e2e.tsv"

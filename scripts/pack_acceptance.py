@@ -46,16 +46,16 @@ WINDOWS = 32
 ENOUGH = {"float32": 16, "bfloat16": 4}
 """Tokens before a near tie that make further prompts needless."""
 MODELS = {
-    "tiny": ("float32", (1, 2, 65, 300, 2100)),  # the last needs two calls of prefill
+    "tiny": ("float32", (1, 2, 65, 300, 2100)),  # the last one needs two calls of prefill
     "demo-float32": ("float32", (1, 17, 130, 700)),
     "demo-bfloat16": ("bfloat16", (1, 17, 130, 700)),
-    "heads": ("bfloat16", ()),  # random, hence without decided tokens: logits only
+    "heads": ("bfloat16", ()),  # random, hence full of near ties: only logits are compared
 }
 """Name -> dtype, and lengths of the prompts whose next tokens are checked."""
 HEADS = {
     "hidden_size": 256,
     "head_dim": 256,
-    "num_experts_per_tok": 8,  # all: bf16 and fp32 do not choose different ones
+    "num_experts_per_tok": 8,  # all of them, so that bf16 and fp32 choose the same
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "moe_intermediate_size": 256,
@@ -66,10 +66,10 @@ console = Console(stderr=True)
 
 
 def run(command: Sequence[str | Path]) -> str:
-    """Standard output of a command.
+    """The standard output of a command.
 
     Raises:
-        RuntimeError: it fails; with the end of its standard error.
+        RuntimeError: the command fails; the message has the end of its standard error.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -79,12 +79,12 @@ def run(command: Sequence[str | Path]) -> str:
 
 
 def et_moe(*arguments: str | Path) -> None:
-    """The command line, in a process of its own."""
+    """Runs the command line in a process of its own."""
     run([sys.executable, "-m", "et_moe.pipeline.cli", *arguments])
 
 
 def requirements(pyproject: str) -> list[str]:
-    """What pyproject.toml asks of `PACKAGES`, in their order."""
+    """The requirements of pyproject.toml for `PACKAGES`, in their order."""
     project = tomllib.loads(pyproject)["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     by_name = {re.match(r"[\w.-]+", line).group(): line for line in lines}
@@ -105,7 +105,7 @@ def pack_wheels(folder: Path) -> None:
 
 
 def libraries(binary: Path) -> dict[str, Path | None]:
-    """Shared libraries that a binary loads, and where they are found."""
+    """The shared libraries that a binary loads, and where they are found."""
     lines = re.findall(r"^\s*(\S+) => (?:(/\S+)|not found)", run(["ldd", binary]), re.MULTILINE)
     return {name: Path(path) if path else None for name, path in lines}
 
@@ -135,7 +135,7 @@ def pack_runner(runner: Path, folder: Path) -> Path:
 
 
 def prompts(model: str, length: int) -> list[list[int]]:
-    """Token ids to choose a prompt of: held-out text for the demo model, else random ones."""
+    """Token ids to choose a prompt from: held-out text for the demo model, else random ids."""
     if not model.startswith("demo"):
         rng = np.random.default_rng(length)
         return rng.integers(0, 256, (WINDOWS, length)).tolist()
@@ -149,7 +149,7 @@ def choose_case(program: Program, model: str, dtype: str, length: int) -> Case:
     """The prompt with the most tokens before a near tie.
 
     Raises:
-        RuntimeError: every prompt begins with one.
+        RuntimeError: a near tie follows every prompt at once.
     """
     best = None
     for prompt in prompts(model, length):

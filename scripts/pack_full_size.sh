@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Adds the programs of Qwen3.5-35B-A3B to a folder made by scripts/pack_acceptance.sh: compiled from
-# the shape alone, about 3 minutes each on two cores; and the wheels of the peers. For
-# scripts/gpu_full_size.sh.
+# Adds the programs of Qwen3.5-35B-A3B and the wheels of the peers to a folder made by
+# scripts/pack_acceptance.sh, for scripts/gpu_full_size.sh. The programs are compiled from the shape
+# alone, which takes about 3 minutes each on two cores.
 # Usage: scripts/pack_full_size.sh FOLDER [ARCHS]
 set -euo pipefail
 cd "$(dirname "$0")/.."

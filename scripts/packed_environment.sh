@@ -1,4 +1,4 @@
-# To be sourced, with `repo` and `folder` (made by pack_acceptance.sh) set: python3 gets our packages.
+# Gives python3 our packages. Source it with `repo` and `folder` (made by pack_acceptance.sh) set.
 python3 - "$folder/manifest.json" <<'END'
 import json, sys
 packed, here = json.load(open(sys.argv[1]))["python"], "%d.%d" % sys.version_info[:2]
@@ -12,7 +12,7 @@ for wheel in "$folder"/wheels/*.whl; do
   python3 -m zipfile -e "$wheel" "$packages"
 done
 export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
-# Tells the commit of a copy of the sources without history: see benchmarks/result.py.
+# This tells the commit of sources that were copied without history: see benchmarks/result.py.
 ET_MOE_MANIFEST=$(realpath "$folder/manifest.json")
 export ET_MOE_MANIFEST
 # Triton's own assembler may be one that makes wrong code: see `ptxas` in backends/cuda/gpu.py.

@@ -49,7 +49,7 @@ install_python_packages() {
   stamp=$(cat pyproject.toml requirements/*.txt | sha256sum)
   [ "$(cat .venv/et_moe_stamp 2>/dev/null)" = "$stamp" ] && return
   echo "setup: installing Python packages into .venv"
-  # All of scripts/lock.sh, checked by hash; then the project, which needs nothing besides.
+  # First all that scripts/lock.sh has locked is installed, checked by hash, and then the project.
   local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
   local locked=("${install[@]}" --require-hashes --requirement)
   "${locked[@]}" requirements/lock.txt

@@ -53,12 +53,12 @@ TO_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…":
 
 
 def clean(text: str) -> str:
-    """Plain quotes, and no space at the end of a line."""
+    """The text with plain quotes, and without spaces at the ends of lines."""
     return "\n".join(line.rstrip() for line in text.translate(TO_ASCII).strip().splitlines())
 
 
 def docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings at and below `node`, in source order, indentation removed."""
+    """The docstrings at and below `node`, in source order and without their indentation."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     if isinstance(node, kinds) and (text := ast.get_docstring(node)):
         yield clean(text)
@@ -67,9 +67,9 @@ def docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def collect_documents() -> dict[str, str]:
-    """Name -> text: a document per standard library module and per topic of `help()`.
+    """A text for the name of each standard library module and of each topic of `help()`.
 
-    No docstring appears twice; those shorter than 20 characters or not ASCII are left out.
+    No docstring appears twice; those that are shorter than 20 characters or not ASCII are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
@@ -80,7 +80,7 @@ def collect_documents() -> dict[str, str]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # lib2to3 and others keep templates that are no Python 3
+        except SyntaxError:  # lib2to3 and others keep templates that are not Python 3
             continue
         kept = []
         for text in docstrings(tree):
@@ -95,7 +95,7 @@ def collect_documents() -> dict[str, str]:
 
 
 def split_held_out(documents: dict[str, str], seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out documents, both shuffled; the latter are modules, not topics."""
+    """The training and the held-out documents, both shuffled; no topic is held out."""
     names = sorted(documents)
     random.Random(seed).shuffle(names)
     held_out: list[str] = []
@@ -123,7 +123,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def model_config(tokenizer: Tokenizer) -> Qwen3_5MoeTextConfig:
-    """Every feature of Qwen3.5 MoE at a size that fits; INT4 groups of 128 divide all widths."""
+    """A small model with every feature of Qwen3.5 MoE; INT4 groups of 128 divide all widths."""
     return Qwen3_5MoeTextConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
@@ -162,7 +162,8 @@ def encode_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
 
 
 def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
-    """Endless int64 [BATCH, CONTEXT]: each epoch cuts the stream at a new offset, shuffled."""
+    """Yields int64 [BATCH, CONTEXT] without end; each epoch cuts the stream at a new offset and
+    shuffles the pieces."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(CONTEXT, (), generator=generator))
@@ -183,7 +184,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], config: Qwen3_5MoeTextConfig
 
 
 def train(model: Qwen3_5MoeForCausalLM, tokens: Tensor, steps: int, seed: int) -> None:
-    """AdamW with linear warm-up and cosine decay to 5% of the peak."""
+    """Trains with AdamW, a linear warm-up and a cosine decay to 5% of the peak."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(

@@ -1,4 +1,4 @@
-"""INT8 against bf16 activations of a small bundle, streamed through references and kernels."""
+"""The comparison of INT8 and bf16 activations: a small bundle, by references and by kernels."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def compare(bundle, packed=False, dtype=torch.float32) -> tuple[list[dict], dict
 
 
 def whole_model(bundle, activations: str, ids: torch.Tensor) -> torch.Tensor:
-    """Next tokens after each prefix of `ids`, by the model that is exported."""
+    """The next token after each prefix of `ids`, by the model that is exported."""
     source = Bundle(bundle)
     precision = Precision(source.storages, activations, torch.float32)
     model = Qwen3_5Moe(source.config, precision)
@@ -68,7 +68,8 @@ def test_equal_activations_do_not_differ(tiny_bundle, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run for real, on CUDA tensors")
 def test_kernels_find_what_the_references_find(tmp_path):
-    """The path of a GPU, with the kernels under Triton's interpreter, and dimensions they take."""
+    """Takes the path of a GPU, with the kernels under Triton's interpreter and dimensions that they
+    accept."""
     make_small(tmp_path / "checkpoint", linear_key_head_dim=16, linear_value_head_dim=32)
     source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), storages("4w", 32, "8w"))
     write_bundle(source, tmp_path / "bundle")

@@ -16,7 +16,7 @@ ROOF = {"bandwidth": 4e12, "int8": 1.6e15, "bf16": 8e14}
 
 
 def test_a_cpu_program(build_dir, tiny_checkpoint, tiny_program, tmp_path):
-    """One prompt fits the context of 32 tokens; one does not, which hides nothing of the first."""
+    """One prompt fits the context of 32 tokens, and one does not; the first is still reported."""
     out = tmp_path / "results" / "e2e.json"
     command = [sys.executable, "-m", "et_moe.benchmarks", "e2e"]
     command += ["--program", f"int8={tiny_program}"]
@@ -107,7 +107,7 @@ def test_cost_of_a_prompt_and_of_its_activations():
 
 
 class FakeRunner:
-    """Answers as a GPU program would, slower without graphs."""
+    """Answers as a GPU program would, and is slower without CUDA graphs."""
 
     def measure(self, program, prompt, new_tokens, cuda_graph):
         if prompt > 4000:

@@ -1,4 +1,4 @@
-"""The benchmark's parts that need no GPU: what it calls, and what it makes of times."""
+"""The parts of the kernel benchmark that need no GPU: what it calls, and what it makes of times."""
 
 import contextlib
 

@@ -111,7 +111,8 @@ def test_the_wheels_model_runs_in_both_phases(wheel_model):
     um, model, c = wheel_model
     model, device = model.to("meta"), torch.device("meta")
     with torch.library._scoped_library("triton", "FRAGMENT") as library:
-        if not hasattr(torch.ops.triton, "chunk_gated_delta_rule"):  # flash-linear-attention's
+        # The op is flash-linear-attention's, which may be missing.
+        if not hasattr(torch.ops.triton, "chunk_gated_delta_rule"):
             schema = "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor s)"
             library.define(f"chunk_gated_delta_rule{schema} -> (Tensor, Tensor)")
             library.impl(
@@ -128,7 +129,7 @@ def test_the_wheels_model_runs_in_both_phases(wheel_model):
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_wheels_attention_does_what_ours_does(wheel_model, monkeypatch, tokens, compiled):
-    """But for its sdpa, which needs a GPU and has torch's in its place."""
+    """Its sdpa needs a GPU, so torch's stands in for it."""
 
     def sdpa(q, k, v, attn_mask, enable_gqa=True):
         return torch.nn.functional.scaled_dot_product_attention(
@@ -165,7 +166,7 @@ def test_gguf_holds_the_tensors_of_the_shape(tmp_path):
     import gguf
 
     c, path = parse_config(SHAPE), tmp_path / "m.gguf"
-    path.touch(mode=0o600)  # its permissions stay
+    path.touch(mode=0o600)  # its permissions must stay
     llama_cpp.write_gguf(path, c)
     reader = gguf.GGUFReader(path)
     shapes = llama_cpp.tensor_shapes(c)
@@ -212,7 +213,7 @@ cat "$(dirname "$0")/answer.json"
 
 
 def test_rows_of_llama_bench(tmp_path):
-    """A stand-in that answers in llama-bench's format."""
+    """A stand-in for llama-bench answers in its format."""
     made = {"backends": "CUDA", "n_ubatch": 512, "n_prompt": 1600, "n_depth": 0}
     (tmp_path / "answer.json").write_text(json.dumps([made | {"samples_ts": [1.0, 9.0, 2.0]}]))
     (tmp_path / "fails").touch()

@@ -57,7 +57,7 @@ def test_parse_and_summarize():
 
 
 def test_overlapping_kernels_count_once():
-    """The second starts early and waits; the third ends while the second runs."""
+    """The second kernel starts early and waits; the third ends while the second runs."""
     traced = [(0, 3000, "a"), (1000, 5000, "b"), (2000, 4000, "c"), (5000, 6000, "a")]
     summary = tool.summarize([tool.Launch(*launch) for launch in traced])
     assert {k["name"]: k["us"] for k in summary["kernels"]} == {"a": 4.0, "b": 2.0, "c": 0.0}
@@ -87,7 +87,7 @@ def test_a_run_without_cuda_has_no_trace(tmp_path, monkeypatch):
     assert "the traced run failed" in tool.profile(["false"], tmp_path)["error"]
 
 
-# Hands out two kernels and a record of another kind, as CUPTI does when it is flushed.
+# It hands out two kernels and a record of another kind, as CUPTI does when it is flushed.
 CUPTI = """
 #include <cupti.h>
 #include <cstring>
@@ -138,7 +138,7 @@ CUptiResult cuptiGetResultString(CUptiResult, const char** text) {
 
 @pytest.mark.parametrize("dropped", [0, 3])
 def test_the_tracer(tmp_path, monkeypatch, dropped):
-    """The real library over a stand-in for CUPTI, in a process that ends as a runner does."""
+    """Loads the real library over a stand-in for CUPTI in a process that ends as a runner does."""
     folders = tool._cuda_folders()
     assert any((folder / "include/cupti.h").is_file() for folder in folders), "extra cuda"
     (tmp_path / "lib").mkdir()

@@ -8,7 +8,7 @@ from et_moe.benchmarks.report import acceptance, cpu, e2e, machine_code, page
 
 
 def test_the_page_is_made_of_the_results_in_the_tree():
-    """Run `python -m et_moe.benchmarks report` where this fails."""
+    """If this fails, run `python -m et_moe.benchmarks report`."""
     assert page.PAGE.read_text() == page.page(page.read_results(page.RESULTS))
 
 
@@ -70,7 +70,7 @@ def test_update_takes_new_results_over(places):
     assert kept["logits_error"] == 0.1234568
     assert "`run --out FOLDER/results/activations.json`" in page.PAGE.read_text()
     before = page.PAGE.read_text()
-    page.update(None)  # of what is in the tree now
+    page.update(None)  # makes the page of what is in the tree now
     assert page.PAGE.read_text() == before == page.page(page.read_results(page.RESULTS))
 
 

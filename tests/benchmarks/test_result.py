@@ -10,7 +10,7 @@ from et_moe.benchmarks import result
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A commit of two files, in place of this one's."""
+    """A repository with a commit of two files, in the place of this project's."""
     folder = tmp_path / "repository"
     (folder / "code").mkdir(parents=True)
     (folder / "code/a.py").write_text("a = 1\n")

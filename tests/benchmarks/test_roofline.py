@@ -42,7 +42,7 @@ CONFIG = parse_config(
 
 
 def launches(method: str, tokens: int) -> list[Launch]:
-    """What a method's graph launches for some tokens."""
+    """The kernels that a method's graph launches for some tokens."""
     graphs = build_graphs(CONFIG, Precision(storages(group_size=32), dtype=torch.float32), 32)
     graph, spec = copy.deepcopy(graphs[method].program.graph), plan_weights(graphs).spec
     values = {}
@@ -86,7 +86,7 @@ def test_a_row_of_any_length_launches_what_it_costs(k):
 
 
 def test_bytes_are_those_of_the_weights():
-    """At one token nearly all that moves are the active weights of the published model."""
+    """For one token nearly all bytes are those of the active weights of the published model."""
     full = parse_config({"model_type": "qwen3_5_moe"})
     moved = sum(kernel.bytes for kernel in roofline.model(1, full))
     weights = 2.94e9 * 4.125 / 8  # active weights at 4.125 bits

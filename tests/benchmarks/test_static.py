@@ -1,4 +1,7 @@
-"""Machine code of all kernels in all tuned configurations for all architectures; needs no GPU."""
+"""The machine code of all kernels in all tuned configurations for all architectures.
+
+No GPU is needed.
+"""
 
 import collections
 import os

@@ -18,7 +18,7 @@ def test_save_changes_one_gpu(tmp_path, monkeypatch):
     name, gpu = "linear_gemv", "NVIDIA B200"
     before = tuning.read_table(name)
     (tmp_path / "table").write_text(tune.format_table(before))
-    (tmp_path / f"{name}.json").symlink_to("table")  # is followed
+    (tmp_path / f"{name}.json").symlink_to("table")  # the link must be followed
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning.read_table.cache_clear()
     try:

@@ -1,6 +1,6 @@
 """Reads a checkpoint or bundle again and again, each time with one file damaged at random.
 
-A process of its own, so that a test notices one that dies by a signal.
+It is a process of its own, so that a test notices if it dies by a signal.
 Usage: mutate_checkpoint.py checkpoint|bundle DIRECTORY COUNT FILE...
 Prints how many copies of each file were read and refused, as JSON.
 """
@@ -23,7 +23,7 @@ from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 
 def mutate(rng: random.Random, file: Path, data: bytes) -> bytes:
-    """Damages a file; every second time inside of its JSON, so that it stays well-formed."""
+    """Damages a file, every second time inside of its JSON so that it stays well-formed."""
     if rng.random() < 0.5:
         return mutate_bytes(rng, data)
     if file.suffix == ".json":

@@ -17,7 +17,7 @@ class Hub:
     """What the server knows.
 
     Attributes:
-        folder: of the repository's files. name: ORG/NAME. token: that requests must carry.
+        folder: where the repository's files are. name: ORG/NAME. token: what requests must carry.
         cut: names of files whose first answer ends after half of its bytes.
         sent: (name, first byte) of every answer with a file's bytes.
     """

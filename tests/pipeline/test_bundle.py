@@ -108,7 +108,7 @@ def test_activation_dtype() -> None:
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
-    """The tensor is named; nothing that was written before it looks like a bundle."""
+    """The tensor is named, and what was written before it does not look like a bundle."""
     _, tensors = make_small(tmp_path / "c")
     name = "model.layers.1.mlp.experts.down_proj"
     tensors[name][1, 2, 3] = float("nan")
@@ -130,7 +130,7 @@ def edit_config(change: Callable[[dict], None]) -> Callable[[Path], None]:
 
 
 def edit_shard(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """Changes the tensors of layer 0."""
+    """An edit that changes the tensors of layer 0."""
 
     def edit(directory: Path) -> None:
         shard = directory / "model-00002-of-00004.safetensors"
@@ -151,7 +151,7 @@ def section(**values) -> Callable[[Path], None]:
 
 
 def storage(part: str, **values) -> Callable[[Path], None]:
-    """Another storage of one part."""
+    """An edit that gives one part another storage."""
     return edit_config(lambda c: c["et_moe"]["storages"].update({part: values}))
 
 
@@ -254,7 +254,7 @@ def test_full_disk_while_quantizing(tiny_checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_a_flipped_bit_of_a_shard_is_noticed(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Also where every value is as good as another: in INT4 weights."""
+    """It is noticed even in INT4 weights, where every value is as good as another."""
     directory = shutil.copytree(tiny_bundle, tmp_path / "b")
     entry = SafetensorsFile(directory / SHARD).entries[W13]
     data = bytearray((directory / SHARD).read_bytes())

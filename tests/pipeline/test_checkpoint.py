@@ -92,7 +92,7 @@ def test_the_model_has_these_parameters(small, expected) -> None:
 
 @pytest.mark.parametrize("width", [8, 32, 40, 64, 100])
 def test_the_shared_expert_fills_slots_of_the_routed_width(tmp_path: Path, width: int) -> None:
-    """It computes the same in slots of width 32, narrower or wider than one of them."""
+    """It computes the same in slots of width 32, whether it is narrower or wider than a slot."""
     make_small(tmp_path / "c", shared_expert_intermediate_size=width)
     _, tensors = make_small(tmp_path / "d", shared_expert_intermediate_size=width)
     group = parameters(Checkpoint(tmp_path / "c").groups())[1]
@@ -124,7 +124,7 @@ def test_inverse_frequencies_are_hugging_faces(small, expected) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_forms(small, expected, tmp_path: Path, prefix: str, fused: bool, shards: int) -> None:
-    """One file or several, fused or single experts, either prefix: the same parameters."""
+    """One file or several, fused or single experts, and either prefix give the same parameters."""
     _, config, tensors = small
     form = renamed(tensors if fused else per_expert(tensors), prefix)
     pieces = [dict(list(form.items())[i::shards]) for i in range(shards)]
@@ -146,7 +146,8 @@ def test_dtypes(small, expected, tmp_path: Path, dtype: torch.dtype) -> None:
 def test_vision_and_mtp_tensors_are_skipped_and_counted(small, expected, tmp_path: Path) -> None:
     _, config, tensors = small
     extra = {
-        f"{prefix}.{i}.weight": torch.zeros(3, dtype=torch.float64)  # a dtype the text may not have
+        # Tensors of the text model may not have this dtype.
+        f"{prefix}.{i}.weight": torch.zeros(3, dtype=torch.float64)
         for prefix in ("model.visual.blocks", "visual.merger", "mtp.layers", "model.mtp.fc")
         for i in range(2)
     }
@@ -157,8 +158,8 @@ def test_vision_and_mtp_tensors_are_skipped_and_counted(small, expected, tmp_pat
 
 @pytest.mark.parametrize("head_in_file", [True, False])
 def test_tied_embeddings(small, tmp_path: Path, head_in_file: bool) -> None:
-    """The head is the embedding, unless the file has one of its own: Hugging Face does not tie
-    what differs."""
+    """The head is the embedding unless the file has a head too: Hugging Face does not tie the two
+    if they differ."""
     _, config, tensors = small
     if not head_in_file:
         tensors = {n: t for n, t in tensors.items() if n != "lm_head.weight"}
@@ -291,7 +292,7 @@ OUTSIDE = ["../x.safetensors", "/etc/passwd", "a/b", "..", ".", "", "x\0y", "\ud
 @pytest.mark.parametrize("name", OUTSIDE, ids=repr)
 def test_the_index_names_files_beside_it(small, tmp_path: Path, name: object) -> None:
     _, config, tensors = small
-    save_file(tensors, tmp_path / "x.safetensors")  # there, but outside of the checkpoint
+    save_file(tensors, tmp_path / "x.safetensors")  # it is there, but outside of the checkpoint
     write(tmp_path / "c", config, tensors, {"model.visual.a": torch.zeros(1)})
     index = tmp_path / "c" / "model.safetensors.index.json"
     content = json.loads(index.read_text())

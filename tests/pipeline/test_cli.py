@@ -22,7 +22,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """Runs `et-moe ARGUMENTS` in this process: exit code, stdout, stderr in one line."""
+    """Runs `et-moe ARGUMENTS` in this process; gives exit code, stdout, and stderr in one line."""
 
     def et_moe(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["et-moe", *map(str, arguments)])
@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
         with pytest.raises(SystemExit) as ended:
             cli.main()
         out, err = capsys.readouterr()
-        # Wrong options are reported in a box.
+        # Typer reports wrong options in a box.
         return ended.value.code, out, " ".join(err.replace("│", " ").split())
 
     return et_moe
@@ -87,7 +87,7 @@ def test_quantize(run: Run, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: 
 
 
 def test_export(run: Run, tiny_checkpoint, tiny_bundle, tiny_program, tmp_path: Path) -> None:
-    """From a checkpoint or from its bundle: the same files, at once or the two parts apart."""
+    """A checkpoint and its bundle give the same files, at once or in two parts."""
     expected = files_of(tiny_program)
     bundle = ("export", "--prequantized", tiny_bundle, "--max-seq-len", 32)
     checkpoint = ("export", "--model-dir", tiny_checkpoint, "--max-seq-len", 32)
@@ -131,7 +131,7 @@ def test_help_and_unknown_words(run: Run, refused) -> None:
 
 @pytest.mark.parametrize("command", ["quantize", "export"])
 class TestDamagedCheckpoints:
-    """Each case with both commands that read a checkpoint; nothing is written."""
+    """Both commands that read a checkpoint refuse each case and write nothing."""
 
     @pytest.fixture(autouse=True)
     def _refused(self, refused, command: str, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ class TestDamagedCheckpoints:
         self.refused(checkpoint, parts=[config])
 
     def test_missing_and_unexpected_tensors(self, checkpoint: Path) -> None:
-        """The names of the file's header change, not its size."""
+        """A name in the file's header changes, but not the header's size."""
         path = checkpoint / "model.safetensors"
         name = b"model.layers.1.self_attn.q_proj.weight"
         assert path.read_bytes().count(name) == 1
@@ -328,7 +328,7 @@ def test_quantize_tries_its_folder_before_the_work(refused, tiny_checkpoint, mon
 def test_full_disk(
     refused, tiny_checkpoint, tiny_bundle, tmp_path: Path, command: str, limit: int
 ) -> None:
-    """Nothing that a later command would take for whole."""
+    """Nothing is left that a later command would take for whole."""
     output = tmp_path / "output"
     words = command.format(checkpoint=tiny_checkpoint, bundle=tiny_bundle).split()
     with file_size_limit(limit):
@@ -385,7 +385,7 @@ def test_eval_of_what_is_not_there(
 
 
 def test_as_a_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The installed command: one line on stderr, exit code 1, no traceback."""
+    """The installed command ends with one line on stderr, exit code 1 and no traceback."""
     command = Path(sys.executable).with_name("et-moe")
     arguments = ["quantize", "--model-dir", tmp_path / "no", "--output-dir", tmp_path / "b"]
     done = subprocess.run([command, *arguments], capture_output=True, text=True)

@@ -16,7 +16,7 @@ End = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def export(monkeypatch, capfd, tmp_path: Path) -> End:
-    """Runs `et-moe export` of a shape without weights: exit code, and the last line of stderr."""
+    """Runs `et-moe export` of a shape without weights; gives exit code and last line of stderr."""
 
     def run(*options: object) -> tuple[int, str]:
         command = ["et-moe", "export", "--preset", "tiny", "--graph-only", *map(str, options)]
@@ -69,7 +69,7 @@ def test_the_shortest_context(export: End, tmp_path: Path) -> None:
 
 
 def python(code: str, **options) -> tuple[int, str]:
-    """Exit code and stderr of a process that runs `code` with `cli` imported."""
+    """The exit code and stderr of a process that runs `code` with `cli` imported."""
     command = [sys.executable, "-c", f"import sys; from et_moe.pipeline import cli; {code}"]
     environment = os.environ | {"PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, **options)

@@ -64,7 +64,7 @@ def test_full_disk_while_exporting(
 
 
 def test_a_source_that_fails(tiny_bundle: Path, lowered, tmp_path: Path, monkeypatch) -> None:
-    """While a group is being written: its error is raised, and nothing unfinished is left."""
+    """If it fails while a group is written, its error is raised and nothing unfinished is left."""
     monkeypatch.setattr(exporter, "lower", lambda *_: lowered)
     source = Bundle(tiny_bundle)
 
@@ -132,7 +132,7 @@ def test_the_ptd_is_executorchs(tiny_bundle: Path, tiny_program: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*end-of-sequence id:UserWarning")
 @pytest.mark.parametrize("preset", ["tiny", "35b"])
 def test_a_preset_and_its_random_bundle_have_one_fingerprint(tmp_path: Path, preset: str) -> None:
-    """So that a program exported from a shape alone runs with random weights of that shape."""
+    """This lets a program that was exported from a shape alone run with random weights of it."""
     flags = ("4w", 128, "8w")
     program = SimpleNamespace(
         config=parse_config(text_config(MODEL, preset)), storages=storages(*flags)
@@ -168,7 +168,8 @@ def test_fingerprints_tell_models_apart(tiny_bundle: Path) -> None:
 def test_exports_are_byte_for_byte_the_same(
     tiny_checkpoint: Path, tiny_program: Path, tmp_path: Path
 ) -> None:
-    """From the bundle and from the checkpoint, in processes with other hash seeds."""
+    """The exports are made from the bundle and from the checkpoint, in processes with different
+    hash seeds."""
     command = ["et-moe", "export", "--model-dir", tiny_checkpoint, "--output-dir", tmp_path / "e"]
     command += ["--qlinear-group-size", "32", "--max-seq-len", "32"]
     environment = os.environ | {"PYTHONHASHSEED": "77"}
@@ -181,9 +182,10 @@ def test_exports_are_byte_for_byte_the_same(
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    """Six wide layers more cost less than half a layer, in quantization and in export."""
+    """Six more wide layers cost less memory than half a layer, in quantization and in export."""
     script = Path(__file__).with_name("measure_memory.py")
-    # Large tensors go back to the system at once: the peak is what is held, not what is scattered.
+    # Large tensors go back to the system at once, so that the peak is what is held and not what the
+    # allocator keeps.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment
@@ -198,7 +200,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_the_runner_would_refuse(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Before anything is lowered or written."""
+    """It is refused before anything is lowered or written."""
     bundle, output = tmp_path / "bundle", tmp_path / "program"
     shutil.copytree(tiny_bundle, bundle)
     path = bundle / "tokenizer.json"

@@ -17,7 +17,7 @@ QUANTIZED += ("gate_proj", "up_proj", "down_proj")
 
 
 def to_fp8(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """The tensors as Qwen stores them in FP8, with experts apart, and what they stand for."""
+    """The tensors as Qwen stores them in FP8, each expert by itself, and what they stand for."""
     stored, meant = {}, {}
     for name, weight in per_expert(tensors).items():
         if not name.endswith(tuple(f"{q}.weight" for q in QUANTIZED)):
@@ -33,7 +33,7 @@ def to_fp8(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
 
 
 def test_block_fp8_is_the_product(tmp_path: Path) -> None:
-    """Rows and columns that a block does not divide included: 40, 96 and 264 of 32; 32 of 16."""
+    """Some numbers of rows or columns are not divided by the block's, such as 40 by 32."""
     config, tensors = make_small(tmp_path / "small")
     stored, meant = to_fp8(tensors)
     section = {"quantization_config": FP8}

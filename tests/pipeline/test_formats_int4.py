@@ -1,4 +1,4 @@
-"""Checkpoints with INT4 weights: values and scales stay as they are, and what cannot is refused."""
+"""Checkpoints with INT4 weights: values and scales are kept as they are, or refused."""
 
 import warnings
 from pathlib import Path
@@ -50,7 +50,7 @@ def quantized(tmp_path: Path, kind: str, names: tuple[str, ...]) -> tuple[Checkp
 
 
 def floats(source: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
-    """What the bundle of a source stands for, `float32`."""
+    """The float32 values that the bundle of a source stands for."""
     tensors = {name: tensor for group in source.groups() for name, tensor in group.items()}
     found = {}
     for name, tensor in tensors.items():
@@ -97,7 +97,7 @@ def test_values_and_scales_are_kept_whatever_the_flags(
 
 
 def test_float16_scales_are_not_rounded(tmp_path: Path) -> None:
-    """Most scales of a GPTQ checkpoint are no bfloat16, so the test above would show rounding."""
+    """Most scales of a GPTQ checkpoint are not bfloat16, so the test above would show rounding."""
     actual, _ = quantized(tmp_path, "gptq", ROUTED)
     source = QuantizedCheckpoint(actual, storages("4w", 32))
     groups = [g for g in source.groups() if "layers.0.mlp.experts.w13_scale" in g]
@@ -108,8 +108,8 @@ def test_float16_scales_are_not_rounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_dense_weights_of_a_part_join_the_others(tmp_path: Path, kind: str) -> None:
-    """As Qwen's checkpoints have it: the routed experts alone are quantized; and the projections of
-    linear attention, but for those of the gates."""
+    """The routed experts alone are quantized, as in Qwen's checkpoints, and so are the projections
+    of linear attention except for those of the gates."""
     actual, expected = quantized(tmp_path, kind, ROUTED + LINEAR)
     with pytest.warns(ConfigWarning) as caught:
         found = floats(QuantizedCheckpoint(actual, storages("none", 32, "none")))
@@ -132,7 +132,7 @@ def test_dense_weights_of_a_part_join_the_others(tmp_path: Path, kind: str) -> N
 
 
 def test_weights_that_no_storage_keeps_become_floats(tmp_path: Path) -> None:
-    """Such as a router, whose product of value and scale float32 holds exactly."""
+    """A router is such a weight; float32 holds its products of value and scale exactly."""
     config, tensors = make_small(tmp_path / "small", num_experts=8)
     stored, meant = to_gptq(tensors, ("mlp.gate.weight",))
     directory = write(tmp_path / "q", config | {"quantization_config": GPTQ}, stored)
@@ -247,7 +247,7 @@ def test_gptq_is_refused_by_name(tmp_path: Path, section: dict, change, message:
 
 
 def test_a_gate_that_is_not_quantized_beside_its_up(tmp_path: Path) -> None:
-    """The two make up one table, and must not be mixed up as numbers."""
+    """The two are stored in one table, where floats must not be taken for INT4 values."""
     config, tensors = make_small(tmp_path / "small", **WIDE)
     stored, _ = to_gptq(tensors, tuple(n for n in ROUTED if n != "experts.1.gate_proj.weight"))
     directory = write(tmp_path / "c", config | {"quantization_config": GPTQ}, stored)

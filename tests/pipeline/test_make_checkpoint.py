@@ -24,7 +24,7 @@ from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import make_checkpoint as module
 from et_moe.pipeline.make_checkpoint import make_checkpoint, tensor_shapes, text_config
 
-# The 35B preset's form at a size for tests.
+# The form of the 35B preset at a size for tests.
 SMALL = {
     "vocab_size": 320,
     "eos_token_id": 7,
@@ -192,7 +192,7 @@ def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
-    """A tensor of 268 MB is written in less memory than it has bytes, with a chunk a thread."""
+    """A tensor of 268 MB takes less memory to write than it has bytes: a chunk for each thread."""
     overrides = SMALL | {"hidden_size": 512, "num_experts": 256, "moe_intermediate_size": 512}
     script = (
         "import resource, sys, pathlib\n"

@@ -1,5 +1,7 @@
-"""Checkpoints of very many tensors, as the official GPTQ one (124611 of them): the work of opening
-one grows with their number and no faster, and reading a layer does not depend on it."""
+"""Checkpoints of very many tensors, such as the official GPTQ one, which has 124611.
+
+The work of opening one grows no faster than their number, and that of reading a layer not at all.
+"""
 
 import json
 import sys
@@ -19,7 +21,7 @@ SHARDS = 3
 
 
 def official_layout(config: dict) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensors of a checkpoint whose routed experts are quantized: name -> dtype and shape."""
+    """The dtype and shape of each tensor, by name, if the routed experts are quantized."""
     shapes = MODEL.checkpoint_shapes(parse_config(config), ["layers.0.mlp.experts.0"])
     entries = {}
     for name, shape in shapes.items():
@@ -36,7 +38,7 @@ def official_layout(config: dict) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def write_holes(path: Path, entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """A safetensors file whose tensors are holes in it, hence zeros."""
+    """Writes a safetensors file whose tensors are holes in it, so that they read as zeros."""
     header, end = {}, 0
     for name, (dtype, shape) in entries.items():
         size = ITEMSIZE[dtype]
@@ -52,7 +54,7 @@ def write_holes(path: Path, entries: dict[str, tuple[str, tuple[int, ...]]]) -> 
 
 @pytest.fixture
 def write_official(tmp_path: Path):
-    """Makes a checkpoint with so many experts, and says how many tensors it has."""
+    """Makes a checkpoint with so many experts and returns how many tensors it has."""
     config, _ = make_small(tmp_path / "small", **SMALL)
 
     def write(experts: int) -> tuple[Path, int]:
@@ -73,7 +75,7 @@ def write_official(tmp_path: Path):
 
 
 def count_calls(run) -> Counter:
-    """Calls of Python functions and of built-in ones while `run` runs, by kind."""
+    """The numbers of calls of Python functions and of built-in ones while `run` runs, by kind."""
     counts = Counter()
     sys.setprofile(lambda frame, event, argument: counts.update((event,)))
     try:
@@ -103,7 +105,7 @@ def test_opening_takes_work_in_proportion_to_the_tensors(write_official, monkeyp
 
 
 def test_a_layer_takes_one_read_a_tensor(write_official, monkeypatch) -> None:
-    """And no look at the tensors of other layers."""
+    """The tensors of other layers are not looked at."""
     directory, _ = write_official(64)
     checkpoint = Checkpoint(directory)
     read = Counter()

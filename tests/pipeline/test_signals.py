@@ -46,7 +46,7 @@ def test_nohup_is_obeyed() -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_command_leaves_nothing(tmp_path: Path, number: int) -> None:
-    """Ended while it writes the weights of a layer of the 35B."""
+    """The command is ended while it writes the weights of a layer of the 35B model."""
     command = [Path(sys.executable).with_name("et-moe"), "make-checkpoint", "--preset", "35b"]
     command += ["--layers", "1", "--output", tmp_path / "checkpoint"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

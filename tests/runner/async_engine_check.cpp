@@ -3,7 +3,7 @@
 // is wrong; a request that does not end within a minute is wrong.
 //
 //   async_engine_check MODEL.pte MODEL.ptd GRAPH SEQUENCES COMMAND
-//     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: that are served at once.
+//     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: how many are served at once.
 //   together N  N random requests of all kinds give the tokens together that each gives alone.
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
@@ -31,7 +31,7 @@
 
 #ifdef __SANITIZE_ADDRESS__
 // The C++ library inside a program's code has a pool of 71 KB for exceptions, which it loses when
-// it is unloaded. Code that stays is not reported.
+// it is unloaded. So nothing is unloaded here, and the leak is not reported.
 extern "C" int dlclose(void*) noexcept { return 0; }
 #endif
 
@@ -108,7 +108,7 @@ Request greedy(Ids prompt, int64_t max_tokens) {
   return request;
 }
 
-/// A request of any kind, but not guided.
+/// A request of any kind but a guided one.
 Request random_request(std::mt19937& random, const et_moe::ModelInfo& info) {
   const auto below = [&random](int64_t n) { return static_cast<int64_t>(random() % n); };
   Ids prompt(static_cast<size_t>(1 + below(std::min<int64_t>(info.max_seq_len - 8, 40))));
@@ -174,7 +174,7 @@ void cancel(Client& client, size_t sequences) {
     client.engine().allow(held, client.all_tokens());
     expect(client.wait(beside).token_ids == expected, "the same tokens beside a cancellation");
   }
-  // In the queue, behind as many as are served.
+  // A request is cancelled in the queue, behind as many as are served.
   std::vector<uint64_t> ids;
   for (size_t i = 0; i < sequences; ++i) ids.push_back(client.submit_guided({5}, 2));
   const uint64_t waiting = client.engine().submit(other), last = client.engine().submit(other);
@@ -182,7 +182,7 @@ void cancel(Client& client, size_t sequences) {
   expect(client.wait(waiting).token_ids.empty(), "nothing of a request that waited");
   for (const uint64_t id : ids) client.engine().cancel(id);
   expect(client.wait(last).token_ids == expected, "the next one's tokens");
-  // At once, at whatever point.
+  // Requests are cancelled at once, at whatever point they are.
   ids.clear();
   for (int i = 0; i < 200; ++i) {
     ids.push_back(client.engine().submit(other));
@@ -223,7 +223,7 @@ Function* fake(const char* name) {
   return reinterpret_cast<Function*>(function);
 }
 
-/// Three requests at once: their tokens, and errors that are no cancellations.
+/// Serves three requests at once; gives their tokens, and the errors that are no cancellations.
 std::pair<std::vector<Ids>, std::vector<std::string>> serve_three(Client& client) {
   std::vector<uint64_t> ids;
   std::vector<Ids> tokens;

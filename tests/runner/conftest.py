@@ -1,4 +1,4 @@
-"""Running the engine by scripts."""
+"""Fixtures that run the engine by scripts."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def run_engine(build_dir: Path):
-    """Runs a script, see engine_check.cpp, on one engine for the program of a directory."""
+    """Runs a script (see engine_check.cpp) on one engine for the program of a directory."""
 
     def run(program: Path, *script: dict) -> list[dict]:
         done = subprocess.run(

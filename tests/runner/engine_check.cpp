@@ -2,7 +2,8 @@
 //
 // Usage: engine_check MODEL.pte MODEL.ptd [--cuda_graph]. Each line that it reads is a JSON object:
 //   {"generate": IDS} or {"append": IDS}, perhaps with "max_new_tokens", "temperature", "seed", and
-//     "stop_after": the callback ends the generation with its N-th token; {"score": IDS}
+//     "stop_after": N, with which the callback ends the generation at its N-th token;
+//   {"score": IDS}
 // and is answered with one: {"ids": [...], "finish": "stop" | "length" | "callback"},
 // {"logprobs": [...]} or {"error": "..."}.
 

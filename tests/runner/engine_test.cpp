@@ -1,4 +1,4 @@
-// Stats and seals: what needs no program to test.
+// Tests of stats and seals, which need no program.
 #include "runner/engine.h"
 
 #include <gtest/gtest.h>

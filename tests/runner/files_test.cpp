@@ -1,4 +1,4 @@
-// Outputs: what they replace, what they leave behind, and what is written to as it is.
+// Tests of outputs: what they replace, what they leave behind, and what is written to in place.
 #include "runner/files.h"
 
 #include <fcntl.h>
@@ -21,7 +21,7 @@ namespace {
 int synced = 0;
 }
 
-/// In place of the C library's: counts.
+/// Stands in for the C library's function and counts the calls.
 extern "C" int fsync(int fd) {
   ++synced;
   return static_cast<int>(syscall(SYS_fsync, fd));
@@ -176,11 +176,11 @@ TEST_F(Files, AFifoIsWrittenTo) {
 }
 
 TEST_F(Files, WhatStandardOutputGoesToIsWrittenThroughIt) {
-  // A link of our own to where /dev/stdout leads: as root a fault would replace that one for the
-  // whole machine.
+  // This is a link of our own to where /dev/stdout leads. If the test ran as root, a fault would
+  // replace /dev/stdout itself for the whole machine.
   fs::create_symlink("/proc/self/fd/1", folder / "link");
   for (const char* name : {"file", "link"}) {
-    std::fflush(stdout);  // or the child prints it too
+    std::fflush(stdout);  // otherwise the child prints it too
     const pid_t child = fork();
     if (child == 0) {
       dup2(open(path("file").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDOUT_FILENO);
@@ -210,7 +210,7 @@ TEST_F(Files, TemporaryNamesDifferAndSayNothingOfTheProcess) {
 TEST_F(Files, WhetherAFileCanBeWrittenIsFoundWithoutATrace) {
   write_file(path("a"), "kept");
   ASSERT_EQ(mkfifo(path("fifo").c_str(), 0600),
-            0);  // nobody reads it: to open it would take for ever
+            0);  // nobody reads it, so opening it would never end
   const Names before = names();
   for (const char* name : {"a", "new", "fifo"}) check_writable(path(name));
   check_writable("/dev/null");
@@ -241,7 +241,7 @@ TEST_F(Files, TemporaryFilesGoWithTheProcess) {
 }
 
 TEST_F(Files, FilesOfUnknownSizeAreReadWhole) {
-  EXPECT_EQ(read_file("/proc/self/comm"), "files_test\n");  // whose size is 0
+  EXPECT_EQ(read_file("/proc/self/comm"), "files_test\n");  // a file whose size is 0
   write_file(path("empty"), "");
   EXPECT_EQ(read_file(path("empty")), "");
   for (size_t size : {1u, 4096u, 100'000u}) {

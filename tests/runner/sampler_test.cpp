@@ -1,4 +1,4 @@
-// The host's drawing of tokens against the op `sample` of the CPU's kernels.
+// Compares the host's drawing of tokens with the op `sample` of the CPU's kernels.
 #include "runner/sampler.h"
 
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
@@ -21,7 +21,7 @@ using executorch::extension::make_tensor_ptr;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
 
-/// What the op draws.
+/// The token that the op draws.
 int64_t draw_by_op(std::vector<float> logits, const Sampling& s, int64_t position) {
   executorch::runtime::runtime_init();
   const auto size = static_cast<int>(logits.size());
@@ -59,7 +59,7 @@ TEST(Sampler, DrawsWhatTheOpDraws) {
   for (int round = 0; round < 300; ++round) {
     std::vector<float> logits(round % 3 ? 50 : 5000);
     for (float& logit : logits) logit = normal(random);
-    // Equal ones, and ones that are out of the question.
+    // Some logits are equal, and some tokens cannot be drawn.
     for (size_t i = 0; i < logits.size() / 4; ++i) logits[random() % logits.size()] = logits[0];
     for (size_t i = 0; i < logits.size() / 4; ++i) {
       logits[random() % logits.size()] = -std::numeric_limits<float>::infinity();
@@ -105,7 +105,7 @@ TEST(Sampler, PenaltiesInVllmsOrder) {
   params.presence_penalty = 1;
   params.frequency_penalty = 0.5f;
   params.logit_bias = {{0, 8.0f}};
-  // Token 0, seen in the prompt: (2 + 8) / 2 = 5 at first; token 1: 4.
+  // Token 0, which the prompt has, begins at (2 + 8) / 2 = 5, and token 1 at 4.
   Sampler sampler(params, 3, {0});
   const std::vector<float> logits{2, 4, -3};
   EXPECT_EQ(sampler.draw(logits.data(), 0, nullptr), 0);

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer
 def assert_same_ids(
     build_dir: Path, cases: list[tuple[Path, list[str]]], parse_special: bool = True
 ) -> None:
-    """Files and texts give the ids that Hugging Face's library gives."""
+    """Checks that files and texts give the ids that Hugging Face's library gives."""
     requests = [
         {"path": str(path), "texts": texts, "parse_special": parse_special} for path, texts in cases
     ]
@@ -47,7 +47,7 @@ def test_random_sets(build_dir: Path, tmp_path: Path, parse_special: bool) -> No
 
 
 def test_every_code_point_beside_a_token(build_dir: Path, tmp_path: Path) -> None:
-    """Which characters are part of a word, and which are white space."""
+    """This shows which characters are part of a word, and which are white space."""
     tokens = [
         AddedToken("<w>", single_word=True, normalized=False),
         AddedToken("<s>", lstrip=True, rstrip=True, normalized=False),

@@ -51,7 +51,7 @@ def refused(runner, tiny_program: Path, tmp_path: Path):
 
 
 def test_a_good_run_writes_its_files(runner, tiny_program: Path, tmp_path: Path) -> None:
-    """What the refusals below are compared with: the whole context may be used."""
+    """The refusals below are compared with this run, which uses the whole context."""
     prompt = ",".join(["7"] * CONTEXT)
     ids, stats = tmp_path / "ids.json", tmp_path / "stats.json"
     runner.run(
@@ -95,7 +95,7 @@ def test_files_that_are_cut_short_or_too_long(refused, tiny_program, tmp_path, f
 
 @pytest.mark.parametrize("flag", ["model_path", "data_path"])
 def test_flipped_bits(refused, tiny_program: Path, tmp_path: Path, flag: str) -> None:
-    """In the header, the middle and the trailer."""
+    """A bit is flipped in the header, in the middle or in the trailer."""
     whole = (tiny_program / NAMES[flag]).read_bytes()
     path = tmp_path / "damaged"
     for position in (0, 4, 9, 100, len(whole) - 24, len(whole) - 16, len(whole) - 8, -1):
@@ -322,7 +322,7 @@ def test_flags(refused, flag: str) -> None:
 
 
 def test_seeds_are_all_of_int64(runner, tiny_program: Path, tmp_path: Path) -> None:
-    """And all their bits count, the sign too."""
+    """All bits of a seed count, and so does its sign."""
     seeds = (0, 1, 2**32, 2**63 - 1, -1, -(2**63))
     flags = ("--temperature=100", f"--output_ids_path={tmp_path / 'ids'}")
     texts = set()
@@ -333,7 +333,7 @@ def test_seeds_are_all_of_int64(runner, tiny_program: Path, tmp_path: Path) -> N
 
 
 def test_too_little_memory(runner, tiny_program: Path, tmp_path: Path) -> None:
-    """The file that needs it is named: here a hole of 4 GiB."""
+    """The file that needs the memory is named; here it is a hole of 4 GiB."""
     hole = tmp_path / "hole"
     with hole.open("wb") as file:
         file.truncate(2**32)

@@ -31,7 +31,7 @@ def long_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with a context of 8192 tokens, which it fills after the prompt 1, 2."""
     folder = tmp_path_factory.mktemp("long")
     make_small(folder / "checkpoint", max_position_embeddings=CONTEXT)
-    generation = {"eos_token_id": [0]}  # which greedy decoding does not come to
+    generation = {"eos_token_id": [0]}  # greedy decoding does not come to this id
     (folder / "checkpoint/generation_config.json").write_text(json.dumps(generation))
     source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
     export(source, folder / "program", ExportOptions(max_seq_len=CONTEXT))
@@ -98,7 +98,7 @@ def test_an_interrupt_prints_the_stats_up_to_there(generate: Start, tmp_path: Pa
 
 
 def test_a_second_interrupt_ends_at_once(generate: Start, tmp_path: Path) -> None:
-    """As it must where nobody reads what is left to print."""
+    """It must, because there may be nobody who reads what is left to print."""
     process = generate()
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):  # the pipe is full
@@ -135,7 +135,7 @@ def test_waiting_for_a_prompt_ends(start: Start, long_program, tmp_path, number:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     process = start(f"--prompt_file={fifo}", f"--tokenizer_path={long_program / 'tokenizer.json'}")
-    with fifo.open("w"):  # opens when the runner does
+    with fifo.open("w"):  # this waits until the runner opens it
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
 
@@ -152,7 +152,7 @@ def test_nohup_is_obeyed(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_generation_ends_with_its_reader(generate: Start, tmp_path: Path) -> None:
-    """Without a word, as programs end that SIGPIPE ends; else it would go on for hours."""
+    """It ends without a message, like any program that SIGPIPE ends; it would go on for hours."""
     process = generate("--num_iters=1000000")
     process.stdout.close()
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
@@ -165,7 +165,7 @@ OUTPUTS = ["output_ids_path", "stats_path", "logprobs_path", "logits_path"]
 
 @pytest.mark.parametrize("flag", OUTPUTS)
 def test_an_output_is_tried_before_the_work(start: Start, tmp_path: Path, flag: str) -> None:
-    """Before the model is looked at, even."""
+    """It is tried even before the model is looked at."""
     prompt = "--score_ids_path=missing" if flag.startswith("log") else "--prompt_ids=1"
     for path in (tmp_path, tmp_path / "missing" / "x", Path("/proc/x")):
         process = start(prompt, f"--{flag}={path}", model=Path("missing"))
@@ -189,14 +189,14 @@ def test_a_closed_output_is_an_error_and_no_other_file_gets_its_number(
     ids = tmp_path / "ids.json"
     ids.write_text("[1, 2, 3]")
     flags = (f"--score_ids_path={ids}", f"--logprobs_path={tmp_path / 'logprobs'}")
-    process = start(*flags, stdout=None, preexec_fn=lambda: os.close(1))  # prints nothing
+    process = start(*flags, stdout=None, preexec_fn=lambda: os.close(1))  # this run prints nothing
     assert process.wait(timeout=60) == 0
     assert len(json.loads((tmp_path / "logprobs").read_text())) == 2
 
 
 @pytest.mark.parametrize("flag", OUTPUTS)
 def test_outputs_that_cannot_be_written(runner, tiny_program, tmp_path: Path, flag: str) -> None:
-    """A missing folder, a folder of that name, and a disk that is full from some byte on."""
+    """The path is in a missing folder or names a folder, or the disk is full from some byte on."""
     ids, folder = tmp_path / "ids.json", tmp_path / "folder"
     ids.write_text(json.dumps([1] * 30))
     folder.mkdir()

@@ -1,6 +1,6 @@
-"""The engine by scripts (engine_check.cpp): sequences that go on, and generations that end early.
+"""The engine, run by scripts (engine_check.cpp): sequences that go on, and early ends.
 
-How an appended part was fed, in which pieces, must not show in the tokens. It may show in the last
+The pieces in which an appended part was fed must not show in the tokens. They may show in the last
 bits of the logits: the parity tests allow log-probabilities to differ by 1e-3.
 """
 
@@ -15,7 +15,7 @@ FIRST, SECOND = [58, 151, 241, 26, 230], [81, 7, 5]  # no end of sequence follow
 
 @pytest.fixture
 def engine(run_engine, tiny_program: Path):
-    """Runs a script on one engine; gives an answer for each of its commands."""
+    """Runs a script on one engine and gives an answer for each of its commands."""
     return partial(run_engine, tiny_program)
 
 
@@ -39,7 +39,7 @@ def test_a_prompt_in_two_parts(engine, first: int) -> None:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 11}])
 @pytest.mark.parametrize("stop", [{}, {"stop_after": 2}])
 def test_a_conversation(engine, sampling: dict, stop: dict) -> None:
-    """The last token drawn is fed with what is appended, however the generation ended."""
+    """The last token that was drawn is fed with what is appended, however the generation ended."""
     turns = engine(
         generate(FIRST, 4, **stop, **sampling),
         append(SECOND, 3, **sampling),
@@ -64,7 +64,7 @@ def test_reasons_to_finish(engine, tiny_program: Path) -> None:
 
 
 def test_an_end_of_sequence_id_stops(engine) -> None:
-    """One that is drawn sooner or later by a hot sampler."""
+    """At a high temperature such an id is drawn sooner or later."""
     script = [generate(FIRST, 25, temperature=50.0, seed=seed) for seed in range(40)]
     answers = engine(*script)
     stopped = [answer for answer in answers if answer["finish"] == "stop"]
@@ -101,6 +101,6 @@ def test_scoring_and_generating_take_turns(engine) -> None:
 
 
 def test_appending_to_what_was_scored(engine) -> None:
-    """The sequence has all but the last of the scored ids."""
+    """After scoring, the sequence has all but the last of the scored ids."""
     scored = engine({"score": [*FIRST, 1]}, append(SECOND, 6))[1]
     assert scored == engine(generate([*FIRST, *SECOND], 6))[0]

@@ -1,7 +1,7 @@
-"""Programs and weights that were changed on purpose and sealed again: an error that names the file,
-never a signal. What is tested is the loader with sanitizers, if it was built with them.
+"""Programs and weights that were changed on purpose and sealed again: they may cause an error that
+names the file, but never a signal. The loader with sanitizers is tested if it was built.
 
-A short run by default; a long one, over files that nobody has seen yet, is
+By default the run is short; a long one, over files that nobody has seen yet, is
 
     export ET_MOE_FUZZ_SEED=7 ET_MOE_FUZZ_COUNT=100000
     python -m pytest -n 0 tests/runner/test_file_fuzz.py
@@ -26,7 +26,7 @@ CRASHES = json.loads(Path(__file__).with_name("crashes.json").read_text())
 
 @pytest.fixture
 def load(build_dir: Path, tmp_path: Path):
-    """Loads changed files of a program, one after the other; gives how many were refused."""
+    """Loads changed files of a program one after the other and gives how many were refused."""
     sanitized = Path(os.environ.get("ET_MOE_SANITIZE_BUILD_DIR", build_dir / "sanitize"))
     tools = [folder / "tests/runner/load_files" for folder in (sanitized, build_dir)]
     tool = next(path for path in tools if path.is_file())
@@ -58,7 +58,7 @@ def load(build_dir: Path, tmp_path: Path):
 
 @pytest.fixture
 def program(request, tiny_program: Path, tmp_path: Path) -> Path:
-    """A small model, or one of aten ops alone."""
+    """The program of a small model, or one of aten ops alone."""
     return tiny_program if request.param == "model" else toy_programs.write(tmp_path)
 
 

@@ -1,5 +1,5 @@
-"""Files that the runner loads: seals, that a program and its weights belong together, and where
-files are that are no files."""
+"""Files that the runner loads: their seals, whether a program and its weights belong together,
+and paths that lead to no regular file."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def refused(runner, pte: Path, ptd: Path, *messages: str) -> None:
 @pytest.mark.parametrize("name", ["model.pte", "model.ptd"])
 @pytest.mark.parametrize("more", [1, -1, None])
 def test_a_seal_of_fewer_bytes(runner, tiny_program: Path, tmp_path: Path, name, more) -> None:
-    """Of one byte, and of one byte more or less than what has to be covered."""
+    """The seal covers one byte, or one byte more or less than it has to cover."""
     whole = (tiny_program / name).read_bytes()
     covered = struct.unpack_from("<Q", whole, len(whole) - 16)[0]
     covered = 1 if more is None else covered + more
@@ -107,7 +107,7 @@ def small(folder: Path, **overrides) -> QuantizedCheckpoint:
 
 
 def test_weights_of_another_configuration(runner, tiny_program: Path, tmp_path: Path) -> None:
-    """The same shapes, and yet another model."""
+    """The shapes are the same, but it is another model."""
     options = ExportOptions(max_seq_len=32)
     export(small(tmp_path / "eps", rms_norm_eps=1e-5), tmp_path / "other", options)
     pte, ptd = tiny_program / "model.pte", tmp_path / "other" / "model.ptd"
@@ -118,7 +118,7 @@ def test_weights_of_another_configuration(runner, tiny_program: Path, tmp_path: 
 
 
 def test_programs_of_the_same_weights(runner, tiny_bundle, tiny_program, tmp_path: Path) -> None:
-    """Context length and activations may differ."""
+    """Their context lengths and activations may differ."""
     options = ExportOptions(max_seq_len=16, activation_dtype="bf16")
     export(Bundle(tiny_bundle), tmp_path, options)
     (tmp_path / "model.ptd").unlink()

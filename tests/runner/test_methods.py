@@ -96,7 +96,7 @@ def test_another_longest_prompt(runner, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        # The program itself says otherwise.
+        # The bindings contradict the program itself.
         (b'"index": 0}', b'"index": 9}', "does not return the output logits, Float [1, 50], that"),
         (b'"shape": [1]}', b'"shape": [2]}', "this runner gives Long [1]"),
         (b'"name": "seed"', b'"name": "need"', "method prefill takes an input need, which this"),
@@ -116,7 +116,7 @@ def test_bindings_that_are_damaged(
 
 
 def test_bindings_of_other_methods(runner, tmp_path: Path) -> None:
-    """Both take seven tensors, but not the same ones."""
+    """The bindings and the method both name seven tensors, but not the same ones."""
     program = write(tmp_path, get_max_prefill_tokens=2)
     rewrite(program, b'"shape": [1, 16]', b'"shape": [1,  9]')
     refused(runner, program, "method prefill does not take the input tokens, Long [1, 2..9], that")

@@ -1,8 +1,8 @@
-"""Damaged files against the loader and the runner: an error that names the file, never a signal.
+"""Damaged files make the loader and the runner report an error that names the file.
 
-This is about accidental damage; what was changed on purpose and sealed again is the subject of
-test_file_fuzz.py. What a damaged tokenizer.json does to its loader is tested in
-test_tokenizer_files.py.
+They never cause a signal. This is about accidental damage; what was changed on purpose and sealed
+again is the subject of test_file_fuzz.py. What a damaged tokenizer.json does to its loader is
+tested in test_tokenizer_files.py.
 """
 
 import json
@@ -35,7 +35,7 @@ def mutated_files(folder: Path, original: bytes, count: int, seed: int) -> list[
 
 @pytest.fixture
 def load(build_dir: Path, tiny_program: Path):
-    """Gives the answers of `load_files`: ids, or the message of an error after the file's name."""
+    """Gives the answers of `load_files`: ids, or what an error says after the file's name."""
 
     def answers(kind: str, paths: list[Path]) -> list[list[int] | str]:
         command = [build_dir / "tests" / "runner" / "load_files"]
@@ -60,7 +60,7 @@ def load(build_dir: Path, tiny_program: Path):
 
 
 def test_mutated_programs(load, tiny_program: Path, tmp_path: Path) -> None:
-    """All bytes are covered: no change is accepted."""
+    """The seal covers all bytes, so no change is accepted."""
     original = tiny_program / "model.pte"
     paths = mutated_files(tmp_path, original.read_bytes(), MUTATIONS, seed=1)
     (undamaged, *answers) = load("pte", [original, *paths])
@@ -69,7 +69,7 @@ def test_mutated_programs(load, tiny_program: Path, tmp_path: Path) -> None:
 
 
 def covered_bytes(data: bytes) -> list[tuple[int, int]]:
-    """Ranges of a `.ptd` that mean something: all but the padding between tensors."""
+    """The ranges of a `.ptd` that mean something: all but the padding between tensors."""
     header = FlatTensorHeader.from_bytes(data[8:])
     flatbuffer = data[: header.flatbuffer_offset + header.flatbuffer_size]
     base = header.segment_base_offset
@@ -99,7 +99,7 @@ def test_mutated_weights(load, tiny_program: Path, tmp_path: Path) -> None:
 
 
 def test_mutated_id_files(load, tmp_path: Path) -> None:
-    """What is accepted is what Python reads."""
+    """A file is accepted only if Python reads the same ids from it."""
     ids = [1, 20, 300, -4, 0, 262]
     paths = mutated_files(tmp_path, json.dumps(ids).encode(), MUTATIONS, seed=3)
     rng = random.Random(SEED)
@@ -127,7 +127,7 @@ FLAGS = {
 def test_mutated_files_through_the_runner(
     runner, tiny_program: Path, tmp_path: Path, name: str
 ) -> None:
-    """Exit code 0 and all output, or a message that names the file and none."""
+    """It ends with exit code 0 and all output, or with a message that names the file and none."""
     original = b"[1, 20, 30, 4, 0, 262]"
     if name != "ids.json":
         original = (tiny_program / name).read_bytes()

@@ -1,4 +1,4 @@
-"""The runner against Hugging Face: float32, unquantized, token for token."""
+"""The runner gives the tokens of Hugging Face's model, in float32 and without quantization."""
 
 from pathlib import Path
 

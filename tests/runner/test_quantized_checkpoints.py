@@ -22,7 +22,7 @@ EXPERTS = tuple(f"{p}_proj.weight" for p in ("gate", "up", "down"))
 
 
 def _save(model, config: dict, folder: Path, make, section: dict) -> Path:
-    """A model as a checkpoint whose experts are quantized; the model gets what they stand for."""
+    """Saves a model with quantized experts, and gives the model the weights they stand for."""
     model.save_pretrained(folder / "float")
     tensors = {n: t.clone() for n, t in load_file(folder / "float" / "model.safetensors").items()}
     stored, meant = make(tensors, EXPERTS)
@@ -64,7 +64,7 @@ def case(request, tmp_path_factory):
 
 
 def test_greedy_tokens_equal_hugging_face(case, runner) -> None:
-    """Dense parts as they are, activations in fp32: nothing is rounded but the last bit of sums."""
+    """Dense parts stay as they are and activations are fp32: only the last bits of sums differ."""
     model, checkpoint, folder = case
     parts = model_of(checkpoint.config).parts
     source = QuantizedCheckpoint(checkpoint, choose_storages(parts, "none", 32, "none"))

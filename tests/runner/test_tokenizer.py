@@ -61,7 +61,7 @@ def assert_same_pieces(build_dir: Path, pattern: str, texts: list[str]) -> None:
     assert_same(texts, actual, expected)
 
 
-# Other syntax that is supported; leaves gaps between matches.
+# This pattern has other syntax that is supported, and leaves gaps between its matches.
 OTHER_PATTERN = (
     r"\p{N}{1,3}|(?:\p{L}+?|[\p{M}'x])++|\s+(?=\S)|([^\S\r\n\t]*+)\p{M}|[^\s\p{L}\p{N}]{2,}"
 )
@@ -69,21 +69,21 @@ OTHER_PATTERN = (
 
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), OTHER_PATTERN])
 def test_split_random_texts(build_dir, pattern: str) -> None:
-    """The pieces, which ids alone would not show."""
+    """The pieces are compared, since ids alone would not show them."""
     rng = random.Random(2)
     texts = [random_text(rng, rng.randint(1, 12)) for _ in range(2500)]
     assert_same_pieces(build_dir, pattern, texts)
 
 
 def test_split_every_code_point(build_dir) -> None:
-    """Next to letters, digits, spaces, punctuation, contractions and marks."""
+    """It stands next to letters, digits, spaces, punctuation, contractions and marks."""
     context = "a{0}1 {0} {0}{0}.{0}\n{0}  {0}'{0}'l{0}\u0301{0}'s{0}"
     assert_same_pieces(build_dir, PATTERNS["qwen3_5"], in_contexts(context, CODE_POINTS))
 
 
 def test_normalize(build_dir) -> None:
-    """NFC of random texts, of every code point next to marks of all classes and Hangul jamo, of all
-    decompositions and of marks in random order."""
+    """NFC is right for random texts, for every code point next to Hangul jamo and marks of all
+    classes, for all decompositions, and for marks in random order."""
     rng = random.Random(3)
     nfc, nfd = normalizers.NFC().normalize_str, normalizers.NFD().normalize_str
     texts = [random_text(rng, rng.randint(1, 12)) for _ in range(2500)]

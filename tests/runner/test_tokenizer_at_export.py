@@ -26,7 +26,7 @@ def test_refused(tmp_path: Path, original: str, name: str) -> None:
     path = save(spec, tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"^" + re.escape(f"{path}: ")) as caught:
         check_tokenizer(tmp_path)
-    # The names begin with the key that the runner names, or are another part of its message.
+    # A case's name begins with the key that the runner names, or with another part of its message.
     key = name.split(":")[0]
     if re.fullmatch(r'[\w.]+(\[\d+\][\w.]*)*(\."a")?', key) and "ids" not in name:
         assert key in str(caught.value)

@@ -27,12 +27,12 @@ def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def sequence(items: str, *steps: Any) -> dict[str, Any]:
-    """A Sequence, whose `steps` stand under the key `items`."""
+    """A Sequence whose `steps` are under the key `items`."""
     return {"type": "Sequence", items: list(steps)}
 
 
 def template(*single: dict[str, Any]) -> dict[str, Any]:
-    """A TemplateProcessing, without arguments the one that adds nothing."""
+    """A TemplateProcessing; without arguments it is the one that adds nothing."""
     pieces = list(single) or [TEXT_PIECE]
     special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
     pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -174,7 +174,7 @@ def test_accepted(build_dir: Path, tmp_path: Path, name: str) -> None:
     reference.no_truncation()
     rng = random.Random(9)
     texts = [random_text(rng, rng.randint(1, 12)) for _ in range(500)] + FIXED
-    encodings = reference.encode_batch(texts)  # with what a post-processor adds
+    encodings = reference.encode_batch(texts)  # including what a post-processor adds
     actual = run_cli(build_dir, path, "--encode", lines=map(json.dumps, texts))
     assert_same(texts, actual, [encoding.ids for encoding in encodings])
     decoded = run_cli(build_dir, path, "--decode", lines=map(json.dumps, actual))
@@ -184,8 +184,8 @@ def test_accepted(build_dir: Path, tmp_path: Path, name: str) -> None:
 
 
 def load_pretrained(folder: Path, spec: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of Qwen's models, from `spec` or, if that has no model, from
-    vocab.json and merges.txt."""
+    """Loads the tokenizer that transformers has for Qwen's models, from `spec` or, if that has no
+    model, from vocab.json and merges.txt."""
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
     if "model" in spec:
         save(spec, folder / "tokenizer.json")

@@ -1,7 +1,7 @@
-"""Random tokenizer.json files: none crashes the C++ tokenizer or keeps it busy, and what it makes
-of those that it takes is what Hugging Face's tokenizers makes of them.
+"""Random tokenizer.json files: none crashes the C++ tokenizer or keeps it busy, and those that it
+accepts give the results of Hugging Face's tokenizers.
 
-A short run by default; a long one, over files that nobody has seen yet, is
+By default the run is short; a long one, over files that nobody has seen yet, is
 
     export ET_MOE_FUZZ_SEED=7 ET_MOE_FUZZ_COUNT=100000
     python -m pytest -n 0 tests/runner/test_tokenizer_fuzz.py
@@ -33,10 +33,10 @@ def folder(build_dir: Path) -> Path:
 
 
 def reference_results(data: bytes, texts: list[str]) -> list[dict[str, Any] | None] | None:
-    """Ids and decoded texts; null for a text or file that the library cannot do."""
+    """The ids and decoded texts; None for a text or a file that the library cannot process."""
     try:
         spec = json.loads(data)
-        # What is not looked at here, and the order that the library goes by.
+        # Padding and truncation are not tested here, and the library assigns ids in this order.
         spec["padding"] = spec["truncation"] = None
         spec["added_tokens"].sort(key=lambda token: token["id"])
         tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -49,14 +49,14 @@ def reference_results(data: bytes, texts: list[str]) -> list[dict[str, Any] | No
             decoded = tokenizer.decode(ids, skip_special_tokens=False)
             results.append({"ids": ids, "text": decoded})
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # which is no Exception
+            if type(error).__name__ != "PanicException":  # it is not derived from Exception
                 raise
             results.append(None)
     return results
 
 
 def check(path: Path, answer: dict[str, Any], data: bytes, texts: list[str]) -> tuple[int, int]:
-    """Checks the answer for one file; gives how many texts were encoded, and how many compared."""
+    """Checks the answer for one file; gives how many texts were encoded and how many compared."""
     assert answer["seconds"] < MAX_SECONDS, (path, answer["seconds"])
     if "error" in answer:
         error = answer["error"]
@@ -67,7 +67,7 @@ def check(path: Path, answer: dict[str, Any], data: bytes, texts: list[str]) -> 
     for result in answer["results"]:
         message = result.get("error", "regular expression")
         assert message.startswith("regular expression"), (path, message)
-    # Only texts that took few steps: the library may take very many for the others.
+    # The library gets only texts that took few steps; it may take very many for the others.
     right = reference_results(data, [texts[i] for i in encoded])
     if right is None:
         return len(encoded), 0
@@ -99,6 +99,6 @@ def test_random_files(folder: Path, tmp_path: Path) -> None:
             encoded, compared = encoded + counts[0], compared + counts[1]
             refused += "error" in answer
             path.unlink()
-    # Were nearly all refused, or nearly none, the files would be no test.
+    # If nearly all files were refused, or nearly none, they would test little.
     assert 0.2 * COUNT < refused < 0.8 * COUNT, refused
     assert compared > 0.9 * encoded > COUNT, (compared, encoded)

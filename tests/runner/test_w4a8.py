@@ -1,4 +1,4 @@
-"""The runner's W4A8 against the eager reference, and what the demo model loses by it."""
+"""The runner's W4A8 compared with the eager reference, and what the demo model loses by it."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_text_stats_line_and_table(runner, demo: Path, tmp_path: Path) -> None:
 
 
 def test_streamed_text_is_never_cut_inside_a_character(runner, tiny_program: Path) -> None:
-    """Random tokens of one byte each: what has come so far is always whole characters."""
+    """Random tokens have one byte each; the text so far always consists of whole characters."""
     command = [runner.binary, f"--model_path={tiny_program / 'model.pte'}"]
     command += [f"--data_path={tiny_program / 'model.ptd'}", "--prompt=x", "--temperature=1"]
     command += [f"--tokenizer_path={tiny_program / 'tokenizer.json'}"]
@@ -119,7 +119,7 @@ def test_streamed_text_is_never_cut_inside_a_character(runner, tiny_program: Pat
     for seed in range(25):
         with subprocess.Popen([*command, f"--seed={seed}"], stdout=subprocess.PIPE) as process:
             while piece := os.read(process.stdout.fileno(), 4096):
-                characters |= set(piece.decode())  # raises if it is cut
+                characters |= set(piece.decode())  # raises an error if a character is cut
                 pieces += 1
         assert process.returncode == 0
     assert pieces > 100

@@ -13,13 +13,13 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def without_cuda(build_dir: Path) -> Path:
-    """A build folder beside the usual one, kept for the next run."""
+    """The build folder of that runner, beside the usual one; it is kept for the next run."""
     folder = build_dir / "without_cuda"
     options = [
         "-DET_MOE_CUDA=OFF",
         "-DET_MOE_CUDA_ROOT=/nonexistent",
         "-DET_MOE_SODIUM_LIBRARY=ET_MOE_SODIUM_LIBRARY-NOTFOUND",
-        "-DCMAKE_BUILD_TYPE=None",  # not optimised: what is of interest is that it builds
+        "-DCMAKE_BUILD_TYPE=None",  # not optimized, since it only has to build
         f"-DPython3_EXECUTABLE={sys.executable}",
     ]
     for command in (
@@ -41,7 +41,7 @@ def test_cpu_programs_run_and_cuda_programs_are_refused(without_cuda: Path, tmp_
         return subprocess.run([tool, pte, ptd], check=True, **command).stdout
 
     assert re.fullmatch(r"ok( \d+){3}\n", load())
-    rewrite(program, b'\5\0\0\0"cpu"\0\0', b'\6\0\0\0"cuda"\0')  # with the length before it
+    rewrite(program, b'\5\0\0\0"cpu"\0\0', b'\6\0\0\0"cuda"\0')  # the length comes before the text
     message = "this is a program for CUDA, and this runner was built without CUDA"
     assert load().startswith(f"error: {pte}: {message}")
     linked = subprocess.run(["ldd", tool], capture_output=True, text=True, check=True).stdout

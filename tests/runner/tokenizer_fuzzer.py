@@ -1,5 +1,5 @@
-"""Random tokenizer.json files that know the format: most of what they change is still a file that
-could be meant, and some of it is not."""
+"""Random tokenizer.json files, made by changes that follow the format: most results are files that
+somebody could have meant, and some are not."""
 
 import copy
 import json
@@ -14,8 +14,8 @@ from tokenizers import AddedToken
 
 Spec = dict[str, Any]
 
-# Few characters, so that tokens overlap: letters, digits, punctuation, marks, spaces of one to
-# three bytes, a joiner, and pairs that NFC composes or takes apart.
+# There are few characters, so that tokens overlap: letters, digits, punctuation, marks, spaces of
+# one to three bytes, a joiner, and pairs that NFC composes or takes apart.
 CHARACTERS = ["a", "b", "a", "b", "<", ">", "1", "_", " ", " ", "\n", "\u00a0", "\u3000"]
 CHARACTERS += ["\u0301", "e", "\u00e9", "\u212b", "\u200d", "\u24b6", "\u00bd", "\u6f22"]
 
@@ -50,7 +50,7 @@ def random_tokens(rng: random.Random) -> list[AddedToken]:
 
 
 def random_texts(rng: random.Random, contents: list[str], count: int) -> list[str]:
-    """Texts that are made of `contents` and of characters that these have in common."""
+    """Texts made of `contents` and of characters that these have in common."""
 
     def fragment() -> str:
         return rng.choice(contents) if rng.random() < 0.5 else random_string(rng, 3)
@@ -65,7 +65,7 @@ UNSUPPORTED += ["a{100}", "a{3,1}", "a**", "(", "[a"]
 
 
 def random_pattern(rng: random.Random, depth: int = 3) -> str:
-    """A regular expression; most are supported, and some backtrack a lot."""
+    """A regular expression, which is mostly supported and sometimes backtracks a lot."""
 
     def atom() -> str:
         if rng.random() < 0.01:
@@ -85,7 +85,7 @@ def random_pattern(rng: random.Random, depth: int = 3) -> str:
 
     def branch() -> str:
         items = [item() for _ in range(rng.randint(0, 3))]
-        # What can match nothing at all is refused, so nearly every branch has what cannot.
+        # What can match nothing is refused, so nearly every branch gets an item that cannot.
         if rng.random() < 0.98:
             items.insert(rng.randint(0, len(items)), rng.choice(ATOMS) + rng.choice(("", "+")))
         return "".join(items)
@@ -109,7 +109,7 @@ def change_pattern(rng: random.Random, spec: Spec) -> None:
 
 
 def change_added_tokens(rng: random.Random, spec: Spec) -> None:
-    """Other ids, flags, contents, and order."""
+    """Changes the ids, flags, contents and order of the added tokens."""
     tokens = spec["added_tokens"]
     if rng.random() < 0.5:
         rng.shuffle(tokens)
@@ -173,7 +173,7 @@ def change_merges(rng: random.Random, spec: Spec) -> None:
 
 
 def change_component(rng: random.Random, spec: Spec) -> None:
-    """Sequences, templates, and components that other models have."""
+    """Changes a component to a sequence, a template, or one that other models have."""
     key, items, others = rng.choice(
         (
             ("normalizer", "normalizers", ["NFKC", "Lowercase", "NFC"]),
@@ -201,7 +201,7 @@ def change_component(rng: random.Random, spec: Spec) -> None:
 
 
 def change_training(rng: random.Random, spec: Spec) -> None:
-    """What has no influence on ids, whatever it is."""
+    """Changes a setting that has no influence on ids, whatever its value."""
     spec[rng.choice(("padding", "truncation"))] = rng.choice(({"max_length": 3}, {}, 3, "x"))
 
 
@@ -226,7 +226,7 @@ def random_file(rng: random.Random) -> tuple[bytes, list[str]]:
         try:
             rng.choice(CHANGES)(rng, spec)
         except (KeyError, IndexError, TypeError, AttributeError):
-            continue  # an earlier change took away what this one is about
+            continue  # an earlier change removed what this one would change
     document = mutate_json(rng, spec) if rng.random() < 0.2 else spec
     data = json.dumps(document, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
     return mutate_bytes(rng, data) if rng.random() < 0.05 else data, texts

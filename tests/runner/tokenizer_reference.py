@@ -1,4 +1,5 @@
-"""Tokenizers of Qwen's kind by Hugging Face's tokenizers, random texts, and the C++ tokenizer."""
+"""Makes tokenizers of Qwen's kind with Hugging Face's library, makes random texts, and runs the
+C++ tokenizer."""
 
 import json
 import random
@@ -23,7 +24,7 @@ PATTERNS = {
 }
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_end|>\n<|im_start|>"]
 PLAIN_TOKENS = ["<think>", "</think>", "<think>\n", "im_end"]
-# Content that is not NFC, that has characters from outside the byte-level alphabet, or in it.
+# Contents that are not NFC, or have characters from outside or inside of the byte-level alphabet.
 NORMALIZED_TOKENS = ["cafe\u0301", "two words", "Ġ", "\u6f22\u5b57"]
 
 # First and last code points of ranges to draw characters from.
@@ -125,11 +126,11 @@ def make_spec(variant: str) -> dict[str, Any]:
         spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
         spec["model"]["continuing_subword_prefix"] = spec["model"]["end_of_word_suffix"] = ""
     if variant == "ignore_merges":
-        # Without many of its merges most words of the vocabulary are reached as a whole only.
+        # Without many of its merges, most words of the vocabulary are found only as a whole.
         spec["model"]["ignore_merges"] = True
         spec["model"]["merges"] = spec["model"]["merges"][::3]
     if variant == "shuffled merges":
-        # No trainer gives such priorities; ties and overtaken merges abound.
+        # No trainer gives such priorities, which cause many ties and overtaken merges.
         random.Random(1).shuffle(spec["model"]["merges"])
     return spec
 
@@ -150,7 +151,7 @@ def start_cli(
     folder: Path, *args: str | Path, lines: Iterable[str], check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Runs tokenizer_cli of a build folder, which must succeed if `check` is set. It is ended
-    after five minutes of processor time, which other processes cannot use up."""
+    after five minutes of its own processor time, so that other processes do not matter."""
     program = folder / "tests" / "runner" / "tokenizer" / "tokenizer_cli"
     assert program.is_file(), f"{program}: build that target"
     done = subprocess.run(

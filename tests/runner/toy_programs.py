@@ -37,12 +37,12 @@ FLAGS = {"temperature": 0.5, "top_k": 3, "top_p": 0.25, "seed": 2}
 
 
 def next_token(tokens: int, position: int, count: int) -> int:
-    """What `Toy` draws after tokens of this sum, with the sampling of `FLAGS`."""
+    """The token that `Toy` draws after tokens with this sum, with the sampling of `FLAGS`."""
     return (3 * tokens + 5 * position + 7 * count + 4 + 11 * 3 + 2 + 13 * 2) % VOCABULARY
 
 
 class Toy(nn.Module):
-    """Draws a token that every input has a part in, each in its own way."""
+    """Draws a token that depends on every input, on each in its own way."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def method(
 
 @functools.cache
 def usual(order: int = 1) -> dict[str, MethodGraph]:
-    """Methods of `Toy` that take their inputs in the order of `INPUTS`, or in its reverse."""
+    """Methods of `Toy` that take their inputs in the order of `INPUTS` or in the reverse order."""
     return {
         "prefill": method("prefill", list(INPUTS)[::order]),
         "decode": method("decode", DECODE[::order]),
@@ -93,7 +93,7 @@ def _usual_program() -> bytes:
 
 
 def write(folder: Path, methods: dict[str, MethodGraph] | None = None, **constants) -> Path:
-    """A program of these methods, or the usual ones, with its weights: none."""
+    """Writes a program of these methods, or of the usual ones, and a file without weights."""
     if methods is None and not constants:
         pte = _usual_program()
     else:

@@ -1,6 +1,6 @@
 """The acceptance run of a GPU: its report, and that its comparisons fail where they must.
 
-Programs are of the CPU, which the runner runs with the same flags.
+The programs here are for the CPU; the runner takes the same flags for them.
 """
 
 import json
@@ -24,7 +24,7 @@ SCRIPTS = Path(packer.__file__).parent
 
 @pytest.fixture
 def folder(build_dir, tiny_program, tmp_path):
-    """What the packer makes, with one model, whose program is the CPU's."""
+    """A folder that the packer made with one model, whose program is for the CPU."""
     folder = tmp_path / "pack"
     model_folder = folder / "models/small"
     model_folder.mkdir(parents=True)
@@ -150,7 +150,7 @@ def steps():
         return {"text": session.run(["echo", "hello"])}
 
     made = {"fail": fail, "skip": skip, "slow": slow, "broken": broken, "fine": fine}
-    # The last one comes late on a busy machine: the step before it is stopped at its deadline.
+    # The last step may start late on a busy machine, as one before it is stopped at its deadline.
     return [
         acceptance.Step(name, run, (60.0 if name == "fine" else 1.0, 0.5))
         for name, run in made.items()

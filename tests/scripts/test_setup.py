@@ -1,4 +1,4 @@
-"""What scripts/setup.sh says and does about system packages, with stand-ins for apt and its kin."""
+"""What scripts/setup.sh says and does about system packages, with stand-ins for apt and others."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def setup(tmp_path: Path):
-    """Runs setup.sh where libpcre2-dev is missing and Python is of a version that it refuses."""
+    """Runs setup.sh on a machine without libpcre2-dev and with a Python that it refuses."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, script in {

@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def engine(tokenizer):
-    """A fake whose answer is `engine.text`."""
+    """A fake engine whose answer is `engine.text`."""
     fake = FakeEngine(lambda *_: [*tokenizer.encode(fake.text, True), END])
     fake.text = "</think>\n\nHello."
     yield fake
@@ -48,7 +48,7 @@ async def running_app(engine: FakeEngine, tokenizer, program_dir: Path = DEMO, *
 
 @pytest.fixture
 def ask(engine, tokenizer):
-    """Sends one request: `ask(path, body)` or `ask(path)` -> the response."""
+    """Sends one request; `ask(path, body)` or `ask(path)` returns the response."""
 
     def send(path: str, body=None, **options) -> httpx.Response:
         async def run() -> httpx.Response:

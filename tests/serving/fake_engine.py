@@ -1,4 +1,4 @@
-"""An engine that says what a test wants, in the place of a model."""
+"""An engine that says what a test wants, without a model."""
 
 import os
 import threading
@@ -32,14 +32,15 @@ class _Request:
 
 
 class FakeEngine:
-    """Implements `interface.Engine`. Every step draws a token for each of the running requests; a
-    guided one waits for its mask and draws the least token that the mask allows where its answer is
-    not allowed.
+    """Implements `interface.Engine`.
+
+    Every step draws a token for each of the running requests. A guided request waits for its mask;
+    where the mask does not allow its answer, it draws the least token that is allowed.
 
     Args:
-        answers: what is said to whom.
-        max_sequences, max_waiting: places, and places to wait for one.
-        seconds: that a step takes.
+        answers: what each request gets as its answer.
+        max_sequences, max_waiting: how many requests can run, and how many can wait.
+        seconds: how long a step takes.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class FakeEngine:
             return EngineStatus(waiting, running, self._places[0], self._broken)
 
     def break_device(self, reason: str) -> None:
-        """All that runs ends with an error, and nothing more is taken."""
+        """Ends all requests with an error; no more are taken."""
         with self._condition:
             self._broken = reason
             for request in [*self._running, *self._waiting]:

@@ -122,7 +122,7 @@ def test_a_chat_that_is_refused(ask, engine, fields: dict, fault: str) -> None:
     ],
 )
 def test_a_completion_that_is_refused(ask, engine, fields: dict) -> None:
-    """Of several prompts none runs if one is refused."""
+    """If one of several prompts is refused, none runs."""
     error(ask(COMPLETIONS, fields), 400)
     for _ in range(100):
         if not engine.status().running + engine.status().waiting:
@@ -166,7 +166,7 @@ def test_sizes_types_and_places(ask) -> None:
 
 
 def test_schemas_that_explode(ask) -> None:
-    """Compiling and every mask are bounded in time: the request fails or ends, soon."""
+    """Compiling and every mask are bounded in time, so that the request soon fails or ends."""
     tree: dict = {"type": "string", "pattern": "(a|b)*a(a|b){400}"}
     schemas = [
         {"type": "array", "items": {"type": "string"}, "minItems": 10**9},
@@ -208,7 +208,7 @@ def test_request_ids(ask) -> None:
 def test_no_text_of_requests_in_logs(ask, engine, caplog) -> None:
     caplog.set_level(logging.DEBUG)
 
-    text = "secret words"  # apart from the line that raises, which the log shows
+    text = "secret words"  # not on the line that raises, which the log shows
 
     def fail(*_) -> None:
         raise KeyError(text)

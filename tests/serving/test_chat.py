@@ -104,7 +104,7 @@ def test_a_stream_says_the_same(chat, engine) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("thinking", ["", "hm\n</think>\n\n"])
 def test_tool_calls(chat, engine, stream: bool, thinking: str) -> None:
-    """After thinking and inside of it."""
+    """Tools are called after the thinking or inside of it."""
     engine.text = f"{thinking}{CALL}\n{CALL}"
     answer = chat(tools=[WEATHER], stream=stream)
     if stream:
@@ -180,7 +180,8 @@ def test_thinking_or_not(chat, engine, fields: dict, thinks: bool) -> None:
 
 
 def test_stop_strings(chat, engine) -> None:
-    """End the content, cut in front of them, and free the place; thinking goes on over them."""
+    """They end the content, which is cut in front of them, and free the place; thinking ignores
+    them."""
     engine.text = "a STOP b</think>c STOP d" + " e" * 100
     engine.seconds = 0.001
     for stream in (False, True):
@@ -257,7 +258,7 @@ SCHEMA = {
 @pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.parametrize("form", ["json_object", "json_schema"])
 def test_json_answers(chat, engine, thinks: bool, form: str) -> None:
-    """Whatever the model would rather say, and thinking as it likes before."""
+    """Answers are JSON whatever the model would rather say; the thinking before them is free."""
     engine.text = ("hm\n</think>\n\n" if thinks else "") + 'Sure: {"name": "Ann", "age": 7}'
     response_format = {"type": form}
     if form == "json_schema":

@@ -1,4 +1,4 @@
-"""Chat templates: the text of transformers, and the files and conversations that are refused."""
+"""Chat templates: they give the text of transformers, and bad files and messages are refused."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ FEATURES = """\
 
 
 def reference(source: str, messages, **kwargs) -> str:
-    """What transformers makes of it."""
+    """The text that transformers makes of a conversation."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(DEMO / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
@@ -110,7 +110,8 @@ def test_the_text_of_transformers(source: str, messages, tools, options) -> None
 
 
 def test_the_demo_checkpoint() -> None:
-    """Its prompt in full, so that the format is Qwen3.5's and not merely that of transformers."""
+    """Its prompt stands here in full, so that the format is Qwen3.5's and not just what
+    transformers makes."""
     demo = read_chat_template(DEMO)
     messages = CONVERSATIONS["tool calls after thinking"]
     call = (

@@ -15,7 +15,7 @@ def complete(ask):
 
 
 def test_prompts_as_texts_and_ids(complete, engine, tokenizer) -> None:
-    """Special tokens in a text become their ids; several prompts have a choice each, in order."""
+    """Special tokens in a text become their ids; each of several prompts has a choice, in order."""
     engine.answers = lambda prompt, _: [*prompt, 2045]
     text = "a <|im_end|>"
     ids = tokenizer.encode(text, True)
@@ -54,7 +54,7 @@ def test_a_stream_says_the_same(complete, engine, echo: bool) -> None:
 
 
 def test_scoring_a_text(complete, engine, tokenizer) -> None:
-    """As lm_eval asks: the prompt echoed with its logprobs and one token more; or none."""
+    """As lm_eval asks, the prompt is echoed with its logprobs, with one more token or none."""
     text = "Hello, 🌍 world"
     ids = tokenizer.encode(text, True)
     for limit in (1, 0):

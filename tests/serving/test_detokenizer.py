@@ -1,4 +1,4 @@
-"""Token ids as text, while they come."""
+"""Token ids become text while they come."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from et_moe.serving.detokenizer import Detokenizer
 
 
 class Bytes:
-    """A tokenizer of bytes, with a special token behind them."""
+    """A tokenizer whose tokens are the bytes, followed by a special token."""
 
     vocab_size = 257
 

@@ -1,4 +1,4 @@
-"""The engine as Python has it: requests, parameters, events, and streams on an event loop."""
+"""The engine as Python sees it: requests, parameters, events, and streams on an event loop."""
 
 import asyncio
 import select
@@ -23,7 +23,7 @@ def mask(*token_ids: int) -> bytes:
 
 
 class Client:
-    """Waits for what becomes of requests."""
+    """Submits requests and waits for their events."""
 
     def __init__(self, engine) -> None:
         self.engine = engine
@@ -123,7 +123,7 @@ def test_penalties_and_bias(client) -> None:
     assert client.generate(**favoured) == [9] * 6
     assert client.generate(**favoured, presence_penalty=20.0) == [9, 10, 9, 9, 9, 9]
     assert client.generate(**favoured, frequency_penalty=7.0) == [9, 9, 10, 9, 10, 9]
-    # The prompt counts for the repetition penalty alone.
+    # Of the penalties only that for repetition counts the prompt.
     assert client.generate([9], **favoured, presence_penalty=20.0)[0] == 9
     assert client.generate([9], **favoured, repetition_penalty=2.0)[0] == 10
     assert len(set(client.generate(repetition_penalty=1e6, max_tokens=20))) == 20
@@ -152,7 +152,7 @@ def test_logprobs(client, runner, tiny_program) -> None:
 
 
 def test_log_probabilities_are_of_the_model(client) -> None:
-    """Temperature, bias and masks do not show in them."""
+    """Temperature, bias and masks have no influence on them."""
     plain = client.events(client.submit(max_tokens=1, logprobs=1))[0].logprobs[0].top
     changed = {"logit_bias": {5: 90.0}, "temperature": 0.1}
     assert client.events(client.submit(max_tokens=1, logprobs=1, **changed))[0].logprobs[0].top == (
@@ -173,7 +173,7 @@ def test_a_guided_request_waits_and_others_go_on(client) -> None:
     assert tokens_of(client.events(guided, 2))[1] in (5, 6)
     client.engine.cancel(guided)
     assert client.events(guided)[-1].finish_reason == "cancelled"
-    client.engine.allow(guided, ALL)  # it has ended: no error
+    client.engine.allow(guided, ALL)  # it has ended, and this is no error
 
 
 def test_masks_that_do_not_fit(client) -> None:
@@ -192,7 +192,7 @@ def test_masks_that_do_not_fit(client) -> None:
 
 def test_the_queue_is_bounded_and_in_order(client) -> None:
     running = [client.submit(guided=True) for _ in range(2)]
-    # Those that are served leave the queue first.
+    # First the two that are served must leave the queue.
     while client.engine.status().running < 2:
         pass
     waiting = [client.submit(max_tokens=1) for _ in range(3)]
@@ -203,7 +203,7 @@ def test_the_queue_is_bounded_and_in_order(client) -> None:
     assert [e.finish_reason for e in client.events(waiting[1])] == ["cancelled"]
     waiting[1] = client.submit(max_tokens=1)
     client.engine.cancel(running[0])
-    # One place: they come one after the other.
+    # There is one place, so they are served one after the other.
     order = []
     while len(order) < 3:
         select.select([client.engine.fileno()], [], [], 60)

@@ -49,7 +49,7 @@ def parse(pieces, thinking=False, tools=TOOLS, stops=(), complete=True) -> dict:
 
 
 def cuts(text: str, count: int = 60):
-    """The text in pieces: whole, by characters, and at random."""
+    """Cuts the text into pieces: the whole text, single characters, and random ones."""
     yield [text]
     yield list(text)
     generator = random.Random(text)
@@ -180,7 +180,7 @@ FRAGMENTS = [
 
 @pytest.mark.parametrize("seed", range(300))
 def test_pieces_do_not_matter(seed: int) -> None:
-    """Random texts of tags: any cut gives the same, and the arguments of calls are JSON."""
+    """Random texts of tags give the same for any cut, and the arguments of calls are JSON."""
     generator = random.Random(seed)
     text = "".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 25)))
     options = {
@@ -206,7 +206,7 @@ def test_without_tools_nothing_is_a_call() -> None:
 
 
 def test_a_call_that_is_cut_off_stays_open() -> None:
-    """Its arguments are no JSON, so that nobody runs half a command."""
+    """Its arguments are not valid JSON, so that nobody runs half a command."""
     for end in range(PARIS.index("<parameter=city>") + 16, PARIS.index("</function>")):
         [[_, arguments, state]] = parse([PARIS[:end]], complete=False)["calls"]
         assert state == "open"
@@ -223,7 +223,7 @@ def test_parts_come_as_early_as_they_can() -> None:
     assert parser.calls == 1
     parser.feed("<parameter=city>\nNew Yo")
     assert parser.feed('"rk') == [CallArguments(0, '\\"rk')]
-    assert parser.feed("\n</parameter>") == []  # which may still be part of the text
+    assert parser.feed("\n</parameter>") == []  # this may still be part of the text
     assert parser.feed("</function>") == [CallArguments(0, '"'), CallArguments(0, "}"), CallEnd(0)]
 
 
@@ -238,8 +238,8 @@ def test_stop_strings_end_the_content_alone() -> None:
 
 
 def test_long_values_take_linear_time() -> None:
-    """A megabyte in a hundred thousand pieces, which a second scan of it all for each would not
-    get through in the time that a test has."""
+    """A megabyte comes in a hundred thousand pieces. If each piece made the parser scan all of the
+    text again, the test would run out of time."""
     body = "0123456789" * 100_000
     text = xml("get_weather", parameter("city", body) + parameter("where", json.dumps([body])))
     pieces = [text[i : i + 10] for i in range(0, len(text), 10)]

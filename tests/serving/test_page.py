@@ -134,7 +134,7 @@ def test_thinking_and_markdown(page) -> None:
 
 
 def test_settings(page) -> None:
-    """Go into the request, and are still there after a reload; the key is only for this tab."""
+    """Settings go into the request and survive a reload; the key is kept for this tab only."""
     page.click("#show-settings")
     page.fill("[name=system]", "Be brief.")
     page.fill("[name=temperature]", "0.5")

@@ -1,4 +1,4 @@
-"""What is said of a program folder that is none."""
+"""What is said of a folder that is not a program's."""
 
 from pathlib import Path
 

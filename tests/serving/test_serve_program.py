@@ -19,7 +19,7 @@ def server(tiny_program: Path):
 
 
 def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
-    """Drawn with a seed, so that every token counts on the one before."""
+    """Tokens are drawn with a seed, so that each depends on those before it."""
     requests = [
         {"prompt": [3 + i, 60, 7], "max_tokens": 10 + i, "seed": i, "temperature": 1.0}
         for i in range(12)
@@ -41,7 +41,7 @@ def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
 
 
 def test_what_the_program_refuses(server) -> None:
-    """With the engine's own words, and what it has no template for."""
+    """Bad prompts are refused with the engine's own words, and chats for lack of a template."""
     for body in ({"prompt": [1] * 40}, {"prompt": [10**6]}):
         response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
         assert response.status_code == 400, response.text

@@ -71,7 +71,7 @@ class Server:
 
 
 def fake_server(seconds: float, drain: float) -> Server:
-    """Over a fake engine that takes `seconds` for a token; requests have `drain` seconds to end."""
+    """A server whose engine takes `seconds` for a token; requests have `drain` seconds to end."""
     return Server(sys.executable, SERVER, str(seconds), str(drain))
 
 
@@ -128,7 +128,7 @@ def test_a_client_that_leaves_frees_its_place(server, stream: bool) -> None:
 
 
 def test_a_full_queue(server) -> None:
-    """Two run and two wait; the next is told to come again, and what runs is not disturbed."""
+    """Two requests run and two wait. The next is told to come again, and no other is disturbed."""
     answers = []
     threads = [
         threading.Thread(target=lambda: answers.append(server.chat("say 100"))) for _ in range(4)
@@ -147,7 +147,7 @@ def test_a_full_queue(server) -> None:
 
 
 def test_an_engine_that_fails_at_a_request(server) -> None:
-    """Before its first token with a status, in either form."""
+    """If it fails before the first token, the answer has an error status, streamed or not."""
     assert server.chat("fail").status_code == 503
     assert server.chat("fail", stream=True).json()["error"]["code"] == "generation_failed"
     assert server.chat("say 1").status_code == 200
@@ -194,7 +194,7 @@ def test_many_clients_at_once_get_their_own_answers(server) -> None:
 
 
 def test_the_conformance_suite_of_executorch(server) -> None:
-    """All of it; none may be skipped, as all are where no server is found."""
+    """All its tests must run; they would all be skipped if no server were found."""
     package = Path(importlib.util.find_spec("executorch").submodule_search_locations[0])
     suite = package / "examples/llm_server/conformance/test_openai_contract.py"
     environment = os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_MODEL": "demo"}

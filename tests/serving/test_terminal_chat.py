@@ -81,7 +81,7 @@ def test_commands(chat, engine, tokenizer, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_answered(chat, engine, tokenizer) -> None:
-    """Is said, and is no part of the conversation that goes on."""
+    """The error is shown, and the message is no part of the conversation that goes on."""
     shown = chat("word " * 3000, lambda: setattr(engine, "text", "</think>Fine."), "Hi")
     assert "error: the prompt has" in shown and "Fine." in shown
     assert "word" not in prompts(engine, tokenizer)[-1]
@@ -116,7 +116,7 @@ asyncio.run(terminal_chat(open_model))
 
 
 def test_keys_at_a_terminal() -> None:
-    """Alt+Enter begins a line, Ctrl-C ends an answer and then nothing, Ctrl-D the program."""
+    """Alt+Enter begins a line, Ctrl-C ends an answer but nothing else, Ctrl-D ends the program."""
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}

@@ -84,7 +84,7 @@ def test_every_key_may_be_left_out(tmp_path: Path) -> None:
     Qwen3_5MoeTextConfig(**TEXT).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
-    del saved["layer_types"]  # follows from the number of layers, which may be left out too
+    del saved["layer_types"]  # it follows from the number of layers, which may be left out too
     omitted = [key for key in saved if key != "model_type"]
     assert set(TEXT) - {"layer_types"} <= set(omitted)
     for key in omitted:
@@ -105,7 +105,7 @@ def test_layer_types_from_the_interval(tmp_path: Path, interval: int) -> None:
 
 
 def test_end_of_sequence_ids(tmp_path: Path) -> None:
-    """generation_config.json wins; one id or a list, each id once."""
+    """generation_config.json wins; it may have one id or a list, and each id is kept once."""
     config = TEXT | {"model_type": "qwen3_5_moe_text"}
     assert parse_config(config).eos_token_ids == (7, 9)
     assert parse_config(config | {"eos_token_id": 0}).eos_token_ids == (0,)
@@ -245,7 +245,7 @@ def test_the_file_at_fault_is_named(tmp_path: Path) -> None:
 
 
 def test_mutated_documents() -> None:
-    """A changed value is understood or refused by name: no other exception."""
+    """A changed value is understood, or refused by name; no other exception is raised."""
     rng = random.Random(1)
     outcomes = {"accepted": 0, "refused": 0}
     multimodal = {"model_type": "qwen3_5_moe", "text_config": TEXT, "tie_word_embeddings": True}

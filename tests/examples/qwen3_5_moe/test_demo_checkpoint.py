@@ -18,7 +18,8 @@ PERPLEXITY_BOUND = 46.0  # measured 45.171
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As the script trains; also the fastest on a busy machine at these sizes."""
+    """Runs torch with one thread, as the script does; at these sizes that is also the fastest on a
+    busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,7 +75,7 @@ def test_tokenizer_round_trip(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text
     assert AutoTokenizer.from_pretrained(DEMO)(text).input_ids == ids
-    assert len(text) / len(ids) > 2.5  # trained on such text: a byte a token would be 1
+    assert len(text) / len(ids) > 2.5  # as it was trained on such text; one byte a token would be 1
 
 
 def test_perplexity_of_the_held_out_text(

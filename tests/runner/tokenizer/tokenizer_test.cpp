@@ -149,7 +149,7 @@ TEST(PreTokenizerTest, LimitsTheStepsOfACall) {
   }
 }
 
-/// A text in many parts has no more steps than one in one part.
+/// A text in many parts may take no more steps than a text in one part.
 TEST(PreTokenizerTest, LimitsTheStepsOfAllPartsTogether) {
   const Tokenizer tokenizer = with_pattern("(?=a*a*b)a|\\S");
   const std::string part = std::string(100, 'a') + "<think>";
@@ -160,7 +160,7 @@ TEST(PreTokenizerTest, LimitsTheStepsOfAllPartsTogether) {
   EXPECT_NE(error.find("too many steps"), std::string::npos) << error;
 }
 
-/// 10 MB of what costs Qwen's pattern most, and of what makes its matches longest.
+/// Each text is 10 MB of what Qwen's pattern takes the most steps for, or matches at most length.
 TEST(PreTokenizerTest, TakesLongTextsWithQwensPattern) {
   const PreTokenizer pre_tokenizer(
       "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}"
@@ -196,8 +196,8 @@ TEST(Utf8StreamTest, HoldsBackUnfinishedCharacters) {
   EXPECT_EQ(stream.push("b"), "b");
 }
 
-// Examples of the Unicode standard 15.0, chapter 3.9, tables 3-8 to 3-11; and with every way to cut
-// them in two the result is the same.
+// These are examples of the Unicode standard 15.0, chapter 3.9, tables 3-8 to 3-11. The result is
+// the same in whatever way they are cut in two.
 TEST(Utf8StreamTest, ReplacesMaximalSubparts) {
   const std::string r = "\uFFFD";
   const std::pair<std::string, std::string> examples[] = {
