@@ -7,6 +7,7 @@ renamed when they are complete. `runner/files.cpp` does the same for the runner'
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -130,6 +131,8 @@ def _stat(path: Path) -> os.stat_result | None:
 
 def _in_place(path: Path, found: os.stat_result) -> int | None:
     """A descriptor of what is to be written to as it is, or None for what is to be replaced."""
+    if named := re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path)):
+        return os.dup(int(named[1]))
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # it may be closed
             if os.path.samestat(found, os.fstat(stream)):

@@ -316,6 +316,8 @@ def inspect(
     from et_moe.backends.cuda.inspect import inspect as run
     from et_moe.backends.cuda.inspect import print_tables
 
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ValueError(f"{file}: not a regular file, expected a .pte")
     if file.is_dir():
         raise ValueError(f"{file}: a folder, expected a .pte, such as {file / 'model.pte'}")
     try:

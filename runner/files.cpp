@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -24,19 +25,6 @@ namespace {
   throw std::runtime_error(path + ": " + what + ": " + std::strerror(errno));
 }
 
-/// The file that `path` leads to: the end of a chain of links, which need not exist.
-std::string follow_links(const std::string& path) {
-  std::filesystem::path target(path);
-  constexpr int kMostLinks = 40;  // as the kernel has it
-  for (int i = 0; i < kMostLinks; ++i) {
-    std::error_code no_link;
-    const auto next = std::filesystem::read_symlink(target, no_link);
-    if (no_link) break;
-    target = target.parent_path() / next;
-  }
-  return target;
-}
-
 /// A name beside `path` that nobody can have planted something at.
 std::string temporary_name(const std::string& path) {
   std::random_device random;
@@ -45,8 +33,22 @@ std::string temporary_name(const std::string& path) {
   return std::filesystem::path(path).replace_filename(name);
 }
 
+/// The descriptor that a path names: 7 of "/dev/fd/7". -1 if it names none.
+int named_descriptor(const std::string& path) {
+  for (const std::string folder : {"/dev/fd/", "/proc/self/fd/"}) {
+    int fd = -1;
+    const char* const end = path.data() + path.size();
+    if (path.rfind(folder, 0) == 0 &&
+        std::from_chars(path.data() + folder.size(), end, fd).ptr == end) {
+      return fd;
+    }
+  }
+  return -1;
+}
+
 /// A descriptor of what is to be written to as it is, or -1 for a file that is to be replaced.
 int open_in_place(const std::string& path, const struct stat& found) {
+  if (const int fd = named_descriptor(path); fd >= 0) return fcntl(fd, F_DUPFD_CLOEXEC, 0);
   for (int stream : {STDOUT_FILENO, STDERR_FILENO}) {
     struct stat info{};
     if (fstat(stream, &info) == 0 && info.st_dev == found.st_dev && info.st_ino == found.st_ino) {
@@ -92,6 +94,18 @@ void append_all(const std::string& path, int fd, std::string& content) {
 }
 
 }  // namespace
+
+std::string follow_links(const std::string& path) {
+  std::filesystem::path target(path);
+  constexpr int kMostLinks = 40;  // as the kernel has it
+  for (int i = 0; i < kMostLinks; ++i) {
+    std::error_code no_link;
+    const auto next = std::filesystem::read_symlink(target, no_link);
+    if (no_link) break;
+    target = target.parent_path() / next;
+  }
+  return target;
+}
 
 std::string read_file(const std::string& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_NOCTTY | O_CLOEXEC);
@@ -180,6 +194,10 @@ std::vector<int64_t> read_ids(const std::string& path) {
     if (depth > 2) throw std::runtime_error("nested lists");
     return true;
   };
+  // The parser would take it for the end.
+  if (text.find('\0') != std::string::npos) {
+    throw std::runtime_error(path + ": not a JSON list of token ids: it has a byte 0");
+  }
   nlohmann::json list;
   try {
     list = nlohmann::json::parse(text, too_deep);

@@ -9,6 +9,9 @@
 
 namespace et_moe {
 
+/// The file that `path` leads to: the end of a chain of links, which need not exist.
+std::string follow_links(const std::string& path);
+
 /// The content of a file. Throws std::runtime_error that names it.
 std::string read_file(const std::string& path);
 

@@ -1,10 +1,15 @@
 #include "runner/flags.h"
 
+#include <sys/stat.h>
+
 #include <cerrno>
 #include <charconv>
 #include <cstdlib>
+#include <filesystem>
+#include <map>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "runner/errors.h"
 #include "runner/files.h"
@@ -35,6 +40,24 @@ std::vector<int64_t> parse_ids(const std::string& text) {
     ids.push_back(id);
   }
   return ids;
+}
+
+/// Where a path leads, through links: the same text for the same file, unless that has two names.
+std::string place_of(const std::string& path) {
+  struct stat status{};
+  if (stat(path.c_str(), &status) == 0) {
+    return std::to_string(status.st_dev) + ":" + std::to_string(status.st_ino);
+  }
+  std::error_code error;
+  const auto place = std::filesystem::weakly_canonical(follow_links(path), error);
+  return error ? path : place.string();
+}
+
+/// Whether an output is written to a regular file, which is there or will be.
+bool is_or_becomes_regular(const std::string& path) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  return !std::filesystem::exists(status) || std::filesystem::is_regular_file(status);
 }
 
 }  // namespace
@@ -87,15 +110,39 @@ void check_outputs(const Flags& f) {
   if (f.score_ids_path && f.logprobs_path.empty() && f.logits_path.empty()) {
     throw std::runtime_error("--score_ids_path needs --logprobs_path or --logits_path");
   }
-  for (const auto* path : {&f.output_ids_path, &f.stats_path, &f.logprobs_path, &f.logits_path}) {
-    if (!path->empty()) check_writable(*path);
+  std::map<std::string, std::string> files;  // regular ones, by their place -> flag
+  const auto take = [&files](const std::string& flag, const std::string& path, bool is_output) {
+    const auto [known, is_new] = files.try_emplace(place_of(path), flag);
+    if (is_output && !is_new && is_or_becomes_regular(path)) {
+      throw std::runtime_error(flag + " " + path + ": the same file as that of " + known->second);
+    }
+  };
+  for (const auto& [flag, path] : {std::pair("--model_path", &f.model_path),
+                                   {"--data_path", &f.data_path},
+                                   {"--tokenizer_path", &f.tokenizer_path}}) {
+    if (!path->empty()) take(flag, *path, false);
+  }
+  if (f.prompt_file) take("--prompt_file", *f.prompt_file, false);
+  if (f.score_ids_path) take("--score_ids_path", *f.score_ids_path, false);
+  for (const auto& [flag, path] : {std::pair("--output_ids_path", &f.output_ids_path),
+                                   {"--stats_path", &f.stats_path},
+                                   {"--logprobs_path", &f.logprobs_path},
+                                   {"--logits_path", &f.logits_path}}) {
+    if (path->empty()) continue;
+    take(flag, *path, true);
+    check_writable(*path);
   }
 }
 
-std::vector<int64_t> read_prompt(const Flags& f, const Tokenizer* tokenizer) {
+std::string read_prompt_text(const Flags& f) {
+  if (f.prompt) return *f.prompt;
+  return f.prompt_file ? read_file(*f.prompt_file) : std::string();
+}
+
+std::vector<int64_t> read_prompt(const Flags& f, const std::string& text,
+                                 const Tokenizer* tokenizer) {
   if (f.prompt_ids) return parse_ids(*f.prompt_ids);
   if (!tokenizer) throw std::runtime_error("--tokenizer_path is needed to read a text prompt");
-  const std::string text = f.prompt ? *f.prompt : read_file(*f.prompt_file);
   return in_context(f.prompt ? "--prompt" : *f.prompt_file, [&] {
     if (text.empty()) throw std::runtime_error("the prompt is empty");
     return tokenizer->encode(text, f.parse_special);

@@ -23,12 +23,17 @@ struct Flags {
 
 void add_flags(CLI::App& app, Flags& flags);
 
-/// Throws std::runtime_error where the outputs that the flags name cannot be written, or where a
-/// score has none.
+/// Throws std::runtime_error where the outputs that the flags name cannot be written, are files
+/// that are read or another output, or where a score has none.
 void check_outputs(const Flags& flags);
 
-/// The ids of --prompt_ids, or of --prompt or --prompt_file by the tokenizer, which may be null.
-/// Throws std::runtime_error that names the flag or the file at fault.
-std::vector<int64_t> read_prompt(const Flags& flags, const Tokenizer* tokenizer);
+/// The text of --prompt or --prompt_file; empty with --prompt_ids. To be called once: the file may
+/// be a pipe. Throws std::runtime_error that names the file.
+std::string read_prompt_text(const Flags& flags);
+
+/// The ids of --prompt_ids, or of the text by the tokenizer, which may be null. Throws
+/// std::runtime_error that names the flag or the file at fault.
+std::vector<int64_t> read_prompt(const Flags& flags, const std::string& text,
+                                 const Tokenizer* tokenizer);
 
 }  // namespace et_moe

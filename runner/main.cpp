@@ -52,11 +52,12 @@ void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer
               const Stats& loaded) {
   std::vector<int64_t> ids;
   std::string json_lines;
+  const std::string text = et_moe::read_prompt_text(f);
   for (int i = -f.warmup; i < f.num_iters; ++i) {
     const bool show = i == 0;
     Stats stats = loaded;
     stats.inference_start_ms = et_moe::llm::now_ms();
-    const std::vector<int64_t> prompt = et_moe::read_prompt(f, tokenizer);
+    const std::vector<int64_t> prompt = et_moe::read_prompt(f, text, tokenizer);
     et_moe::Printer printer(tokenizer);
     // Before the first measured token there are no stats that would be worth waiting for.
     const auto on_token = [&](int64_t id) {

@@ -22,7 +22,9 @@ void end(int number) {
   remove_temporary_files();
   const char* const line = number == SIGINT    ? "error: ended by SIGINT\n"
                            : number == SIGTERM ? "error: ended by SIGTERM\n"
-                                               : "error: ended by SIGHUP\n";
+                           : number == SIGHUP  ? "error: ended by SIGHUP\n"
+                           : number == SIGQUIT ? "error: ended by SIGQUIT\n"
+                                               : "error: ended by SIGXCPU\n";
   [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, line, std::strlen(line));
   _exit(128 + number);
 }
@@ -34,7 +36,9 @@ void handle_ending_signals() {
   action.sa_handler = end;
   action.sa_flags = SA_RESTART;
   sigfillset(&action.sa_mask);
-  for (int number : {SIGINT, SIGTERM, SIGHUP}) {
+  // A file that grows beyond a limit is an error of the call that writes it.
+  std::signal(SIGXFSZ, SIG_IGN);
+  for (int number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU}) {
     struct sigaction before{};
     sigaction(number, nullptr, &before);
     if (before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);

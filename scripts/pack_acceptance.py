@@ -86,7 +86,8 @@ def et_moe(*arguments: str | Path) -> None:
 def requirements(pyproject: str) -> list[str]:
     """The requirements of pyproject.toml for `PACKAGES`, in their order."""
     project = tomllib.loads(pyproject)["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["export"], *extras["dev"]]
     by_name = {re.match(r"[\w.-]+", line).group(): line for line in lines}
     return [by_name[name] for name in PACKAGES]
 

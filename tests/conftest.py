@@ -19,8 +19,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-# A test run that was started in the background may ignore SIGHUP, and so would what tests start.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A test run that was started in the background may ignore signals, and so would what tests start.
+for number, usual in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -138,8 +138,9 @@ def changed_delegate(
     begin = rng.choice([m.start() for m in re.finditer(rb'\{"format": \d', data)])
     text = data[begin:].decode("latin-1")  # what follows the document is not text
     document, size = json.JSONDecoder().raw_decode(text)
-    for code in document["code"].values():
-        del code["kernels"]
+    for ranges in document["code"].values():
+        for code in ranges:
+            code["kernels"] = [{"sha256": kernel["sha256"]} for kernel in code["kernels"]]
     while True:
         changed = edit(copy.deepcopy(document))
         text = json.dumps(changed)

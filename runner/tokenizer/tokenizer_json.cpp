@@ -169,6 +169,8 @@ json parse_file(const std::string& path) {
   std::string text(size, '\0');
   std::ifstream file(path, std::ios::binary);
   if (!file.read(text.data(), static_cast<std::streamsize>(size))) fail("file", "cannot be read");
+  // The parser would take it for the end.
+  if (text.find('\0') != std::string::npos) fail("file", "not JSON: it has a byte 0");
   if (depth_of(text) > kMaxDepth) fail("file", "JSON nested too deeply");
   try {
     return json::parse(text);

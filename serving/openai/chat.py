@@ -46,7 +46,13 @@ def render(request: ChatRequest, model: ServedModel) -> str:
     for name in ("messages", "tools", "add_generation_prompt"):
         if name in options:
             raise bad_request(f"chat_template_kwargs: {name} is not for here", name)
-    return model.template.render(template_messages(request.messages), tools, **options)
+    text = model.template.render(template_messages(request.messages), tools, **options)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = "messages: a lone surrogate (\\ud800 to \\udfff), which is no character"
+        raise bad_request(message, "messages") from None
+    return text
 
 
 class _Choice:

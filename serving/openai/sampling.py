@@ -59,7 +59,8 @@ def _wrapped(seed: int) -> int:
 def _logit_bias(request: SamplingRequest, vocab_size: int) -> dict[int, float]:
     biases = {}
     for key, value in (request.logit_bias or {}).items():
-        if not key.isascii() or not key.isdigit() or int(key) >= vocab_size:
+        digits = key.isascii() and key.isdigit() and len(key) < 20
+        if not digits or int(key) >= vocab_size:
             expected = f"expected a token id below {vocab_size}"
             raise bad_request(f"logit_bias: {key[:20]!r}: {expected}", "logit_bias")
         biases[int(key)] = value

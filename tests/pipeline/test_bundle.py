@@ -66,10 +66,10 @@ def test_files_of_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
         "bundle_version": BUNDLE_VERSION,
         "storages": {
             "embedding": {"storage": "int8_per_row"},
-            "attention": {"storage": "int4", "group_size": 32},
-            "linear_attention": {"storage": "int4", "group_size": 32},
-            "experts": {"storage": "int4", "group_size": 32},
-            "head": {"storage": "int4", "group_size": 32},
+            "attention": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
+            "linear_attention": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
+            "experts": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
+            "head": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
         },
     }
     assert config == json.loads((tiny_checkpoint / "config.json").read_text())

@@ -21,7 +21,7 @@ from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 CONTEXT = 8192
 PIPE = 4096
-ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
 
 Start = Callable[..., subprocess.Popen]
 
@@ -108,7 +108,7 @@ def test_a_second_interrupt_ends_at_once(generate: Start, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_a_generation_ends_at_once(generate: Start, tmp_path: Path, number: int) -> None:
     process = generate()
     process.send_signal(number)

@@ -52,6 +52,12 @@ def error(response, status: int) -> dict:
                 {"function": {"name": "f", "arguments": "{"}}]}]},
             "arguments of the tool call 'f': expected an object",
         ),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "tool_calls": [
+                {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
+            "messages: a lone surrogate",
+        ),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias: '11111111111111111111': expected a token"),
         ({"temperature": "hot"}, "temperature: "),
         ({"temperature": "0.5"}, "temperature: "),
         ({"temperature": -1}, "temperature: "),

@@ -183,9 +183,12 @@ def test_masks_that_do_not_fit(client) -> None:
     client.engine.allow(guided, mask())
     last = client.events(guided)[-1]
     assert last.finish_reason == "error" and "allows no token" in last.error
-    unguided = client.submit(max_tokens=25)
+    waiting = [client.submit(guided=True) for _ in range(2)]
+    unguided = client.submit(max_tokens=25)  # it cannot begin, and so not end, before the others
     with pytest.raises(ValueError, match="is not guided"):
         client.engine.allow(unguided, ALL)
+    for request in waiting:
+        client.engine.cancel(request)
     client.events(unguided)
     assert client.engine.status().broken is None and client.generate()
 

@@ -59,7 +59,7 @@ def test_it_ends_in_order(server) -> None:
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["nowhere"], "error: nowhere/tokenizer.json: "),
+        (["nowhere"], "error: nowhere: no such folder, expected one that"),
         (["--port", "99999", "nowhere"], "--port"),
         (["--api-key", " ", "nowhere"], "--api-key: expected a key"),
     ],

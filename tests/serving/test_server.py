@@ -131,7 +131,7 @@ def test_a_full_queue(server) -> None:
     """Two requests run and two wait. The next is told to come again, and no other is disturbed."""
     answers = []
     threads = [
-        threading.Thread(target=lambda: answers.append(server.chat("say 100"))) for _ in range(4)
+        threading.Thread(target=lambda: answers.append(server.chat("say 1000"))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -142,7 +142,7 @@ def test_a_full_queue(server) -> None:
     for thread in threads:
         thread.join()
     texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
-    assert texts == {"word" + " word" * 99}
+    assert texts == {"word" + " word" * 999}
     assert server.metric('et_moe_requests_rejected_total{status="429"}') >= 1
 
 
