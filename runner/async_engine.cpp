@@ -33,7 +33,8 @@ uint64_t AsyncEngine::submit(Request request) {
   check(request.params, info_.vocab_size);
   const std::lock_guard<std::mutex> lock(mutex_);
   if (refusal_) throw EngineBroken(*refusal_);
-  if (waiting_.size() >= options_.max_waiting) {
+  // Those that the thread has not admitted yet, though there is a place, do not wait for one.
+  if (live_.size() >= options_.max_sequences + options_.max_waiting) {
     throw QueueFull("the queue is full: " + std::to_string(waiting_.size()) +
                     " requests wait already");
   }

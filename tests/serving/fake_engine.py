@@ -83,7 +83,7 @@ class FakeEngine:
         with self._condition:
             if self._broken is not None:
                 raise EngineBrokenError(self._broken)
-            if len(self._waiting) >= self._places[1]:
+            if len(self._running) + len(self._waiting) >= sum(self._places):
                 raise QueueFullError
             self.submitted.append((list(prompt_ids), params))
             self._next_id += 1

@@ -127,11 +127,12 @@ def test_a_client_that_leaves_frees_its_place(server, stream: bool) -> None:
     server.wait_for("et_moe_requests_running", 0)
 
 
-def test_a_full_queue(server) -> None:
+def test_a_full_queue(own_server) -> None:
     """Two requests run and two wait. The next is told to come again, and no other is disturbed."""
+    server = own_server(0.02, 60.0)  # an answer takes 5 seconds
     answers = []
     threads = [
-        threading.Thread(target=lambda: answers.append(server.chat("say 1000"))) for _ in range(4)
+        threading.Thread(target=lambda: answers.append(server.chat("say 250"))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -142,7 +143,7 @@ def test_a_full_queue(server) -> None:
     for thread in threads:
         thread.join()
     texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
-    assert texts == {"word" + " word" * 999}
+    assert texts == {"word" + " word" * 249}
     assert server.metric('et_moe_requests_rejected_total{status="429"}') >= 1
 
 
