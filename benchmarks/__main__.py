@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from et_moe.backends.atomic_file import check_writable
 from et_moe.benchmarks.result import REPO, RUNNER
+from et_moe.pipeline.entry import show_error
 
 # Modules that measure are imported where they are used: torch and Triton take seconds.
 app = typer.Typer(
@@ -213,8 +213,7 @@ def main() -> None:
     try:
         app(prog_name="python -m et_moe.benchmarks")
     except (ValueError, OSError) as error:
-        console = Console(stderr=True)
-        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        show_error(error)
         sys.exit(1)
 
 

@@ -316,10 +316,10 @@ def inspect(
     from et_moe.backends.cuda.inspect import inspect as run
     from et_moe.backends.cuda.inspect import print_tables
 
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise ValueError(f"{file}: not a regular file, expected a .pte")
     if file.is_dir():
         raise ValueError(f"{file}: a folder, expected a .pte, such as {file / 'model.pte'}")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file}: not a regular file, expected a .pte")
     try:
         description = run(file.read_bytes())
     except ValueError as e:

@@ -20,7 +20,8 @@ def _show_warning(message, category, *_) -> None:
     console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
 
 
-def _show_error(error: object) -> None:
+def show_error(error: object) -> None:
+    """One line on stderr."""
     console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -54,8 +55,8 @@ def run(app: typer.Typer) -> None:
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] == "et_moe":
             raise
-        _show_error(f"{error}: what this command needs is in et-moe[export] or et-moe[serve]")
+        show_error(f"{error}: what this command needs is in et-moe[export] or et-moe[serve]")
         sys.exit(1)
     except (ValueError, OSError, ToolchainError, Ended) as error:
-        _show_error(error)
+        show_error(error)
         sys.exit(error.exit_code if isinstance(error, Ended) else 1)

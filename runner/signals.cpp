@@ -16,16 +16,26 @@ enum Interrupt { kEnds, kIsNoted, kWasNoted };
 std::atomic<Interrupt> interrupt{kEnds};
 static_assert(std::atomic<Interrupt>::is_always_lock_free, "a signal handler changes it");
 
+/// A signal that ends the runner, and what is said then.
+struct Ending {
+  int number;
+  const char* line;
+};
+constexpr Ending kEndings[] = {{SIGINT, "error: ended by SIGINT\n"},
+                               {SIGTERM, "error: ended by SIGTERM\n"},
+                               {SIGHUP, "error: ended by SIGHUP\n"},
+                               {SIGQUIT, "error: ended by SIGQUIT\n"},
+                               {SIGXCPU, "error: ended by SIGXCPU\n"}};
+
 void end(int number) {
   Interrupt first = kIsNoted;
   if (number == SIGINT && interrupt.compare_exchange_strong(first, kWasNoted)) return;
   remove_temporary_files();
-  const char* const line = number == SIGINT    ? "error: ended by SIGINT\n"
-                           : number == SIGTERM ? "error: ended by SIGTERM\n"
-                           : number == SIGHUP  ? "error: ended by SIGHUP\n"
-                           : number == SIGQUIT ? "error: ended by SIGQUIT\n"
-                                               : "error: ended by SIGXCPU\n";
-  [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, line, std::strlen(line));
+  for (const Ending& ending : kEndings) {
+    if (ending.number != number) continue;
+    [[maybe_unused]] const ssize_t written =
+        write(STDERR_FILENO, ending.line, std::strlen(ending.line));
+  }
   _exit(128 + number);
 }
 
@@ -38,10 +48,10 @@ void handle_ending_signals() {
   sigfillset(&action.sa_mask);
   // A file that grows beyond a limit is an error of the call that writes it.
   std::signal(SIGXFSZ, SIG_IGN);
-  for (int number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU}) {
+  for (const Ending& ending : kEndings) {
     struct sigaction before{};
-    sigaction(number, nullptr, &before);
-    if (before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);
+    sigaction(ending.number, nullptr, &before);
+    if (before.sa_handler != SIG_IGN) sigaction(ending.number, &action, nullptr);
   }
 }
 

@@ -16,13 +16,11 @@ MaxSequences = Annotated[
 def _model_opener(program: Path, name: str | None, **engine_options):
     """A program's files are read now, so that what is wrong with them is said at once; the
     asynchronous function that is returned makes the model on the running event loop."""
-    from et_moe.runner.python import Tokenizer
-    from et_moe.serving.engine import AsyncEngine, check_folder, load_engine
+    from et_moe.serving.engine import AsyncEngine, load_engine, load_tokenizer
     from et_moe.serving.served_model import ServedModel
 
-    check_folder(program)
     try:
-        tokenizer = Tokenizer(str(program / "tokenizer.json"))
+        tokenizer = load_tokenizer(program)
         engine = load_engine(program, **engine_options)
     except RuntimeError as error:
         raise ValueError(str(error)) from None

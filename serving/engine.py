@@ -18,11 +18,17 @@ from et_moe.serving.interface import (
 )
 
 
-def check_folder(program_dir: Path) -> None:
-    """Raises ValueError unless a program folder is one; what is in it is not looked at."""
+def load_tokenizer(program_dir: Path) -> extension.Tokenizer:
+    """The tokenizer of a program folder.
+
+    Raises:
+        ValueError: there is no such folder.
+        RuntimeError: its `tokenizer.json` is missing, or is not one that is supported.
+    """
     if not program_dir.is_dir():
         kind = "not a folder" if program_dir.exists() else "no such folder"
         raise ValueError(f"{program_dir}: {kind}, expected one that `et-moe export` wrote")
+    return extension.Tokenizer(str(program_dir / "tokenizer.json"))
 
 
 def load_engine(

@@ -14,7 +14,7 @@ from et_moe.runner.python import Tokenizer
 from et_moe.serving import interface
 from et_moe.serving.chat_template import read_chat_template
 from et_moe.serving.detokenizer import Detokenizer
-from et_moe.serving.engine import check_folder, load_engine
+from et_moe.serving.engine import load_engine, load_tokenizer
 from et_moe.serving.generation_config import read_sampling_defaults
 from et_moe.serving.interface import Event, QueueFullError, TokenLogprob
 from et_moe.serving.output_parser import StopStrings
@@ -83,7 +83,8 @@ class _Answer:
         if event.prompt_logprobs is not None:
             self._request.prompt_logprobs = list(event.prompt_logprobs)
         if event.logprobs is not None:
-            output.logprobs = [*(output.logprobs or ()), *event.logprobs]
+            output.logprobs = output.logprobs or []
+            output.logprobs += event.logprobs
         output.token_ids += event.token_ids
         text = self._stops.feed(self._detokenizer.feed(event.token_ids))
         if event.finish_reason is not None:
@@ -108,8 +109,7 @@ class LLM:
 
     def __init__(self, program: str | Path, **engine_options: Any) -> None:
         folder = Path(program)
-        check_folder(folder)
-        self.tokenizer = Tokenizer(str(folder / "tokenizer.json"))
+        self.tokenizer = load_tokenizer(folder)
         self._chat_template = read_chat_template(folder)
         self._defaults = SamplingParams(**read_sampling_defaults(folder))
         self.engine = load_engine(folder, **engine_options)

@@ -46,15 +46,18 @@ class Runner:
 
     binary: Path
 
-    def run(self, program: Path, *flags: str, check: bool = True) -> subprocess.CompletedProcess:
-        """Runs it on the `model.pte` and `model.ptd` of a directory."""
+    def run(
+        self, program: Path, *flags: str, check: bool = True, **options
+    ) -> subprocess.CompletedProcess:
+        """Runs it on the `model.pte` and `model.ptd` of a directory, with options of
+        `subprocess.run`."""
         command = [
             self.binary,
             f"--model_path={program / 'model.pte'}",
             f"--data_path={program / 'model.ptd'}",
             *flags,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
         if check:
             assert done.returncode == 0, done.stderr
         return done

@@ -19,9 +19,7 @@ def run(runner, tiny_program: Path, tmp_path: Path):
         (tmp_path / name).write_bytes((tiny_program / name).read_bytes())
 
     def run(*flags: str, **options) -> subprocess.CompletedProcess:
-        command = [runner.binary, f"--model_path={tmp_path / 'model.pte'}"]
-        command += [f"--data_path={tmp_path / 'model.ptd'}", *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+        return runner.run(tmp_path, *flags, check=False, **options)
 
     return run
 

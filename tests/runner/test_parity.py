@@ -114,29 +114,35 @@ def case(request, tmp_path_factory):
     return model, folder / "program"
 
 
-def _prompt(model, length: int) -> torch.Tensor:
+def random_prompt(model, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(length)
     return torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
+
+
+def greedy_tokens(model, prompt: torch.Tensor) -> list[int]:
+    """What Hugging Face's model generates after a prompt."""
+    with torch.no_grad():
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
+    return generated[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
 def test_greedy_tokens_equal_hugging_face(case, runner, length: int) -> None:
     model, program = case
-    prompt = _prompt(model, length)
-    with torch.no_grad():
-        expected = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )[0, length:].tolist()
+    prompt = random_prompt(model, length)
+    expected = greedy_tokens(model, prompt)
     assert runner.generate(program, prompt[0].tolist(), NEW_TOKENS) == expected
 
 
 def test_greedy_tokens_of_a_prompt_in_parts(case, runner, run_engine) -> None:
     """Pieces of a prompt begin where it was cut: in a chunk, at its end, after a single token."""
     model, program = case
-    prompt = _prompt(model, 90)[0].tolist()
+    prompt = random_prompt(model, 90)[0].tolist()
     whole = runner.generate(program, prompt, NEW_TOKENS)
     for cut in (1, 30, 64, 89):
         _, rest = run_engine(
@@ -149,7 +155,7 @@ def test_greedy_tokens_of_a_prompt_in_parts(case, runner, run_engine) -> None:
 
 def test_log_probabilities_within_1e_3(case, runner) -> None:
     model, program = case
-    ids = _prompt(model, 130)
+    ids = random_prompt(model, 130)
     with torch.no_grad():
         expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     scored = torch.tensor(runner.score(program, ids[0].tolist()))
@@ -159,7 +165,7 @@ def test_log_probabilities_within_1e_3(case, runner) -> None:
 def test_prefill_and_token_by_token_reach_the_same_state(case, runner, tmp_path: Path) -> None:
     """The continuation depends on every state tensor: equal logits mean equal state."""
     model, program = case
-    ids = _prompt(model, 90)[0].tolist()
+    ids = random_prompt(model, 90)[0].tolist()
     continued = runner.generate(program, ids, 40)
     # Scoring feeds token by token; its log-probabilities of the greedy tokens are the largest.
     scored = runner.score(program, ids + continued)[len(ids) - 1 :]

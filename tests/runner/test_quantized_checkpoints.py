@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import COMPRESSED_TENSORS, GPTQ, to_compressed_tensors, to_gptq, write
 from safetensors.torch import load_file
-from test_parity import BASE, NEW_TOKENS
+from test_parity import BASE, NEW_TOKENS, greedy_tokens, random_prompt
 from test_w4a8 import eager_logits
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
@@ -71,15 +71,8 @@ def test_greedy_tokens_equal_hugging_face(case, runner) -> None:
     options = ExportOptions(dtype=torch.float32, activation_dtype="bf16")
     export(source, folder / "program", options)
     for length in (1, 7, 65):
-        generator = torch.Generator().manual_seed(length)
-        prompt = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
-        with torch.no_grad():
-            expected = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )[0, length:].tolist()
+        prompt = random_prompt(model, length)
+        expected = greedy_tokens(model, prompt)
         assert runner.generate(folder / "program", prompt[0].tolist(), NEW_TOKENS) == expected
 
 

@@ -152,7 +152,7 @@ bool CompiledMethod::copy_outputs(const Calls& calls, const HostTensors& tensors
   const std::vector<std::string>* wanted = CallScope::options().outputs;
   bool any = false;
   for (size_t i = 0; i < tensors.outputs.size(); ++i) {
-    const TensorSpec spec = with_length(info_.spec.outputs[i], tensors.length);
+    const OutputSpec& spec = info_.spec.outputs[i];
     if (info_.hand_over && info_.hand_over->token == i) continue;
     if (wanted && std::find(wanted->begin(), wanted->end(), spec.name) == wanted->end()) continue;
     if (context_->last_ != &calls) {
@@ -160,8 +160,9 @@ bool CompiledMethod::copy_outputs(const Calls& calls, const HostTensors& tensors
                                                    " of a call that ran ahead is gone: another "
                                                    "session has made a call since");
     }
-    ET_MOE_CUDA(cudaMemcpyAsync(tensors.outputs[i], calls.outputs[i], spec.nbytes(),
-                                cudaMemcpyDeviceToHost, context_->stream_.get()));
+    const size_t size = with_length(spec, tensors.length).nbytes();
+    ET_MOE_CUDA(cudaMemcpyAsync(tensors.outputs[i], calls.outputs[i], size, cudaMemcpyDeviceToHost,
+                                context_->stream_.get()));
     any = true;
   }
   return any;

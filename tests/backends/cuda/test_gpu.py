@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from torch._inductor.runtime.hints import DeviceProperties
 from et_moe.backends.cuda import gpu
 from et_moe.backends.cuda.build import toolchain
 from et_moe.backends.cuda.errors import ToolchainError
-from et_moe.backends.cuda.gpu import ARCHS, GPUS, default_archs, gpu_for, pretend_gpu
+from et_moe.backends.cuda.gpu import ARCHS, GPUS, TWINS, default_archs, gpu_for, pretend_gpu
+
+REPO = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +45,13 @@ def test_table():
     assert gpu_for("sm_90").name == "NVIDIA H200"
     assert gpu_for("sm_90").shared_memory_per_block == 232448
     assert gpu_for("sm_120").shared_memory_per_block == 101376
+
+
+def test_the_delegate_advises_what_export_accepts():
+    """It cannot ask the exporter, and has a list of its own."""
+    source = (REPO / "backends/cuda/runtime/metadata.cpp").read_text()
+    names = re.search(r"exported = \{(.*?)\}", source, re.DOTALL)[1]
+    assert set(re.findall(r'"(\w+)"', names)) == {*ARCHS, *TWINS}
 
 
 def test_twins_share_limits_and_tuning():
