@@ -33,7 +33,8 @@ class Int4Format:
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._tensors = tensors
         ends = tuple(f".{suffix}" for suffix in (self.VALUES, self.SCALE, *self.FURTHER))
-        modules = {n.removesuffix(ends[0]) for n in tensors if n.endswith(ends[0])}
+        # A list, not a set: the order decides which of two tensors at odds a message names first.
+        modules = [n.removesuffix(ends[0]) for n in tensors if n.endswith(ends[0])]
         # A quantized module keeps what has none of these names, such as a bias.
         own = {f"{module}{end}" for module in modules for end in ends}
         self._modules = {f"{module}.weight": module for module in modules}
