@@ -21,10 +21,12 @@ from et_moe.backends.ops.quantization import (
     unpack_int4,
 )
 from et_moe.backends.ops.sampling import sample
+from et_moe.backends.ops.sequences import PAGE_SIZE
 
 __all__ = [
     "ACTIVATION_TILE",
     "GROUP_SIZES",
+    "PAGE_SIZE",
     "SCALE_DTYPES",
     "attention",
     "causal_conv1d",

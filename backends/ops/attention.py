@@ -4,6 +4,7 @@ import torch
 
 from et_moe.backends.ops.library import declare
 from et_moe.backends.ops.linear import rms_norm
+from et_moe.backends.ops.sequences import PAGE_SIZE, sequence_rows
 
 
 def apply_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
@@ -20,9 +21,9 @@ def apply_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor)
 
 
 def _attention_fake(
-    qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, position, eps=1e-6, num_tokens=None
+    qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, pages, positions, eps=1e-6, num_tokens=None
 ):
-    kv_heads, _, head_dim = k_cache.shape
+    _, kv_heads, _, head_dim = k_cache.shape
     return qkv.new_empty((qkv.shape[0], (qkv.shape[1] - 2 * kv_heads * head_dim) // 2))
 
 
@@ -34,47 +35,64 @@ def attention(
     inv_freq: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    position: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Everything of a full attention layer between its input and output projections.
 
     q and k are RMS-normed per head (zero-centred weights) and rotated, k and v are appended to the
-    cache at `position`, token t attends to cache rows 0..position+t with scale D^-0.5, and the
-    result is multiplied by sigmoid(gate).
+    cache of their sequence at its position, row r attends to that sequence's tokens 0..position+r
+    with scale D^-0.5, and the result is multiplied by sigmoid(gate). See `sequences.py`.
 
     Args:
-        qkv: float `[T, 2 Hq D + 2 Hkv D]`: per query head [q (D) | gate (D)], then k, then v.
+        qkv: float `[B R, 2 Hq D + 2 Hkv D]`: per query head [q (D) | gate (D)], then k, then v.
         q_norm, k_norm: float `[D]`. inv_freq: `float32 [R]`, 2R <= D.
-        k_cache, v_cache: `[Hkv, S, D]` in qkv's dtype, updated in place (rows of valid tokens).
-        position: `int64 [1]`, of the first token; position + valid tokens <= S.
-        num_tokens: `int64 [1]` or None for T; later rows are padding and their output is undefined.
+        k_cache, v_cache: `[P, Hkv, 64, D]` in qkv's dtype, updated in place (tokens of valid rows).
+        pages: `int32 [B, M]`. positions: `int64 [B]`, of each sequence's first row; position +
+            valid rows <= 64 M.
+        num_tokens: `int64 [B]` or None for R; further rows are padding with undefined outputs.
 
     Returns:
-        `[T, Hq D]` in qkv's dtype, computed in fp32 from the cached (rounded) k and v.
+        `[B R, Hq D]` in qkv's dtype, computed in fp32 from the cached (rounded) k and v.
     """
-    tokens = qkv.shape[0]
-    kv_heads, capacity, dim = k_cache.shape
-    valid = tokens if num_tokens is None else min(tokens, int(num_tokens))
-    start = int(position)
-    if start < 0 or start + valid > capacity:
-        raise ValueError(f"tokens {start}..{start + valid - 1} do not fit a cache of {capacity}")
+    _, kv_heads, _, dim = k_cache.shape
     values = kv_heads * dim
-    q_and_gate, k, v = qkv.float().split((qkv.shape[1] - 2 * values, values, values), dim=-1)
-    q, gate = q_and_gate.reshape(tokens, -1, 2 * dim).chunk(2, dim=-1)
-    positions = torch.arange(start, start + tokens, device=qkv.device)
-    q = apply_rope(rms_norm(q, q_norm, eps), positions, inv_freq)
-    k = apply_rope(rms_norm(k.reshape(tokens, kv_heads, dim), k_norm, eps), positions, inv_freq)
-    end = start + valid
-    k_cache[:, start:end] = k[:valid].transpose(0, 1).to(k_cache.dtype)
-    v_cache[:, start:end] = (
-        v[:valid].reshape(valid, kv_heads, dim).transpose(0, 1).to(v_cache.dtype)
+    width = (qkv.shape[1] - 2 * values) // 2
+    out = qkv.new_zeros((qkv.shape[0], width), dtype=torch.float32)
+    weights = (q_norm, k_norm, inv_freq)
+    for b, first, valid in sequence_rows(qkv.shape[0], positions.shape[0], num_tokens):
+        rows = slice(first, first + valid)
+        start, end = int(positions[b]), int(positions[b]) + valid
+        if start < 0 or end > PAGE_SIZE * pages.shape[1]:
+            room = f"{pages.shape[1]} pages"
+            raise ValueError(f"tokens {start}..{end - 1} of sequence {b} do not fit {room}")
+        q_and_gate, k, v = qkv[rows].float().split((qkv.shape[1] - 2 * values, values, values), -1)
+        q, gate = q_and_gate.reshape(valid, -1, 2 * dim).chunk(2, dim=-1)
+        token = torch.arange(end, device=qkv.device)
+        page, place = pages[b].long()[token // PAGE_SIZE], token % PAGE_SIZE
+        q, k = _norm_and_rotate(q, k.reshape(valid, kv_heads, dim), token[start:], weights, eps)
+        new = (page[start:], slice(None), place[start:])
+        k_cache[new] = k.to(k_cache.dtype)
+        v_cache[new] = v.reshape(valid, kv_heads, dim).to(v_cache.dtype)
+        keys, vals = k_cache[page, :, place].float(), v_cache[page, :, place].float()
+        out[rows] = (_attend(q, keys, vals, token[start:]) * gate.sigmoid()).reshape(valid, -1)
+    return out.to(qkv.dtype)
+
+
+def _norm_and_rotate(q, k, positions, weights, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    q_norm, k_norm, inv_freq = weights
+    return (
+        apply_rope(rms_norm(q, q_norm, eps), positions, inv_freq),
+        apply_rope(rms_norm(k, k_norm, eps), positions, inv_freq),
     )
-    group = q.shape[1] // kv_heads
-    keys = k_cache[:, :end].float().repeat_interleave(group, dim=0)
-    vals = v_cache[:, :end].float().repeat_interleave(group, dim=0)
-    scores = torch.einsum("thd,hsd->hts", q, keys) * dim**-0.5
-    future = torch.arange(end, device=qkv.device)[None, :] > positions[:, None]
-    out = torch.einsum("hts,hsd->thd", scores.masked_fill(future, float("-inf")).softmax(-1), vals)
-    return (out * gate.sigmoid()).reshape(tokens, -1).to(qkv.dtype)
+
+
+def _attend(q, keys, values, positions) -> torch.Tensor:
+    """Causal attention `[T, Hq, D]` of q at positions `[T]` to keys and values `[S, Hkv, D]`."""
+    group = q.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    scores = torch.einsum("thd,shd->hts", q, keys) * q.shape[-1] ** -0.5
+    future = torch.arange(len(keys), device=q.device)[None, :] > positions[:, None]
+    return torch.einsum("hts,shd->thd", scores.masked_fill(future, -torch.inf).softmax(-1), values)

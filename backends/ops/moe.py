@@ -16,6 +16,7 @@ from et_moe.backends.ops.quantization import (
     matmul_w4a8,
     quantize_int8,
 )
+from et_moe.backends.ops.sequences import is_padding
 
 
 def _moe_router_fake(
@@ -52,7 +53,8 @@ def moe_router(
         weight: float `[E + 1, H]`: the router's rows, and last the shared expert's gate.
         top_k: routed experts per token.
         num_shared: how many experts of the tables the shared expert occupies (ids from E on).
-        num_tokens: `int64 [1]` or None for T. Rows from num_tokens on are padding.
+        num_tokens: `int64 [B]` or None: how many of each sequence's T / B rows are valid, see
+            `sequences.py`.
         normalize: whether the routed weights of a token add up to 1 (`norm_topk_prob` of a
             Hugging Face configuration).
 
@@ -73,7 +75,7 @@ def moe_router(
     weights = torch.cat((routed, shared), dim=-1)
     ids = torch.cat((ids, shared_ids.expand(x.shape[0], -1)), dim=-1)
     if num_tokens is not None:
-        padding = (torch.arange(x.shape[0], device=x.device) >= num_tokens)[:, None]
+        padding = is_padding(x.shape[0], num_tokens)[:, None]
         weights, ids = weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1)
     return normed, weights, ids.to(torch.int32)
 

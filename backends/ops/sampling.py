@@ -43,8 +43,8 @@ def gumbel(vocabulary: int, position: int, seed: int, device: torch.device) -> t
     return -torch.log(-torch.log(u))
 
 
-def _sample_fake(logits, temperature, top_k, top_p, seed, position):
-    return logits.new_empty((1, 1), dtype=torch.int64)
+def _sample_fake(logits, temperature, top_k, top_p, seed, positions):
+    return logits.new_empty((logits.shape[0], 1), dtype=torch.int64)
 
 
 @declare(_sample_fake)
@@ -54,25 +54,30 @@ def sample(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     seed: torch.Tensor,
-    position: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Draws the next token by Gumbel-max with counter-based noise.
+    """Draws the next token of each of B sequences by Gumbel-max with counter-based noise.
 
     l = logits / temperature. Top-k keeps token i if fewer than k tokens have a larger l (equal
     ones stay together). Top-p then keeps i if the kept tokens with a larger l have a probability
     of less than top_p in all. The result is argmax(l + gumbel), ties to the lowest id.
 
     Args:
-        logits: `float32 [1, V]`.
-        temperature: `float32 [1]`, at least 0; 0 is greedy (argmax, ties to the lowest id).
-        top_k: `int64 [1]`, 0 keeps all. top_p: `float32 [1]` in (0, 1], 1 keeps all.
-        seed: `int64 [1]`. position: `int64 [1]`, of the token before the one drawn: the noise is a
+        logits: `float32 [B, V]`.
+        temperature: `float32 [B]`, at least 0; 0 is greedy (argmax, ties to the lowest id).
+        top_k: `int64 [B]`, 0 keeps all. top_p: `float32 [B]` in (0, 1], 1 keeps all.
+        seed: `int64 [B]`. positions: `int64 [B]`, of the token before the one drawn: the noise is a
             function of seed, position and token id alone.
 
     Returns:
-        `int64 [1, 1]`.
+        `int64 [B, 1]`.
     """
-    row = logits[0].float()
+    parameters = zip(temperature, top_k, top_p, seed, positions, strict=True)
+    return torch.cat([_draw(row.float(), *p) for row, p in zip(logits, parameters, strict=True)])
+
+
+def _draw(row, temperature, top_k, top_p, seed, position) -> torch.Tensor:
+    """The token of one sequence, `int64 [1, 1]`. row: `float32 [V]`; the others are scalars."""
     if float(temperature) == 0.0:
         return row.argmax().reshape(1, 1)
     scaled = row / temperature.float()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from sequences import make_pages, read_cache
 from torch import Tensor
 from transformers import DynamicCache, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
@@ -87,8 +88,9 @@ def test_gated_delta_net(values: dict, calls: tuple[int, ...], padding: int) -> 
     layer = randomize(Qwen3_5MoeGatedDeltaNet(config, 0))
     projection = torch.cat([getattr(layer, f"in_proj_{p}").weight for p in ("qkv", "z", "b", "a")])
     taps = config.linear_conv_kernel_dim
-    conv_state = torch.zeros(taps - 1, layer.conv_dim)
-    state = torch.zeros(layer.num_v_heads, 16, 24)
+    slots, slot = torch.tensor([2], dtype=torch.int32), 2
+    conv_state = torch.zeros(3, taps - 1, layer.conv_dim)
+    state = torch.zeros(3, layer.num_v_heads, 16, 24)
     cache = DynamicCache(config=config)
     for x in pieces(calls):
         expected = layer(x[None], cache_params=cache)[0]
@@ -101,12 +103,14 @@ def test_gated_delta_net(values: dict, calls: tuple[int, ...], padding: int) -> 
             layer.norm.weight,
             conv_state,
             state,
+            slots,
             EPS,
             torch.tensor([len(x)]) if padding else None,
         )
         close(core[: len(x)] @ layer.out_proj.weight.T, expected)
-        close(state, cache.layers[0].recurrent_states[0][0])
-        close(conv_state.T, cache.layers[0].conv_states[0][0][:, -(taps - 1) :])
+        close(state[slot], cache.layers[0].recurrent_states[0][0])
+        close(conv_state[slot].T, cache.layers[0].conv_states[0][0][:, -(taps - 1) :])
+        assert (state[:slot] == 0).all() and (conv_state[:slot] == 0).all()
 
 
 ATTENTIONS = {
@@ -136,9 +140,9 @@ def test_attention(values: dict, rotary: float, calls: tuple[int, ...], padding:
     layer = randomize(Qwen3_5MoeAttention(config, 0))
     rope = Qwen3_5MoeTextRotaryEmbedding(config)
     projection = torch.cat([getattr(layer, f"{p}_proj").weight for p in "qkv"])
-    k_cache = torch.full(
-        (config.num_key_value_heads, capacity, dim), 9.0
-    )  # what lies beyond the tokens must not matter
+    pages, total = make_pages([capacity])
+    # What lies beyond the tokens must not matter.
+    k_cache = torch.full((total, config.num_key_value_heads, ops.PAGE_SIZE, dim), 9.0)
     v_cache = k_cache.clone()
     cache, position = DynamicCache(config=config), 0
     for x in pieces(calls):
@@ -154,6 +158,7 @@ def test_attention(values: dict, rotary: float, calls: tuple[int, ...], padding:
             rope.inv_freq,
             k_cache,
             v_cache,
+            pages,
             torch.tensor([position]),
             EPS,
             torch.tensor([len(x)]) if padding else None,
@@ -161,25 +166,21 @@ def test_attention(values: dict, rotary: float, calls: tuple[int, ...], padding:
         position += len(x)
         close(core[: len(x)] @ layer.o_proj.weight.T, expected)
         for ours, theirs in ((k_cache, cache.layers[0].keys), (v_cache, cache.layers[0].values)):
-            close(ours[:, :position], theirs[0])
-            assert (ours[:, position:] == 9.0).all()
+            close(read_cache(ours, pages[0], position), theirs[0])
+            assert (ours == 9.0).all(-1).all(1).sum() == total * ops.PAGE_SIZE - position
 
 
-def test_attention_refuses_what_does_not_fit_the_cache() -> None:
-    k_cache, v_cache = torch.zeros(1, 8, 4), torch.zeros(1, 8, 4)
-    arguments = [
-        torch.zeros(3, 16),
-        torch.zeros(4),
-        torch.zeros(4),
-        torch.ones(1),
-        k_cache,
-        v_cache,
-    ]
-    for position in (-1, 6, 8):
-        with pytest.raises(ValueError, match=rf"tokens {position}\.\.{position + 2} do not fit a "):
+def test_attention_refuses_what_does_not_fit_the_pages() -> None:
+    cache = torch.zeros(1, 1, ops.PAGE_SIZE, 4)
+    weights = (torch.zeros(4), torch.zeros(4), torch.ones(1))
+    pages = torch.zeros(1, 1, dtype=torch.int32)
+    arguments = [torch.zeros(3, 16), *weights, cache, cache.clone(), pages]
+    for position in (-1, 62, 64):
+        message = rf"tokens {position}\.\.{position + 2} of sequence 0 do not fit 1 pages"
+        with pytest.raises(ValueError, match=message):
             ops.attention(*arguments, torch.tensor([position]))
-    ops.attention(*arguments, torch.tensor([5]))
-    ops.attention(*arguments, torch.tensor([6]), num_tokens=torch.tensor([2]))
+    ops.attention(*arguments, torch.tensor([61]))
+    ops.attention(*arguments, torch.tensor([62]), num_tokens=torch.tensor([2]))
 
 
 def expert_tables(block: Qwen3_5MoeSparseMoeBlock) -> tuple[Tensor, Tensor, int]:
