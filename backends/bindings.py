@@ -3,11 +3,12 @@
 The constant method `get_bindings` of a `.pte` returns one JSON object:
 
     methods   method -> inputs, outputs and hand_over, see `describe_method`
-    state     tensors that belong to one sequence and that methods update in place
+    state     tensors that sequences share and that methods update in place
     weights   tensors of the `.ptd`, shared by all methods
 
 A tensor is an object with `name`, `dtype` and `shape`. Where a dimension varies from call to call
-`shape` has its upper bounds, and `min_shape` its lower ones. `bindings.h` reads the same.
+`shape` has its upper bounds, and `min_shape` its lower ones. A state tensor has a `pool` besides,
+which its first dimension counts: "pages" or "slots". `bindings.h` reads the same.
 """
 
 import dataclasses
@@ -72,8 +73,17 @@ def describe_method(graph: MethodGraph, first_output: int = 0) -> dict[str, obje
     }
 
 
+def describe_state(graph: MethodGraph) -> list[dict[str, object]]:
+    """The JSON of a method's state, in the order of the graph."""
+    nodes = graph.input_nodes()
+    return [
+        _describe_value(graph, name, nodes[name].meta["val"]) | {"pool": pool}
+        for name, pool in graph.state.items()
+    ]
+
+
 def tensor_spec(graph: MethodGraph, names: list[str]) -> TensorSpec:
-    """Dtypes and shapes of inputs, state or weights of a graph, which must not vary."""
+    """Dtypes and shapes of weights of a graph, which must not vary."""
     nodes = graph.input_nodes()
     values = {name: nodes[name].meta["val"] for name in names}
     return {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
@@ -92,15 +102,17 @@ def get_bindings(
     Raises:
         ValueError: methods differ in state, or in names of weights.
     """
-    specs = [(tensor_spec(graph, graph.state), graph.weights) for graph in graphs.values()]
-    if any(spec != (specs[0][0], list(weights)) for spec in specs):
+    states = [describe_state(graph) for graph in graphs.values()]
+    if any(state != states[0] for state in states) or any(
+        graph.weights != list(weights) for graph in graphs.values()
+    ):
         raise ValueError(f"methods {list(graphs)} differ in state or weights")
     return json.dumps(
         {
             "methods": {
                 name: describe_method(graph, first_outputs[name]) for name, graph in graphs.items()
             },
-            "state": describe_tensors(specs[0][0]),
+            "state": states[0],
             "weights": describe_tensors(weights),
         }
     )

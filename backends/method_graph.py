@@ -7,21 +7,27 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 
+PAGES, SLOTS = "pages", "slots"
+POOLS = (PAGES, SLOTS)
+"""What state tensors are made of, see `ops/sequences.py`: pages of the KV cache, or slots of
+sequences. The first dimension of a state tensor counts them; a runner chooses their number."""
+
+
 @dataclass(frozen=True)
 class HandOver:
-    """How a method that draws a token makes the inputs of its next call, all by name.
+    """How a method that draws tokens makes the inputs of its next call, all by name.
 
-    A backend may start that call before anyone has seen the token.
+    A backend may start that call before anyone has seen the tokens.
 
     Attributes:
-        token: the output that is the next token, `int64 [1, 1]`.
-        tokens: the input that the token becomes, `int64 [1, 1]`.
-        position: the input that grows by one, `int64 [1]`: how many tokens came before.
+        token: the output that is the next token of each sequence, `int64 [B, 1]`.
+        tokens: the input that these become, `int64 [B, 1]`.
+        positions: the input that grows by one, `int64 [B]`: how many tokens came before.
     """
 
     token: str
     tokens: str
-    position: str
+    positions: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +44,19 @@ class MethodGraph:
     not depend on each other.
 
     Attributes:
-        hand_over: of a method that draws a token, how the next call follows; None for any other
+        state: the pool of each state tensor, one of `POOLS`, by name.
+        hand_over: of a method that draws tokens, how the next call follows; None for any other
             method, whose outputs are just returned.
 
     Raises:
         ValueError: names that are not unique, that do not fit the graph in number, or a `hand_over`
-            that names no tensor of its dtype and shape, or belongs to a method whose sizes vary.
+            that names no tensor of its dtype and shape.
     """
 
     program: ExportedProgram
     inputs: list[str]
     outputs: list[str]
-    state: list[str] = field(default_factory=list)
+    state: dict[str, str] = field(default_factory=dict)
     weights: list[str] = field(default_factory=list)
     hand_over: HandOver | None = None
 
@@ -64,6 +71,8 @@ class MethodGraph:
         ):
             if len(given) != found:
                 raise ValueError(f"the graph has {found} {kind}, {len(given)} are named")
+        if unknown := sorted(set(self.state.values()) - set(POOLS)):
+            raise ValueError(f"state lies in {unknown}, expected {list(POOLS)}")
         if self.hand_over is not None:
             _check_hand_over(self, self.hand_over)
 
@@ -107,18 +116,18 @@ def _placeholders(program: ExportedProgram) -> list[Node]:
 
 
 def _check_hand_over(graph: MethodGraph, names: HandOver) -> None:
-    if graph.length() != (1, 1):
-        raise ValueError("hand_over: the method has a size that varies from call to call")
     inputs = {name: node.meta["val"] for name, node in graph.input_nodes().items()}
     inputs = {name: inputs[name] for name in graph.inputs}
+    tokens = inputs.get(names.tokens)
+    count = 1 if tokens is None or tokens.dim() == 0 else tokens.shape[0]
     for kind, name, tensors, shape in (
-        ("output", names.token, graph.output_values(), (1, 1)),
-        ("input", names.tokens, inputs, (1, 1)),
-        ("input", names.position, inputs, (1,)),
+        ("output", names.token, graph.output_values(), [count, 1]),
+        ("input", names.tokens, inputs, [count, 1]),
+        ("input", names.positions, inputs, [count]),
     ):
         if name not in tensors:
             raise ValueError(f"hand_over: the method has no {kind} {name}")
         value = tensors[name]
-        if value.dtype != torch.int64 or tuple(value.shape) != shape:
+        if value.dtype != torch.int64 or [str(s) for s in value.shape] != [str(s) for s in shape]:
             found = f"{value.dtype} {list(value.shape)}"
-            raise ValueError(f"hand_over: {kind} {name} is {found}, expected int64 {list(shape)}")
+            raise ValueError(f"hand_over: {kind} {name} is {found}, expected int64 {shape}")

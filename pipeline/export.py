@@ -12,13 +12,14 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 from et_moe.backends.atomic_file import write_file
-from et_moe.backends.method_graph import MethodGraph
+from et_moe.backends.method_graph import PAGES, POOLS, SLOTS, MethodGraph
+from et_moe.backends.ops import PAGE_SIZE
 from et_moe.backends.sealed_file import FINGERPRINT, LAYOUT, PtdWriter, write_sealed
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
 from et_moe.pipeline.locks import sole_writer
-from et_moe.pipeline.models import Graph, Input, model_of
+from et_moe.pipeline.models import Graph, Input, Sizes, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
     meta_graph,
@@ -28,9 +29,13 @@ from et_moe.pipeline.quantize import (
 from et_moe.pipeline.storage import STORAGES, Precision, Storages, storages_to_json
 from et_moe.pipeline.tokenizer import check_tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_PREFILL_TOKENS = 2048
 """Longest prompt piece of one prefill call; a runner feeds longer prompts piece by piece."""
+MAX_SEQUENCES = 256
+"""Most sequences of one decode call that are supported."""
+POOL_LIMIT = 1 << 20
+"""Most pages, or slots, of a state pool."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,32 +61,37 @@ EXAMPLE_SIZE = 8
 
 
 def _example(given: Input) -> Tensor:
-    sizes = (s if isinstance(s, int) else min(EXAMPLE_SIZE, s[1]) for s in given.shape)
+    sizes = (s if isinstance(s, int) else min(EXAMPLE_SIZE, s.high) for s in given.shape)
     return torch.empty(tuple(sizes), dtype=given.dtype)
 
 
 def _dynamic(given: Input) -> dict[int, Dim] | None:
     """The dimensions of an input that vary, as torch.export wants them."""
     ranges = {i: s for i, s in enumerate(given.shape) if not isinstance(s, int)}
-    dims = {i: Dim(f"from_{r[0]}_to_{r[1]}", min=r[0], max=r[1]) for i, r in ranges.items()}
+    dims = {i: Dim(f"from_{r.low}_to_{r.high}", min=r.low, max=r.high) for i, r in ranges.items()}
     return dims or None
 
 
-def build_graphs(config: Config, precision: Precision, max_seq_len: int) -> dict[str, MethodGraph]:
+def _pool_dims() -> dict[str, Dim]:
+    return {pool: Dim(f"{pool}_in_pool", min=1, max=POOL_LIMIT) for pool in POOLS}
+
+
+def build_graphs(config: Config, precision: Precision, sizes: Sizes) -> dict[str, MethodGraph]:
     """Exports the model's methods.
 
     Works on fake tensors: no weight is allocated, whatever the model's size.
     """
     graph = meta_graph(config, precision)
     spec = parameter_spec(graph)
-    methods = model_of(config).methods(config, max_prefill_tokens(max_seq_len))
+    state_spec, pools = graph.state_spec(), _pool_dims()
+    methods = model_of(config).methods(config, sizes)
     graphs = {}
     for method, given in methods.items():
         with FakeTensorMode():
             inputs = [_example(i) for i in given.inputs]
             state = {
-                name: torch.empty(shape, dtype=kind)
-                for name, (kind, shape) in graph.state_spec(max_seq_len).items()
+                name: torch.empty((EXAMPLE_SIZE + 1, *given.shape), dtype=given.dtype)
+                for name, given in state_spec.items()
             }
             weights = {n: torch.empty(shape, dtype=kind) for n, (kind, shape) in spec.items()}
         program = torch.export.export(
@@ -89,7 +99,7 @@ def build_graphs(config: Config, precision: Precision, max_seq_len: int) -> dict
             (inputs, state, weights),
             dynamic_shapes=(
                 [_dynamic(i) for i in given.inputs],
-                dict.fromkeys(state),
+                {name: {0: pools[given.pool]} for name, given in state_spec.items()},
                 dict.fromkeys(weights),
             ),
             strict=False,
@@ -98,24 +108,30 @@ def build_graphs(config: Config, precision: Precision, max_seq_len: int) -> dict
             program=program,
             inputs=[i.name for i in given.inputs],
             outputs=list(given.outputs),
-            state=list(state),
+            state={name: given.pool for name, given in state_spec.items()},
             weights=list(weights),
             hand_over=given.hand_over,
         )
     return graphs
 
 
-def max_prefill_tokens(max_seq_len: int) -> int:
-    """Upper bound of the token dimension of `prefill`."""
-    return min(max_seq_len, MAX_PREFILL_TOKENS)
+def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
+    """The sizes of a program; a ConfigError names the flag that asks for what cannot be had."""
+    max_seq_len = resolve_max_seq_len(config, options.max_seq_len)
+    if not 1 <= options.max_sequences <= MAX_SEQUENCES:
+        raise ConfigError(f"--max-sequences {options.max_sequences}: expected 1 to {MAX_SEQUENCES}")
+    return Sizes(max_seq_len, min(max_seq_len, MAX_PREFILL_TOKENS), options.max_sequences)
 
 
-def constant_methods(config: Config, precision: Precision, max_seq_len: int) -> dict[str, object]:
+def constant_methods(config: Config, precision: Precision, sizes: Sizes) -> dict[str, object]:
     """Methods without inputs that tell a runner about the model (ExecuTorch's names)."""
     quantization = storages_to_json(precision.storages)
     return {
-        "get_max_seq_len": max_seq_len,
-        "get_max_prefill_tokens": max_prefill_tokens(max_seq_len),
+        "get_max_seq_len": sizes.max_seq_len,
+        "get_max_prefill_tokens": sizes.max_prefill_tokens,
+        "get_max_sequences": sizes.max_sequences,
+        "get_page_size": PAGE_SIZE,
+        "get_max_pages": sizes.max_pages,
         "get_vocab_size": config.vocab_size,
         "get_n_layers": config.num_hidden_layers,
         "get_eos_ids": json.dumps(list(config.eos_token_ids)),
@@ -151,8 +167,9 @@ class ExportOptions:
         backend: "cpu" or "cuda".
         dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
         activation_dtype: "int8" or "bf16", of the inputs of INT4 layers, see `Precision`.
-        max_seq_len: capacity of the KV cache, prompt and generated tokens together; None for the
+        max_seq_len: most tokens of a sequence, prompt and generated ones together; None for the
             model's own limit, at most 4096.
+        max_sequences: most sequences of one decode call, at most 256.
         cuda_archs: architectures to compile for, such as "sm_90".
         cache_dir: where compiled CUDA code is kept for the next export; None for nowhere.
         debug_sidecar: also write `kernels.json`, the source of every CUDA kernel.
@@ -162,6 +179,7 @@ class ExportOptions:
     dtype: torch.dtype = torch.float32
     activation_dtype: str = "int8"
     max_seq_len: int | None = None
+    max_sequences: int = 32
     cuda_archs: tuple[str, ...] = ()
     cache_dir: Path | None = None
     debug_sidecar: bool = False
@@ -216,9 +234,9 @@ def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGra
     """The methods' graphs and the constant methods."""
     _check_kernels(target, options.backend)
     precision = Precision(target.storages, options.activation_dtype, options.dtype)
-    max_seq_len = resolve_max_seq_len(target.config, options.max_seq_len)
-    graphs = build_graphs(target.config, precision, max_seq_len)
-    constants = constant_methods(target.config, precision, max_seq_len)
+    sizes = resolve_sizes(target.config, options)
+    graphs = build_graphs(target.config, precision, sizes)
+    constants = constant_methods(target.config, precision, sizes)
     return graphs, constants | {"get_fingerprint": fingerprint(target, options)}
 
 
@@ -241,7 +259,9 @@ def lower(target: Target, options: ExportOptions):
     if options.backend == "cuda":
         from et_moe.backends.cuda import backend as cuda
 
-        return cuda.lower(graphs, list(options.cuda_archs), constants, options.cache_dir)
+        own_pool = {PAGES: constants["get_max_pages"], SLOTS: 1}
+        archs = list(options.cuda_archs)
+        return cuda.lower(graphs, archs, constants, options.cache_dir, own_pool)
     from et_moe.backends.cpu import lowering as cpu
 
     return cpu.lower(graphs, constants)

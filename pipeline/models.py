@@ -8,12 +8,13 @@ import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from et_moe.backends.method_graph import HandOver
+from et_moe.backends.ops import PAGE_SIZE
 from et_moe.pipeline.codes import CODES
 from et_moe.pipeline.config import Config, ConfigError, end_of_turn, read_json, warn
 from et_moe.pipeline.storage import Precision
@@ -46,6 +47,47 @@ def join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(tuple(tensors), dim)
 
 
+class Range(NamedTuple):
+    """A size that varies from call to call, from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a program is to take.
+
+    Attributes:
+        max_seq_len: most tokens of a sequence, prompt and generated ones together.
+        max_prefill_tokens: most tokens of one prefill call, at least 2.
+        max_sequences: most sequences of one decode call.
+    """
+
+    max_seq_len: int
+    max_prefill_tokens: int
+    max_sequences: int
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the KV cache that the longest sequence takes."""
+        return -(-self.max_seq_len // PAGE_SIZE)
+
+
+class StateTensor(NamedTuple):
+    """State of all sequences, `[P, *shape]`: the first dimension is that of a pool, whose size is
+    chosen when a program is loaded.
+
+    Attributes:
+        pool: one of `method_graph.POOLS`.
+        shape: of one page or slot.
+    """
+
+    dtype: torch.dtype
+    pool: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Input:
     """A runtime input of a method.
@@ -53,13 +95,13 @@ class Input:
     Attributes:
         name: of the model's argument.
         dtype: of the tensor.
-        shape: sizes; one that varies from call to call is (smallest, largest), and the same one
-            wherever a method has these limits.
+        shape: sizes; one that varies from call to call is a range, and the same one wherever a
+            method has this range.
     """
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int | tuple[int, int], ...]
+    shape: tuple[int | Range, ...]
 
 
 @dataclass(frozen=True)
@@ -115,8 +157,8 @@ class Graph(nn.Module):
     first layer and those behind the last one make up a group each.
     """
 
-    def state_spec(self, max_seq_len: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every state tensor of a sequence; it starts with zeros."""
+    def state_spec(self) -> dict[str, StateTensor]:
+        """Every state tensor by name; a sequence starts with a slot of zeros."""
         raise NotImplementedError
 
 
@@ -170,7 +212,7 @@ class Model(Protocol):
         """The graph with its parameters, on the current default device."""
         ...
 
-    def methods(self, config: Any, max_prefill_tokens: int) -> dict[str, Method]:
+    def methods(self, config: Any, sizes: Sizes) -> dict[str, Method]:
         """The methods of a program by name."""
         ...
 

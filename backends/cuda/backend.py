@@ -32,14 +32,19 @@ from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, Par
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import Dim, ExportedProgram
 
-from et_moe.backends.bindings import describe_method, describe_tensors, get_bindings, tensor_spec
+from et_moe.backends.bindings import (
+    describe_method,
+    describe_state,
+    describe_tensors,
+    get_bindings,
+)
 from et_moe.backends.cuda.code_cache import CodeCache, compile_cached, open_cache
 from et_moe.backends.cuda.compile import CompiledMethod, CompiledRange
 from et_moe.backends.cuda.gpu import gpu_for
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, WeightPlan, plan_weights
 from et_moe.backends.method_graph import MethodGraph
 
-FORMAT = 4
+FORMAT = 5
 """Version of the delegate's JSON."""
 
 ALIGNMENT = 256
@@ -54,6 +59,7 @@ class _Lowering:
     plan: WeightPlan
     archs: tuple[str, ...]
     cache: CodeCache | None
+    own_pool: Mapping[str, int]
     compiled: dict[str, dict[str, CompiledMethod]]
 
 
@@ -104,7 +110,10 @@ class EtMoeCudaBackend(BackendDetails):
                 store.add_named_data(digest, binary, alignment=16)
             compiled[arch] = code
         return PreprocessResult(
-            processed_bytes=json.dumps(describe(method, graph, lowering.plan, compiled)).encode(),
+            processed_bytes=json.dumps(
+                describe(method, graph, lowering.plan, compiled)
+                | {"own_pool": dict(lowering.own_pool)}
+            ).encode(),
             debug_handle_map={},
             data_store_output=store.get_named_data_store_output(),
         )
@@ -141,16 +150,16 @@ def describe(
     Tensors, inputs, outputs and `hand_over` are described as in `get_bindings`, see
     `backends/bindings.py`. The code takes `inputs`, `state` and `weights` in this order and returns
     `outputs`. For each architecture there is code for each range of the size that varies from call
-    to call, by rising `longest`, the largest size of a range. Where a method hands over its token,
-    the code takes `drawn`, `int64 [2]`, behind all others: the token of a call at position p is
-    left in drawn[p % 2], too, and the inputs that `hand_over` names are left as the next call takes
-    them.
+    to call, by rising `longest`, the largest size of a range. Where a method hands over its tokens,
+    the code takes `drawn`, `int64 [2, B]`, behind all others: the token of sequence b at position p
+    is left in drawn[p % 2, b], too, and the inputs that `hand_over` names are left as the next call
+    takes them.
     """
     return {
         "format": FORMAT,
         "method": method,
         **describe_method(graph),
-        "state": describe_tensors(tensor_spec(graph, graph.state)),
+        "state": describe_state(graph),
         "weights": describe_tensors({name: plan.spec[name] for name in graph.weights}),
         "alignment": ALIGNMENT,
         "prepack": PREPACK_VERSION,
@@ -263,6 +272,7 @@ def lower(
     archs: list[str],
     constant_methods: dict[str, object],
     cache_dir: Path | None,
+    own_pool: Mapping[str, int],
 ) -> LoweredProgram:
     """Compiles methods for CUDA architectures and puts them into a `.pte`.
 
@@ -271,6 +281,8 @@ def lower(
         archs: of `gpu.ARCHS`, at least one.
         constant_methods: further methods without inputs: ints and strings.
         cache_dir: folder of compiled code that is reused and kept, see `code_cache`; None for none.
+        own_pool: pages and slots of the state that a delegate has for callers that choose no number
+            themselves, by pool.
 
     Raises:
         ValueError: an unknown architecture, none at all, methods that differ in state or a weight,
@@ -285,7 +297,8 @@ def lower(
         _check_shapes(name, graph)
     plan = plan_weights(methods)
     cache = open_cache(cache_dir)
-    lowering = _Lowering(methods, plan, tuple(dict.fromkeys(archs)), cache, compiled={})
+    own_archs = tuple(dict.fromkeys(archs))
+    lowering = _Lowering(methods, plan, own_archs, cache, own_pool, compiled={})
     constants = {
         **constant_methods,
         "get_backend": json.dumps("cuda"),

@@ -119,8 +119,10 @@ def _retarget(
                 continue
             nodes[name := next(names)] = node
             dtype, shape = plan.spec.get(name, (value.dtype, value.shape))
+            # The code never sees how large a pool is: kernels follow the numbers of pages and slots.
+            free = graph.bounds(shape[0])[1] if name in graph.state else size
             with fake_mode:
-                sizes = [s if isinstance(s, int) else size for s in shape]
+                sizes = [s if isinstance(s, int) else free for s in shape]
                 node.meta["val"] = torch.empty(sizes, dtype=dtype, device=device)
             inputs.append(node.meta["val"])
         if node.op != "call_function":
@@ -154,12 +156,13 @@ def _end_with_hand_over(
     tokens, last = inputs[names.tokens], list(inputs.values())[-1]
     with graph.inserting_after(last):
         drawn = graph.placeholder("drawn")
-    with tokens.meta["val"].fake_mode:
-        value = torch.empty(2, dtype=torch.int64, device=tokens.meta["val"].device)
+    given = tokens.meta["val"]
+    with given.fake_mode:
+        value = torch.empty((2, given.shape[0]), dtype=torch.int64, device=given.device)
     drawn.meta["val"] = value
     with graph.inserting_before(graph.output_node()):
         graph.call_function(
-            hand_over, (results[names.token], inputs[names.position], drawn, tokens)
+            hand_over, (results[names.token], inputs[names.positions], drawn, tokens)
         )
     return value
 
@@ -185,7 +188,7 @@ def check_in_place(source: str, graph: MethodGraph) -> None:
     if graph.hand_over is None:
         return
     handed = [words for kernel, words in calls if kernel.startswith(_hand_over_kernel.__name__)]
-    wanted = {passed[graph.hand_over.position], passed[graph.hand_over.tokens]}
+    wanted = {passed[graph.hand_over.positions], passed[graph.hand_over.tokens]}
     wanted.add(f"arg{len(passed)}_1")  # `drawn`, behind all others
     if len(handed) != 1 or not wanted <= handed[0]:
         raise RuntimeError("the token is not handed over in place")

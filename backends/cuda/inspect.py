@@ -110,8 +110,9 @@ def print_tables(description: dict) -> None:
             for tensor in method[f"{kind}s"]:
                 use = _hand_over_text(method["hand_over"], tensor["name"])
                 calls.add_row(name, kind, tensor["name"] + use, tensor["dtype"], _shape(tensor))
+        own_pool = method["own_pool"]
         for kind in ("inputs", "state", "weights", "outputs"):
-            size = sum(_nbytes(tensor) for tensor in method[kind])
+            size = sum(_nbytes(tensor, own_pool) for tensor in method[kind])
             tensors.add_row(name, kind, str(len(method[kind])), f"{size:,}")
     for table in (code, *kernels, calls, tensors):
         console.print(table)
@@ -137,7 +138,7 @@ def _hand_over_text(hand_over: dict | None, name: str) -> str:
     uses = {
         token: " (handed over)",
         hand_over["tokens"]: f" (next: {token})",
-        hand_over["position"]: " (next: + 1)",
+        hand_over["positions"]: " (next: + 1)",
     }
     return uses.get(name, "")
 
@@ -149,5 +150,7 @@ def _shape(tensor: dict) -> str:
     return f"[{', '.join(str(h) if lo == h else f'{lo}..{h}' for lo, h in sizes)}]"
 
 
-def _nbytes(tensor: dict) -> int:
-    return math.prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize
+def _nbytes(tensor: dict, own_pool: dict[str, int]) -> int:
+    """Bytes of the largest shape; of state those of one sequence, the longest."""
+    count = own_pool.get(tensor.get("pool"), tensor["shape"][0] if tensor["shape"] else 1)
+    return count * math.prod(tensor["shape"][1:]) * getattr(torch, tensor["dtype"]).itemsize

@@ -1,21 +1,40 @@
 """Qwen3.5 MoE as a graph of `et_moe` ops.
 
-One sequence, no batch dimension. Parameters carry the names of a bundle; the state (KV cache,
-convolution and recurrent state) is passed in and updated in place. A model that differs in a layer
-overrides the method of `DecoderLayer` that makes it.
+Rows of sequences, see `backends/ops/sequences.py`. Parameters carry the names of a bundle; the state
+(KV cache, convolution and recurrent state) is passed in and updated in place. A model that differs
+in a layer overrides the method of `DecoderLayer` that makes it.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from et_moe.backends.method_graph import PAGES, SLOTS
+from et_moe.backends.ops import PAGE_SIZE
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.pipeline.layers import Embedding, Experts, Linear, Weight, parameter
-from et_moe.pipeline.models import Graph
+from et_moe.pipeline.models import Graph, StateTensor
 from et_moe.pipeline.storage import Precision
 
 et = torch.ops.et_moe
 
 State = dict[str, Tensor]
+
+
+class Places(NamedTuple):
+    """Where the rows of a call belong.
+
+    Attributes:
+        positions: `int64 [B]`, of each sequence's first row.
+        slots: `int32 [B]`. pages: `int32 [B, M]`.
+        num_tokens: `int64 [B]`, or None if all rows are valid.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    pages: Tensor
+    num_tokens: Tensor | None
 
 
 class GatedDeltaNet(nn.Module):
@@ -33,9 +52,7 @@ class GatedDeltaNet(nn.Module):
         self.norm = Weight(c.linear_value_head_dim, dtype=p.dtype)
         self.out_proj = Linear(f"{name}.out_proj", part, values, c.hidden_size, self.eps, p)
 
-    def forward(
-        self, x: Tensor, norm: Tensor, position: Tensor, num_tokens: Tensor | None, state: State
-    ) -> Tensor:
+    def forward(self, x: Tensor, norm: Tensor, places: Places, state: State) -> Tensor:
         core = et.gated_delta_net(
             self.in_proj(x, norm),
             self.conv1d.weight,
@@ -44,8 +61,9 @@ class GatedDeltaNet(nn.Module):
             self.norm.weight,
             state[f"{self.name}.conv_state"],
             state[f"{self.name}.recurrent_state"],
+            places.slots,
             self.eps,
-            num_tokens,
+            places.num_tokens,
         )
         return self.out_proj(core, residual=x)
 
@@ -66,9 +84,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(f"{name}.o_proj", part, queries, c.hidden_size, self.eps, p)
         self.inv_freq = parameter(c.rotary_dim // 2, dtype=torch.float32)
 
-    def forward(
-        self, x: Tensor, norm: Tensor, position: Tensor, num_tokens: Tensor | None, state: State
-    ) -> Tensor:
+    def forward(self, x: Tensor, norm: Tensor, places: Places, state: State) -> Tensor:
         core = et.attention(
             self.qkv_proj(x, norm),
             self.q_norm.weight,
@@ -76,9 +92,10 @@ class Attention(nn.Module):
             self.inv_freq,
             state[f"{self.name}.k_cache"],
             state[f"{self.name}.v_cache"],
-            position,
+            places.pages,
+            places.positions,
             self.eps,
-            num_tokens,
+            places.num_tokens,
         )
         return self.o_proj(core, residual=x)
 
@@ -133,12 +150,10 @@ class DecoderLayer(nn.Module):
         """The layer's MLP: a module called as `SparseMoe` is."""
         return SparseMoe(c, name, p)
 
-    def forward(
-        self, x: Tensor, position: Tensor, num_tokens: Tensor | None, state: State
-    ) -> Tensor:
+    def forward(self, x: Tensor, places: Places, state: State) -> Tensor:
         mixer = self.linear_attn if hasattr(self, "linear_attn") else self.self_attn
-        x = mixer(x, self.input_layernorm.weight, position, num_tokens, state)
-        return self.mlp(x, self.post_attention_layernorm.weight, num_tokens)
+        x = mixer(x, self.input_layernorm.weight, places, state)
+        return self.mlp(x, self.post_attention_layernorm.weight, places.num_tokens)
 
 
 class Qwen3_5Moe(Graph):
@@ -162,26 +177,28 @@ class Qwen3_5Moe(Graph):
         self.norm = Weight(hidden, dtype=p.dtype)
         self.lm_head = Linear("lm_head", "head", hidden, vocabulary, c.rms_norm_eps, p)
 
-    def state_spec(self, max_seq_len: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every state tensor; a session starts with zeros."""
+    def state_spec(self) -> dict[str, StateTensor]:
         c, spec = self.config, {}
         heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
+        conv = (c.linear_conv_kernel_dim - 1, c.conv_channels)
+        cache = (c.num_key_value_heads, PAGE_SIZE, c.head_dim)
         for i, kind in enumerate(c.layer_types):
             if kind == "linear_attention":
                 name = f"layers.{i}.linear_attn"
-                conv = (c.linear_conv_kernel_dim - 1, c.conv_channels)
-                spec[f"{name}.conv_state"] = (self.dtype, conv)
-                spec[f"{name}.recurrent_state"] = (torch.float32, heads)
+                spec[f"{name}.conv_state"] = StateTensor(self.dtype, SLOTS, conv)
+                spec[f"{name}.recurrent_state"] = StateTensor(torch.float32, SLOTS, heads)
             else:
-                cache = (c.num_key_value_heads, max_seq_len, c.head_dim)
-                spec[f"layers.{i}.self_attn.k_cache"] = (self.dtype, cache)
-                spec[f"layers.{i}.self_attn.v_cache"] = (self.dtype, cache)
+                name = f"layers.{i}.self_attn"
+                spec[f"{name}.k_cache"] = StateTensor(self.dtype, PAGES, cache)
+                spec[f"{name}.v_cache"] = StateTensor(self.dtype, PAGES, cache)
         return spec
 
     def forward(
         self,
         tokens: Tensor,
-        position: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        pages: Tensor,
         temperature: Tensor,
         top_k: Tensor,
         top_p: Tensor,
@@ -189,24 +206,24 @@ class Qwen3_5Moe(Graph):
         state: State,
         num_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Consumes tokens and draws the next one.
+        """Consumes tokens and draws the next one of each sequence.
 
         Args:
-            tokens: `int64 [1, T]`. position: `int64 [1]`, of the first of them.
-            num_tokens: `int64 [1]`, how many are valid (the rest is padding), or None if T is 1.
-            temperature, top_k, top_p, seed: as in `ops.sample`.
+            tokens: `int64 [B, R]`; B or R is 1. positions: `int64 [B]`, of the first of each R.
+            slots: `int32 [B]`. pages: `int32 [B, M]`.
+            num_tokens: `int64 [B]`, how many are valid (the rest is padding), or None for R.
+            temperature, top_k, top_p, seed: `[B]`, as in `ops.sample`.
             state: tensors of `state_spec`, updated in place.
 
         Returns:
-            The next token `int64 [1, 1]` and its logits `float32 [1, V]`.
+            The next tokens `int64 [B, 1]` and their logits `float32 [B, V]`.
         """
         x = self.embed_tokens(tokens.view(-1))
+        places = Places(positions, slots, pages, num_tokens)
         for layer in self.layers:
-            x = layer(x, position, num_tokens, state)
-        last = x if num_tokens is None else x.index_select(0, num_tokens - 1)
-        # One row: fp32 here keeps logits from being rounded to bfloat16.
-        logits = self.lm_head(last.float(), norm=self.norm.weight)
-        if num_tokens is not None:
-            position = position + (num_tokens - 1)
-        token = et.sample(logits, temperature, top_k, top_p, seed, position)
-        return token, logits
+            x = layer(x, places, state)
+        if tokens.shape[1] != 1 and num_tokens is not None:
+            x, positions = x.index_select(0, num_tokens - 1), positions + (num_tokens - 1)
+        # fp32 here keeps logits from being rounded to bfloat16.
+        logits = self.lm_head(x.float(), norm=self.norm.weight)
+        return et.sample(logits, temperature, top_k, top_p, seed, positions), logits

@@ -11,15 +11,39 @@ from et_moe.examples.qwen3_5_moe.config import DEFAULTS, ModelConfig, parse_conf
 from et_moe.examples.qwen3_5_moe.graph import Qwen3_5Moe
 from et_moe.examples.qwen3_5_moe.presets import PRESETS, preset_files
 from et_moe.examples.qwen3_5_moe.tensors import Tensors, inverse_frequencies, random_values
-from et_moe.pipeline.models import Graph, Input, Method, Parts, PresetFiles, Random, Shapes
+from et_moe.pipeline.models import (
+    Graph,
+    Input,
+    Method,
+    Parts,
+    PresetFiles,
+    Random,
+    Range,
+    Shapes,
+    Sizes,
+)
 from et_moe.pipeline.storage import Precision
 
-SAMPLING = (
-    Input("temperature", torch.float32, (1,)),
-    Input("top_k", torch.int64, (1,)),
-    Input("top_p", torch.float32, (1,)),
-    Input("seed", torch.int64, (1,)),
-)
+
+
+def make_inputs(sequences: int | Range, rows: int | Range, sizes: Sizes) -> tuple[Input, ...]:
+    """The inputs of a method that takes so many sequences with so many rows each."""
+    per_sequence = (sequences,)
+    return (
+        Input("tokens", torch.int64, (sequences, rows)),
+        Input("positions", torch.int64, per_sequence),
+        Input("slots", torch.int32, per_sequence),
+        Input("pages", torch.int32, (sequences, sizes.max_pages)),
+        Input("temperature", torch.float32, per_sequence),
+        Input("top_k", torch.int64, per_sequence),
+        Input("top_p", torch.float32, per_sequence),
+        Input("seed", torch.int64, per_sequence),
+    )
+
+
+def num_tokens(sequences: int | Range) -> Input:
+    """How many rows of each sequence are valid."""
+    return Input("num_tokens", torch.int64, (sequences,))
 
 
 class Qwen3_5MoeModel:
@@ -59,19 +83,19 @@ class Qwen3_5MoeModel:
     def build(self, config: ModelConfig, precision: Precision) -> Graph:
         return Qwen3_5Moe(config, precision)
 
-    def methods(self, config: ModelConfig, max_prefill_tokens: int) -> dict[str, Method]:
-        position, outputs = Input("position", torch.int64, (1,)), ("token", "logits")
-        prefill = (
-            Input("tokens", torch.int64, (1, (2, max_prefill_tokens))),
-            position,
-            Input("num_tokens", torch.int64, (1,)),
-            *SAMPLING,
-        )
-        decode = (Input("tokens", torch.int64, (1, 1)), position, *SAMPLING)
-        return {
-            "prefill": Method(prefill, outputs),
-            "decode": Method(decode, outputs, HandOver("token", "tokens", "position")),
+    def methods(self, config: ModelConfig, sizes: Sizes) -> dict[str, Method]:
+        outputs, next_call = ("token", "logits"), HandOver("token", "tokens", "positions")
+        rows = Range(2, sizes.max_prefill_tokens)
+        methods = {
+            "prefill": Method((*make_inputs(1, rows, sizes), num_tokens(1)), outputs),
+            # One sequence has a method of its own, whose kernels are made for a single row.
+            "decode": Method(make_inputs(1, 1, sizes), outputs, next_call),
         }
+        if sizes.max_sequences > 1:
+            many = Range(2, sizes.max_sequences) if sizes.max_sequences > 2 else 2
+            inputs = (*make_inputs(many, 1, sizes), num_tokens(many))
+            methods["decode_batch"] = Method(inputs, outputs, next_call)
+        return methods
 
     def random(self, name: str, shape: tuple[int, ...], std: float) -> Random:
         return random_values(name, shape, std)
