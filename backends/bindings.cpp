@@ -2,6 +2,7 @@
 
 #include <executorch/runtime/core/exec_aten/util/scalar_type_util.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <stdexcept>
@@ -35,6 +36,12 @@ std::vector<int32_t> parse_shape(const nlohmann::json& sizes, const std::string&
   return shape;
 }
 
+Pool parse_pool(const std::string& name) {
+  if (name == "pages") return Pool::kPages;
+  if (name == "slots") return Pool::kSlots;
+  throw std::runtime_error("unknown pool " + name);
+}
+
 TensorSpec parse_tensor(const nlohmann::json& entry) {
   const auto name = entry.at("name").get<std::string>();
   const std::vector<int32_t> shape = parse_shape(entry.at("shape"), name);
@@ -64,6 +71,15 @@ void check_names(const std::vector<Spec>& tensors) {
       throw std::runtime_error("the tensor " + tensor.name + " is named twice");
     }
   }
+}
+
+/// A list of tensors, not too long.
+const nlohmann::json& checked_list(const nlohmann::json& list) {
+  constexpr size_t kMost = 1 << 15;
+  if (!list.is_array() || list.size() > kMost) {
+    throw std::runtime_error("expected a list of at most " + std::to_string(kMost) + " tensors");
+  }
+  return list;
 }
 
 /// An index among `count` outputs.
@@ -101,13 +117,32 @@ std::string TensorSpec::describe() const {
   return text + "]";
 }
 
+TensorSpec StateSpec::in(const PoolSizes& sizes) const {
+  TensorSpec tensor = *this;
+  tensor.shape[0] = tensor.min_shape[0] = sizes.of(pool);
+  return tensor;
+}
+
+size_t StateSpec::nbytes_each() const { return in({1, 1}).nbytes(); }
+
 std::vector<TensorSpec> parse_tensors(const nlohmann::json& list) {
   std::vector<TensorSpec> tensors;
-  constexpr size_t kMost = 1 << 15;
-  if (!list.is_array() || list.size() > kMost) {
-    throw std::runtime_error("expected a list of at most " + std::to_string(kMost) + " tensors");
+  for (const auto& entry : checked_list(list)) tensors.push_back(parse_tensor(entry));
+  check_names(tensors);
+  return tensors;
+}
+
+std::vector<StateSpec> parse_state(const nlohmann::json& list) {
+  std::vector<StateSpec> tensors;
+  for (const auto& entry : checked_list(list)) {
+    const TensorSpec tensor = parse_tensor(entry);
+    if (tensor.shape.empty() || tensor.min_shape[0] > 1 ||
+        !std::equal(tensor.shape.begin() + 1, tensor.shape.end(), tensor.min_shape.begin() + 1)) {
+      throw std::runtime_error("the state " + tensor.name + " is " + tensor.describe() +
+                               ", expected only its first dimension to vary, from 1 on");
+    }
+    tensors.push_back({tensor, parse_pool(entry.at("pool").get<std::string>())});
   }
-  for (const auto& entry : list) tensors.push_back(parse_tensor(entry));
   check_names(tensors);
   return tensors;
 }
@@ -121,7 +156,7 @@ MethodSpec MethodSpec::parse(const nlohmann::json& method) {
   check_names(spec.outputs);
   if (const auto& names = method.at("hand_over"); !names.is_null()) {
     spec.hand_over = {names.at("token").get<std::string>(), names.at("tokens").get<std::string>(),
-                      names.at("position").get<std::string>()};
+                      names.at("positions").get<std::string>()};
   }
   return spec;
 }
@@ -132,7 +167,7 @@ Bindings Bindings::parse(const std::string& text) {
   for (const auto& [name, method] : json.at("methods").items()) {
     bindings.methods[name] = MethodSpec::parse(method);
   }
-  bindings.state = parse_tensors(json.at("state"));
+  bindings.state = parse_state(json.at("state"));
   bindings.weights = parse_tensors(json.at("weights"));
   return bindings;
 }

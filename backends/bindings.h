@@ -34,10 +34,30 @@ struct OutputSpec : TensorSpec {
   size_t index = 0;
 };
 
-/// Which output of a method is the next token, `int64 [1, 1]`, and which inputs of the next call
-/// follow from it: the token, `int64 [1, 1]`, and how many came before, `int64 [1]`.
+/// What state is made of; backends/ops/sequences.py says what they are.
+enum class Pool { kPages, kSlots };
+
+struct PoolSizes {
+  int32_t pages = 0, slots = 0;
+
+  int32_t of(Pool pool) const { return pool == Pool::kPages ? pages : slots; }
+};
+
+/// A tensor of state, whose first dimension counts what the pool has. `shape` and `min_shape` say
+/// how much that may be.
+struct StateSpec : TensorSpec {
+  Pool pool = Pool::kSlots;
+
+  /// The tensor in a pool of this size.
+  TensorSpec in(const PoolSizes& sizes) const;
+  /// Bytes of one page or slot.
+  size_t nbytes_each() const;
+};
+
+/// Which output of a method is the next token of each sequence, `int64 [B, 1]`, and which inputs of
+/// the next call follow from it: the tokens, `int64 [B, 1]`, and how many came before, `int64 [B]`.
 struct HandOver {
-  std::string token, tokens, position;
+  std::string token, tokens, positions;
 };
 
 /// What a method takes and returns per call.
@@ -53,7 +73,7 @@ struct MethodSpec {
 /// What the constant method `get_bindings` says of a program.
 struct Bindings {
   std::map<std::string, MethodSpec> methods;
-  std::vector<TensorSpec> state;    // of one sequence; methods update it in place
+  std::vector<StateSpec> state;     // that sequences share; methods update it in place
   std::vector<TensorSpec> weights;  // in the `.ptd`; shared by all methods
 
   /// Throws like `MethodSpec::parse`.
@@ -62,6 +82,8 @@ struct Bindings {
 
 /// Throws like `MethodSpec::parse`.
 std::vector<TensorSpec> parse_tensors(const nlohmann::json& list);
+/// Throws like `MethodSpec::parse`.
+std::vector<StateSpec> parse_state(const nlohmann::json& list);
 
 /// Index of the tensor of a name; the number of tensors if there is none.
 template <typename Spec>

@@ -1,6 +1,7 @@
 #include "runner/async_engine.h"
 
 #include <algorithm>
+#include <functional>
 #include <utility>
 
 namespace et_moe {
@@ -8,7 +9,9 @@ namespace et_moe {
 AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_path,
                          const AsyncEngineOptions& options)
     : options_(options) {
-  if (options_.max_sequences == 0) throw InvalidRequest("max_sequences 0: expected at least 1");
+  if (options_.model.max_sequences == 0) {
+    throw InvalidRequest("max_sequences 0: expected at least 1");
+  }
   std::promise<ModelInfo> loaded;
   auto info = loaded.get_future();
   thread_ = std::thread(&AsyncEngine::run, this, pte_path, ptd_path, std::move(loaded));
@@ -34,13 +37,13 @@ uint64_t AsyncEngine::submit(Request request) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (refusal_) throw EngineBroken(*refusal_);
   // Those that the thread has not admitted yet, though there is a place, do not wait for one.
-  if (live_.size() >= options_.max_sequences + options_.max_waiting) {
+  if (live_.size() >= options_.model.max_sequences + options_.max_waiting) {
     throw QueueFull("the queue is full: " + std::to_string(waiting_.size()) +
                     " requests wait already");
   }
   const uint64_t id = next_id_++;
   live_.emplace(id, Live{request.params.guided, false, {}});
-  waiting_.push_back({id, std::move(request)});
+  waiting_.push_back(std::make_unique<Sequence>(id, std::move(request), *model_));
   changed_.notify_one();
   return id;
 }
@@ -50,7 +53,7 @@ void AsyncEngine::cancel(uint64_t id) {
   const auto live = live_.find(id);
   if (live == live_.end()) return;
   const auto waiting =
-      std::find_if(waiting_.begin(), waiting_.end(), [id](const Waiting& w) { return w.id == id; });
+      std::find_if(waiting_.begin(), waiting_.end(), [id](const auto& w) { return w->id() == id; });
   if (waiting == waiting_.end()) {
     live->second.cancelled = true;
     changed_.notify_one();
@@ -79,7 +82,7 @@ void AsyncEngine::allow(uint64_t id, TokenMask mask) {
 
 EngineStatus AsyncEngine::status() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return {waiting_.size(), live_.size() - waiting_.size(), options_.max_sequences, broken_};
+  return {waiting_.size(), live_.size() - waiting_.size(), options_.model.max_sequences, broken_};
 }
 
 void AsyncEngine::close() {
@@ -110,31 +113,31 @@ void AsyncEngine::run(const std::string& pte_path, const std::string& ptd_path,
     }
   }
   running_.clear();
-  free_.clear();
   model_.reset();
 }
 
 void AsyncEngine::load(const std::string& pte_path, const std::string& ptd_path) {
-  model_ = std::make_unique<Model>(pte_path, ptd_path, options_.device);
-  while (free_.size() < options_.max_sequences) {
-    try {
-      free_.push_back(model_->new_session());
-    } catch (const std::runtime_error& e) {
-      throw std::runtime_error("there is memory for " + std::to_string(free_.size()) + " of " +
-                               std::to_string(options_.max_sequences) + " sequences: " + e.what());
-    }
-  }
+  model_ = std::make_unique<Model>(pte_path, ptd_path, options_.model);
 }
 
 void AsyncEngine::serve() {
   while (collect()) {
-    take_turns();
+    draw_waiting();
+    decode();
+    prefill();
     drop_ended();
   }
 }
 
+bool AsyncEngine::can_admit() const {
+  if (waiting_.empty() || running_.size() == options_.model.max_sequences) return false;
+  // Those that run soon take another page each.
+  return running_.empty() ||
+         waiting_.front()->pages_to_begin() + running_.size() <= model_->free_pages();
+}
+
 bool AsyncEngine::has_work() const {
-  if (!waiting_.empty() && !free_.empty()) return true;
+  if (can_admit()) return true;
   return std::any_of(running_.begin(), running_.end(), [this](const auto& sequence) {
     const Live& live = live_.at(sequence->id());
     return !sequence->needs_mask() || live.cancelled || !live.masks.empty();
@@ -149,83 +152,139 @@ bool AsyncEngine::collect() {
   for (auto& sequence : running_) {
     Live& live = live_.at(sequence->id());
     if (live.cancelled) {
+      events_.push({sequence->id(), {}, {}, {}, RequestEnd::kCancelled, {}});
+      live_.erase(sequence->id());
       cancelled.push_back(std::move(sequence));
     } else if (sequence->takes_mask() && !live.masks.empty()) {
       sequence->give_mask(std::move(live.masks.front()));
       live.masks.pop_front();
     }
   }
-  for (; !waiting_.empty() && !free_.empty(); waiting_.pop_front(), free_.pop_back()) {
-    Waiting& next = waiting_.front();
-    running_.push_back(std::make_unique<Sequence>(next.id, std::move(next.request),
-                                                  std::move(free_.back()), *model_));
-  }
-  lock.unlock();
-  for (auto& sequence : cancelled) {
-    Event event{sequence->id(), {}, {}, {}, RequestEnd::kCancelled, {}};
-    finish(sequence, sequence->release(), std::move(event));
-  }
+  cancelled.clear();  // gives back their state
   drop_ended();
+  admit();
   return true;
+}
+
+void AsyncEngine::admit() {
+  for (; can_admit(); waiting_.pop_front()) {
+    waiting_.front()->begin(model_->new_session());
+    running_.push_back(std::move(waiting_.front()));
+  }
 }
 
 void AsyncEngine::drop_ended() {
   running_.erase(std::remove(running_.begin(), running_.end(), nullptr), running_.end());
 }
 
-void AsyncEngine::take_turns() {
-  const bool alone = running_.size() == 1;
-  for (auto& sequence : running_) {
-    if (!sequence->in_prompt() && !sequence->needs_mask()) step(sequence, alone);
+std::vector<Sequence*> AsyncEngine::choose(bool (Sequence::*wanted)() const) const {
+  std::vector<Sequence*> chosen;
+  for (const auto& sequence : running_) {
+    if (sequence && (sequence.get()->*wanted)()) chosen.push_back(sequence.get());
   }
-  const auto next = std::find_if(running_.begin(), running_.end(),
-                                 [](const auto& s) { return s && s->in_prompt(); });
-  if (next != running_.end()) step(*next, alone);
+  return chosen;
 }
 
-void AsyncEngine::step(std::unique_ptr<Sequence>& sequence, bool alone) {
-  Event event{sequence->id(), {}, {}, {}, {}, {}};
+void AsyncEngine::draw_waiting() {
+  for (Sequence* sequence : choose(&Sequence::can_draw)) {
+    deliver(*sequence, [&] { return sequence->draw_waiting(); });
+  }
+}
+
+void AsyncEngine::decode() {
+  const auto ready = make_room(choose(&Sequence::decodes));
+  const auto most = static_cast<size_t>(info_.max_sequences);
+  const auto running = static_cast<size_t>(
+      std::count_if(running_.begin(), running_.end(), [](const auto& s) { return s != nullptr; }));
+  const bool is_all = ready.size() == running && ready.size() <= most;
+  for (size_t first = 0; first < ready.size(); first += most) {
+    const auto begin = ready.begin() + static_cast<std::ptrdiff_t>(first);
+    const auto count = static_cast<std::ptrdiff_t>(std::min(most, ready.size() - first));
+    decode({begin, begin + count}, is_all);
+  }
+}
+
+void AsyncEngine::decode(const std::vector<Sequence*>& batch, bool is_all) {
+  std::vector<Feed> feeds;
+  CallOptions options{false, is_all};
+  for (const Sequence* sequence : batch) {
+    feeds.push_back(sequence->feed());
+    options.logits = options.logits || sequence->wants_logits();
+    options.run_ahead = options.run_ahead && sequence->goes_on();
+  }
+  std::vector<Step> steps;
   try {
-    event = sequence->step(alone);
+    steps = model_->decode(feeds, options);
+  } catch (const std::exception& e) {
+    return fail(batch, e.what());
+  }
+  for (size_t i = 0; i < batch.size(); ++i) {
+    deliver(*batch[i], [&] { return batch[i]->take(steps[i]); });
+  }
+}
+
+void AsyncEngine::prefill() {
+  auto prompts = choose(&Sequence::in_prompt);
+  if (prompts.empty()) return;
+  const auto first = make_room({prompts.front()});
+  if (first.empty()) return;
+  Event event{};
+  try {
+    event = first[0]->feed_prompt();
+  } catch (const std::exception& e) {
+    return fail(first, e.what());
+  }
+  deliver(*first[0], [&] { return std::move(event); });
+}
+
+std::vector<Sequence*> AsyncEngine::make_room(std::vector<Sequence*> batch) {
+  const auto missing = [&batch] {
+    size_t pages = 0;
+    for (const Sequence* sequence : batch) pages += sequence->missing_pages();
+    return pages;
+  };
+  while (missing() > model_->free_pages()) {
+    const auto last = std::find_if(running_.rbegin(), running_.rend(),
+                                   [](const auto& sequence) { return sequence != nullptr; });
+    batch.erase(std::remove(batch.begin(), batch.end(), last->get()), batch.end());
+    (*last)->put_back();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    waiting_.push_front(std::move(*last));
+  }
+  return batch;
+}
+
+void AsyncEngine::deliver(Sequence& sequence, const std::function<Event()>& next) {
+  Event event{sequence.id(), {}, {}, {}, {}, {}};
+  try {
+    event = next();
   } catch (const std::exception& e) {
     event.end = RequestEnd::kError;
     event.error = e.what();
   }
   if (event.end) {
-    auto session = sequence->release();
-    if (event.end == RequestEnd::kError) session = recover(std::move(session), event.error);
-    finish(sequence, std::move(session), std::move(event));
+    finish(sequence, std::move(event));
   } else if (!event.token_ids.empty() || event.prompt_logprobs) {
     events_.push(std::move(event));
   }
 }
 
-void AsyncEngine::finish(std::unique_ptr<Sequence>& sequence, std::unique_ptr<Session> session,
-                         Event event) {
-  free_.push_back(std::move(session));
-  sequence.reset();
+void AsyncEngine::finish(Sequence& sequence, Event event) {
+  std::find_if(running_.begin(), running_.end(), [&sequence](const auto& s) {
+    return s.get() == &sequence;
+  })->reset();
   const std::lock_guard<std::mutex> lock(mutex_);
   live_.erase(event.request_id);
   events_.push(std::move(event));
 }
 
-std::unique_ptr<Session> AsyncEngine::recover(std::unique_ptr<Session> session,
-                                              const std::string& why) {
-  const auto try_it = [this](Session& tried) {
-    const int64_t token = 0;
-    model_->reset(tried);
-    model_->run(tried, &token, 1, Sampling());
-  };
-  try {
-    try_it(*session);
-    return session;
-  } catch (const std::exception&) {
-    session.reset();
+void AsyncEngine::fail(const std::vector<Sequence*>& batch, const std::string& why) {
+  for (Sequence* sequence : batch) {
+    finish(*sequence, {sequence->id(), {}, {}, {}, RequestEnd::kError, why});
   }
   try {
-    session = model_->new_session();
-    try_it(*session);
-    return session;
+    const int64_t token = 0;
+    model_->run(*model_->new_session(), &token, 1, Sampling());
   } catch (const std::exception& e) {
     throw EngineBroken("the device failed: " + why + "; and with a fresh state: " + e.what());
   }

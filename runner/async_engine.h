@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <future>
 #include <map>
 #include <memory>
@@ -36,9 +37,8 @@ class EngineBroken : public std::runtime_error {
 };
 
 struct AsyncEngineOptions {
-  size_t max_sequences = 8;  // that are served at once; the state of each is allocated at load
+  ModelOptions model;        // max_sequences: how many are served at once
   size_t max_waiting = 256;  // requests that wait for their turn
-  DeviceOptions device;
 };
 
 struct EngineStatus {
@@ -49,12 +49,16 @@ struct EngineStatus {
 /// Every method but the constructor and `close` returns at once, and all but the destructor may be
 /// called from any thread.
 ///
-/// Requests are admitted in order. The sequences that are served take turns: each that decodes
-/// makes one call, then the first that is not done with its prompt feeds one piece of it. A guided
+/// Requests are admitted in order, as far as there are places and pages of the KV cache for their
+/// prompts. A step is one decode call of all sequences that have a token to feed (several, if the
+/// program takes fewer at once), then one piece of the first prompt that is not done. A guided
 /// sequence that has no mask yet sits out; the others go on.
 ///
-/// A failed call ends its request. If a fresh state fails as well, the engine is broken: all
-/// requests end with an error.
+/// Where pages run out, the sequence that was admitted last is put back: it waits at the head of
+/// the queue and comes to the same state later. No token changes.
+///
+/// A failed call ends the requests that took part. If a call on a fresh state fails as well, the
+/// engine is broken: all requests end with an error.
 class AsyncEngine {
  public:
   /// Loads a program and the state of all sequences; throws std::runtime_error as Model does.
@@ -92,30 +96,40 @@ class AsyncEngine {
     bool cancelled = false;
     std::deque<TokenMask> masks;
   };
-  struct Waiting {
-    uint64_t id;
-    Request request;
-  };
   // All that follows runs on the engine's thread.
   void run(const std::string& pte_path, const std::string& ptd_path,
            std::promise<ModelInfo> loaded);
   void load(const std::string& pte_path, const std::string& ptd_path);
   /// Serves until the engine is closed. Throws what breaks the engine.
   void serve();
+  /// Whether the first of those that wait may begin.
+  bool can_admit() const;
   bool has_work() const;
   /// Waits for something to do and gives cancellations, masks and requests to the sequences.
   /// Returns whether to go on.
   bool collect();
-  /// One call of every sequence that decodes, and one of the first that is in its prompt.
-  void take_turns();
-  /// One call of a sequence, which is null after its last.
-  void step(std::unique_ptr<Sequence>& sequence, bool alone);
-  /// Ends a sequence; its session serves the next one.
-  void finish(std::unique_ptr<Sequence>& sequence, std::unique_ptr<Session> session, Event event);
+  /// Gives sessions to those that wait, in order, as far as there are places and pages.
+  void admit();
+  /// Draws the tokens that waited for masks.
+  void draw_waiting();
+  /// Decode calls of all sequences that have a token to feed.
+  void decode();
+  void decode(const std::vector<Sequence*>& batch, bool is_all);
+  /// One piece of the first prompt that is not done.
+  void prefill();
+  /// Makes room for the next call of these, putting back others, the last one first, or of these
+  /// themselves. Returns which of them can make it.
+  std::vector<Sequence*> make_room(std::vector<Sequence*> batch);
+  /// Those that run and for which a question has the answer yes.
+  std::vector<Sequence*> choose(bool (Sequence::*wanted)() const) const;
+  /// Sends what is new of a sequence, and ends it with its last event or an error.
+  void deliver(Sequence& sequence, const std::function<Event()>& next);
+  /// Ends a sequence; its state serves others.
+  void finish(Sequence& sequence, Event event);
+  /// Ends sequences whose call failed. Throws EngineBroken, with both reasons, if a call on a fresh
+  /// state fails, too.
+  void fail(const std::vector<Sequence*>& batch, const std::string& why);
   void drop_ended();
-  /// A session instead of one whose call failed. Throws EngineBroken with both reasons if a fresh
-  /// state fails too.
-  std::unique_ptr<Session> recover(std::unique_ptr<Session> session, const std::string& why);
   /// Ends all requests; those that come are refused.
   void end_all(RequestEnd end, const std::string& why);
 
@@ -126,7 +140,7 @@ class AsyncEngine {
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
   uint64_t next_id_ = 1;
-  std::deque<Waiting> waiting_;
+  std::deque<std::unique_ptr<Sequence>> waiting_;
   std::map<uint64_t, Live> live_;  // waiting and running
   bool closing_ = false;
   std::optional<std::string> refusal_;  // of every request
@@ -134,8 +148,7 @@ class AsyncEngine {
 
   // The engine's thread's own.
   std::unique_ptr<Model> model_;
-  std::vector<std::unique_ptr<Session>> free_;
-  std::vector<std::unique_ptr<Sequence>> running_;
+  std::vector<std::unique_ptr<Sequence>> running_;  // in the order of their admission
 
   std::mutex closing_mutex_;  // of joining the thread
   std::thread thread_;

@@ -23,10 +23,9 @@ struct Call {
   const std::vector<Input>& inputs;
   /// Names of the outputs that are wanted in host memory. A device may leave others where they are.
   const std::vector<std::string>& outputs;
-  /// The next call on the sequence is of this method again, with the token that this one draws, the
-  /// position that follows and otherwise the same inputs. A device may begin it at once; then the
-  /// sequence takes that call next, or is settled or reset; other outputs than the token can be had
-  /// of it unless another sequence has made a call since.
+  /// The next call is of this method again, with the tokens that this one draws, the positions that
+  /// follow and otherwise the same inputs. A device may begin it at once; then it is given that
+  /// call next, or is settled.
   bool run_ahead = false;
 };
 

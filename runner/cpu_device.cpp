@@ -9,37 +9,11 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 
-class CpuState final : public SequenceState {
- public:
-  explicit CpuState(const std::vector<TensorSpec>& state) {
-    for (const TensorSpec& spec : state) {
-      const size_t size = (spec.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
-      buffers_.emplace_back(std::aligned_alloc(kAlignment, size));
-      if (!buffers_.back()) throw std::runtime_error("out of memory for the state " + spec.name);
-      sizes_.push_back(size);
-    }
-    reset();
-  }
-
-  bool runs_ahead() const override { return false; }
-  void reset() {
-    for (size_t i = 0; i < buffers_.size(); ++i) std::memset(buffers_[i].get(), 0, sizes_[i]);
-  }
-  void* data(size_t i) const { return buffers_[i].get(); }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::vector<std::unique_ptr<void, Free>> buffers_;
-  std::vector<size_t> sizes_;
-};
-
 }  // namespace
 
 void CpuDevice::load(const ProgramFile& program, const Bindings& bindings, const Weights& weights) {
   state_ = bindings.state;
-  std::vector<TensorSpec> bound = bindings.state;
+  std::vector<TensorSpec> bound(bindings.state.begin(), bindings.state.end());
   bound.insert(bound.end(), bindings.weights.begin(), bindings.weights.end());
   for (const auto& [name, spec] : bindings.methods) {
     auto method = program.load_method(name, spec, bound);
@@ -52,17 +26,30 @@ void CpuDevice::load(const ProgramFile& program, const Bindings& bindings, const
   }
 }
 
-std::unique_ptr<SequenceState> CpuDevice::new_state() { return std::make_unique<CpuState>(state_); }
-
-void CpuDevice::reset(SequenceState& state) { static_cast<CpuState&>(state).reset(); }
-
-std::vector<const void*> CpuDevice::run(SequenceState& state, const Call& call) {
-  LoadedMethod& method = *methods_.at(call.method);
-  for (size_t i = 0; i < state_.size(); ++i) {
-    method.set_argument(method.spec().inputs.size() + i, state_[i].name, state_[i].dtype,
-                        state_[i].shape, static_cast<CpuState&>(state).data(i));
+void CpuDevice::allocate(const PoolSizes& sizes) {
+  for (const StateSpec& spec : state_) {
+    const TensorSpec tensor = spec.in(sizes);
+    const size_t size = (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
+    buffers_.emplace_back(std::aligned_alloc(kAlignment, size));
+    if (!buffers_.back()) throw std::runtime_error("out of memory for the state " + spec.name);
+    std::memset(buffers_.back().get(), 0, size);
+    for (auto& [_, method] : methods_) {
+      method->set_argument(method->spec().inputs.size() + buffers_.size() - 1, tensor.name,
+                           tensor.dtype, tensor.shape, buffers_.back().get());
+    }
   }
-  return method.run(call);
+}
+
+void CpuDevice::clear_slot(int32_t slot) {
+  for (size_t i = 0; i < state_.size(); ++i) {
+    if (state_[i].pool != Pool::kSlots) continue;
+    const size_t size = state_[i].nbytes_each();
+    std::memset(static_cast<char*>(buffers_[i].get()) + static_cast<size_t>(slot) * size, 0, size);
+  }
+}
+
+std::vector<const void*> CpuDevice::run(const Call& call) {
+  return methods_.at(call.method)->run(call);
 }
 
 }  // namespace et_moe

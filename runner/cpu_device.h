@@ -1,6 +1,7 @@
 // Runs a program for the CPU: binds state and weights as arguments of its methods.
 #pragma once
 
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <string>
@@ -14,14 +15,18 @@ namespace et_moe {
 class CpuDevice final : public Device {
  public:
   void load(const ProgramFile& program, const Bindings& bindings, const Weights& weights) override;
-  std::unique_ptr<SequenceState> new_state() override;
-  void reset(SequenceState& state) override;
-  void settle(SequenceState&) override {}
-  std::vector<const void*> run(SequenceState& state, const Call& call) override;
+  void allocate(const PoolSizes& sizes) override;
+  void clear_slot(int32_t slot) override;
+  std::vector<const void*> run(const Call& call) override;
+  std::vector<int64_t> settle() override { return {}; }
   std::optional<llm::GpuMemory> memory() const override { return std::nullopt; }
 
  private:
-  std::vector<TensorSpec> state_;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::vector<StateSpec> state_;
+  std::vector<std::unique_ptr<void, Free>> buffers_;  // of `state_`
   std::map<std::string, std::unique_ptr<LoadedMethod>> methods_;
 };
 

@@ -18,15 +18,16 @@ class CudaDevice final : public Device {
   explicit CudaDevice(bool use_graphs);
 
   void load(const ProgramFile& program, const Bindings& bindings, const Weights& weights) override;
-  std::unique_ptr<SequenceState> new_state() override;
-  void reset(SequenceState& state) override;
-  void settle(SequenceState& state) override;
-  std::vector<const void*> run(SequenceState& state, const Call& call) override;
+  void allocate(const PoolSizes& sizes) override;
+  void clear_slot(int32_t slot) override;
+  std::vector<const void*> run(const Call& call) override;
+  std::vector<int64_t> settle() override;
   std::optional<llm::GpuMemory> memory() const override;
 
  private:
   std::shared_ptr<cuda::Context> context_;
   std::map<std::string, std::unique_ptr<LoadedMethod>> methods_;
+  std::unique_ptr<cuda::Session> session_;  // which has the state
   llm::GpuMemory memory_;
 };
 

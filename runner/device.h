@@ -14,17 +14,9 @@
 
 namespace et_moe {
 
-/// The state of one sequence, in the memory of a device: KV cache, convolution and recurrent state.
-class SequenceState {
- public:
-  virtual ~SequenceState() = default;
-  /// Whether a call was begun that nobody has asked for yet, see `Call::run_ahead`. Its token is
-  /// part of the state.
-  virtual bool runs_ahead() const = 0;
-};
-
-/// Runs the methods of one program. Not thread-safe. Everything throws std::runtime_error with the
-/// program's file and what went wrong.
+/// Runs the methods of one program, and has the state of all sequences: KV cache, convolution and
+/// recurrent state. Not thread-safe. Everything throws std::runtime_error with the program's file
+/// and what went wrong.
 class Device {
  public:
   virtual ~Device() = default;
@@ -34,16 +26,17 @@ class Device {
   virtual void load(const ProgramFile& program, const Bindings& bindings,
                     const Weights& weights) = 0;
 
-  /// Zeroed state for one more sequence; it must go before the device.
-  virtual std::unique_ptr<SequenceState> new_state() = 0;
-  /// Zeroes the state: its next token starts a new sequence.
-  virtual void reset(SequenceState& state) = 0;
-  /// Waits for a call that runs ahead and gives up the token that it draws.
-  virtual void settle(SequenceState& state) = 0;
+  /// Allocates the state, zeroed; to be called once, before anything below.
+  virtual void allocate(const PoolSizes& sizes) = 0;
+  /// Zeroes a slot, in which a new sequence begins. What pages hold does not matter to it.
+  virtual void clear_slot(int32_t slot) = 0;
 
-  /// One call on a sequence. Returns the addresses in host memory of the outputs that are wanted,
-  /// in the order of `call.outputs`; they are valid until the next call of the method.
-  virtual std::vector<const void*> run(SequenceState& state, const Call& call) = 0;
+  /// One call. Returns the addresses in host memory of the outputs that are wanted, in the order of
+  /// `call.outputs`; they are valid until the next call of the method.
+  virtual std::vector<const void*> run(const Call& call) = 0;
+  /// Waits for a call that runs ahead, see `Call::run_ahead`, and returns the tokens that it draws:
+  /// one of each of its sequences. None if no call runs ahead.
+  virtual std::vector<int64_t> settle() = 0;
 
   /// Memory before and after `load`, and now; nothing where it is not the device's own.
   virtual std::optional<llm::GpuMemory> memory() const = 0;

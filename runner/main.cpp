@@ -86,8 +86,8 @@ void run(const Flags& f) {
   et_moe::needing_memory(f.model_path, [&] {
     Stats stats;
     stats.model_load_start_ms = et_moe::llm::now_ms();
-    et_moe::DeviceOptions options;
-    options.cuda_graph = f.cuda_graph;
+    et_moe::ModelOptions options;
+    options.device.cuda_graph = f.cuda_graph;
     Engine engine(std::make_shared<et_moe::Model>(f.model_path, f.data_path, options));
     stats.model_load_end_ms = et_moe::llm::now_ms();
     if (f.score_ids_path) return score(engine, f);

@@ -4,12 +4,13 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "runner/device.h"
 #include "runner/program.h"
+#include "runner/state_pool.h"
 #include "runner/stats.h"
 #include "runner/text_inputs.h"
 #include "runner/weights.h"
@@ -18,33 +19,67 @@ namespace et_moe {
 
 /// What the program's constant methods say.
 struct ModelInfo {
-  int64_t max_seq_len;         // capacity of the KV cache in tokens
+  int64_t max_seq_len;         // most tokens of a sequence
   int64_t max_prefill_tokens;  // most tokens of one prefill call
+  int64_t max_sequences;       // most sequences of one decode call
+  int64_t page_size;           // tokens of a page of the KV cache
+  int64_t max_pages;           // of a sequence
   int64_t vocab_size;
   int64_t n_layers;
   std::vector<int64_t> eos_ids;
   std::string backend;  // "cpu" or "cuda"
 };
 
-/// One sequence on a model: its state, and how far it has come. It must go before the model does.
+struct ModelOptions {
+  DeviceOptions device;
+  size_t max_sequences = 1;     // sessions there may be at once; the state of all is allocated
+  std::optional<size_t> pages;  // of the KV cache; none: as many as the longest sequences take
+};
+
+/// All pages of the KV cache are in use. Nothing was changed.
+class OutOfPages : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class Model;
+
+/// One sequence on a model: where its state lies, and how far it has come. It must go before the
+/// model does.
 class Session {
  public:
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
   /// Number of tokens that were fed since it was made or reset.
   int64_t position() const { return position_; }
 
  private:
   friend class Model;
-  explicit Session(std::unique_ptr<SequenceState> state) : state_(std::move(state)) {}
+  Session(Model& model, int32_t slot) : model_(model), slot_(slot) {}
 
-  std::unique_ptr<SequenceState> state_;
+  Model& model_;
+  const int32_t slot_;
+  std::vector<int32_t> pages_;
   int64_t position_ = 0;
   int64_t drawn_ = 0;  // the token that the last call drew, and how
   Sampling sampling_;
+  /// The token behind `drawn_`, of a call that ran ahead while other calls were asked for.
+  std::optional<int64_t> overtaken_;
   bool failed_ = false;  // the last call did: who knows what it has done to the state
 };
 
-/// The next token, and the logits it was drawn from if they were asked for, else null: vocab_size
-/// floats in host memory, valid until the model runs again.
+/// A sequence that takes part in a decode call, and its next token.
+struct Feed {
+  Session* session;
+  int64_t token;
+  Sampling sampling;
+};
+
+/// The next token, and the logits it was drawn from if they were asked for: vocab_size floats in
+/// host memory, valid until the model runs again. Else null, as it is for a token that was drawn
+/// ahead of a call that was not the one expected.
 struct Step {
   int64_t token;
   const float* logits;
@@ -52,55 +87,85 @@ struct Step {
 
 /// How one call is made.
 struct CallOptions {
-  bool logits = false;     // whether the step has logits
-  bool run_ahead = false;  // whether the next call on the session feeds the token that this one
+  bool logits = false;     // whether the steps have logits
+  bool run_ahead = false;  // whether the next call feeds the same sequences the tokens that this one
                            // draws, with the same sampling: a GPU may begin it at once
 };
 
-/// A `.pte` with its `.ptd`. Not thread-safe; any number of sessions may take turns.
+/// A `.pte` with its `.ptd`, and the state of the sequences on it. Not thread-safe.
 class Model {
  public:
-  /// Throws std::runtime_error that names the file and says what is wrong with it.
-  Model(const std::string& pte_path, const std::string& ptd_path,
-        const DeviceOptions& options = {});
+  /// Throws std::runtime_error that names the file and says what is wrong with it, or how much
+  /// state there is no memory for.
+  Model(const std::string& pte_path, const std::string& ptd_path, const ModelOptions& options = {});
   ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
   const ModelInfo& info() const { return info_; }
-  /// A session that has been fed nothing. Throws std::runtime_error if there is no memory for it.
+  /// A session that has been fed nothing. Throws std::runtime_error if there are max_sequences.
   std::unique_ptr<Session> new_session();
-  /// Zeroes a session's state: its next token starts a new sequence.
+  /// Zeroes a session's state and gives back its pages: its next token starts a new sequence.
   void reset(Session& session);
   /// Of a CUDA program: memory before and after loading, and now. Nothing for a CPU program.
   std::optional<llm::GpuMemory> gpu_memory() const { return device_->memory(); }
 
-  /// Feeds `count` tokens that follow those of the session, and draws the next one: one token
-  /// through the method `decode`, more through `prefill`.
-  ///
-  /// A session that was asked to run ahead may have been fed the token it drew already, so the next
-  /// call must begin with that token. If it has no other token its sampling must be the same, too.
+  size_t pages() const { return static_cast<size_t>(pool_->sizes.pages); }
+  size_t free_pages() const { return pool_->pages.size(); }
+  /// How many pages a session lacks for `count` more tokens.
+  size_t missing_pages(const Session& session, size_t count) const;
+
+  /// Feeds `count` tokens that follow those of the session, and draws the next one: one token as
+  /// `decode` does, more through the method `prefill`. They may begin with the token that the last
+  /// call drew, if the session was asked to run ahead.
   ///
   /// Throws std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the
-  /// vocabulary, more tokens than max_seq_len, another token than the one that a session that runs
-  /// ahead was fed, or a failure of the program. After a failure the session has to be reset.
+  /// vocabulary, more tokens than max_seq_len, another token than the one that a session that ran
+  /// ahead was fed, or a failure of the program; OutOfPages. After a failure the session has to be
+  /// reset.
   Step run(Session& session, const int64_t* tokens, size_t count, const Sampling& sampling,
            const CallOptions& options = {});
 
+  /// Feeds a token to each of at most info().max_sequences sessions, none of them twice, and draws
+  /// the next ones: a single one through the method `decode`, several through `decode_batch`.
+  ///
+  /// A session that was asked to run ahead may have been fed already the token it drew, so it must
+  /// be given that token next, with the same sampling.
+  ///
+  /// Throws like `run`. After a failure of the program all the sessions have to be reset.
+  std::vector<Step> decode(const std::vector<Feed>& feeds, const CallOptions& options = {});
+
  private:
+  friend class Session;
   void read_info();
   /// Throws std::runtime_error unless the methods have inputs and outputs of a text model.
   void check_methods(const Bindings& bindings) const;
+  void allocate(const ModelOptions& options, const Bindings& bindings);
   void check_call(const Session& session, const int64_t* tokens, size_t count) const;
-  /// Settles a session that runs ahead, unless the call is the one that it runs. Returns how many
-  /// of the tokens it has been fed.
-  size_t settle(Session& session, const int64_t* tokens, size_t count, const Sampling& sampling);
+  /// Throws std::runtime_error unless this token, drawn like this, is what the session was fed.
+  void check_overtaken(const Session& session, int64_t token, const Sampling& sampling) const;
+  /// Takes pages for so many more tokens of each session, and for some more if there are any and
+  /// the call may be followed by others at once. Throws OutOfPages.
+  void take_pages(const std::vector<Feed>& feeds, size_t count, bool run_ahead);
+  /// Whether a session has a page for a token at a position.
+  bool has_page(const Session& session, int64_t position) const;
+  /// Whether these feeds are the call that runs ahead.
+  bool is_ahead(const std::vector<Feed>& feeds) const;
+  /// Ends running ahead: its sessions keep the tokens that were drawn.
+  void settle();
+  /// One call of sessions whose pages are there: `count` tokens of one, or one of each.
+  std::vector<Step> call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
+                         const CallOptions& options);
+  /// Gives back a session's pages, and gives up a token that it was asked to draw ahead.
+  void drop(Session& session);
 
   ProgramFile program_;
   std::optional<Weights> weights_;
   std::unique_ptr<Device> device_;
   std::optional<TextInputs> inputs_;
+  std::optional<StatePool> pool_;
   ModelInfo info_{};
+  std::vector<Session*> ahead_;  // the sessions of the call that runs ahead, in order
 };
 
 }  // namespace et_moe

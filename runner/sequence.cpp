@@ -12,40 +12,60 @@ bool contains(const std::vector<int64_t>& ids, int64_t id) {
 
 }  // namespace
 
-Sequence::Sequence(uint64_t id, Request request, std::unique_ptr<Session> session, Model& model)
-    : id_(id), request_(std::move(request)), session_(std::move(session)), model_(model) {
+Sequence::Sequence(uint64_t id, Request request, Model& model)
+    : id_(id), request_(std::move(request)), model_(model) {
   const ModelInfo& info = model_.info();
   // The last token drawn needs no room in the context.
   const int64_t room = info.max_seq_len - static_cast<int64_t>(request_.prompt_ids.size()) + 1;
   limit_ = std::min(request_.params.max_tokens.value_or(room), room);
-  if (request_.params.need_host()) {
-    sampler_.emplace(request_.params, info.vocab_size, request_.prompt_ids);
+}
+
+void Sequence::begin(std::unique_ptr<Session> session) {
+  session_ = std::move(session);
+  if (request_.params.need_host() && !sampler_) {
+    sampler_.emplace(request_.params, model_.info().vocab_size, request_.prompt_ids);
   }
 }
 
-Step Sequence::feed_prompt() {
+void Sequence::put_back() {
+  session_.reset();
+  fed_ = replayed_ = 0;
+  logits_.clear();
+  prompt_logprobs_.clear();
+}
+
+size_t Sequence::next_count() const {
+  if (!in_prompt()) return 1;
+  // Only the last token of a call has logits.
+  const auto most = request_.params.prompt_logprobs ? 1 : model_.info().max_prefill_tokens;
+  return std::min(static_cast<size_t>(most), request_.prompt_ids.size() - fed_);
+}
+
+size_t Sequence::pages_to_begin() const {
+  const auto size = static_cast<size_t>(model_.info().page_size);
+  return (request_.prompt_ids.size() + ids_.size() + size - 1) / size;
+}
+
+Event Sequence::feed_prompt() {
   const std::vector<int64_t>& ids = request_.prompt_ids;
   const SamplingParams& params = request_.params;
-  // Only the last token of a call has logits.
-  const auto most = params.prompt_logprobs ? 1 : model_.info().max_prefill_tokens;
-  const size_t count = std::min(static_cast<size_t>(most), ids.size() - fed_);
+  const size_t count = next_count();
   const bool is_last = fed_ + count == ids.size();
   CallOptions options;
-  options.logits = is_last ? sampler_ || params.logprobs : params.prompt_logprobs.has_value();
+  options.logits = is_last ? wants_logits() : params.prompt_logprobs.has_value();
   const Step step = model_.run(*session_, ids.data() + fed_, count, params.sampling, options);
   fed_ += count;
-  if (params.prompt_logprobs && !is_last) {
+  if (is_last) return advance(step);
+  if (params.prompt_logprobs) {
     prompt_logprobs_.push_back(
         token_logprob(step.logits, model_.info().vocab_size, ids[fed_], *params.prompt_logprobs));
   }
-  return step;
+  return empty_event();
 }
 
-Step Sequence::feed_token(bool alone) {
-  CallOptions options;
-  options.logits = sampler_ || request_.params.logprobs;
-  options.run_ahead = alone && !options.logits && drawn_ + 1 < limit_;
-  return model_.run(*session_, &token_, 1, request_.params.sampling, options);
+Event Sequence::take(const Step& step) {
+  ++replayed_;
+  return advance(step);
 }
 
 int64_t Sequence::draw(const float* logits) {
@@ -57,8 +77,7 @@ int64_t Sequence::draw(const float* logits) {
 
 void Sequence::accept(int64_t token, const float* logits, Event& event) {
   const SamplingParams& params = request_.params;
-  token_ = token;
-  ++drawn_;
+  ids_.push_back(token);
   event.token_ids.push_back(token);
   if (params.logprobs) {
     event.logprobs.push_back(
@@ -67,22 +86,22 @@ void Sequence::accept(int64_t token, const float* logits, Event& event) {
   const bool is_eos = !params.ignore_eos && contains(model_.info().eos_ids, token);
   if (is_eos || contains(params.stop_token_ids, token)) {
     event.end = RequestEnd::kStop;
-  } else if (drawn_ == limit_) {
+  } else if (static_cast<int64_t>(ids_.size()) == limit_) {
     event.end = RequestEnd::kLength;
   }
 }
 
-Event Sequence::step(bool alone) {
-  Event event{id_, {}, {}, {}, {}, {}};
-  if (!logits_.empty()) {
-    const std::vector<float> logits = std::exchange(logits_, {});
-    accept(draw(logits.data()), logits.data(), event);
-    return event;
-  }
-  if (fed_ == 0) model_.reset(*session_);
-  const Step step = in_prompt() ? feed_prompt() : feed_token(alone);
-  if (in_prompt()) return event;
-  if (drawn_ == 0 && request_.params.prompt_logprobs) {
+Event Sequence::draw_waiting() {
+  Event event = empty_event();
+  const std::vector<float> logits = std::exchange(logits_, {});
+  accept(draw(logits.data()), logits.data(), event);
+  return event;
+}
+
+Event Sequence::advance(const Step& step) {
+  Event event = empty_event();
+  if (replayed_ < ids_.size()) return event;
+  if (ids_.empty() && request_.params.prompt_logprobs) {
     event.prompt_logprobs = std::move(prompt_logprobs_);
   }
   if (limit_ == 0) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "runner/model.h"
@@ -12,31 +13,61 @@
 
 namespace et_moe {
 
-/// Serves a request on a session, one call of the model at a time. Not thread-safe.
+/// Serves a request on a session: its prompt piece by piece, then token by token. Not thread-safe.
+///
+/// A sequence that is put back has no session for a while. It then begins anew, but makes the very
+/// calls that it made before, and so comes to the same state; what they draw is known already.
 class Sequence {
  public:
-  /// The request has been checked. The session is reset with the first step.
-  Sequence(uint64_t id, Request request, std::unique_ptr<Session> session, Model& model);
+  /// The request has been checked.
+  Sequence(uint64_t id, Request request, Model& model);
 
   uint64_t id() const { return id_; }
-  /// Whether the next step feeds tokens of the prompt.
+  /// Gives it a session that has been fed nothing.
+  void begin(std::unique_ptr<Session> session);
+  /// Gives up its session.
+  void put_back();
+
+  /// Whether it has tokens of the prompt to feed.
   bool in_prompt() const { return fed_ < request_.prompt_ids.size(); }
   /// Whether the next token can be drawn once there is a mask.
   bool needs_mask() const { return !logits_.empty() && !mask_; }
   /// Whether a mask can be taken: a guided request has none that is to be used yet.
   bool takes_mask() const { return request_.params.guided && !mask_; }
   void give_mask(TokenMask mask) { mask_ = std::move(mask); }
+  /// Whether the next token waits only to be drawn.
+  bool can_draw() const { return !logits_.empty() && mask_; }
+  /// Whether it takes part in the next decode call.
+  bool decodes() const { return !in_prompt() && logits_.empty(); }
 
-  /// One call of the model, or the drawing of a token that waited for a mask. `alone`: no other
-  /// sequence makes a call soon. Returns what is new. Throws std::runtime_error if the call fails.
-  Event step(bool alone);
+  /// Pages that it lacks for its next call.
+  size_t missing_pages() const { return model_.missing_pages(*session_, next_count()); }
+  /// Pages that it takes to come to where it is.
+  size_t pages_to_begin() const;
 
-  /// Gives back the session; the sequence is over.
-  std::unique_ptr<Session> release() { return std::move(session_); }
+  /// Feeds a piece of the prompt. Returns what is new. Throws like `Model::run`.
+  Event feed_prompt();
+  /// Draws the token that waited for its mask. Throws like `Sampler::draw`.
+  Event draw_waiting();
+
+  /// What it feeds in a decode call.
+  Feed feed() const { return {session_.get(), ids_[replayed_], request_.params.sampling}; }
+  bool wants_logits() const { return sampler_ || request_.params.logprobs; }
+  /// Whether its next decode call will be followed by another one that can be told from it.
+  bool goes_on() const {
+    return !wants_logits() && static_cast<int64_t>(ids_.size()) + 1 < limit_ && !replays();
+  }
+  /// Takes what the decode call drew. Returns what is new. Throws like `Sampler::draw`.
+  Event take(const Step& step);
 
  private:
-  Step feed_prompt();
-  Step feed_token(bool alone);
+  /// How many tokens the next call feeds.
+  size_t next_count() const;
+  /// Whether the next call was made before.
+  bool replays() const { return replayed_ + 1 < ids_.size(); }
+  Event empty_event() const { return {id_, {}, {}, {}, {}, {}}; }
+  /// Makes the step that follows the last token fed the next token.
+  Event advance(const Step& step);
   /// Draws from the logits of the last call.
   int64_t draw(const float* logits);
   /// The token, its log-probability and whether it is the last.
@@ -49,8 +80,8 @@ class Sequence {
   int64_t limit_;                   // most tokens to draw
   std::optional<Sampler> sampler_;  // if the op `sample` does not do
   size_t fed_ = 0;                  // tokens of the prompt
-  int64_t drawn_ = 0;               // number of tokens
-  int64_t token_ = 0;               // the last one, to be fed next
+  std::vector<int64_t> ids_;        // that were drawn
+  size_t replayed_ = 0;             // how many of them were fed
   std::optional<TokenMask> mask_;   // for the next token
   std::vector<float> logits_;       // of the next token, while it waits for its mask
   std::vector<TokenLogprob> prompt_logprobs_;

@@ -8,22 +8,33 @@ namespace {
 
 using executorch::aten::ScalarType;
 
-constexpr size_t kTokens = 0;  // index of the only input whose shape varies
+constexpr int32_t kNoPage = -1;
 
 }  // namespace
 
-TextInputs::TextInputs(size_t max_tokens)
-    : tokens_(max_tokens),
+TextInputs::TextInputs(size_t max_sequences, size_t max_tokens, size_t max_pages)
+    : max_pages_(max_pages),
+      tokens_(std::max(max_tokens, max_sequences)),
+      positions_(max_sequences),
+      num_tokens_(max_sequences),
+      top_k_(max_sequences),
+      seed_(max_sequences),
+      slots_(max_sequences),
+      pages_(max_sequences * max_pages),
+      temperature_(max_sequences),
+      top_p_(max_sequences),
       inputs_{{"tokens", ScalarType::Long, {1, 1}, tokens_.data()},
-              {"position", ScalarType::Long, {1}, &position_},
-              {"num_tokens", ScalarType::Long, {1}, &num_tokens_},
-              {"temperature", ScalarType::Float, {1}, &sampling_.temperature},
-              {"top_k", ScalarType::Long, {1}, &sampling_.top_k},
-              {"top_p", ScalarType::Float, {1}, &sampling_.top_p},
-              {"seed", ScalarType::Long, {1}, &sampling_.seed}} {}
+              {"positions", ScalarType::Long, {1}, positions_.data()},
+              {"slots", ScalarType::Int, {1}, slots_.data()},
+              {"pages", ScalarType::Int, {1, static_cast<int32_t>(max_pages)}, pages_.data()},
+              {"num_tokens", ScalarType::Long, {1}, num_tokens_.data()},
+              {"temperature", ScalarType::Float, {1}, temperature_.data()},
+              {"top_k", ScalarType::Long, {1}, top_k_.data()},
+              {"top_p", ScalarType::Float, {1}, top_p_.data()},
+              {"seed", ScalarType::Long, {1}, seed_.data()}} {}
 
-void TextInputs::check(const std::string& method, const MethodSpec& spec, int32_t least,
-                       int32_t most) const {
+void TextInputs::check(const std::string& method, const MethodSpec& spec, SizeRange sequences,
+                       SizeRange tokens) const {
   const auto fail = [&method](const std::string& what) {
     throw std::runtime_error("method " + method + " " + what);
   };
@@ -34,9 +45,11 @@ void TextInputs::check(const std::string& method, const MethodSpec& spec, int32_
       fail("takes an input " + taken.name + ", which this runner does not know");
     }
     TensorSpec given{known->name, known->dtype, known->shape, known->shape};
-    if (known == inputs_.begin() + kTokens) {
-      given.min_shape[1] = least;
-      given.shape[1] = most;
+    given.min_shape[0] = sequences.least;
+    given.shape[0] = sequences.most;
+    if (known == inputs_.begin()) {
+      given.min_shape[1] = tokens.least;
+      given.shape[1] = tokens.most;
     }
     const size_t rank = given.shape.size();
     if (!taken.accepts(given.dtype, given.min_shape.data(), rank) ||
@@ -46,20 +59,30 @@ void TextInputs::check(const std::string& method, const MethodSpec& spec, int32_
     }
   }
   for (const Input& known : inputs_) {
-    const bool optional = known.name == "num_tokens" && most == 1;
+    const bool optional = known.name == "num_tokens" && sequences.most == 1 && tokens.most == 1;
     if (!optional && find_tensor(spec.inputs, known.name) == spec.inputs.size()) {
       fail("has no input " + known.name);
     }
   }
 }
 
-void TextInputs::set(const int64_t* tokens, size_t count, int64_t position,
-                     const Sampling& sampling) {
-  std::copy_n(tokens, count, tokens_.begin());
-  inputs_[kTokens].shape[1] = static_cast<int32_t>(count);
-  position_ = position;
-  num_tokens_ = static_cast<int64_t>(count);
-  sampling_ = sampling;
+void TextInputs::set(const std::vector<TextRow>& rows, size_t count) {
+  for (Input& input : inputs_) input.shape[0] = static_cast<int32_t>(rows.size());
+  inputs_.front().shape[1] = static_cast<int32_t>(count);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const TextRow& row = rows[i];
+    std::copy_n(row.tokens, count, tokens_.begin() + static_cast<std::ptrdiff_t>(i * count));
+    positions_[i] = row.position;
+    num_tokens_[i] = static_cast<int64_t>(count);
+    slots_[i] = row.slot;
+    const auto pages = pages_.begin() + static_cast<std::ptrdiff_t>(i * max_pages_);
+    const auto behind = std::copy(row.pages.begin(), row.pages.end(), pages);
+    std::fill(behind, pages + static_cast<std::ptrdiff_t>(max_pages_), kNoPage);
+    temperature_[i] = row.sampling.temperature;
+    top_k_[i] = row.sampling.top_k;
+    top_p_[i] = row.sampling.top_p;
+    seed_[i] = row.sampling.seed;
+  }
 }
 
 }  // namespace et_moe

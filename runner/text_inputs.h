@@ -23,34 +23,55 @@ struct Sampling {
   }
 };
 
-/// The values of one call after the other, at addresses that stay the same.
+/// What one sequence is fed in a call.
+struct TextRow {
+  const int64_t* tokens;
+  int64_t position;  // how many tokens of the sequence came before
+  int32_t slot;
+  const std::vector<int32_t>& pages;
+  const Sampling& sampling;
+};
+
+/// Smallest and largest value of a size that varies from call to call.
+struct SizeRange {
+  int32_t least, most;
+};
+
+/// The values of one call after the other, of B sequences with R tokens each, at addresses that
+/// stay the same.
 ///
-///   tokens                     int64 [1, T]   token ids of one sequence
-///   position                   int64 [1]      how many tokens of the sequence came before
-///   num_tokens                 int64 [1]      how many of `tokens` are valid
-///   temperature, top_p         float32 [1]    see Sampling
-///   top_k, seed                int64 [1]      see Sampling
+///   tokens                     int64 [B, R]   token ids
+///   positions                  int64 [B]      how many tokens of each sequence came before
+///   slots                      int32 [B]      where the recurrent state of each lies
+///   pages                      int32 [B, M]   where its KV cache lies; -1 behind its last page
+///   num_tokens                 int64 [B]      how many of its tokens are valid
+///   temperature, top_p         float32 [B]    see Sampling
+///   top_k, seed                int64 [B]      see Sampling
 class TextInputs {
  public:
-  /// `max_tokens`: most tokens of a call.
-  explicit TextInputs(size_t max_tokens);
+  /// `max_sequences`: most sequences of a call; `max_tokens`: most tokens of one sequence, where
+  /// there is one; `max_pages`: M.
+  TextInputs(size_t max_sequences, size_t max_tokens, size_t max_pages);
   TextInputs(const TextInputs&) = delete;
   TextInputs& operator=(const TextInputs&) = delete;
 
   /// Throws std::runtime_error, with method and input, unless a method takes these inputs, and no
-  /// others, for any number of tokens from `least` to `most`. A method of one token may do without
-  /// `num_tokens`.
-  void check(const std::string& method, const MethodSpec& spec, int32_t least, int32_t most) const;
+  /// others, for any number of sequences and tokens in these ranges. A method of one token may do
+  /// without `num_tokens`.
+  void check(const std::string& method, const MethodSpec& spec, SizeRange sequences,
+             SizeRange tokens) const;
 
-  /// Sets the values of the next call; `count` is at most max_tokens.
-  void set(const int64_t* tokens, size_t count, int64_t position, const Sampling& sampling);
+  /// Sets the values of the next call: `count` tokens of each of the rows, at most `max_tokens` of
+  /// a single one, or one of at most `max_sequences`.
+  void set(const std::vector<TextRow>& rows, size_t count);
 
   const std::vector<Input>& inputs() const { return inputs_; }
 
  private:
-  std::vector<int64_t> tokens_;
-  int64_t position_ = 0, num_tokens_ = 0;
-  Sampling sampling_;
+  const size_t max_pages_;
+  std::vector<int64_t> tokens_, positions_, num_tokens_, top_k_, seed_;
+  std::vector<int32_t> slots_, pages_;
+  std::vector<float> temperature_, top_p_;
   std::vector<Input> inputs_;  // `tokens` first
 };
 

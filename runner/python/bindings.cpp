@@ -127,7 +127,7 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](AsyncEngine* self, const std::string& pte_path, const std::string& ptd_path,
              size_t max_sequences, size_t max_waiting, bool cuda_graph) {
-            new (self) AsyncEngine(pte_path, ptd_path, {max_sequences, max_waiting, {cuda_graph}});
+            new (self) AsyncEngine(pte_path, ptd_path, {{{cuda_graph}, max_sequences, {}}, max_waiting});
           },
           nb::arg("pte_path"), nb::arg("ptd_path"), nb::kw_only(), nb::arg("max_sequences"),
           nb::arg("max_waiting"), nb::arg("cuda_graph"), Release())

@@ -46,8 +46,9 @@ void no_violations() {
 }
 
 std::shared_ptr<et_moe::Model> load(char** argv) {
-  et_moe::DeviceOptions options;
-  options.cuda_graph = std::string(argv[4]) == "1";
+  et_moe::ModelOptions options;
+  options.device.cuda_graph = std::string(argv[4]) == "1";
+  options.max_sequences = kSequences;
   return std::make_shared<et_moe::Model>(argv[2], argv[3], options);
 }
 

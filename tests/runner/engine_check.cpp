@@ -73,8 +73,8 @@ int main(int argc, char** argv) {
     return 1;
   }
   try {
-    et_moe::DeviceOptions options;
-    options.cuda_graph = argc > 3 && std::string(argv[3]) == "--cuda_graph";
+    et_moe::ModelOptions options;
+    options.device.cuda_graph = argc > 3 && std::string(argv[3]) == "--cuda_graph";
     et_moe::Engine engine(std::make_shared<et_moe::Model>(argv[1], argv[2], options));
     for (std::string line; std::getline(std::cin, line);) {
       const Json command = Json::parse(line);

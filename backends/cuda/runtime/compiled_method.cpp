@@ -14,8 +14,6 @@ namespace {
 using executorch::aten::ScalarType;
 using executorch::runtime::NamedDataMap;
 
-constexpr size_t kToken = sizeof(int64_t);
-
 std::unique_ptr<Tensor> view_of(std::byte* data, const TensorSpec& spec) {
   return view(data, {spec.shape.begin(), spec.shape.end()}, static_cast<int32_t>(spec.dtype));
 }
@@ -23,9 +21,7 @@ std::unique_ptr<Tensor> view_of(std::byte* data, const TensorSpec& spec) {
 }  // namespace
 
 CompiledMethod::CompiledMethod(MethodInfo info, const NamedDataMap& data)
-    : info_(std::move(info)),
-      context_(Context::of(data)),
-      offsets_(aligned_offsets(info_.spec.inputs)) {
+    : info_(std::move(info)), context_(Context::of(data)) {
   for (const CodeInfo& code : info_.code_for(architecture())) {
     for (const std::string& kernel : code.kernels) context_->kernels_.adopt(data, kernel);
     const auto blob = load_code(data, code.data, code.sha256);
@@ -52,18 +48,30 @@ int64_t CompiledMethod::bucket(int64_t length) const {
   return std::min(range_of(length).longest, (length + step - 1) / step * step);
 }
 
+std::vector<TensorSpec> CompiledMethod::inputs(int64_t length) const {
+  std::vector<TensorSpec> inputs;
+  for (const TensorSpec& input : info_.spec.inputs) inputs.push_back(with_length(input, length));
+  return inputs;
+}
+
+std::vector<size_t> CompiledMethod::offsets(int64_t length) const {
+  return aligned_offsets(inputs(length));
+}
+
 Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
   std::vector<std::unique_ptr<Tensor>> tensors;
-  for (size_t i = 0; i < info_.spec.inputs.size(); ++i) {
-    const TensorSpec spec = with_length(info_.spec.inputs[i], calls.length);
-    tensors.push_back(view_of(calls.inputs.data() + offsets_[i], spec));
+  auto offset = offsets(calls.length).begin();
+  for (const TensorSpec& input : inputs(calls.length)) {
+    tensors.push_back(view_of(calls.inputs.data() + *offset++, input));
   }
-  for (const TensorSpec& t : info_.state) tensors.push_back(view_of(session.at(t.name), t));
+  for (const StateSpec& t : info_.state) {
+    tensors.push_back(view_of(session.at(t.name), session.spec(t.name)));
+  }
   for (const TensorSpec& t : info_.weights) {
     tensors.push_back(view_of(context_->weights_->at(t.name), t));
   }
   if (calls.drawn) {
-    tensors.push_back(view(calls.drawn->memory.device_data(), {2},
+    tensors.push_back(view(calls.drawn->memory.device_data(), {2, calls.length},
                            static_cast<int32_t>(executorch::aten::ScalarType::Long)));
   }
   const ArenaScope scope(context_->arena_);
@@ -115,35 +123,44 @@ void CompiledMethod::launch(Session& session, Calls& calls) {
     calls.outputs = enqueue(session, calls);
     calls.warm.insert(calls.length);
   }
-  if (calls.drawn) calls.drawn->done(calls.drawn->position).record(context_->stream_);
+  if (calls.drawn) calls.drawn->done(++calls.drawn->calls).record(context_->stream_);
 }
 
 void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& tensors) {
-  const std::vector<TensorSpec>& inputs = info_.spec.inputs;
   calls.length = bucket(tensors.length);
+  const std::vector<TensorSpec> given = inputs(tensors.length), padded = inputs(calls.length);
+  const std::vector<size_t> offset = offsets(calls.length);
   std::byte* memory = calls.staging.data();
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const size_t size = with_length(inputs[i], tensors.length).nbytes();
-    const size_t padded = with_length(inputs[i], calls.length).nbytes();
-    std::memcpy(memory + offsets_[i], tensors.inputs[i], size);
-    std::memset(memory + offsets_[i] + size, 0, padded - size);
+  for (size_t i = 0; i < given.size(); ++i) {
+    const size_t size = given[i].nbytes();
+    std::memcpy(memory + offset[i], tensors.inputs[i], size);
+    std::memset(memory + offset[i] + size, 0, padded[i].nbytes() - size);
   }
   if (calls.drawn) {
-    std::memcpy(&calls.drawn->position, tensors.inputs[info_.hand_over->position], kToken);
+    const auto* positions =
+        static_cast<const int64_t*>(tensors.inputs[info_.hand_over->positions]);
+    calls.drawn->positions.assign(positions, positions + tensors.length);
   }
   // Not in the graph, see backends/cuda/triton/hand_over/op.py.
-  ET_MOE_CUDA(cudaMemcpyAsync(calls.inputs.data(), memory, offsets_.back(), cudaMemcpyHostToDevice,
+  ET_MOE_CUDA(cudaMemcpyAsync(calls.inputs.data(), memory, offset.back(), cudaMemcpyHostToDevice,
                               context_->stream_.get()));
   launch(session, calls);
 }
 
-bool CompiledMethod::is_last(const Calls& calls, const std::vector<const void*>& inputs) const {
-  const int64_t position = calls.drawn->position, token = calls.drawn->token(position - 1);
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const void* expected = i == info_.hand_over->position ? static_cast<const void*>(&position)
-                           : i == info_.hand_over->tokens ? static_cast<const void*>(&token)
-                                                          : calls.staging.data() + offsets_[i];
-    if (std::memcmp(expected, inputs[i], info_.spec.inputs[i].nbytes()) != 0) return false;
+bool CompiledMethod::is_last(const Calls& calls, const HostTensors& tensors) const {
+  const std::vector<int64_t>& positions = calls.drawn->positions;
+  if (static_cast<size_t>(tensors.length) != positions.size()) return false;
+  std::vector<int64_t> tokens;
+  for (size_t i = 0; i < positions.size(); ++i) {
+    tokens.push_back(calls.drawn->token(positions[i] - 1, i, calls.length));
+  }
+  const std::vector<TensorSpec> given = inputs(tensors.length);
+  const std::vector<size_t> offset = offsets(calls.length);
+  for (size_t i = 0; i < given.size(); ++i) {
+    const void* expected = i == info_.hand_over->positions ? positions.data()
+                           : i == info_.hand_over->tokens  ? tokens.data()
+                               : static_cast<const void*>(calls.staging.data() + offset[i]);
+    if (std::memcmp(expected, tensors.inputs[i], given[i].nbytes()) != 0) return false;
   }
   return true;
 }
@@ -170,29 +187,34 @@ bool CompiledMethod::copy_outputs(const Calls& calls, const HostTensors& tensors
 
 void CompiledMethod::run(const HostTensors& tensors) {
   Session& session = context_->session();
+  const auto sequences = info_.hand_over ? std::optional(info_.longest) : std::nullopt;
   Calls& calls =
-      session.calls_.try_emplace(this, offsets_.back(), info_.hand_over.has_value()).first->second;
+      session.calls_.try_emplace(this, offsets(info_.longest).back(), sequences).first->second;
   if (!session.ahead_) {
     start(session, calls, tensors);
-  } else if (session.ahead_ != &calls || !is_last(calls, tensors.inputs)) {
+  } else if (session.ahead_ != &calls || !is_last(calls, tensors)) {
     throw DelegateError(Error::InvalidState,
-                        "the session has gone on from the token it drew, as it was asked to: "
-                        "settle or reset it before another call of " +
+                        "the session has gone on from the tokens it drew, as it was asked to: "
+                        "settle it before another call of " +
                             info_.method);
   }
   session.ahead_ = nullptr;
   const bool copied = copy_outputs(calls, tensors);
   if (copied || !calls.drawn) context_->stream_.synchronize();
   if (!calls.drawn) return;
-  const int64_t position = calls.drawn->position;
+  Drawn& drawn = *calls.drawn;
+  const uint64_t call = drawn.calls;
   if (CallScope::options().run_ahead) {
-    ++calls.drawn->position;
+    for (int64_t& position : drawn.positions) ++position;
     launch(session, calls);
     session.ahead_ = &calls;
   }
-  calls.drawn->done(position).synchronize();
-  const int64_t token = calls.drawn->token(position);
-  std::memcpy(tensors.outputs[info_.hand_over->token], &token, kToken);
+  drawn.done(call).synchronize();
+  const int64_t ahead = session.ahead_ ? 1 : 0;
+  auto* tokens = static_cast<int64_t*>(tensors.outputs[info_.hand_over->token]);
+  for (size_t i = 0; i < drawn.positions.size(); ++i) {
+    tokens[i] = drawn.token(drawn.positions[i] - ahead, i, calls.length);
+  }
 }
 
 }  // namespace et_moe::cuda

@@ -46,14 +46,17 @@ class CompiledMethod {
 
   /// Runs the code on the inputs that are on the GPU; returns where its outputs are.
   Calls::Outputs enqueue(Session& session, const Calls& calls);
-  /// Starts the call of calls.length, at calls.drawn->position, as a graph if it may be one.
+  /// Starts the call of calls.length, on the inputs that are on the GPU, as a graph if it may be one.
   void launch(Session& session, Calls& calls);
   /// The same as a graph, which is captured if there is none of this length. False if that failed.
   bool launch_graph(Session& session, Calls& calls);
   /// Brings inputs to the GPU and starts the call.
   void start(Session& session, Calls& calls, const HostTensors& tensors);
   /// Whether these inputs are those of the last call that was started, one that runs ahead.
-  bool is_last(const Calls& calls, const std::vector<const void*>& inputs) const;
+  bool is_last(const Calls& calls, const HostTensors& tensors) const;
+  /// The inputs of a call of a length, and where each begins in their memory; the end of the last.
+  std::vector<TensorSpec> inputs(int64_t length) const;
+  std::vector<size_t> offsets(int64_t length) const;
   /// Starts copies of the outputs that are wanted, but for a token that is handed over; whether
   /// there are any.
   bool copy_outputs(const Calls& calls, const HostTensors& tensors) const;
@@ -64,8 +67,7 @@ class CompiledMethod {
 
   MethodInfo info_;
   std::shared_ptr<Context> context_;
-  std::vector<Range> ranges_;    // by rising length; the last one ends with the longest
-  std::vector<size_t> offsets_;  // of the inputs in their memory; the end of the last
+  std::vector<Range> ranges_;  // by rising length; the last one ends with the longest
   bool capture_failed_ = false;
 };
 

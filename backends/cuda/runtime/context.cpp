@@ -55,8 +55,8 @@ std::shared_ptr<Context> Context::of(const NamedDataMap& data) {
   return context;
 }
 
-std::unique_ptr<Session> Context::new_session() const {
-  return std::make_unique<Session>(stream_, state_);
+std::unique_ptr<Session> Context::new_session(const PoolSizes& sizes) const {
+  return std::make_unique<Session>(stream_, state_, sizes);
 }
 
 void Context::adopt(const NamedDataMap& data, const MethodInfo& info) {
@@ -72,12 +72,13 @@ void Context::adopt(const NamedDataMap& data, const MethodInfo& info) {
   if (!weights_) {
     weights_ = std::make_unique<DeviceWeights>(data, info.weights);
     state_ = info.state;
+    own_pool_ = info.own_pool;
   }
 }
 
 Session& Context::session() {
   if (Session* active = CallScope::session()) return *active;
-  if (!own_session_) own_session_ = new_session();
+  if (!own_session_) own_session_ = new_session(own_pool_);
   return *own_session_;
 }
 

@@ -34,10 +34,10 @@ class Context {
   /// another one, even of the same file. May be called by several threads. Throws DelegateError.
   static std::shared_ptr<Context> of(const executorch::runtime::NamedDataMap& data);
 
-  /// State for one more sequence, as the methods that are loaded so far need it. It must go before
-  /// they do. Throws CudaError.
-  std::unique_ptr<Session> new_session() const;
-  void reset(Session& session) const { session.reset(stream_); }
+  /// State of sequences, as the methods that are loaded so far need it. It must go before they do.
+  /// Throws CudaError.
+  std::unique_ptr<Session> new_session(const PoolSizes& sizes) const;
+  void clear_slot(Session& session, int32_t slot) const { session.clear_slot(stream_, slot); }
 
  private:
   friend class CompiledMethod;
@@ -54,7 +54,8 @@ class Context {
   Arena arena_;
   Kernels kernels_;
   std::unique_ptr<DeviceWeights> weights_;
-  std::vector<TensorSpec> state_;
+  std::vector<StateSpec> state_;
+  PoolSizes own_pool_;
   const Calls* last_ = nullptr;  // whose call was started last: it owns what is in scratch memory
   std::unique_ptr<Session> own_session_;  // for callers that never made one
 };

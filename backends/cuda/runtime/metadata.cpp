@@ -13,7 +13,7 @@
 namespace et_moe::cuda {
 namespace {
 
-constexpr int kFormat = 4;
+constexpr int kFormat = 5;
 
 /// The largest value of the one size that varies from call to call, in inputs and perhaps outputs;
 /// 1 if none does. Throws std::runtime_error if there are several, or an inner dimension varies.
@@ -40,27 +40,34 @@ int64_t find_longest(const MethodSpec& spec) {
   return bounds ? bounds->second : 1;
 }
 
-/// Index of a tensor of `count` int64 elements.
+/// Index of an int64 tensor of one element for each sequence, of which there are `longest` at most.
 template <typename Spec>
-size_t find_integers(const std::vector<Spec>& tensors, const std::string& name, size_t count) {
+size_t find_integers(const std::vector<Spec>& tensors, const std::string& name, int64_t longest) {
   const size_t i = find_tensor(tensors, name);
+  const size_t bytes = static_cast<size_t>(longest) * sizeof(int64_t);
   if (i == tensors.size() || tensors[i].dtype != executorch::aten::ScalarType::Long ||
-      tensors[i].nbytes() != count * sizeof(int64_t)) {
-    throw std::runtime_error("hand_over: no int64 tensor " + name);
+      tensors[i].nbytes() != bytes || (longest > 1 && !free_dimension(tensors[i]))) {
+    throw std::runtime_error("hand_over: no int64 tensor " + name + " with one element a sequence");
   }
   return i;
 }
 
-std::optional<HandOverIndices> find_hand_over(const MethodSpec& spec) {
+std::optional<HandOverIndices> find_hand_over(const MethodSpec& spec, int64_t longest) {
   if (!spec.hand_over) return std::nullopt;
-  for (const TensorSpec& input : spec.inputs) {
-    if (free_dimension(input)) {
-      throw std::runtime_error("hand_over: the input " + input.name + " varies from call to call");
+  return HandOverIndices{find_integers(spec.outputs, spec.hand_over->token, longest),
+                         find_integers(spec.inputs, spec.hand_over->tokens, longest),
+                         find_integers(spec.inputs, spec.hand_over->positions, longest)};
+}
+
+/// How many pages and slots a state has; each is one that all its tensors may have.
+PoolSizes parse_pool(const nlohmann::json& sizes, const std::vector<StateSpec>& state) {
+  const PoolSizes pool{sizes.at("pages").get<int32_t>(), sizes.at("slots").get<int32_t>()};
+  for (const StateSpec& tensor : state) {
+    if (pool.of(tensor.pool) < 1 || pool.of(tensor.pool) > tensor.shape[0]) {
+      throw std::runtime_error("own_pool is too small or too large for the state " + tensor.name);
     }
   }
-  return HandOverIndices{find_integers(spec.outputs, spec.hand_over->token, 1),
-                         find_integers(spec.inputs, spec.hand_over->tokens, 1),
-                         find_integers(spec.inputs, spec.hand_over->position, 1)};
+  return pool;
 }
 
 /// The code is given the outputs in their order: each has one index below their number.
@@ -104,13 +111,14 @@ MethodInfo parse_info(const nlohmann::json& json) {
   info.prepack = json.at("prepack").get<std::string>();
   info.spec = MethodSpec::parse(json);
   check_outputs(info.spec.outputs);
-  info.state = parse_tensors(json.at("state"));
+  info.state = parse_state(json.at("state"));
+  info.own_pool = parse_pool(json.at("own_pool"), info.state);
   info.weights = parse_tensors(json.at("weights"));
   info.longest = find_longest(info.spec);
   for (const auto& [arch, ranges] : json.at("code").items()) {
     info.code[arch] = parse_ranges(ranges, info.longest);
   }
-  info.hand_over = find_hand_over(info.spec);
+  info.hand_over = find_hand_over(info.spec, info.longest);
   return info;
 }
 

@@ -32,13 +32,15 @@ TensorSpec with_length(TensorSpec tensor, int64_t length);
 
 /// Indices of the tensors that `HandOver` names, among outputs and inputs.
 struct HandOverIndices {
-  size_t token, tokens, position;
+  size_t token, tokens, positions;
 };
 
 struct MethodInfo {
   std::string method, prepack;
   MethodSpec spec;
-  std::vector<TensorSpec> state, weights;
+  std::vector<StateSpec> state;
+  std::vector<TensorSpec> weights;
+  PoolSizes own_pool;  // of the state for callers that choose no sizes
   std::map<std::string, std::vector<CodeInfo>> code;  // by architecture; in rising order of lengths
   int64_t longest = 1;  // the largest size of the one dimension that varies from call to call
   std::optional<HandOverIndices> hand_over;

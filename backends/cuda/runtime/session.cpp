@@ -7,34 +7,68 @@
 
 namespace et_moe::cuda {
 
-Calls::Calls(size_t inputs_size, bool hands_over)
+Calls::Calls(size_t inputs_size, std::optional<int64_t> sequences)
     : staging(std::max(kAlignment, inputs_size)), inputs(std::max(kAlignment, inputs_size)) {
-  if (hands_over) drawn.emplace();
+  if (sequences) drawn.emplace(*sequences);
 }
 
-Session::Session(const Stream& stream, const std::vector<TensorSpec>& state) {
-  const std::vector<size_t> offsets = aligned_offsets(state);
-  for (size_t i = 0; i < state.size(); ++i) offsets_[state[i].name] = offsets[i];
-  memory_ = DeviceBuffer(std::max(kAlignment, offsets.back()));
-  reset(stream);
+std::vector<int64_t> Calls::tokens() const {
+  std::vector<int64_t> tokens;
+  for (size_t i = 0; i < drawn->positions.size(); ++i) {
+    tokens.push_back(drawn->token(drawn->positions[i], i, length));
+  }
+  return tokens;
+}
+
+Session::Session(const Stream& stream, const std::vector<StateSpec>& state,
+                 const PoolSizes& sizes) {
+  // Tensors with slots of one size lie behind each other, so that few calls zero a slot.
+  std::vector<StateSpec> order(state);
+  std::stable_sort(order.begin(), order.end(), [](const StateSpec& a, const StateSpec& b) {
+    return std::pair(a.pool, a.nbytes_each()) < std::pair(b.pool, b.nbytes_each());
+  });
+  size_t end = 0;
+  for (const StateSpec& tensor : order) {
+    const TensorSpec spec = tensor.in(sizes);
+    const size_t size = aligned(spec.nbytes());
+    tensors_[tensor.name] = {spec, end};
+    if (tensor.pool == Pool::kSlots) {
+      if (slots_.empty() || slots_.back().slot_size != tensor.nbytes_each()) {
+        slots_.push_back({end, tensor.nbytes_each(), size, 0});
+      }
+      ++slots_.back().count;
+    }
+    end += size;
+  }
+  memory_ = DeviceBuffer(std::max(kAlignment, end));
+  ET_MOE_CUDA(cudaMemsetAsync(memory_.data(), 0, memory_.size(), stream.get()));
 }
 
 Session::~Session() { wait(); }  // what still runs uses the memory that is freed here
 
 void Session::wait() const {
-  if (ahead_) cudaEventSynchronize(ahead_->drawn->done(ahead_->drawn->position).get());
+  if (ahead_) cudaEventSynchronize(ahead_->drawn->done(ahead_->drawn->calls).get());
 }
 
-void Session::settle() {
-  if (Calls* calls = std::exchange(ahead_, nullptr)) {
-    calls->drawn->done(calls->drawn->position).synchronize();
+std::vector<int64_t> Session::settle() {
+  const Calls* calls = std::exchange(ahead_, nullptr);
+  if (!calls) return {};
+  calls->drawn->done(calls->drawn->calls).synchronize();
+  return calls->tokens();
+}
+
+void Session::clear_slot(const Stream& stream, int32_t slot) {
+  // The longest distance of two rows that CUDA takes.
+  constexpr size_t kMostPitch = INT32_MAX;
+  for (const Slots& slots : slots_) {
+    const bool at_once = slots.tensor_size <= kMostPitch;
+    for (size_t i = 0; i < (at_once ? 1 : slots.count); ++i) {
+      std::byte* first = memory_.data() + slots.offset + i * slots.tensor_size +
+                         static_cast<size_t>(slot) * slots.slot_size;
+      ET_MOE_CUDA(cudaMemset2DAsync(first, at_once ? slots.tensor_size : slots.slot_size, 0,
+                                    slots.slot_size, at_once ? slots.count : 1, stream.get()));
+    }
   }
-}
-
-void Session::reset(const Stream& stream) {
-  // A token that nobody asked for in the end is waited for: its inputs are about to be overwritten.
-  settle();
-  ET_MOE_CUDA(cudaMemsetAsync(memory_.data(), 0, memory_.size(), stream.get()));
 }
 
 void Session::forget(const CompiledMethod& method) {

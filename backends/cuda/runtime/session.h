@@ -1,4 +1,4 @@
-// The state of one sequence on the GPU, and the calls that are made on it.
+// The state of the sequences on the GPU, and the calls that are made on it.
 #pragma once
 
 #include <cstdint>
@@ -18,19 +18,22 @@ class CompiledMethod;
 
 /// The tokens that a method with a hand-over drew, as the host sees them.
 struct Drawn {
-  Drawn() : memory(2 * sizeof(int64_t)) {}
+  /// For at most so many sequences a call.
+  explicit Drawn(int64_t sequences) : memory(2 * sizeof(int64_t) * static_cast<size_t>(sequences)) {}
 
-  /// The token that the call at a position drew, once it is done.
-  int64_t token(int64_t at) const {
-    return reinterpret_cast<const int64_t*>(memory.data())[at & 1];
+  /// The token that a call drew for a row at a position, once it is done. `length`: of the call.
+  int64_t token(int64_t at, size_t row, int64_t length) const {
+    const auto* tokens = reinterpret_cast<const int64_t*>(memory.data());
+    return tokens[static_cast<size_t>((at & 1) * length) + row];
   }
 
-  /// Recorded behind the call at a position.
-  const Event& done(int64_t at) const { return events[at & 1]; }
+  /// Recorded behind a call.
+  const Event& done(uint64_t call) const { return events[call & 1]; }
 
-  PinnedBuffer memory;   // int64 [2]: of the last two positions, by position % 2
-  Event events[2];       // likewise
-  int64_t position = 0;  // of the last call that was started
+  PinnedBuffer memory;  // int64 [2, length]: of the last two positions of each row, by position % 2
+  Event events[2];      // of the last two calls
+  uint64_t calls = 0;   // that were started: the number of the last one
+  std::vector<int64_t> positions;  // of the last call, of the rows that are no padding
 };
 
 /// What the calls of one method on one session keep: inputs, where outputs are, graphs.
@@ -45,7 +48,11 @@ struct Calls {
     Outputs outputs;
   };
 
-  Calls(size_t inputs_size, bool hands_over);
+  /// `sequences`: most of a call of a method with a hand-over.
+  Calls(size_t inputs_size, std::optional<int64_t> sequences);
+
+  /// The tokens that the last call drew, once it is done.
+  std::vector<int64_t> tokens() const;
 
   PinnedBuffer staging;                // inputs on their way to the GPU
   DeviceBuffer inputs;                 // a call that hands over leaves here those of the next
@@ -56,37 +63,47 @@ struct Calls {
   std::map<int64_t, Captured> graphs;  // by length
 };
 
-/// KV cache, convolution and recurrent state of a sequence, and the graphs captured on them: a
-/// graph has the addresses of its state in it.
+/// KV cache, convolution and recurrent state of sequences in a pool of pages and slots, and the
+/// graphs captured on it: a graph has the address of the pool in it, not those of a sequence.
 class Session {
  public:
   /// Allocates the state, zeroed. Throws CudaError.
-  Session(const Stream& stream, const std::vector<TensorSpec>& state);
+  Session(const Stream& stream, const std::vector<StateSpec>& state, const PoolSizes& sizes);
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  /// Zeroes the state: the next token starts a new sequence.
-  void reset(const Stream& stream);
+  /// Zeroes a slot, in which a new sequence begins.
+  void clear_slot(const Stream& stream, int32_t slot);
 
-  /// Whether a call was started that nobody has asked for yet, see `CallOptions::run_ahead`. It has
-  /// updated the state.
-  bool runs_ahead() const { return ahead_ != nullptr; }
-  /// Waits for that call and gives up the token it drew; the next call may be any.
-  void settle();
+  /// Waits for a call that was started and that nobody has asked for yet, see
+  /// `CallOptions::run_ahead`, and returns the tokens that it drew: one of each of its sequences.
+  /// None if there is no such call. The next call may be any.
+  std::vector<int64_t> settle();
 
-  /// Address of a state tensor. Throws std::out_of_range for a name that is none.
-  std::byte* at(const std::string& name) const { return memory_.data() + offsets_.at(name); }
+  /// A state tensor: what it is in this pool, and its address. Throws std::out_of_range for a name
+  /// that is none.
+  const TensorSpec& spec(const std::string& name) const { return tensors_.at(name).spec; }
+  std::byte* at(const std::string& name) const { return memory_.data() + tensors_.at(name).offset; }
 
   /// Drops what is kept for a method that goes.
   void forget(const CompiledMethod& method);
 
  private:
   friend class CompiledMethod;
+  struct Placed {
+    TensorSpec spec;
+    size_t offset;
+  };
+  /// Tensors of slots that are as large as each other and follow each other.
+  struct Slots {
+    size_t offset, slot_size, tensor_size, count;
+  };
   /// Waits for the call that runs ahead, if there is one, whatever becomes of it.
   void wait() const;
 
-  std::map<std::string, size_t> offsets_;
+  std::map<std::string, Placed> tensors_;
+  std::vector<Slots> slots_;
   DeviceBuffer memory_;
   std::map<const CompiledMethod*, Calls> calls_;
   Calls* ahead_ = nullptr;  // whose last call runs before it was asked for
