@@ -56,7 +56,7 @@ struct OpCase {
   std::vector<Argument> arguments;
 };
 
-// Valid calls: 3 tokens, hidden size 64, group size 32.
+// Valid calls: 3 rows, of 3 sequences where an op knows of them, hidden size 64, group size 32.
 std::vector<OpCase> cases() {
   return {
       {"quantize_int8",
@@ -117,22 +117,25 @@ std::vector<OpCase> cases() {
       {"causal_conv1d",
        {TensorArgument{"x", kF32, {3, 24}, {true, true}},
         TensorArgument{"weight", kF32, {24, 4}, {false, true}},
-        TensorArgument{"state", kF32, {3, 24}}, TensorArgument{"num_tokens", kI64, {1}},
+        TensorArgument{"state", kF32, {2, 3, 24}, {true}},
+        TensorArgument{"slots", kInt, {3}, {true}}, TensorArgument{"num_tokens", kI64, {3}},
         output("out", kF32, {3, 24})}},
       {"gated_delta_rule",
        {TensorArgument{"q", kF32, {3, 2, 16}, {true, true, true}},
         TensorArgument{"k", kF32, {3, 2, 16}},
         TensorArgument{"v", kF32, {3, 4, 8}, {false, true, true}},
         TensorArgument{"g", kF32, {3, 4}}, TensorArgument{"beta", kF32, {3, 4}},
-        TensorArgument{"state", kF32, {4, 16, 8}}, TensorArgument{"num_tokens", kI64, {1}},
+        TensorArgument{"state", kF32, {2, 4, 16, 8}, {true}},
+        TensorArgument{"slots", kInt, {3}, {true}}, TensorArgument{"num_tokens", kI64, {3}},
         output("out", kF32, {3, 4, 8})}},
       {"gated_delta_net",
        {TensorArgument{"projected", kF32, {3, 136}, {true, false}},
         TensorArgument{"conv_weight", kF32, {96, 4}, {true, true}},
         TensorArgument{"a_log", kF32, {4}}, TensorArgument{"dt_bias", kF32, {4}},
-        TensorArgument{"norm_weight", kF32, {8}}, TensorArgument{"conv_state", kF32, {3, 96}},
-        TensorArgument{"recurrent_state", kF32, {4, 16, 8}, {true, true, true}}, 1e-6,
-        TensorArgument{"num_tokens", kI64, {1}}, output("out", kF32, {3, 32})}},
+        TensorArgument{"norm_weight", kF32, {8}}, TensorArgument{"conv_state", kF32, {2, 3, 96}},
+        TensorArgument{"recurrent_state", kF32, {2, 4, 16, 8}, {true, true, true, true}},
+        TensorArgument{"slots", kInt, {3}, {true}}, 1e-6, TensorArgument{"num_tokens", kI64, {3}},
+        output("out", kF32, {3, 32})}},
       {"attention",
        {TensorArgument{"qkv", kF32, {3, 96}, {true, true}}, TensorArgument{"q_norm", kF32, {8}},
         TensorArgument{"k_norm", kF32, {8}}, TensorArgument{"inv_freq", kF32, {2}, {true}},
