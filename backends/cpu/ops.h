@@ -54,7 +54,8 @@ void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
 
 void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_norm,
                const Tensor& inv_freq, const Tensor& k_cache, const Tensor& v_cache,
-               const Tensor& position, double eps, const OptionalTensor& num_tokens, Tensor& out);
+               const Tensor& pages, const Tensor& positions, double eps,
+               const OptionalTensor& num_tokens, Tensor& out);
 
 void sample(Op& op, const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
             const Tensor& top_p, const Tensor& seed, const Tensor& position, Tensor& out);
