@@ -15,6 +15,7 @@ from et_moe.backends.cuda.triton.moe import op as moe
 from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 from et_moe.backends.cuda.triton.router.op import moe_router
 from et_moe.backends.cuda.triton.sampling.op import sample
+from et_moe.backends.ops import PAGE_SIZE
 from et_moe.benchmarks import roofline
 from et_moe.benchmarks.peers import attention as peer_attention
 from et_moe.pipeline.models import parse_config
@@ -154,15 +155,18 @@ def delta_rule(device: torch.device, wheel: ModuleType | None) -> Subject:
             "v": bf16(m, heads, dim, device=device),
             "g": -torch.rand(m, heads, device=device),
             "beta": torch.rand(m, heads, device=device),
-            "state": torch.zeros(heads, dim, dim, device=device),
+            "state": torch.zeros(1, heads, dim, dim, device=device),
+            "slots": torch.zeros(1, dtype=torch.int32, device=device),
         }
 
     def theirs(m: int) -> dict:
-        made = {k: v[None] for k, v in ours(m).items()}
+        made = ours(m)
+        del made["slots"]
+        made["initial_state"] = made.pop("state").bfloat16()
+        made |= {k: made[k][None] for k in ("q", "k", "v", "g", "beta")}
         for name in ("q", "k"):
             wide = made[name].repeat_interleave(heads // key_heads, dim=2)
             made[name] = torch.nn.functional.normalize(wide.float(), dim=-1).bfloat16()
-        made["initial_state"] = made.pop("state").bfloat16()
         made["g"], made["beta"] = made["g"].bfloat16(), made["beta"].bfloat16()
         return made
 
@@ -199,6 +203,7 @@ def attend(device: torch.device, wheel: ModuleType | None) -> Subject:
     """
     c, capacity = CONFIG, 4096
     heads, kv, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    pool = (capacity // PAGE_SIZE, kv, PAGE_SIZE, dim)
 
     def ours(m: int) -> dict:
         return {
@@ -206,9 +211,10 @@ def attend(device: torch.device, wheel: ModuleType | None) -> Subject:
             "q_norm": bf16(dim, device=device),
             "k_norm": bf16(dim, device=device),
             "inv_freq": torch.rand(c.rotary_dim // 2, device=device),
-            "k_cache": bf16(kv, capacity, dim, device=device),
-            "v_cache": bf16(kv, capacity, dim, device=device),
-            "position": torch.full((1,), capacity - 1 if m == 1 else 0, device=device),
+            "k_cache": bf16(*pool, device=device),
+            "v_cache": bf16(*pool, device=device),
+            "pages": torch.arange(pool[0], dtype=torch.int32, device=device)[None],
+            "positions": torch.full((1,), capacity - 1 if m == 1 else 0, device=device),
         }
 
     def theirs(m: int) -> dict:
@@ -257,8 +263,9 @@ def without_peer(device: torch.device) -> list[Subject]:
             "a_log": torch.randn(heads, device=device),
             "dt_bias": torch.randn(heads, device=device),
             "norm_weight": bf16(dim, device=device),
-            "conv_state": bf16(c.linear_conv_kernel_dim - 1, channels, device=device),
-            "recurrent_state": torch.zeros(heads, dim, dim, device=device),
+            "conv_state": bf16(1, c.linear_conv_kernel_dim - 1, channels, device=device),
+            "recurrent_state": torch.zeros(1, heads, dim, dim, device=device),
+            "slots": torch.zeros(1, dtype=torch.int32, device=device),
         }
 
     def route(m: int) -> dict:
@@ -276,7 +283,7 @@ def without_peer(device: torch.device) -> list[Subject]:
 
         logits = torch.randn(1, c.vocab_size, device=device) * 4
         options = (scalar(0.6, torch.float32), scalar(20), scalar(0.95, torch.float32))
-        names = ("logits", "temperature", "top_k", "top_p", "seed", "position")
+        names = ("logits", "temperature", "top_k", "top_p", "seed", "positions")
         return dict(zip(names, (logits, *options, scalar(1), scalar(1)), strict=True))
 
     one = [Contender("sample", sample, draw, lambda m: m == 1)]

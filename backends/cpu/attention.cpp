@@ -1,19 +1,42 @@
 #include "backends/cpu/gemm.h"
 #include "backends/cpu/ops.h"
+#include "backends/cpu/sequences.h"
 
 namespace et_moe::cpu {
 
 namespace {
 
-// How many queries of one head share a pass over its cache, and how many keys one step of that pass
-// takes.
+// How many queries of one head of a sequence share a pass over its cache. A step of that pass takes
+// the keys of a page.
 constexpr int64_t kQueries = 6;
-constexpr int64_t kKeys = 128;
 
 struct Layer {
-  int64_t tokens, start;  // valid tokens and the first one's position
-  int64_t heads, kv_heads, dim, capacity, columns;
+  int64_t heads, kv_heads, dim, columns, half;
+  double eps;
   int64_t row() const { return padded_columns(dim); }
+};
+
+struct Weights {
+  Floats q_norm, k_norm, inv_freq;
+};
+
+// Where the sequences' tokens lie.
+struct Places {
+  const Sequences& sequences;
+  const int64_t* positions;  // of each sequence's first row
+  const int32_t* pages;      // [all sequences, entries]
+  int64_t entries;
+
+  int64_t start(const Sequence& sequence) const { return positions[sequence.index]; }
+  int64_t page(const Sequence& sequence, int64_t token) const {
+    return pages[sequence.index * entries + token / kPageSize];
+  }
+};
+
+// At most kQueries valid rows of a sequence, from its valid row `token` on.
+struct Tile {
+  const Sequence* sequence;
+  int64_t token, count;
 };
 
 // Rotates columns i and half + i by the token's angle i.
@@ -27,7 +50,7 @@ void rotate(float* row, const float* cosine, const float* sine, int64_t half) {
 }
 
 // sums[t] = sums[t] * factor[t] + weights[t] . values for kTokens rows of n columns, where
-// weights[t] and sums[t] lie kKeys and `stride` apart and values is [keys, n].
+// weights[t] and sums[t] lie kPageSize and `stride` apart and values is [keys, n].
 template <int kTokens, class T>
 void add_values(const T* values, int64_t keys, int64_t n, const float* weights, const float* factor,
                 float* sums, int64_t stride) {
@@ -46,7 +69,7 @@ void add_values(const T* values, int64_t keys, int64_t n, const float* weights, 
       for (int i = 0; i < kVectors; ++i) {
         const f32x8 v = read(values + s * n + column, i);
         for (int t = 0; t < kTokens; ++t) {
-          total[t][i] = fma(splat(weights[t * kKeys + s]), v, total[t][i]);
+          total[t][i] = fma(splat(weights[t * kPageSize + s]), v, total[t][i]);
         }
       }
     }
@@ -73,11 +96,11 @@ void add_values(const T* values, int64_t keys, int64_t n, const float* weights, 
 struct RunningSoftmax {
   float largest = -INFINITY, total = 0.0f;
 
-  // Turns `count` scores into weights relative to the largest so far; the rest up to kKeys become
-  // 0. Returns what to multiply earlier sums with.
+  // Turns `count` scores into weights relative to the largest so far; the rest up to kPageSize
+  // become 0. Returns what to multiply earlier sums with.
   float add(float* scores, int64_t count, float scale) {
     f32x8 block = splat(-INFINITY);
-    for (int64_t i = 0; i < kKeys; i += kLanes) {
+    for (int64_t i = 0; i < kPageSize; i += kLanes) {
       f32x8 v = load(scores + i) * scale;
       for (int64_t lane = std::max<int64_t>(0, count - i); lane < kLanes; ++lane) {
         v[lane] = -INFINITY;
@@ -88,7 +111,7 @@ struct RunningSoftmax {
     const float previous = largest;
     largest = std::max(largest, max(block));
     f32x8 sums = {};
-    for (int64_t i = 0; i < kKeys; i += kLanes) {
+    for (int64_t i = 0; i < kPageSize; i += kLanes) {
       const f32x8 weight = exp(load(scores + i) - largest);
       store(scores + i, weight);
       sums += weight;
@@ -102,110 +125,134 @@ struct RunningSoftmax {
 template <class T>
 class Attention {
  public:
-  Attention(Op& op, const Layer& layer, const Tensor& k_cache, const Tensor& v_cache)
+  Attention(Op& op, const Layer& layer, const Places& places, const Tensor& k_cache,
+            const Tensor& v_cache)
       : op_(op),
         layer_(layer),
+        places_(places),
         k_cache_(k_cache.mutable_data_ptr<T>()),
         v_cache_(v_cache.mutable_data_ptr<T>()) {}
 
-  void run(Floats qkv, Floats q_norm, Floats k_norm, Floats inv_freq, int64_t half, double eps,
-           MutableFloats out) {
+  void run(Floats qkv, const Weights& weights, MutableFloats out) {
+    const int64_t valid = places_.sequences.valid, half = layer_.half;
     const int64_t all_heads = layer_.heads + layer_.kv_heads;
-    float* rows = op_.scratch<float>(layer_.tokens * all_heads * layer_.row());
-    float* angles = op_.scratch<float>(layer_.tokens * 2 * half);
-    float* sums = op_.scratch<float>(layer_.tokens * layer_.heads * layer_.dim);
-    if (rows == nullptr || angles == nullptr || sums == nullptr) return;
-    op_.parallel(layer_.tokens, layer_.columns * 8 + half * 32, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        float* cosine = angles + t * 2 * half;
-        for (int64_t i = 0; i < half; ++i) {
-          const float angle = static_cast<float>(layer_.start + t) * inv_freq[i];
-          cosine[i] = std::cos(angle);
-          cosine[half + i] = std::sin(angle);
-        }
-        prepare(qkv + t * layer_.columns, q_norm, k_norm, eps, cosine, half, t,
-                rows + t * all_heads * layer_.row());
-      }
-    });
-    const int64_t tiles = (layer_.tokens + kQueries - 1) / kQueries;
-    const int64_t queries = std::min(kQueries, layer_.tokens);
-    const int64_t work = queries * (layer_.start + layer_.tokens) * layer_.dim * 2;
-    op_.parallel(layer_.heads * tiles, work, [&](int64_t first, int64_t last) {
+    float* rows = op_.scratch<float>(valid * all_heads * layer_.row());
+    float* angles = op_.scratch<float>(valid * 2 * half);
+    float* sums = op_.scratch<float>(valid * layer_.heads * layer_.dim);
+    Tile* tiles = op_.scratch<Tile>(valid);
+    if (!rows || !angles || !sums || !tiles) return;
+    op_.parallel(valid, layer_.columns * 8 + half * 32, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        attend(i / tiles, i % tiles * kQueries, rows, qkv, sums, out);
+        const Sequence& sequence = *places_.sequences.owner[i];
+        const int64_t token = places_.start(sequence) + i - sequence.first;
+        float* cosine = angles + i * 2 * half;
+        for (int64_t j = 0; j < half; ++j) {
+          const float angle = static_cast<float>(token) * weights.inv_freq[j];
+          cosine[j] = std::cos(angle);
+          cosine[half + j] = std::sin(angle);
+        }
+        prepare(qkv + places_.sequences.row(i) * layer_.columns, weights, cosine,
+                places_.page(sequence, token), token % kPageSize,
+                rows + i * all_heads * layer_.row());
       }
     });
+    int64_t count = 0, keys = 0;
+    for (int64_t i = 0; i < places_.sequences.count; ++i) {
+      const Sequence& sequence = places_.sequences[i];
+      for (int64_t token = 0; token < sequence.valid; token += kQueries) {
+        const Tile tile{&sequence, token, std::min(kQueries, sequence.valid - token)};
+        keys += tile.count * (places_.start(sequence) + token + tile.count);
+        tiles[count++] = tile;
+      }
+    }
+    if (count == 0) return;
+    // Heads come first, so that a thread's share holds long and short sequences.
+    op_.parallel(layer_.heads * count, keys / count * layer_.dim * 2,
+                 [&](int64_t first, int64_t last) {
+                   for (int64_t i = first; i < last; ++i) {
+                     attend(i / count, tiles[i % count], rows, qkv, sums, out);
+                   }
+                 });
   }
 
  private:
-  // Normalizes and rotates a token's q and k heads, and writes k and v to the cache.
-  void prepare(Floats qkv, Floats q_norm, Floats k_norm, double eps, const float* angles,
-               int64_t half, int64_t token, float* rows) const {
-    const int64_t dim = layer_.dim, queries = layer_.heads * 2 * dim;
+  // Where the tokens of one key-value head lie in a page of a cache.
+  T* in_page(T* cache, int64_t page, int64_t kv_head) const {
+    return cache + (page * layer_.kv_heads + kv_head) * kPageSize * layer_.dim;
+  }
+
+  // Normalizes and rotates a token's q and k heads, and writes k and v to their place in a page.
+  void prepare(Floats qkv, const Weights& weights, const float* angles, int64_t page, int64_t place,
+               float* rows) const {
+    const int64_t dim = layer_.dim, half = layer_.half, queries = layer_.heads * 2 * dim;
     for (int64_t head = 0; head < layer_.heads + layer_.kv_heads; ++head) {
       const bool is_q = head < layer_.heads;
       const int64_t kv_head = head - layer_.heads;
       const Floats source = qkv + (is_q ? head * 2 * dim : queries + kv_head * dim);
+      const Floats norm = is_q ? weights.q_norm : weights.k_norm;
       float* row = rows + head * layer_.row();
       pack_floats<false>(source, dim, row);
-      pack_floats<false>(NormedRow(Floats(row), is_q ? q_norm : k_norm, dim, eps), dim, row);
+      pack_floats<false>(NormedRow(Floats(row), norm, dim, layer_.eps), dim, row);
       rotate(row, angles, angles + half, half);
       if (is_q) continue;
-      const int64_t at = (kv_head * layer_.capacity + layer_.start + token) * dim;
       const Floats value = qkv + (queries + (layer_.kv_heads + kv_head) * dim);
+      T* k = in_page(k_cache_, page, kv_head) + place * dim;
+      T* v = in_page(v_cache_, page, kv_head) + place * dim;
       for_lanes(dim, [&](int64_t i, int64_t count) {
-        store(k_cache_ + at + i, load(row + i, count), count);
-        store(v_cache_ + at + i, value.load(i, count), count);
+        store(k + i, load(row + i, count), count);
+        store(v + i, value.load(i, count), count);
       });
     }
   }
 
-  // Attention of at most kQueries tokens, from `token` on, of one head.
-  void attend(int64_t head, int64_t token, const float* rows, Floats qkv, float* sums,
+  // Attention of a tile's rows, for one head.
+  void attend(int64_t head, const Tile& tile, const float* rows, Floats qkv, float* sums,
               MutableFloats out) const {
-    const int64_t dim = layer_.dim, count = std::min(kQueries, layer_.tokens - token);
+    const Sequence& sequence = *tile.sequence;
+    const int64_t dim = layer_.dim, count = tile.count, first = sequence.first + tile.token;
     const int64_t stride = layer_.heads * dim, all_heads = layer_.heads + layer_.kv_heads;
-    const int64_t cache = head / (layer_.heads / layer_.kv_heads) * layer_.capacity * dim;
+    const int64_t kv_head = head / (layer_.heads / layer_.kv_heads);
+    const int64_t start = places_.start(sequence) + tile.token, end = start + count;
     const float* q[kQueries];
     for (int64_t i = 0; i < count; ++i) {
-      q[i] = rows + ((token + i) * all_heads + head) * layer_.row();
+      q[i] = rows + ((first + i) * all_heads + head) * layer_.row();
     }
-    float* sum = sums + token * stride + head * dim;
-    for (int64_t i = 0; i < count; ++i) std::fill(sum + i * stride, sum + i * stride + dim, 0.0f);
+    float* sum = sums + first * stride + head * dim;
+    for (int64_t i = 0; i < count; ++i) std::fill_n(sum + i * stride, dim, 0.0f);
     RunningSoftmax softmax[kQueries];
-    const int64_t end = layer_.start + token + count;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    for (int64_t key = 0; key < end; key += kKeys) {
-      const int64_t keys = std::min(kKeys, end - key);
-      float weights[kQueries * kKeys] = {}, factor[kQueries];
-      const T* k = k_cache_ + cache + key * dim;
+    for (int64_t key = 0; key < end; key += kPageSize) {
+      const int64_t keys = std::min(kPageSize, end - key), page = places_.page(sequence, key);
+      const T* k = in_page(k_cache_, page, kv_head);
+      const T* v = in_page(v_cache_, page, kv_head);
+      float weights[kQueries * kPageSize] = {}, factor[kQueries];
       const auto row_at = [&](int64_t r) { return DenseRow<T>{k + r * dim}; };
-      float_multiply(row_at, keys, q, count, dim, weights, kKeys);
+      float_multiply(row_at, keys, q, count, dim, weights, kPageSize);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t visible = std::clamp<int64_t>(layer_.start + token + i + 1 - key, 0, keys);
-        factor[i] = softmax[i].add(weights + i * kKeys, visible, scale);
+        const int64_t visible = std::clamp<int64_t>(start + i + 1 - key, 0, keys);
+        factor[i] = softmax[i].add(weights + i * kPageSize, visible, scale);
       }
-      const T* v = v_cache_ + cache + key * dim;
       int64_t i = 0;
       for (; i + 3 <= count; i += 3) {
-        add_values<3>(v, keys, dim, weights + i * kKeys, factor + i, sum + i * stride, stride);
+        add_values<3>(v, keys, dim, weights + i * kPageSize, factor + i, sum + i * stride, stride);
       }
       for (; i < count; ++i) {
-        add_values<1>(v, keys, dim, weights + i * kKeys, factor + i, sum + i * stride, stride);
+        add_values<1>(v, keys, dim, weights + i * kPageSize, factor + i, sum + i * stride, stride);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      const Floats gate = qkv + ((token + i) * layer_.columns + (head * 2 + 1) * dim);
-      const int64_t at = (token + i) * stride + head * dim;
+      const int64_t row = places_.sequences.row(first + i);
+      const Floats gate = qkv + (row * layer_.columns + (head * 2 + 1) * dim);
       for_lanes(dim, [&](int64_t d, int64_t lanes) {
-        const f32x8 y = load(sums + at + d, lanes) / softmax[i].total;
-        out.store(at + d, y * sigmoid(gate.load(d, lanes)), lanes);
+        const f32x8 y = load(sum + i * stride + d, lanes) / softmax[i].total;
+        out.store(row * stride + head * dim + d, y * sigmoid(gate.load(d, lanes)), lanes);
       });
     }
   }
 
   Op& op_;
   const Layer& layer_;
+  const Places& places_;
   T* k_cache_;
   T* v_cache_;
 };
@@ -213,14 +260,13 @@ class Attention {
 bool read_layer(Op& op, const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache,
                 Layer* layer) {
   if (!op.check("qkv", qkv, kFloats, {kAny, kAny}) ||
-      !op.check("k_cache", k_cache, {qkv.scalar_type()}, {kAny, kAny, kAny}) ||
+      !op.check("k_cache", k_cache, {qkv.scalar_type()}, {kAny, kAny, kPageSize, kAny}) ||
       !op.check("v_cache", v_cache, {qkv.scalar_type()},
-                {k_cache.size(0), k_cache.size(1), k_cache.size(2)})) {
+                {k_cache.size(0), k_cache.size(1), kPageSize, k_cache.size(3)})) {
     return false;
   }
-  layer->kv_heads = k_cache.size(0);
-  layer->capacity = k_cache.size(1);
-  layer->dim = k_cache.size(2);
+  layer->kv_heads = k_cache.size(1);
+  layer->dim = k_cache.size(3);
   layer->columns = qkv.size(1);
   const int64_t queries = layer->columns - 2 * layer->kv_heads * layer->dim;
   layer->heads = layer->dim > 0 ? queries / (2 * layer->dim) : 0;
@@ -235,41 +281,67 @@ bool read_layer(Op& op, const Tensor& qkv, const Tensor& k_cache, const Tensor& 
   return true;
 }
 
+// Fails unless every valid row has a place in the cache, which has `cached` pages.
+bool check_places(Op& op, const Places& places, int64_t cached) {
+  for (int64_t i = 0; i < places.sequences.count; ++i) {
+    const Sequence& sequence = places.sequences[i];
+    const int64_t start = places.start(sequence), valid = sequence.valid;
+    if (start < 0 || start > places.entries * kPageSize - valid) {
+      return op.fail(
+          "positions: %lld tokens from %lld on of sequence %lld do not fit %lld pages of %lld",
+          (long long)valid, (long long)start, (long long)sequence.index, (long long)places.entries,
+          (long long)kPageSize);
+    }
+    for (int64_t token = 0; token < start + valid; token += kPageSize) {
+      const int64_t page = places.page(sequence, token);
+      if (page < 0 || page >= cached) {
+        return op.fail("pages: entry %lld of sequence %lld is %lld, the cache has %lld pages",
+                       (long long)(token / kPageSize), (long long)sequence.index, (long long)page,
+                       (long long)cached);
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_norm,
                const Tensor& inv_freq, const Tensor& k_cache, const Tensor& v_cache,
-               const Tensor& position, double eps, const OptionalTensor& num_tokens, Tensor& out) {
+               const Tensor& pages, const Tensor& positions, double eps,
+               const OptionalTensor& num_tokens, Tensor& out) {
   Layer layer;
+  Sequences sequences;
   if (!read_layer(op, qkv, k_cache, v_cache, &layer) ||
       !op.check("q_norm", q_norm, kFloats, {layer.dim}) ||
       !op.check("k_norm", k_norm, kFloats, {layer.dim}) ||
       !op.check("inv_freq", inv_freq, {ScalarType::Float}, {kAny}) ||
-      !op.scalar("position", position, &layer.start) ||
-      !op.valid_tokens(num_tokens, qkv.size(0), &layer.tokens)) {
+      !op.check("pages", pages, {ScalarType::Int}, {kAny, kAny}) ||
+      !op.check("positions", positions, {ScalarType::Long}, {pages.size(0)}) ||
+      !read_sequences(op, "qkv", qkv.size(0), positions.size(0), num_tokens, &sequences)) {
     return;
   }
-  const int64_t half = inv_freq.size(0), width = layer.heads * layer.dim;
-  if (2 * half > layer.dim) {
+  layer.half = inv_freq.size(0);
+  layer.eps = eps;
+  if (2 * layer.half > layer.dim) {
     return void(op.fail("inv_freq: expected at most %lld frequencies for heads of %lld, got %lld",
-                        (long long)layer.dim / 2, (long long)layer.dim, (long long)half));
+                        (long long)layer.dim / 2, (long long)layer.dim, (long long)layer.half));
   }
-  if (layer.start < 0 || layer.start > layer.capacity - layer.tokens) {
-    return void(op.fail("position: %lld tokens from %lld on do not fit a cache of %lld",
-                        (long long)layer.tokens, (long long)layer.start,
-                        (long long)layer.capacity));
+  const Places places{sequences, positions.const_data_ptr<int64_t>(),
+                      pages.const_data_ptr<int32_t>(), pages.size(1)};
+  const int64_t width = layer.heads * layer.dim;
+  if (!check_places(op, places, k_cache.size(0)) ||
+      !op.output("out", out, qkv.scalar_type(), {qkv.size(0), width})) {
+    return;
   }
-  if (!op.output("out", out, qkv.scalar_type(), {qkv.size(0), width})) return;
   const MutableFloats output(out);
-  const auto run = [&](auto kernel) {
-    kernel.run(Floats(qkv), Floats(q_norm), Floats(k_norm), Floats(inv_freq), half, eps, output);
-  };
+  if (sequences.padding > 0) output.zero(0, qkv.size(0) * width);
+  const Weights weights{Floats(q_norm), Floats(k_norm), Floats(inv_freq)};
   if (qkv.scalar_type() == ScalarType::BFloat16) {
-    run(Attention<bf16>(op, layer, k_cache, v_cache));
+    Attention<bf16>(op, layer, places, k_cache, v_cache).run(Floats(qkv), weights, output);
   } else {
-    run(Attention<float>(op, layer, k_cache, v_cache));
+    Attention<float>(op, layer, places, k_cache, v_cache).run(Floats(qkv), weights, output);
   }
-  output.zero(layer.tokens * width, qkv.size(0) * width);
 }
 
 }  // namespace et_moe::cpu

@@ -1,6 +1,7 @@
 #include "backends/cpu/delta_rule.h"
 #include "backends/cpu/floats.h"
 #include "backends/cpu/ops.h"
+#include "backends/cpu/sequences.h"
 
 namespace et_moe::cpu {
 
@@ -8,47 +9,56 @@ namespace {
 
 constexpr int64_t kMaximumTaps = 16;
 
-// A depthwise causal convolution over rows of x, then SiLU.
+// A depthwise causal convolution over the rows of each sequence, then SiLU.
 struct Convolution {
+  const Sequences& sequences;
+  const int32_t* slots;  // of all sequences
   Floats x;
-  int64_t x_stride, tokens, channels, taps;
+  int64_t x_stride, channels, taps;
   Floats weight;            // [channels, taps]
-  Floats old_state;         // [taps - 1, channels]
+  Floats old_state;         // [slots, taps - 1, channels]
   MutableFloats new_state;  // the same memory
 
-  // The inputs of the channels from `channel` on, `row` rows after the oldest one in the state.
-  f32x8 input(int64_t row, int64_t channel, int64_t count) const {
-    return row < taps - 1 ? old_state.load(row * channels + channel, count)
-                          : x.load((row - (taps - 1)) * x_stride + channel, count);
-  }
-
-  // `write(token, channel, value, count)` takes the results. Leaves the last inputs in the state.
+  // `write(i, channel, value, count)` takes the results of valid row i. Leaves the last inputs in
+  // the state.
   template <class Write>
   void run(Op& op, const Write& write) const {
     const int64_t vectors = (channels + kLanes - 1) / kLanes;
-    op.parallel(vectors, kLanes * (taps * 2 + 8) * tokens, [&](int64_t first, int64_t last) {
+    const int64_t work = kLanes * (taps * 2 + 8) * sequences.valid;
+    op.parallel(vectors, work, [&](int64_t first, int64_t last) {
       for (int64_t channel = first * kLanes; channel < std::min(channels, last * kLanes);
            channel += kLanes) {
-        run_channels(channel, std::min<int64_t>(kLanes, channels - channel), write);
+        const int64_t count = std::min<int64_t>(kLanes, channels - channel);
+        f32x8 tap[kMaximumTaps] = {};
+        for (int64_t i = 0; i < taps; ++i) {
+          for (int64_t lane = 0; lane < count; ++lane) {
+            tap[i][lane] = weight[(channel + lane) * taps + i];
+          }
+        }
+        for (int64_t i = 0; i < sequences.count; ++i) {
+          run_channels(sequences[i], tap, channel, count, write);
+        }
       }
     });
   }
 
   template <class Write>
-  void run_channels(int64_t channel, int64_t count, const Write& write) const {
-    f32x8 tap[kMaximumTaps] = {};
-    for (int64_t i = 0; i < taps; ++i) {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        tap[i][lane] = weight[(channel + lane) * taps + i];
-      }
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
+  void run_channels(const Sequence& sequence, const f32x8* tap, int64_t channel, int64_t count,
+                    const Write& write) const {
+    const int64_t state = slots[sequence.index] * (taps - 1) * channels + channel;
+    const Floats own = x + (sequence.row * x_stride + channel);
+    // The inputs `row` rows after the oldest one in the state.
+    const auto input = [&](int64_t row) {
+      return row < taps - 1 ? old_state.load(state + row * channels, count)
+                            : own.load((row - (taps - 1)) * x_stride, count);
+    };
+    for (int64_t t = 0; t < sequence.valid; ++t) {
       f32x8 y = {};
-      for (int64_t i = 0; i < taps; ++i) y = fma(tap[i], input(t + i, channel, count), y);
-      write(t, channel, silu(y), count);
+      for (int64_t i = 0; i < taps; ++i) y = fma(tap[i], input(t + i), y);
+      write(sequence.first + t, channel, silu(y), count);
     }
     for (int64_t i = 0; i < taps - 1; ++i) {
-      new_state.store(i * channels + channel, input(tokens + i, channel, count), count);
+      new_state.store(state + i * channels, input(sequence.valid + i), count);
     }
   }
 };
@@ -81,14 +91,30 @@ bool check_heads(Op& op, int64_t key_heads, int64_t heads, int64_t key_dim, int6
   return true;
 }
 
-// Runs all heads; finish(head) then sees the head's results.
+// Runs all heads of all sequences; finish(i, head) then sees the head's result of valid row i. The
+// rule's pointers are to the first valid row and the first slot.
 template <class Finish>
-void run_heads(Op& op, const DeltaRule& rule, const Finish& finish) {
-  const int64_t work = rule.tokens * rule.key_dim * rule.value_dim * 4;
-  op.parallel(rule.heads, work, [&](int64_t first, int64_t last) {
-    for (int64_t head = first; head < last; ++head) {
-      run_head(rule, head);
-      finish(head);
+void run_heads(Op& op, const DeltaRule& rule, const Sequences& sequences, const Tensor& slots,
+               const Finish& finish) {
+  if (sequences.count == 0) return;
+  const int64_t matrix = rule.key_dim * rule.value_dim;
+  const int64_t work = sequences.valid * matrix * 4 / sequences.count;
+  const int32_t* slot = slots.const_data_ptr<int32_t>();
+  op.parallel(rule.heads * sequences.count, work, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t head = item / sequences.count;
+      const Sequence& sequence = sequences[item % sequences.count];
+      DeltaRule own = rule;
+      own.tokens = sequence.valid;
+      own.q += sequence.first * rule.key_stride;
+      own.k += sequence.first * rule.key_stride;
+      own.v += sequence.first * rule.value_stride;
+      own.decay += sequence.first * rule.heads;
+      own.beta += sequence.first * rule.heads;
+      own.state += slot[sequence.index] * rule.heads * matrix;
+      own.out += sequence.first * rule.heads * rule.value_dim;
+      run_head(own, head);
+      for (int64_t t = 0; t < sequence.valid; ++t) finish(sequence.first + t, head);
     }
   });
 }
@@ -96,30 +122,38 @@ void run_heads(Op& op, const DeltaRule& rule, const Finish& finish) {
 }  // namespace
 
 void causal_conv1d(Op& op, const Tensor& x, const Tensor& weight, const Tensor& state,
-                   const OptionalTensor& num_tokens, Tensor& out) {
-  int64_t valid = 0;
+                   const Tensor& slots, const OptionalTensor& num_tokens, Tensor& out) {
+  Sequences sequences;
   if (!op.check("x", x, kFloats, {kAny, kAny}) ||
       !op.check("weight", weight, kFloats, {x.size(1), kAny}) || !check_taps(op, weight.size(1)) ||
-      !op.check("state", state, {x.scalar_type()}, {weight.size(1) - 1, x.size(1)}) ||
-      !op.valid_tokens(num_tokens, x.size(0), &valid) ||
+      !op.check("state", state, {x.scalar_type()}, {kAny, weight.size(1) - 1, x.size(1)}) ||
+      !op.check("slots", slots, {ScalarType::Int}, {kAny}) ||
+      !read_sequences(op, "x", x.size(0), slots.size(0), num_tokens, &sequences) ||
+      !check_slots(op, slots, state.size(0), sequences) ||
       !op.output("out", out, x.scalar_type(), {x.size(0), x.size(1)})) {
     return;
   }
   const int64_t channels = x.size(1);
   const MutableFloats output(out);
-  const Convolution convolution{
-      Floats(x),      channels,       valid,         channels,
-      weight.size(1), Floats(weight), Floats(state), MutableFloats(state)};
-  convolution.run(op, [&](int64_t t, int64_t channel, f32x8 y, int64_t count) {
-    output.store(t * channels + channel, y, count);
+  if (sequences.padding > 0) output.zero(0, x.numel());
+  const Convolution convolution{sequences,
+                                slots.const_data_ptr<int32_t>(),
+                                Floats(x),
+                                channels,
+                                channels,
+                                weight.size(1),
+                                Floats(weight),
+                                Floats(state),
+                                MutableFloats(state)};
+  convolution.run(op, [&](int64_t i, int64_t channel, f32x8 y, int64_t count) {
+    output.store(sequences.row(i) * channels + channel, y, count);
   });
-  output.zero(valid * channels, x.numel());
 }
 
 void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                      const Tensor& beta, const Tensor& state, const OptionalTensor& num_tokens,
-                      Tensor& out) {
-  int64_t valid = 0;
+                      const Tensor& beta, const Tensor& state, const Tensor& slots,
+                      const OptionalTensor& num_tokens, Tensor& out) {
+  Sequences sequences;
   if (!op.check("q", q, kFloats, {kAny, kAny, kAny}) ||
       !op.check("k", k, kFloats, {q.size(0), q.size(1), q.size(2)}) ||
       !op.check("v", v, kFloats, {q.size(0), kAny, kAny})) {
@@ -130,34 +164,42 @@ void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
   if (!check_heads(op, key_heads, heads, key_dim, value_dim) ||
       !op.check("g", g, {ScalarType::Float}, {tokens, heads}) ||
       !op.check("beta", beta, {ScalarType::Float}, {tokens, heads}) ||
-      !op.check("state", state, {ScalarType::Float}, {heads, key_dim, value_dim}) ||
-      !op.valid_tokens(num_tokens, tokens, &valid) ||
+      !op.check("state", state, {ScalarType::Float}, {kAny, heads, key_dim, value_dim}) ||
+      !op.check("slots", slots, {ScalarType::Int}, {kAny}) ||
+      !read_sequences(op, "q", tokens, slots.size(0), num_tokens, &sequences) ||
+      !check_slots(op, slots, state.size(0), sequences) ||
       !op.output("out", out, v.scalar_type(), {tokens, heads, value_dim})) {
     return;
   }
-  const int64_t keys = key_heads * key_dim, values = heads * value_dim;
+  const int64_t keys = key_heads * key_dim, values = heads * value_dim, valid = sequences.valid;
   float* q32 = op.scratch<float>(valid * keys);
   float* k32 = op.scratch<float>(valid * keys);
   float* v32 = op.scratch<float>(valid * values);
   float* decay = op.scratch<float>(valid * heads);
+  float* rate = op.scratch<float>(valid * heads);
   float* result = op.scratch<float>(valid * values);
-  if (!q32 || !k32 || !v32 || !decay || !result) return;
+  if (!q32 || !k32 || !v32 || !decay || !rate || !result) return;
   const float scale = 1.0f / std::sqrt(static_cast<float>(key_dim));
-  const Floats q_data(q), k_data(k), v_data(v), g_data(g);
+  const Floats q_data(q), k_data(k), v_data(v), g_data(g), beta_data(beta);
   op.parallel(valid, 8 * (keys + values), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
-      for (int64_t i = t * keys; i < (t + 1) * keys; i += key_dim) {
-        normalize(q_data + i, key_dim, scale, q32 + i);
-        normalize(k_data + i, key_dim, 1.0f, k32 + i);
+      const int64_t row = sequences.row(t);
+      for (int64_t i = 0; i < keys; i += key_dim) {
+        normalize(q_data + (row * keys + i), key_dim, scale, q32 + t * keys + i);
+        normalize(k_data + (row * keys + i), key_dim, 1.0f, k32 + t * keys + i);
       }
       for_lanes(values, [&](int64_t i, int64_t count) {
-        store(v32 + t * values + i, v_data.load(t * values + i, count), count);
+        store(v32 + t * values + i, v_data.load(row * values + i, count), count);
       });
-      for (int64_t i = t * heads; i < (t + 1) * heads; ++i) decay[i] = std::exp(g_data[i]);
+      for (int64_t i = 0; i < heads; ++i) {
+        decay[t * heads + i] = std::exp(g_data[row * heads + i]);
+        rate[t * heads + i] = beta_data[row * heads + i];
+      }
     }
   });
   const MutableFloats output(out);
-  const DeltaRule rule{valid,
+  if (sequences.padding > 0) output.zero(0, tokens * values);
+  const DeltaRule rule{0,
                        key_heads,
                        heads,
                        key_dim,
@@ -168,18 +210,15 @@ void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
                        v32,
                        values,
                        decay,
-                       beta.const_data_ptr<float>(),
+                       rate,
                        state.mutable_data_ptr<float>(),
                        result};
-  run_heads(op, rule, [&](int64_t head) {
-    for (int64_t t = 0; t < valid; ++t) {
-      const int64_t at = (t * heads + head) * value_dim;
-      for_lanes(value_dim, [&](int64_t i, int64_t count) {
-        output.store(at + i, load(result + at + i, count), count);
-      });
-    }
+  run_heads(op, rule, sequences, slots, [&](int64_t t, int64_t head) {
+    const float* own = result + (t * heads + head) * value_dim;
+    const int64_t at = (sequences.row(t) * heads + head) * value_dim;
+    for_lanes(value_dim,
+              [&](int64_t i, int64_t count) { output.store(at + i, load(own + i, count), count); });
   });
-  output.zero(valid * values, tokens * values);
 }
 
 namespace {
@@ -192,13 +231,14 @@ struct Layer {
 bool read_layer(Op& op, const Tensor& conv_weight, const Tensor& recurrent_state, Layer* layer) {
   if (!op.check("conv_weight", conv_weight, kFloats, {kAny, kAny}) ||
       !check_taps(op, conv_weight.size(1)) ||
-      !op.check("recurrent_state", recurrent_state, {ScalarType::Float}, {kAny, kAny, kAny})) {
+      !op.check("recurrent_state", recurrent_state, {ScalarType::Float},
+                {kAny, kAny, kAny, kAny})) {
     return false;
   }
   layer->channels = conv_weight.size(0);
-  layer->heads = recurrent_state.size(0);
-  layer->key_dim = recurrent_state.size(1);
-  layer->value_dim = recurrent_state.size(2);
+  layer->heads = recurrent_state.size(1);
+  layer->key_dim = recurrent_state.size(2);
+  layer->value_dim = recurrent_state.size(3);
   layer->values = layer->heads * layer->value_dim;
   const int64_t keys = layer->channels - layer->values;
   if (keys <= 0 || layer->key_dim < 1 || keys % (2 * layer->key_dim) != 0) {
@@ -242,31 +282,35 @@ void gate_head(const float* o, Floats weight, Floats z, int64_t n, double eps, M
 
 void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
                      const Tensor& a_log, const Tensor& dt_bias, const Tensor& norm_weight,
-                     const Tensor& conv_state, const Tensor& recurrent_state, double eps,
-                     const OptionalTensor& num_tokens, Tensor& out) {
+                     const Tensor& conv_state, const Tensor& recurrent_state, const Tensor& slots,
+                     double eps, const OptionalTensor& num_tokens, Tensor& out) {
   Layer layer;
-  int64_t valid = 0;
+  Sequences sequences;
   if (!read_layer(op, conv_weight, recurrent_state, &layer) ||
       !op.check("projected", projected, kFloats, {kAny, layer.columns}) ||
       !op.check("a_log", a_log, kFloats, {layer.heads}) ||
       !op.check("dt_bias", dt_bias, kFloats, {layer.heads}) ||
       !op.check("norm_weight", norm_weight, kFloats, {layer.value_dim}) ||
       !op.check("conv_state", conv_state, {projected.scalar_type()},
-                {conv_weight.size(1) - 1, layer.channels}) ||
-      !op.valid_tokens(num_tokens, projected.size(0), &valid) ||
+                {recurrent_state.size(0), conv_weight.size(1) - 1, layer.channels}) ||
+      !op.check("slots", slots, {ScalarType::Int}, {kAny}) ||
+      !read_sequences(op, "projected", projected.size(0), slots.size(0), num_tokens, &sequences) ||
+      !check_slots(op, slots, conv_state.size(0), sequences) ||
       !op.output("out", out, projected.scalar_type(), {projected.size(0), layer.values})) {
     return;
   }
   const int64_t channels = layer.channels, heads = layer.heads, values = layer.values;
+  const int64_t valid = sequences.valid, keys = layer.key_heads * layer.key_dim;
   float* qkv = op.scratch<float>(valid * channels);
   float* decay = op.scratch<float>(valid * heads);
   float* beta = op.scratch<float>(valid * heads);
   float* result = op.scratch<float>(valid * values);
   if (!qkv || !decay || !beta || !result) return;
   const Floats input(projected);
-  const Convolution convolution{input,
+  const Convolution convolution{sequences,
+                                slots.const_data_ptr<int32_t>(),
+                                input,
                                 layer.columns,
-                                valid,
                                 channels,
                                 conv_weight.size(1),
                                 Floats(conv_weight),
@@ -278,12 +322,14 @@ void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
   const Floats a_log_data(a_log), dt_bias_data(dt_bias), norm(norm_weight);
   op.parallel(valid, channels * 4 + heads * 128, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
-      prepare_token(layer, input + (t * layer.columns + channels + values), a_log_data,
-                    dt_bias_data, qkv + t * channels, decay + t * heads, beta + t * heads);
+      prepare_token(layer, input + (sequences.row(t) * layer.columns + channels + values),
+                    a_log_data, dt_bias_data, qkv + t * channels, decay + t * heads,
+                    beta + t * heads);
     }
   });
-  const int64_t keys = layer.key_heads * layer.key_dim;
-  const DeltaRule rule{valid,
+  const MutableFloats output(out);
+  if (sequences.padding > 0) output.zero(0, projected.size(0) * values);
+  const DeltaRule rule{0,
                        layer.key_heads,
                        heads,
                        layer.key_dim,
@@ -297,15 +343,11 @@ void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
                        beta,
                        recurrent_state.mutable_data_ptr<float>(),
                        result};
-  const MutableFloats output(out);
-  run_heads(op, rule, [&](int64_t head) {
-    for (int64_t t = 0; t < valid; ++t) {
-      const int64_t at = t * values + head * layer.value_dim;
-      const Floats z = input + (t * layer.columns + channels + head * layer.value_dim);
-      gate_head(result + at, norm, z, layer.value_dim, eps, output, at);
-    }
+  run_heads(op, rule, sequences, slots, [&](int64_t t, int64_t head) {
+    const int64_t row = sequences.row(t), column = head * layer.value_dim;
+    gate_head(result + t * values + column, norm, input + (row * layer.columns + channels + column),
+              layer.value_dim, eps, output, row * values + column);
   });
-  output.zero(valid * values, projected.size(0) * values);
 }
 
 }  // namespace et_moe::cpu

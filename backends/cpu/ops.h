@@ -41,20 +41,21 @@ void moe_w4a16(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_sca
                Tensor& out);
 
 void causal_conv1d(Op& op, const Tensor& x, const Tensor& weight, const Tensor& state,
-                   const OptionalTensor& num_tokens, Tensor& out);
+                   const Tensor& slots, const OptionalTensor& num_tokens, Tensor& out);
 
 void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                      const Tensor& beta, const Tensor& state, const OptionalTensor& num_tokens,
-                      Tensor& out);
+                      const Tensor& beta, const Tensor& state, const Tensor& slots,
+                      const OptionalTensor& num_tokens, Tensor& out);
 
 void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
                      const Tensor& a_log, const Tensor& dt_bias, const Tensor& norm_weight,
-                     const Tensor& conv_state, const Tensor& recurrent_state, double eps,
-                     const OptionalTensor& num_tokens, Tensor& out);
+                     const Tensor& conv_state, const Tensor& recurrent_state, const Tensor& slots,
+                     double eps, const OptionalTensor& num_tokens, Tensor& out);
 
 void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_norm,
                const Tensor& inv_freq, const Tensor& k_cache, const Tensor& v_cache,
-               const Tensor& position, double eps, const OptionalTensor& num_tokens, Tensor& out);
+               const Tensor& pages, const Tensor& positions, double eps,
+               const OptionalTensor& num_tokens, Tensor& out);
 
 void sample(Op& op, const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
             const Tensor& top_p, const Tensor& seed, const Tensor& position, Tensor& out);

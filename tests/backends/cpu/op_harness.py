@@ -12,6 +12,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch.export import Dim, export
 
 from et_moe.backends import ops
+from et_moe.backends.ops.sequences import is_padding
 
 TOKENS = (1, 2, 3, 15, 16, 17, 65)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,17 +51,35 @@ class Result:
     seconds: float
 
 
+def _schema(op: str) -> Sequence:
+    """The declared arguments of an op."""
+    return getattr(torch.ops.et_moe, op).default._schema.arguments
+
+
+def updated(op: str, args: Sequence) -> list[torch.Tensor]:
+    """Those of an op's arguments that it updates in place."""
+    return [
+        a
+        for a, declared in zip(args, _schema(op), strict=False)
+        if declared.alias_info is not None and declared.alias_info.is_write
+    ]
+
+
 def reference(op: str, args: Sequence) -> list[torch.Tensor]:
     """What a program must return: the inputs that are updated in place, then the results."""
     args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     results = getattr(ops, op)(*args)
-    schema = getattr(torch.ops.et_moe, op).default._schema
-    mutated = [
-        a
-        for a, declared in zip(args, schema.arguments, strict=False)
-        if declared.alias_info is not None and declared.alias_info.is_write
-    ]
-    return mutated + (list(results) if isinstance(results, tuple) else [results])
+    return updated(op, args) + (list(results) if isinstance(results, tuple) else [results])
+
+
+def _padding(op: str, args: Sequence) -> torch.Tensor | None:
+    """Which rows of an op's result are padding, which the contract leaves undefined and the kernels
+    fill with zeros; None if no row is, or if the contract defines them."""
+    names = [declared.name for declared in _schema(op)[: len(args)]]
+    if op == "moe_router" or "num_tokens" not in names:
+        return None
+    num_tokens = args[names.index("num_tokens")]
+    return None if num_tokens is None else is_padding(args[0].shape[0], num_tokens)
 
 
 class _Call(torch.nn.Module):
@@ -157,26 +176,25 @@ class Harness:
             results.append(Result(report["error"], tensors, report["seconds"]))
         return results
 
-    def compare(self, op: str, calls: Sequence[Sequence], valid: Sequence[int] = ()) -> None:
-        """Checks that every call agrees with the reference, and that two threads change nothing.
-
-        Args:
-            valid: for each call, how many rows of the last output are defined; if it is empty, all
-                rows of all calls are.
-        """
+    def compare(self, op: str, calls: Sequence[Sequence]) -> None:
+        """Checks that every call agrees with the reference, that two threads change nothing, and
+        that what the reference does not touch keeps its bits."""
         one, two = self.run(op, calls, threads=(1, 2))
         for i, args in enumerate(calls):
             assert one[i].error == 0, self.log
-            expected = reference(op, args)
-            rows = valid[i] if valid else expected[-1].shape[0]
+            expected, padding = reference(op, args), _padding(op, args)
             for n, (want, got, again) in enumerate(
                 zip(expected, one[i].tensors, two[i].tensors, strict=True)
             ):
                 where = f"{op}, call {i}, output {n}"
                 assert torch.equal(got, again), f"{where}: differs between 1 and 2 threads"
-                if n == len(expected) - 1:
-                    want, got = want[:rows], got[:rows]
+                if n == len(expected) - 1 and padding is not None:
+                    assert not got[padding].any(), f"{where}: padding is not zero"
+                    want, got = want[~padding], got[~padding]
                 assert_close(got, want, where, _rounds(op, args))
+            for before, want, got in zip(updated(op, args), expected, one[i].tensors, strict=False):
+                kept = (want == before).all(-1)
+                assert torch.equal(got[kept], before[kept]), f"{op}, call {i}: touched too much"
 
     def refuse(self, op: str, args: Sequence, message: str) -> None:
         """Checks that the call ends in InvalidArgument and logs a line that contains `message`."""

@@ -1,45 +1,69 @@
-"""Attention at the shapes of Qwen3.5-35B-A3B and at small ones in fp32, with 4096 cached tokens."""
+"""Attention at the shapes of Qwen3.5-35B-A3B and at small ones in fp32, with 4096 cached tokens.
+
+In the cases of a batch m is the number of sequences.
+"""
 
 import torch
 
+from et_moe.backends import ops
 from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.cases.op_case import OpCase, random_tensor
 
 _CAPACITY = 4096
 
 
-def _case(
-    name: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, half: int
-) -> OpCase:
+def _arguments(shape: tuple, batch: bool):
+    """Arguments of m tokens of one sequence or, if batch, of one token of each of m sequences."""
+    dtype, heads, kv_heads, head_dim, half = shape
+
     def arguments(m, device):
         def normal(*shape):
             return random_tensor(*shape, device=device, dtype=dtype)
 
+        sequences = m if batch else 1
+        each = _CAPACITY // ops.PAGE_SIZE
+        pool = (sequences * each, kv_heads, ops.PAGE_SIZE, head_dim)
+        pages = torch.arange(sequences * each, dtype=torch.int32, device=device)
+        position = _CAPACITY - 1 if batch or m == 1 else 0
+        count = 1 if batch else m
         return {
             "qkv": normal(m, 2 * (heads + kv_heads) * head_dim),
             "q_norm": normal(head_dim),
             "k_norm": normal(head_dim),
             "inv_freq": torch.rand(half, device=device),
-            "k_cache": normal(kv_heads, _CAPACITY, head_dim),
-            "v_cache": normal(kv_heads, _CAPACITY, head_dim),
-            "position": torch.full((1,), _CAPACITY - 1 if m == 1 else 0, device=device),
-            "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
+            "k_cache": normal(*pool),
+            "v_cache": normal(*pool),
+            "pages": pages.view(sequences, each),
+            "positions": torch.full((sequences,), position, device=device),
+            "num_tokens": None if m == 1 else torch.full((sequences,), count, device=device),
         }
 
-    suffix = "_fp32" if dtype == torch.float32 else ""
+    return arguments
+
+
+# dtype, query heads, KV heads, D, rotated pairs
+_QWEN3_5_35B = (torch.bfloat16, 16, 2, 256, 32)
+_SMALL_FP32 = (torch.float32, 4, 1, 64, 8)
+_STREAMS = {"_decode_kernel": ("k_cache_ptr", "v_cache_ptr")}
+
+
+def _case(name: str, shape: tuple) -> OpCase:
+    suffix = "_fp32" if shape[0] == torch.float32 else ""
     tables = (f"attention_decode{suffix}", f"attention_prefill{suffix}")
-    return OpCase(
-        f"attention/{name}",
-        attention,
-        arguments,
-        tables=(*tables, "attention_combine", "attention_append"),
-        streams={"_decode_kernel": ("k_cache_ptr", "v_cache_ptr")},
-    )
+    tables = (*tables, "attention_combine", "attention_append")
+    arguments = _arguments(shape, batch=False)
+    return OpCase(f"attention/{name}", attention, arguments, tables, streams=_STREAMS)
+
+
+def _batch_case(name: str, shape: tuple) -> OpCase:
+    arguments = _arguments(shape, batch=True)
+    return OpCase(f"attention/{name}_batch", attention, arguments, tokens=(7,), streams=_STREAMS)
 
 
 CASES = [
-    _case("qwen3_5_35b", torch.bfloat16, 16, 2, 256, 32),
-    _case("small_fp32", torch.float32, 4, 1, 64, 8),
+    _case("qwen3_5_35b", _QWEN3_5_35B),
+    _case("small_fp32", _SMALL_FP32),
+    _batch_case("qwen3_5_35b", _QWEN3_5_35B),
 ]
 
 _DECODE = ((32, 64, 8), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 4))

@@ -1,12 +1,16 @@
-"""Attention of one new token: the cache is split over programs, and their results are joined.
+"""Attention of one new token per sequence: caches are split over programs, then results are joined.
 
-This is Flash-Decoding (Dao et al., "Flash-Decoding for long-context inference", 2023).
+This is Flash-Decoding (Dao et al., "Flash-Decoding for long-context inference", 2023). How a cache
+is split, and in which order the splits are joined, follows from the position of its sequence alone.
+So a sequence gets the same bits whatever shares the batch: programs are shared out among sequences
+by letting each take several splits, one after the other.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.attention.pages import PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
     load_heads,
@@ -15,15 +19,122 @@ from et_moe.backends.cuda.triton.attention.rope import (
 )
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
-from et_moe.backends.cuda.triton.common.launch import launch
+from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.ops import PAGE_SIZE
+
+BATCH_PROGRAMS = 1024
+"""About how many programs attend to a batch: several for each multiprocessor, since sequences may
+be of very different lengths."""
 
 
 @triton.jit
-def _compute_split_length(position, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How many cached tokens a split has: an equal share, rounded up to whole tiles of BLOCK_N."""
-    return tl.maximum(tl.cdiv(tl.cdiv(position, SPLITS), BLOCK_N), 1) * BLOCK_N
+def _divide(position, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many cached tokens a split has, an equal share rounded up to whole tiles of BLOCK_N, and
+    how many splits there are with that, at least 1."""
+    length = tl.maximum(tl.cdiv(tl.cdiv(position, SPLITS), BLOCK_N), 1) * BLOCK_N
+    return length, tl.maximum(tl.cdiv(position, length), 1)
+
+
+@triton.jit
+def _find_next(first, length, BLOCK_N: tl.constexpr, BATCHED: tl.constexpr):
+    """The tile that a program takes after the one at `first`. If BATCHED, its next split follows
+    its last one."""
+    following = first + BLOCK_N
+    if BATCHED:
+        skipped = (tl.num_programs(0) - 1) * length
+        following = tl.where(following % length == 0, following + skipped, following)
+    return following
+
+
+@triton.jit
+def _load_tile(
+    cache,
+    page,
+    first,
+    end,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """k and v, `[BLOCK_N, DIM]`, of the cached tokens from `first` on, zeros from `end` on."""
+    _, k_cache_ptr, v_cache_ptr = cache
+    token = tl.arange(0, BLOCK_N)
+    row = find_row(page, first, kv_head, KV_HEADS, DIM)
+    tile = token[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    inside = (token < end - first)[:, None]
+    k = tl.load(k_cache_ptr + row + tile, mask=inside, other=0.0)
+    return k, tl.load(v_cache_ptr + row + tile, mask=inside, other=0.0)
+
+
+@triton.jit
+def _attend_split(
+    q,
+    softmax,
+    tile,
+    cache,
+    split,
+    position,
+    end,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BATCHED: tl.constexpr,
+):
+    """Attends to the cached tokens of one split, with an online softmax.
+
+    Args:
+        q: fp32 `[ROWS, DIM]`.
+        softmax: of what comes first, fp32: maximum and sum, `[ROWS]`, and the weighted sum of v,
+            `[ROWS, DIM]`.
+        tile: k and v of the split's first tile, and the page of the tile that the program takes
+            after it.
+        cache: pointers to the sequence's page table, and to the caches of k and v.
+        end: where the tokens end that this program may load.
+
+    Returns:
+        softmax with this split, and tile of the program's next split.
+    """
+    top, total, acc = softmax
+    k_next, v_next, page = tile
+    pages_ptr, k_cache_ptr, v_cache_ptr = cache
+    token = tl.arange(0, BLOCK_N)
+    length, _ = _divide(position, SPLITS, BLOCK_N)
+    start = split * length
+    for first in range(start, tl.minimum(start + length, position), BLOCK_N):
+        k, v = k_next, v_next
+        following = _find_next(first, length, BLOCK_N, BATCHED)
+        k_next, v_next = _load_tile(cache, page, following, end, kv_head, KV_HEADS, DIM, BLOCK_N)
+        page = load_page(pages_ptr, _find_next(following, length, BLOCK_N, BATCHED), end)
+        s = dot(q, tl.trans(k), k_cache_ptr) * SCALE_LOG2
+        s = tl.where((first + token < position)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + dot(p, v, v_cache_ptr)
+        top = new_top
+    return (top, total, acc), (k_next, v_next, page)
+
+
+@triton.jit
+def _store_split(partial, softmax, split, head, in_group, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Stores what `_attend_split` gives of the query heads `head`, `[ROWS]`, where in_group.
+
+    partial: pointers to the sequence's weighted sums, maxima and sums.
+    """
+    partial_ptr, max_ptr, sum_ptr = partial
+    top, total, acc = softmax
+    slot = split * HEADS + head
+    tl.store(max_ptr + slot, top, mask=in_group)
+    tl.store(sum_ptr + slot, total, mask=in_group)
+    at = slot[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(partial_ptr + at, acc, mask=in_group[:, None])
 
 
 @triton.jit
@@ -34,7 +145,8 @@ def _decode_kernel(
     inv_freq_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    position_ptr,
+    pages_ptr,
+    positions_ptr,
     num_tokens_ptr,
     partial_ptr,
     max_ptr,
@@ -44,24 +156,27 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
     EPS: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BATCHED: tl.constexpr,
 ):
-    """One split of the cache, for the GROUP query heads of one KV head, padded to ROWS.
+    """Splits of a sequence's cache, for the GROUP query heads of one KV head, padded to ROWS.
 
-    It leaves the softmax's maximum (of logits in base 2) and sum, fp32 `[SPLITS, Hq]`, and the
-    weighted sum of v, fp32 `[SPLITS, Hq, DIM]`. Split 0 makes the new token's k and v, uses them
-    from registers and appends them to the cache. All else reads older rows of the cache, so nothing
-    races.
+    Of each split it leaves the softmax's maximum (of logits in base 2) and sum, fp32
+    `[B, SPLITS, Hq]`, and the weighted sum of v, fp32 `[B, SPLITS, Hq, DIM]`. Split 0 makes the new
+    token's k and v, uses them from registers and appends them to the cache. All else reads older
+    rows of the cache, so nothing races. If BATCHED, a program takes every num_programs-th split;
+    else it takes one.
     """
+    tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
+    sequence = tl.program_id(2)
     column = tl.arange(0, DIM)
-    token = tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
     head = kv_head * GROUP + row
@@ -70,21 +185,29 @@ def _decode_kernel(
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
     k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
-    position = tl.load(position_ptr).to(tl.int32)
-    length = _compute_split_length(position, SPLITS, BLOCK_N)
-    start = split * length
-    if (start >= position) & (split > 0):
+    position = tl.load(positions_ptr + sequence).to(tl.int32)
+    length, used = _divide(position, SPLITS, BLOCK_N)
+    valid = count_valid_tokens(num_tokens_ptr + sequence, 1, HAS_NUM_TOKENS)
+    if (split >= used) | (valid <= 0):
         return
-    end = tl.minimum(start + length, position)
-    base = kv_head.to(tl.int64) * (CAPACITY * DIM)
-    tile = base + (start + token)[:, None] * DIM + column[None, :]
-    inside = (start + token < end)[:, None]
-    k_next = tl.load(k_cache_ptr + tile, mask=inside, other=0.0)
-    v_next = tl.load(v_cache_ptr + tile, mask=inside, other=0.0)
+    first = split * length
+    end = position
+    if not BATCHED:
+        end = tl.minimum(first + length, position)
+    pages_ptr += sequence * MAX_PAGES
+    cache = (pages_ptr, k_cache_ptr, v_cache_ptr)
+    page = load_page(pages_ptr, first, end)
+    k, v = _load_tile(cache, page, first, end, kv_head, KV_HEADS, DIM, BLOCK_N)
+    page = load_page(pages_ptr, _find_next(first, length, BLOCK_N, BATCHED), end)
+    new_page = load_page(pages_ptr, position, tl.where(split == 0, position + 1, 0))
     sin, cos = sincos(position.to(tl.float32) * frequency)
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    slot = sequence * (SPLITS * HEADS)
+    partial = (partial_ptr + slot.to(tl.int64) * DIM, max_ptr + slot, sum_ptr + slot)
+    qkv_ptr += sequence.to(tl.int64) * (2 * (HEADS + KV_HEADS) * DIM)
     wait_for_previous()
     q_heads = load_heads(qkv_ptr + head * (2 * DIM), in_group, HALF, DIM)
-    k_row = qkv_ptr + (2 * KV_HEADS * GROUP + kv_head) * DIM
+    k_row = qkv_ptr + (2 * HEADS + kv_head) * DIM
     k_heads = load_heads(k_row + one, (one == 0) & (split == 0), HALF, DIM)
     v_new = tl.load(k_row + KV_HEADS * DIM + column, mask=(split == 0) & (column < DIM))
     q = norm_and_rotate(q_heads, q_weights, sin, cos, HALF, DIM, EPS)
@@ -93,92 +216,140 @@ def _decode_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     if split == 0:
-        k = norm_and_rotate(k_heads, k_weights, sin, cos, HALF, DIM, EPS)
-        k_new = tl.reshape(k, (DIM,))
+        k_new = norm_and_rotate(k_heads, k_weights, sin, cos, HALF, DIM, EPS)
+        k_new = tl.reshape(k_new, (DIM,))
         k_new = k_new.to(k_cache_ptr.dtype.element_ty)
-        append = count_valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS) > 0
-        new_row = base + position * DIM + column
-        tl.store(k_cache_ptr + new_row, k_new, mask=append)
-        tl.store(v_cache_ptr + new_row, v_new, mask=append)
+        new_row = find_row(new_page, position, kv_head, KV_HEADS, DIM) + column
+        tl.store(k_cache_ptr + new_row, k_new)
+        tl.store(v_cache_ptr + new_row, v_new)
         top = tl.sum(q * k_new.to(tl.float32)[None, :], 1) * SCALE_LOG2
         total += 1.0
         acc += v_new.to(tl.float32)[None, :]
-    for first in range(start, end, BLOCK_N):
-        k, v = k_next, v_next
-        tile += BLOCK_N * DIM
-        inside = (first + BLOCK_N + token < end)[:, None]
-        k_next = tl.load(k_cache_ptr + tile, mask=inside, other=0.0)
-        v_next = tl.load(v_cache_ptr + tile, mask=inside, other=0.0)
-        s = dot(q, tl.trans(k), k_cache_ptr) * SCALE_LOG2
-        s = tl.where((first + token < end)[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + dot(p, v, v_cache_ptr)
-        top = new_top
-    slot = split * (KV_HEADS * GROUP) + head
-    tl.store(max_ptr + slot, top, mask=in_group)
-    tl.store(sum_ptr + slot, total, mask=in_group)
-    tl.store(partial_ptr + slot[:, None] * DIM + column[None, :], acc, mask=in_group[:, None])
+    softmax, tile = _attend_split(
+        q,
+        (top, total, acc),
+        (k, v, page),
+        cache,
+        split,
+        position,
+        end,
+        kv_head,
+        KV_HEADS,
+        DIM,
+        SCALE_LOG2,
+        SPLITS,
+        BLOCK_N,
+        BATCHED,
+    )
+    _store_split(partial, softmax, split, head, in_group, HEADS, DIM)
+    if BATCHED:
+        k, v, page = tile
+        empty = (
+            tl.full((ROWS,), float("-inf"), tl.float32),
+            tl.zeros((ROWS,), tl.float32),
+            tl.zeros((ROWS, DIM), tl.float32),
+        )
+        for own in range(split + tl.num_programs(0), used, tl.num_programs(0)):
+            softmax, tile = _attend_split(
+                q,
+                empty,
+                (k, v, page),
+                cache,
+                own,
+                position,
+                end,
+                kv_head,
+                KV_HEADS,
+                DIM,
+                SCALE_LOG2,
+                SPLITS,
+                BLOCK_N,
+                BATCHED,
+            )
+            k, v, page = tile
+            _store_split(partial, softmax, own, head, in_group, HEADS, DIM)
 
 
 @triton.jit
 def _combine_kernel(
     qkv_ptr,
-    position_ptr,
+    positions_ptr,
+    num_tokens_ptr,
     partial_ptr,
     max_ptr,
     sum_ptr,
     out_ptr,
+    KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Joins the splits of one query head, for BLOCK_D columns, and applies the output gate."""
+    """Joins the splits of one query head, for BLOCK_D columns, and applies the output gate.
+
+    A sequence without a valid row gets zeros.
+    """
     head = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sequence = tl.program_id(2)
     split = tl.arange(0, SPLITS)
-    position = tl.load(position_ptr).to(tl.int32)
+    position = tl.load(positions_ptr + sequence).to(tl.int32)
+    valid = count_valid_tokens(num_tokens_ptr + sequence, 1, HAS_NUM_TOKENS)
+    qkv_ptr += sequence.to(tl.int64) * (2 * (HEADS + KV_HEADS) * DIM)
     gate = tl.load(qkv_ptr + head * (2 * DIM) + DIM + column).to(tl.float32)
     wait_for_previous()
-    used = (split == 0) | (split * _compute_split_length(position, SPLITS, BLOCK_N) < position)
+    target = out_ptr + sequence.to(tl.int64) * (HEADS * DIM) + head * DIM + column
+    if valid <= 0:
+        tl.store(target, tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty))
+        return
+    _, splits = _divide(position, SPLITS, BLOCK_N)
+    used = split < splits
+    first = sequence * (SPLITS * HEADS)
     slot = split * HEADS + head
     part = tl.load(
-        partial_ptr + slot[:, None] * DIM + column[None, :], mask=used[:, None], other=0.0
+        partial_ptr + first.to(tl.int64) * DIM + slot[:, None] * DIM + column[None, :],
+        mask=used[:, None],
+        other=0.0,
     )
-    top = tl.load(max_ptr + slot, mask=used, other=float("-inf"))
-    total = tl.load(sum_ptr + slot, mask=used, other=0.0)
+    top = tl.load(max_ptr + first + slot, mask=used, other=float("-inf"))
+    total = tl.load(sum_ptr + first + slot, mask=used, other=0.0)
     weight = tl.exp2(top - tl.max(top, 0))
     o = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0) * tl.sigmoid(gate)
-    tl.store(out_ptr + head * DIM + column, o.to(out_ptr.dtype.element_ty))
+    tl.store(target, o.to(out_ptr.dtype.element_ty))
 
 
 def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
-    """Attention of one token: `[1, Hq * D]` in the dtype of qkv.
+    """Attention of one token of each of B sequences: `[B, Hq * D]` in the dtype of qkv.
 
     Args:
         inputs: the leading arguments of `_decode_kernel` up to `num_tokens`, for which any tensor
             stands where HAS_NUM_TOKENS is false.
-        shape: the constexprs of `_decode_kernel` but for ROWS and those of its configuration.
+        shape: the constexprs of `_decode_kernel` up to HAS_NUM_TOKENS, but for ROWS.
     """
-    qkv, *_, position, _ = inputs
-    heads, dim = shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]
-    out = qkv.new_empty((1, heads * dim))
+    qkv, *_, positions, num_tokens = inputs
+    sequences, kv_heads, dim = qkv.shape[0], shape["KV_HEADS"], shape["DIM"]
+    heads = kv_heads * shape["GROUP"]
     table = "attention_decode" if qkv.element_size() == 2 else "attention_decode_fp32"
-    config = find_config(table, capacity=shape["CAPACITY"])
+    # All lookups are independent of the number of sequences: the arithmetic must be.
+    config = find_config(table, capacity=PAGE_SIZE * shape["MAX_PAGES"])
     splits = {n: config[n] for n in ("SPLITS", "BLOCK_N")}
-    partial = qkv.new_empty((config["SPLITS"], heads, dim), dtype=torch.float32)
-    top = qkv.new_empty((config["SPLITS"], heads), dtype=torch.float32)
+    partial = qkv.new_empty((sequences, config["SPLITS"], heads, dim), dtype=torch.float32)
+    top = qkv.new_empty((sequences, config["SPLITS"], heads), dtype=torch.float32)
     total = torch.empty_like(top)
     rows = max(16, triton.next_power_of_2(shape["GROUP"]))
-    grid = (config["SPLITS"], shape["KV_HEADS"])
-    launch(_decode_kernel, grid, *inputs, partial, top, total, ROWS=rows, **shape, **config)
+    batched = not is_one(sequences)
+    programs = cdiv(BATCH_PROGRAMS, sequences * kv_heads) if batched else config["SPLITS"]
+    config |= {"ROWS": rows, "BATCHED": batched}
+    grid = (programs, kv_heads, sequences)
+    launch(_decode_kernel, grid, *inputs, partial, top, total, **shape, **config)
     config = find_config("attention_combine", tokens=1)
     config["BLOCK_D"] = min(config["BLOCK_D"], dim)
-    grid = (heads, dim // config["BLOCK_D"])
-    joined = {"HEADS": heads, "DIM": dim, **splits, **config}
-    launch(_combine_kernel, grid, qkv, position, partial, top, total, out, **joined)
+    out = qkv.new_empty((sequences, heads * dim))
+    grid = (heads, dim // config["BLOCK_D"], sequences)
+    joined = {n: shape[n] for n in ("KV_HEADS", "DIM", "HAS_NUM_TOKENS")}
+    joined |= {"HEADS": heads, **splits, **config}
+    arguments = (qkv, positions, num_tokens, partial, top, total, out)
+    launch(_combine_kernel, grid, *arguments, **joined)
     return out

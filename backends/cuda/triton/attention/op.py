@@ -6,7 +6,7 @@ import torch
 
 from et_moe.backends.cuda.triton.attention.decode import attention_decode
 from et_moe.backends.cuda.triton.attention.prefill import attention_prefill
-from et_moe.backends.cuda.triton.common.launch import is_one
+from et_moe.backends.cuda.triton.common.tokens import has_one_row_each
 
 
 def attention(
@@ -16,29 +16,32 @@ def attention(
     inv_freq: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    position: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`ops.attention`: `[T, Hq * D]` in two launches, for D a power of two from 16 on.
+    """`ops.attention`: `[B R, Hq * D]` in two launches, for D a power of two from 16 on.
 
-    All tensors are contiguous; shapes and dtypes are those of the contract, floats bf16 or fp32.
-    The outputs of padding are zeros.
+    Either B or R is 1. All tensors are contiguous; shapes and dtypes are those of the contract,
+    floats bf16 or fp32. The outputs of padding are zeros.
+
+    Raises:
+        ValueError: several sequences have another number of rows than one each.
     """
-    tokens, (kv_heads, capacity, dim) = qkv.shape[0], k_cache.shape
+    one_each = has_one_row_each(qkv.shape[0], positions.shape[0])
+    _, kv_heads, _, dim = k_cache.shape
     heads = (qkv.shape[1] // dim - 2 * kv_heads) // 2
-    inputs = (qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, position)
+    inputs = (qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, pages, positions)
     shape = {
         "KV_HEADS": kv_heads,
         "GROUP": heads // kv_heads,
         "DIM": dim,
         "HALF": inv_freq.shape[0],
-        "CAPACITY": capacity,
+        "MAX_PAGES": pages.shape[1],
         "EPS": eps,
         "SCALE_LOG2": dim**-0.5 * math.log2(math.e),
         "HAS_NUM_TOKENS": num_tokens is not None,
     }
-    inputs = (*inputs, position if num_tokens is None else num_tokens)
-    if is_one(tokens):
-        return attention_decode(inputs, shape)
-    return attention_prefill(inputs, shape)
+    inputs = (*inputs, positions if num_tokens is None else num_tokens)
+    return attention_decode(inputs, shape) if one_each else attention_prefill(inputs, shape)

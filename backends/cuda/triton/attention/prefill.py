@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.attention.pages import PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
     load_heads,
@@ -25,7 +26,8 @@ def _append_kernel(
     inv_freq_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    position_ptr,
+    pages_ptr,
+    positions_ptr,
     num_tokens_ptr,
     q_ptr,
     tokens,
@@ -34,7 +36,7 @@ def _append_kernel(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
     EPS: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
@@ -51,7 +53,9 @@ def _append_kernel(
     one = tl.arange(0, 1)
     # Everything else is loaded before qkv exists, and all of qkv before any of it is used.
     valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
-    position = tl.load(position_ptr) + token
+    start = tl.load(positions_ptr)
+    position = start + token
+    page = load_page(pages_ptr, position, start + valid)
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
     k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
@@ -69,7 +73,7 @@ def _append_kernel(
     k = norm_and_rotate(k_heads, k_weights, sin, cos, HALF, DIM, EPS)
     q_tile = (head.to(tl.int64) * tokens + token)[:, None] * DIM + column[None, :]
     tl.store(q_ptr + q_tile, (q * SCALE_LOG2).to(q_ptr.dtype.element_ty), mask=in_group[:, None])
-    cache_row = (kv_head.to(tl.int64) * CAPACITY + position) * DIM + column
+    cache_row = find_row(page, position, kv_head, KV_HEADS, DIM) + column
     tl.store(k_cache_ptr + cache_row, tl.reshape(k, (DIM,)).to(k_cache_ptr.dtype.element_ty))
     tl.store(v_cache_ptr + cache_row, v)
 
@@ -79,6 +83,7 @@ def _attend_tile(
     q,
     k_ptr,
     v_ptr,
+    row,
     first,
     position,
     end,
@@ -92,6 +97,7 @@ def _attend_tile(
     """Attends to the BLOCK_N cached tokens from `first` on, with an online softmax.
 
     Args:
+        row: the element of the caches at which the first of these tokens begins.
         position: `[BLOCK_M]` of the queries; end: the number of tokens in the cache.
         top, total, acc: fp32 `[BLOCK_M]`, `[BLOCK_M]` and `[BLOCK_M, DIM]`: maximum and sum of the
             softmax so far, and the weighted sum of v.
@@ -101,14 +107,14 @@ def _attend_tile(
         top, total and acc with these tokens.
     """
     token = tl.arange(0, BLOCK_N)
-    tile = token[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tile = row + token[:, None] * DIM + tl.arange(0, DIM)[None, :]
     if MASKED:
         inside = (token < end - first)[:, None]
-        k = tl.load(k_ptr + first * DIM + tile, mask=inside, other=0.0)
-        v = tl.load(v_ptr + first * DIM + tile, mask=inside, other=0.0)
+        k = tl.load(k_ptr + tile, mask=inside, other=0.0)
+        v = tl.load(v_ptr + tile, mask=inside, other=0.0)
     else:
-        k = tl.load(k_ptr + first * DIM + tile)
-        v = tl.load(v_ptr + first * DIM + tile)
+        k = tl.load(k_ptr + tile)
+        v = tl.load(v_ptr + tile)
     s = dot(q, tl.trans(k), k_ptr)
     if MASKED:
         s = tl.where((position - first)[:, None] >= token[None, :], s, float("-inf"))
@@ -126,27 +132,28 @@ def _flash_kernel(
     qkv_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    position_ptr,
+    pages_ptr,
+    positions_ptr,
     num_tokens_ptr,
     out_ptr,
     tokens,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Causal attention of BLOCK_M tokens of one query head, and its gate. Padding becomes 0."""
+    tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     head = tl.program_id(0)
     kv_head = head // GROUP
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, DIM)
     valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
-    position = tl.load(position_ptr).to(tl.int32)
+    position = tl.load(positions_ptr).to(tl.int32)
     inside = (row < valid - start)[:, None]
     ROW: tl.constexpr = 2 * (HEADS + HEADS // GROUP) * DIM
     qkv_ptr += start.to(tl.int64) * ROW + head * (2 * DIM) + DIM
@@ -162,18 +169,20 @@ def _flash_kernel(
         return
     q_ptr += (head.to(tl.int64) * tokens + start) * DIM
     q = tl.load(q_ptr + row[:, None] * DIM + column[None, :], mask=inside, other=0.0)
-    k_ptr = k_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
-    v_ptr = v_cache_ptr + kv_head.to(tl.int64) * (CAPACITY * DIM)
     end = position + tl.minimum(start + BLOCK_M, valid)
     seen_by_all = (position + start + 1) // BLOCK_N * BLOCK_N
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    page = load_page(pages_ptr, 0, end)  # always a tile ahead
     for first in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
+        row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
+        page = load_page(pages_ptr, first + BLOCK_N, end)
         top, total, acc = _attend_tile(
             q,
-            k_ptr,
-            v_ptr,
+            k_cache_ptr,
+            v_cache_ptr,
+            row_of_tile,
             first,
             position + start + row,
             end,
@@ -185,8 +194,22 @@ def _flash_kernel(
             False,
         )
     for first in tl.range(seen_by_all, end, BLOCK_N, num_stages=STAGES):
+        row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
+        page = load_page(pages_ptr, first + BLOCK_N, end)
         top, total, acc = _attend_tile(
-            q, k_ptr, v_ptr, first, position + start + row, end, top, total, acc, DIM, BLOCK_N, True
+            q,
+            k_cache_ptr,
+            v_cache_ptr,
+            row_of_tile,
+            first,
+            position + start + row,
+            end,
+            top,
+            total,
+            acc,
+            DIM,
+            BLOCK_N,
+            True,
         )
     if BLOCK_M > 32:
         gate = tl.load(gate_tile, mask=inside, other=0.0)
@@ -195,14 +218,14 @@ def _flash_kernel(
 
 
 def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
-    """Attention of any number of tokens: `[T, Hq * D]` in the dtype of qkv.
+    """Attention of any number of tokens of one sequence: `[T, Hq * D]` in the dtype of qkv.
 
     Args:
         inputs: the leading arguments of `_append_kernel` up to `num_tokens`, for which any tensor
             stands where HAS_NUM_TOKENS is false.
         shape: the constexprs of `_append_kernel` but for ROWS.
     """
-    qkv, *_, k_cache, v_cache, position, num_tokens = inputs
+    qkv, *_, k_cache, v_cache, pages, positions, num_tokens = inputs
     tokens, heads, dim = qkv.shape[0], shape["KV_HEADS"] * shape["GROUP"], shape["DIM"]
     out = qkv.new_empty((tokens, heads * dim))
     q = qkv.new_empty((heads, tokens, dim))
@@ -219,12 +242,13 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
         qkv,
         k_cache,
         v_cache,
-        position,
+        pages,
+        positions,
         num_tokens,
         out,
         tokens,
         HEADS=heads,
-        **{n: shape[n] for n in ("GROUP", "DIM", "CAPACITY", "HAS_NUM_TOKENS")},
+        **{n: shape[n] for n in ("GROUP", "DIM", "HAS_NUM_TOKENS")},
         **config,
     )
     return out

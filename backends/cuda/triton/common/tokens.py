@@ -1,9 +1,11 @@
-"""Numbers of tokens: which kernels run for how many, and how many of them are not padding."""
+"""Numbers of rows: which kernels run for how many, and how many of them are not padding."""
 
 import torch
 import triton
 import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.tuning import find_largest
 
 DECODE_TOKENS = 16
@@ -15,6 +17,19 @@ however many pairs it has."""
 def is_decode(tokens: int | torch.SymInt) -> bool:
     """Whether a call has at most `DECODE_TOKENS` tokens, whatever a symbolic number stands for."""
     return find_largest(tokens) <= DECODE_TOKENS
+
+
+def has_one_row_each(rows: int | torch.SymInt, sequences: int | torch.SymInt) -> bool:
+    """Whether a call has one row of each sequence, in every call; else it has rows of one sequence.
+
+    Raises:
+        ValueError: it has other rows of several sequences, which no kernel takes.
+    """
+    if statically_known_true(rows == sequences):
+        return True
+    if not is_one(sequences):
+        raise ValueError(f"{rows} rows of {sequences} sequences: expected one row of each")
+    return False
 
 
 @triton.jit

@@ -4,8 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from sequences import make_pages, read_cache
 
 from et_moe.backends import ops
+from et_moe.backends.cuda.triton.attention import decode
 from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.attention.rope import sincos
 from et_moe.backends.cuda.triton.cases.launches import record_launches
@@ -26,16 +28,18 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def make_inputs(shape, tokens, position, dtype, device) -> dict:
     kv_heads, group, dim, half, capacity = shape
+    pages, total = make_pages([capacity])
     floats = {
         "qkv": torch.randn(tokens, 2 * kv_heads * (group + 1) * dim),
         "q_norm": torch.randn(dim) * 0.3,
         "k_norm": torch.randn(dim) * 0.3,
-        "k_cache": torch.randn(kv_heads, capacity, dim),
-        "v_cache": torch.randn(kv_heads, capacity, dim),
+        "k_cache": torch.randn(total, kv_heads, ops.PAGE_SIZE, dim),
+        "v_cache": torch.randn(total, kv_heads, ops.PAGE_SIZE, dim),
     }
     inputs = {name: value.to(device, dtype) for name, value in floats.items()}
     inv_freq = 1e4 ** -(torch.arange(half, device=device) / half)
-    return inputs | {"inv_freq": inv_freq, "position": torch.tensor([position], device=device)}
+    positions = torch.tensor([position], device=device)
+    return inputs | {"inv_freq": inv_freq, "pages": pages.to(device), "positions": positions}
 
 
 def clone(inputs: dict) -> dict:
@@ -58,11 +62,19 @@ def check(inputs: dict, valid: int | None = None) -> None:
     if valid != 0:
         assert relative_error(got[:valid], expected[:valid]) < tolerance
     assert torch.equal(got_inputs["v_cache"], expected_inputs["v_cache"])
-    written = slice(int(inputs["position"]), int(inputs["position"]) + got[:valid].shape[0])
-    for cache in (got_inputs["k_cache"], expected_inputs["k_cache"]):
-        cache[:, : written.start] -= inputs["k_cache"][:, : written.start]
-        cache[:, written.stop :] -= inputs["k_cache"][:, written.stop :]
-    assert relative_error(got_inputs["k_cache"], expected_inputs["k_cache"]) < tolerance
+    first = int(inputs["positions"])
+    place = inputs["pages"], first, first + got[:valid].shape[0]
+    got, got_rest = take_out(got_inputs["k_cache"], *place)
+    expected, expected_rest = take_out(expected_inputs["k_cache"], *place)
+    assert relative_error(got, expected) < tolerance
+    assert torch.equal(got_rest, expected_rest)
+
+
+def take_out(pool, pages, first, end) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of some tokens of a sequence, `[Hkv, end - first, D]`, and a pool without them."""
+    token, rest = torch.arange(first, end, device=pool.device), pool.clone()
+    rest[pages[0, token // ops.PAGE_SIZE].long(), :, token % ops.PAGE_SIZE] = 0.0
+    return read_cache(pool, pages[0], end)[:, first:], rest
 
 
 @pytest.fixture
@@ -121,9 +133,9 @@ def test_padding(tokens, valid, device):
     out = attention(**counted(inputs, valid))
     assert torch.count_nonzero(out[valid:]) == 0 and torch.isfinite(out).all()
     for name in ("k_cache", "v_cache"):
-        end = 250 - valid
-        assert torch.equal(inputs[name][:, :end], clean[name][:, :end])
-        assert torch.equal(inputs[name][:, 250:], clean[name][:, 250:])
+        place = inputs["pages"], 250 - valid, 250
+        (_, rest), (_, rest_before) = (take_out(x[name], *place) for x in (inputs, clean))
+        assert torch.equal(rest, rest_before)
 
 
 @pytest.mark.usefixtures("few_splits", "small_tiles")
@@ -134,7 +146,7 @@ def test_pieces_equal_the_whole(device):
     results, position = [], 50
     for piece in inputs["qkv"].split((33, 1, 6)):
         here = torch.tensor([position], device=device)
-        results.append(attention(**pieces | {"qkv": piece.contiguous(), "position": here}))
+        results.append(attention(**pieces | {"qkv": piece.contiguous(), "positions": here}))
         position += piece.shape[0]
     assert relative_error(torch.cat(results), expected) < 1e-5
     for name in ("k_cache", "v_cache"):
@@ -185,3 +197,82 @@ def test_launches(device):
         with record_launches(run=True) as recorded:
             check(make_inputs(ONE_KV, tokens, 9, torch.bfloat16, device))
         assert len(recorded) == 2
+
+
+# Cached tokens of the sequences of a batch and which of them have a row: one has none, and no page
+# either, others end before, at and behind the edge of a page and of a split, or have a single tile.
+LENGTHS, VALID = (0, 150, 63, 64, 0, 17, 65), (1, 1, 1, 1, 0, 0, 1)
+
+
+def make_batch(shape, dtype, device) -> dict:
+    """Arguments of one token of each sequence, counted."""
+    inputs = make_inputs(shape, len(LENGTHS), 0, dtype, device)
+    room = [length + valid for length, valid in zip(LENGTHS, VALID, strict=True)]
+    pages, total = make_pages(room)
+    for name in ("k_cache", "v_cache"):
+        pool = torch.randn(total, *inputs[name].shape[1:])
+        inputs[name] = pool.to(inputs[name])
+    return inputs | {
+        "pages": pages.to(device),
+        "positions": torch.tensor(LENGTHS, device=device),
+        "num_tokens": torch.tensor(VALID, device=device),
+    }
+
+
+@pytest.fixture(params=[1, 2, 3])
+def programs(request, monkeypatch) -> int:
+    """Programs per KV head and sequence, and thereby how many of the four splits each takes."""
+    monkeypatch.setattr(decode, "BATCH_PROGRAMS", request.param * 2 * len(LENGTHS))
+    return request.param
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_batch(dtype, programs, device):
+    """Each sequence gets what it gets of the reference, and padding gets zeros and writes
+    nothing."""
+    inputs = make_batch(GROUP_3, dtype, device)
+    inputs["qkv"][[4, 5]] = float("nan")
+    got_inputs, expected_inputs = clone(inputs), clone(inputs)
+    with record_launches(run=True) as recorded:
+        got = attention(**got_inputs)
+    assert recorded[0].grid == (programs, 2, len(LENGTHS)) and len(recorded) == 2
+    expected = ops.attention(**expected_inputs)
+    assert relative_error(got, expected) < TOLERANCE[dtype]
+    assert torch.count_nonzero(got[[4, 5]]) == 0
+    assert torch.equal(got_inputs["v_cache"], expected_inputs["v_cache"])
+    changed = got_inputs["k_cache"] != inputs["k_cache"]
+    assert torch.equal(changed.any(-1), (got_inputs["v_cache"] != inputs["v_cache"]).any(-1))
+    assert relative_error(got_inputs["k_cache"], expected_inputs["k_cache"]) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_batch_does_not_matter(dtype, programs, device):
+    """A sequence alone, without a count, gets the bits that it gets among others in other pages and
+    at another place. Under the interpreter, whose arithmetic is numpy's, this is only a hint that
+    it holds on a GPU."""
+    inputs = make_batch(GROUP_3, dtype, device)
+    together = clone(inputs)
+    out = attention(**together)
+    for b, (length, valid) in enumerate(zip(LENGTHS, VALID, strict=True)):
+        if not valid:
+            continue
+        alone = make_inputs((*GROUP_3[:4], length + 1), 1, length, dtype, device)
+        alone |= {name: inputs[name] for name in ("q_norm", "k_norm")}
+        alone["qkv"] = inputs["qkv"][b : b + 1].clone()
+        token = torch.arange(length, device=device)
+        here, there = (x[token // 64].long() for x in (inputs["pages"][b], alone["pages"][0]))
+        for name in ("k_cache", "v_cache"):
+            alone[name][there, :, token % 64] = inputs[name][here, :, token % 64]
+        assert torch.equal(attention(**alone)[0], out[b])
+        for name in ("k_cache", "v_cache"):
+            got = read_cache(together[name], inputs["pages"][b], length + 1)
+            assert torch.equal(read_cache(alone[name], alone["pages"][0], length + 1), got)
+
+
+def test_several_rows_of_several_sequences(device):
+    inputs = make_batch(ONE_KV, torch.float32, device)
+    inputs["qkv"] = inputs["qkv"].repeat(2, 1)
+    with pytest.raises(ValueError, match="14 rows of 7 sequences: expected one row of each"):
+        attention(**inputs)

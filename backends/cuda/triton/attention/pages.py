@@ -1,0 +1,30 @@
+"""Where tokens lie in a KV cache of pages, `[P, KV_HEADS, PAGE, DIM]`.
+
+A tile of BLOCK_N tokens that starts at a multiple of BLOCK_N, a divisor of PAGE, lies in one page.
+Nobody writes page tables while a program runs, so they are read before `wait_for_previous`.
+"""
+
+import triton
+import triton.language as tl
+
+from et_moe.backends.ops import PAGE_SIZE
+
+PAGE = tl.constexpr(PAGE_SIZE)
+"""Tokens of a page."""
+
+
+@triton.jit
+def load_page(pages_ptr, token, end, SIZE: tl.constexpr = PAGE_SIZE):
+    """The page of a token, int64, from the sequence's table; 0, and nothing is read, from `end` on.
+
+    pages_ptr: int32 pointer to the table.
+    """
+    return tl.load(pages_ptr + token // SIZE, mask=token < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def find_row(
+    page, token, kv_head, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr = PAGE_SIZE
+):
+    """The element of a cache, int64, at which the row of a token and KV head begins."""
+    return ((page * KV_HEADS + kv_head) * SIZE + token % SIZE) * DIM
