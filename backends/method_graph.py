@@ -6,7 +6,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-
 PAGES, SLOTS = "pages", "slots"
 POOLS = (PAGES, SLOTS)
 """What state tensors are made of, see `ops/sequences.py`: pages of the KV cache, or slots of

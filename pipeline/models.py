@@ -161,6 +161,15 @@ class Graph(nn.Module):
         """Every state tensor by name; a sequence starts with a slot of zeros."""
         raise NotImplementedError
 
+    def make_state(
+        self, pool: Mapping[str, int], device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """State of zeros, with so many pages and slots by pool."""
+        return {
+            name: torch.zeros((pool[given.pool], *given.shape), dtype=given.dtype, device=device)
+            for name, given in self.state_spec().items()
+        }
+
 
 class Model(Protocol):
     """A model family: everything that the pipeline does not know itself.

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from et_moe.backends import ops
+from et_moe.backends.method_graph import PAGES, SLOTS
+from et_moe.pipeline.models import Graph
 
 
 def make_pages(capacities: list[int], spare: int = 3, seed: int = 0) -> tuple[Tensor, int]:
@@ -34,3 +36,10 @@ def make_slots(sequences: int, spare: int = 2, seed: int = 0) -> tuple[Tensor, i
     total = sequences + spare
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[:sequences].to(torch.int32), total
+
+
+def one_sequence(model: Graph, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """State of a model for one sequence of so many tokens, and inputs that say where it lies."""
+    pages, total = make_pages([tokens])
+    slots, count = make_slots(1)
+    return model.make_state({PAGES: total, SLOTS: count}), {"slots": slots, "pages": pages}

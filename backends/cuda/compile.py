@@ -119,7 +119,7 @@ def _retarget(
                 continue
             nodes[name := next(names)] = node
             dtype, shape = plan.spec.get(name, (value.dtype, value.shape))
-            # The code never sees how large a pool is: kernels follow the numbers of pages and slots.
+            # The code never sees how large a pool is: kernels follow numbers of pages and slots.
             free = graph.bounds(shape[0])[1] if name in graph.state else size
             with fake_mode:
                 sizes = [s if isinstance(s, int) else free for s in shape]

@@ -1,8 +1,8 @@
 """Qwen3.5 MoE as a graph of `et_moe` ops.
 
-Rows of sequences, see `backends/ops/sequences.py`. Parameters carry the names of a bundle; the state
-(KV cache, convolution and recurrent state) is passed in and updated in place. A model that differs
-in a layer overrides the method of `DecoderLayer` that makes it.
+Rows belong to sequences, see `backends/ops/sequences.py`. Parameters carry the names of a bundle;
+the state (KV cache, convolution and recurrent state) is passed in and updated in place. A model
+that differs in a layer overrides the method of `DecoderLayer` that makes it.
 """
 
 from typing import NamedTuple

@@ -25,7 +25,6 @@ from et_moe.pipeline.models import (
 from et_moe.pipeline.storage import Precision
 
 
-
 def make_inputs(sequences: int | Range, rows: int | Range, sizes: Sizes) -> tuple[Input, ...]:
     """The inputs of a method that takes so many sequences with so many rows each."""
     per_sequence = (sequences,)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from checkpoints import make_small, storages
+from sequences import one_sequence
 
 from et_moe.benchmarks import activations as tool
 from et_moe.benchmarks.report import activations as report
@@ -35,13 +36,13 @@ def whole_model(bundle, activations: str, ids: torch.Tensor) -> torch.Tensor:
     model = Qwen3_5Moe(source.config, precision)
     tensors = {name: t for group in source.groups() for name, t in group.items()}
     model.load_state_dict(tensors)
-    state = {n: torch.zeros(s, dtype=d) for n, (d, s) in model.state_spec(len(ids)).items()}
+    state, places = one_sequence(model, len(ids))
     one = torch.ones(1)
     tokens = []
     for i, token in enumerate(ids):
-        position = torch.tensor([i])
         options = (one * 0, torch.tensor([0]), one, torch.tensor([0]))
-        tokens.append(model(token.view(1, 1), position, *options, state)[0].item())
+        given = (token.view(1, 1), torch.tensor([i]), *places.values(), *options)
+        tokens.append(model(*given, state)[0].item())
     return torch.tensor(tokens)
 
 

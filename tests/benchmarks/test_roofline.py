@@ -16,7 +16,7 @@ from et_moe.backends.cuda.triton.linear.op import linear_w4a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.benchmarks import roofline
 from et_moe.pipeline.export import build_graphs
-from et_moe.pipeline.models import parse_config
+from et_moe.pipeline.models import Sizes, parse_config
 from et_moe.pipeline.storage import Precision
 
 CONFIG = parse_config(
@@ -43,12 +43,18 @@ CONFIG = parse_config(
 
 def launches(method: str, tokens: int) -> list[Launch]:
     """The kernels that a method's graph launches for some tokens."""
-    graphs = build_graphs(CONFIG, Precision(storages(group_size=32), dtype=torch.float32), 32)
+    graphs = build_graphs(
+        CONFIG, Precision(storages(group_size=32), dtype=torch.float32), Sizes(32, 32, 1)
+    )
     graph, spec = copy.deepcopy(graphs[method].program.graph), plan_weights(graphs).spec
     values = {}
     for name, node in graphs[method].input_nodes().items():
         dtype, shape = spec.get(name, (node.meta["val"].dtype, node.meta["val"].shape))
-        values[node.name] = torch.zeros((1, tokens) if name == "tokens" else shape, dtype=dtype)
+        if name == "tokens":
+            shape = (1, tokens)
+        elif name in graphs[method].state:
+            shape = (1, *shape[1:])
+        values[node.name] = torch.zeros(shape, dtype=dtype)
         if name == "num_tokens":
             values[node.name].fill_(tokens)
     fuse(graph)

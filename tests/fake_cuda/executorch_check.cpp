@@ -46,14 +46,21 @@ struct Failure {
   const char* at;
 };
 
+/// What a program for the CPU takes besides inputs: state for one sequence, and weights.
+std::vector<TensorSpec> bound(const Bindings& bindings) {
+  std::vector<TensorSpec> tensors;
+  for (const et_moe::StateSpec& state : bindings.state) tensors.push_back(state.in({1, 1}));
+  tensors.insert(tensors.end(), bindings.weights.begin(), bindings.weights.end());
+  return tensors;
+}
+
 /// A program with its weights, and for the CPU with state.
 class Program {
  public:
   Program(const std::string& pte, const std::string& ptd)
       : module_(pte, ptd, Module::LoadMode::Mmap), cpu_(text("get_backend") == "\"cpu\"") {
     bindings_ = Bindings::parse(text("get_bindings"));
-    for (const TensorSpec& state : bindings_.state) buffers_.emplace_back(state.nbytes());
-    for (const TensorSpec& weight : bindings_.weights) buffers_.emplace_back(weight.nbytes());
+    for (const TensorSpec& tensor : bound(bindings_)) buffers_.emplace_back(tensor.nbytes());
     if (cpu_) read_weights(ptd);
   }
 
@@ -69,6 +76,8 @@ class Program {
   Json execute(const std::string& method, const Json& inputs) {
     const auto& spec = bindings_.methods.at(method);
     std::vector<std::vector<int64_t>> values;
+    std::vector<std::vector<int32_t>> narrow;
+    narrow.reserve(spec.inputs.size());
     std::vector<TensorPtr> tensors;
     for (const TensorSpec& input : spec.inputs) {
       values.push_back(inputs.at(input.name).get<std::vector<int64_t>>());
@@ -78,12 +87,17 @@ class Program {
         if (input.min_shape[d] != input.shape[d]) along = d;
       }
       shape[along] = static_cast<int32_t>(values.back().size());
-      tensors.push_back(from_blob(values.back().data(), shape, ScalarType::Long));
+      void* data = values.back().data();
+      if (input.dtype == ScalarType::Int) {
+        narrow.emplace_back(values.back().begin(), values.back().end());
+        data = narrow.back().data();
+      }
+      tensors.push_back(from_blob(data, shape, input.dtype));
     }
     size_t buffer = 0;
-    for (const auto* list : {&bindings_.state, &bindings_.weights}) {
-      for (const TensorSpec& t : *list) {
-        if (cpu_) tensors.push_back(from_blob(buffers_[buffer++].data(), t.shape, t.dtype));
+    if (cpu_) {
+      for (const TensorSpec& t : bound(bindings_)) {
+        tensors.push_back(from_blob(buffers_[buffer++].data(), t.shape, t.dtype));
       }
     }
     const std::vector<EValue> arguments(tensors.begin(), tensors.end());

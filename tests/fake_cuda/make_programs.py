@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from checkpoints import GPTQ, SMALL_FOR_CUDA, to_gptq, write
-from lowering_methods import WEIGHTS, Small, method, rows, scores
+from lowering_methods import OWN_POOL, WEIGHTS, Small, method, rows, scores
 from safetensors.torch import load_file
 
 from et_moe.backends.cpu import lowering
@@ -39,6 +39,11 @@ from et_moe.pipeline.storage import choose_storages
 MAX_PREFILL_TOKENS = 20
 """Short, so that a prompt of some tens of tokens takes several calls; more than the range for a few
 tokens has, so that calls have the kernels for many, too."""
+
+MAX_SEQ_LEN = 80
+"""More than a page."""
+MAX_SEQUENCES = 5
+"""More than a power of two, so that calls are padded, too."""
 
 # One layer has a dense MLP, the other a mixture whose weights do not add up to 1.
 NEXT_FOR_CUDA = SMALL_FOR_CUDA | {
@@ -66,7 +71,7 @@ def _weights(seed: int) -> dict[str, torch.Tensor]:
 def make_small(folder: Path, graphs: dict[str, MethodGraph]) -> None:
     """Programs of methods that share state and weights."""
     folder.mkdir(parents=True)
-    compiled = cuda.lower(graphs, ["sm_90"], {}, None)
+    compiled = cuda.lower(graphs, ["sm_90"], {}, None, OWN_POOL)
     (folder / "kernels.json").write_text(compiled.sidecar())
     for name, program in (("cpu", lowering.lower(graphs, {})), ("cuda", compiled)):
         write_sealed(folder / f"{name}.pte", program.pte)
@@ -80,8 +85,8 @@ def make_small(folder: Path, graphs: dict[str, MethodGraph]) -> None:
 def _turned(methods):
     """A model's `methods` with their inputs in the opposite order: nothing may depend on it."""
 
-    def turned(self, config, max_prefill_tokens):
-        given = methods(self, config, max_prefill_tokens)
+    def turned(self, config, sizes):
+        given = methods(self, config, sizes)
         return {name: replace(method, inputs=method.inputs[::-1]) for name, method in given.items()}
 
     return turned
@@ -112,7 +117,8 @@ def export_model(
         options = export.ExportOptions(
             backend=backend,
             dtype=torch.float32,
-            max_seq_len=64,
+            max_seq_len=MAX_SEQ_LEN,
+            max_sequences=MAX_SEQUENCES,
             cuda_archs=("sm_90",),
             debug_sidecar=backend == "cuda",
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sequences import one_sequence
 
 from et_moe.backends import ops
 from et_moe.examples.qwen3_5_moe.model import MODEL
@@ -61,10 +62,11 @@ def test_logits_are_finite_and_spread(tmp_path: Path) -> None:
     make_bundle(tmp_path, MODEL, "tiny", 0)
     bundle = Bundle(tmp_path)
     model = meta_graph(bundle.config, Precision(bundle.storages, dtype=torch.float32))
-    state = {n: torch.zeros(shape, dtype=d) for n, (d, shape) in model.state_spec(32).items()}
+    state, places = one_sequence(model, 32)
     zero, one = torch.zeros(1), torch.ones(1)
     integer = torch.zeros(1, dtype=torch.int64)
-    arguments = (torch.arange(9)[None], integer, zero, integer, one, integer, state, integer + 9)
+    sampling = (zero, integer, one, integer)
+    arguments = (torch.arange(9)[None], integer, *places.values(), *sampling, state, integer + 9)
     _, logits = torch.func.functional_call(model, _weights(tmp_path), arguments)
     assert torch.isfinite(logits).all()
     assert 0.01 < logits.std() < 100

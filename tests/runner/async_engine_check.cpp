@@ -292,8 +292,8 @@ int main(int argc, char** argv) {
     const size_t sequences = std::stoul(argv[4]);
     const auto make = [&] {
       et_moe::AsyncEngineOptions options;
-      options.max_sequences = sequences;
-      options.device.cuda_graph = std::string(argv[3]) == "1";
+      options.model.max_sequences = sequences;
+      options.model.device.cuda_graph = std::string(argv[3]) == "1";
       return std::make_unique<Client>(argv[1], argv[2], options);
     };
     const std::string command = argv[5];

@@ -116,7 +116,7 @@ def test_bindings_that_are_damaged(
 
 
 def test_bindings_of_other_methods(runner, tmp_path: Path) -> None:
-    """The bindings and the method both name seven tensors, but not the same ones."""
+    """The bindings and the method both name nine tensors, but not the same ones."""
     program = write(tmp_path, get_max_prefill_tokens=2)
     rewrite(program, b'"shape": [1, 16]', b'"shape": [1,  9]')
     refused(runner, program, "method prefill does not take the input tokens, Long [1, 2..9], that")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import storages
+from sequences import one_sequence
 from transformers import AutoTokenizer
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
@@ -28,12 +29,13 @@ def eager_logits(
     model = meta_graph(source.config, Precision(source.storages, activations, dtype))
     spec = parameter_spec(model)
     weights = {n: t.to(spec[n][0]) for group in source.groups() for n, t in group.items()}
-    state = {n: torch.zeros(shape, dtype=d) for n, (d, shape) in model.state_spec(64).items()}
+    state, places = one_sequence(model, len(ids))
     rows = []
     for position, token in enumerate(ids[:-1]):
         arguments = dict(
             tokens=torch.tensor([[token]]),
-            position=torch.tensor([position]),
+            positions=torch.tensor([position]),
+            **places,
             num_tokens=None,
             temperature=torch.zeros(1),
             top_k=torch.zeros(1, dtype=torch.int64),

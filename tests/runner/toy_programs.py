@@ -15,7 +15,9 @@ from et_moe.backends.sealed_file import FINGERPRINT, PtdWriter, write_sealed
 VOCABULARY, CONTEXT, LONGEST = 50, 40, 16
 INPUTS = {
     "tokens": torch.int64,
-    "position": torch.int64,
+    "positions": torch.int64,
+    "slots": torch.int32,
+    "pages": torch.int32,
     "num_tokens": torch.int64,
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -24,10 +26,13 @@ INPUTS = {
 }
 DECODE = [name for name in INPUTS if name != "num_tokens"]
 CONSTANTS = {
-    "get_format_version": 3,
+    "get_format_version": 4,
     "get_fingerprint": '{"model_type": "toy"}',
     "get_max_seq_len": CONTEXT,
     "get_max_prefill_tokens": LONGEST,
+    "get_max_sequences": 1,
+    "get_page_size": 64,
+    "get_max_pages": 1,
     "get_vocab_size": VOCABULARY,
     "get_n_layers": 1,
     "get_eos_ids": "[]",
@@ -51,9 +56,11 @@ class Toy(nn.Module):
     def forward(self, inputs: list[torch.Tensor]):
         values = dict(zip(self._names, inputs, strict=True))
         total = (
-            3 * values["tokens"].sum() + 5 * values["position"] + 7 * values.get("num_tokens", 1)
+            3 * values["tokens"].sum() + 5 * values["positions"] + 7 * values.get("num_tokens", 1)
         )
         total = total + (8 * values["temperature"]).long() + 11 * values["top_k"]
+        # The first sequence has the first slot and the first page.
+        total = total + 17 * values["slots"] + 19 * values["pages"].sum()
         total = total + (8 * values["top_p"]).long() + 13 * values["seed"]
         token = (total % VOCABULARY).view(1, 1)
         return (torch.arange(VOCABULARY) == token).float(), token
@@ -67,8 +74,9 @@ def method(
     **dtypes,
 ) -> MethodGraph:
     size = 1 if name == "decode" else 8
+    shapes = {"tokens": (1, size), "pages": (1, 1)}
     kinds = INPUTS | {"window": torch.int64} | dtypes
-    inputs = [torch.zeros((1, size) if n == "tokens" else 1, dtype=kinds[n]) for n in names]
+    inputs = [torch.zeros(shapes.get(n, 1), dtype=kinds[n]) for n in names]
     length = {1: Dim("T", min=2, max=LONGEST)} if size > 1 else None
     program = torch.export.export(
         model or Toy(names),

@@ -14,11 +14,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
-from et_moe.backends.method_graph import HandOver, MethodGraph
+from et_moe.backends.method_graph import PAGES, SLOTS, HandOver, MethodGraph
 
 HIDDEN, VOCABULARY, GROUP = 128, 256, 32
 MAX_TOKENS = 64
 STATE = {"conv.state": (torch.bfloat16, (3, HIDDEN))}
+"""Dtype and shape of a slot."""
+OWN_POOL = {PAGES: 1, SLOTS: 1}
+"""Of the state that a delegate has by itself."""
 WEIGHTS = {
     "embed.weight": (torch.int8, (VOCABULARY, HIDDEN)),
     "embed.scale": (torch.bfloat16, (VOCABULARY, 1)),
@@ -35,16 +38,16 @@ class Small(torch.nn.Module):
     """An embedding, a convolution with state, an INT4 layer and a head that gives the greedy
     token."""
 
-    def hidden(self, tokens, num_tokens, state, w):
+    def hidden(self, tokens, slots, num_tokens, state, w):
         et = torch.ops.et_moe
         x = et.embedding_w8(tokens.view(-1), w["embed.weight"], w["embed.scale"], torch.bfloat16)
-        x = et.causal_conv1d(x, w["conv.weight"], state["conv.state"], num_tokens)
+        x = et.causal_conv1d(x, w["conv.weight"], state["conv.state"], slots, num_tokens)
         norm = w["norm.weight"]
         x = et.linear_w4a8(x, w["proj.weight"], w["proj.scale"], GROUP, norm, 1e-6, x)
         return x if num_tokens is None else x.index_select(0, num_tokens - 1)
 
-    def forward(self, tokens, position, num_tokens, state, w):
-        last = self.hidden(tokens, num_tokens, state, w).float()
+    def forward(self, tokens, positions, slots, num_tokens, state, w):
+        last = self.hidden(tokens, slots, num_tokens, state, w).float()
         logits = torch.ops.et_moe.linear_w4a8(last, w["head.weight"], w["head.scale"], GROUP)
         return logits.argmax(-1, keepdim=True), logits
 
@@ -52,24 +55,24 @@ class Small(torch.nn.Module):
 class Scores(Small):
     """Gives the logits of the last token and nothing else, hence no token to go on with."""
 
-    def forward(self, count, ids, state, w):
-        last = self.hidden(ids, count, state, w).float()
+    def forward(self, count, ids, slots, state, w):
+        last = self.hidden(ids, slots, count, state, w).float()
         return (torch.ops.et_moe.linear_w4a8(last, w["head.weight"], w["head.scale"], GROUP),)
 
 
 class Columns(Small):
     """Gives a number for every token, in columns."""
 
-    def forward(self, tokens, position, num_tokens, state, w):
-        x = self.hidden(tokens, None, state, w).float()
+    def forward(self, tokens, positions, slots, num_tokens, state, w):
+        x = self.hidden(tokens, slots, None, state, w).float()
         return x[:1, :1].long(), x[:, :2].t()
 
 
 class Pairs(Small):
     """Gives twice as many rows as there are tokens."""
 
-    def forward(self, tokens, position, num_tokens, state, w):
-        x = self.hidden(tokens, None, state, w).float()
+    def forward(self, tokens, positions, slots, num_tokens, state, w):
+        x = self.hidden(tokens, slots, None, state, w).float()
         return x[:1, :1].long(), torch.cat([x, x])
 
 
@@ -89,17 +92,17 @@ class Rows(torch.nn.Module):
 class LibraryCall(Small):
     """Has a matrix product that no kernel of ours computes."""
 
-    def forward(self, tokens, position, num_tokens, state, w):
-        token, logits = super().forward(tokens, position, num_tokens, state, w)
+    def forward(self, tokens, positions, slots, num_tokens, state, w):
+        token, logits = super().forward(tokens, positions, slots, num_tokens, state, w)
         return token, logits @ torch.ones(VOCABULARY, VOCABULARY)
 
 
 class CopiedState(Small):
     """Updates state with an op that Inductor compiles by itself."""
 
-    def forward(self, tokens, position, num_tokens, state, w):
+    def forward(self, tokens, positions, slots, num_tokens, state, w):
         state["conv.state"].mul_(2)
-        return super().forward(tokens, position, num_tokens, state, w)
+        return super().forward(tokens, positions, slots, num_tokens, state, w)
 
 
 class _Decode(torch.nn.Module):
@@ -109,8 +112,8 @@ class _Decode(torch.nn.Module):
         super().__init__()
         self._model = model
 
-    def forward(self, tokens, position, state, w):
-        return self._model(tokens, position, None, state, w)
+    def forward(self, tokens, positions, slots, state, w):
+        return self._model(tokens, positions, slots, None, state, w)
 
 
 def _export(
@@ -120,7 +123,7 @@ def _export(
     shortest: int = 2,
     **names,
 ) -> MethodGraph:
-    """Exports one method of int64 inputs on fake tensors.
+    """Exports one method of int64 inputs, and int32 `slots`, on fake tensors.
 
     Args:
         inputs: their shapes. A size of 8 stands for one that varies from call to call and is at
@@ -129,8 +132,11 @@ def _export(
     """
     with FakeTensorMode():
         arguments = (
-            *(torch.empty(shape, dtype=torch.int64) for shape in inputs.values()),
-            {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in state.items()},
+            *(
+                torch.empty(shape, dtype=torch.int32 if name == "slots" else torch.int64)
+                for name, shape in inputs.items()
+            ),
+            {n: torch.empty((3, *shape), dtype=dtype) for n, (dtype, shape) in state.items()},
             {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in WEIGHTS.items()},
         )
     length = Dim("T", min=shortest, max=MAX_TOKENS)
@@ -138,10 +144,15 @@ def _export(
     program = torch.export.export(
         model,
         arguments,
-        dynamic_shapes=(*varying, dict.fromkeys(state), dict.fromkeys(WEIGHTS)),
+        dynamic_shapes=(
+            *varying,
+            {name: {0: Dim("S", min=1, max=1 << 20)} for name in state},
+            dict.fromkeys(WEIGHTS),
+        ),
         strict=False,
     )
-    named = {"inputs": list(inputs), "state": list(state), "weights": list(WEIGHTS)}
+    pools = dict.fromkeys(state, SLOTS)
+    named = {"inputs": list(inputs), "state": pools, "weights": list(WEIGHTS)}
     return MethodGraph(program=program, **named, **names)
 
 
@@ -149,16 +160,16 @@ def method(model: torch.nn.Module, decode: bool) -> MethodGraph:
     """The method `decode`, or `prefill`, of a model such as `Small`."""
     outputs = ["token", "logits"]
     if decode:
-        inputs = {"tokens": (1, 1), "position": (1,)}
-        hand_over = HandOver("token", "tokens", "position")
+        inputs = {"tokens": (1, 1), "positions": (1,), "slots": (1,)}
+        hand_over = HandOver("token", "tokens", "positions")
         return _export(_Decode(model), inputs, outputs=outputs, hand_over=hand_over)
-    inputs = {"tokens": (1, 8), "position": (1,), "num_tokens": (1,)}
+    inputs = {"tokens": (1, 8), "positions": (1,), "slots": (1,), "num_tokens": (1,)}
     return _export(model, inputs, outputs=outputs)
 
 
 def scores() -> MethodGraph:
     """A method whose inputs have other names than those of `method` and that hands nothing over."""
-    return _export(Scores(), {"count": (1,), "ids": (1, 8)}, outputs=["logits"])
+    return _export(Scores(), {"count": (1,), "ids": (1, 8), "slots": (1,)}, outputs=["logits"])
 
 
 def rows() -> MethodGraph:
@@ -179,7 +190,7 @@ def _lower(folder: Path) -> None:
     constants = {"get_max_seq_len": 128, "get_eos_ids": "[1, 2]"}
     archs = ["sm_90", "sm_80"]
     start = time.monotonic()
-    program = lower(methods(), archs, constants, folder / "cache")
+    program = lower(methods(), archs, constants, folder / "cache", OWN_POOL)
     report = {"first_seconds": time.monotonic() - start}
     (folder / "model.pte").write_bytes(program.pte)
     (folder / "sidecar.json").write_text(program.sidecar())
@@ -190,11 +201,11 @@ def _lower(folder: Path) -> None:
                 (folder / f"{name}.{arch}.{part.longest}.cpp").write_text(part.source)
     damaged = next((folder / "cache").iterdir())
     start = time.monotonic()
-    again = lower(methods(), archs, constants, folder / "cache")
+    again = lower(methods(), archs, constants, folder / "cache", OWN_POOL)
     report |= {"seconds": time.monotonic() - start, "same": again.pte == program.pte}
     damaged.write_bytes(b"damaged")
     report["same_after_damage"] = (
-        lower(methods(), archs, constants, folder / "cache").pte == again.pte
+        lower(methods(), archs, constants, folder / "cache", OWN_POOL).pte == again.pte
     )
     report["cuda_before_and_after"] = [torch.cuda.is_available(), torch.version.cuda]
     (folder / "report.json").write_text(json.dumps(report))
@@ -235,11 +246,11 @@ def _launches(folder: Path) -> None:
     from et_moe.examples.qwen3_5_moe.model import MODEL
     from et_moe.pipeline.export import build_graphs
     from et_moe.pipeline.make_checkpoint import text_config
-    from et_moe.pipeline.models import parse_config
+    from et_moe.pipeline.models import Sizes, parse_config
     from et_moe.pipeline.storage import Precision
 
     config = parse_config(text_config(MODEL, "35b", layers=4), where="35b")
-    graphs = build_graphs(config, Precision(storages()), 4096)
+    graphs = build_graphs(config, Precision(storages()), Sizes(4096, 2048, 1))
     (code,) = compile_method(graphs["decode"], plan_weights(graphs), "sm_90").ranges
     report = {"layers": config.layer_types, "launches": code.launches}
     report["plain"] = [kernel.function for kernel in code.kernels if not kernel.dependent]

@@ -14,6 +14,7 @@ from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.make_checkpoint import make_checkpoint
+from et_moe.pipeline.models import Sizes
 from et_moe.pipeline.quantize import QuantizedCheckpoint
 from et_moe.pipeline.storage import Precision
 
@@ -23,6 +24,10 @@ SAMPLING = {
     "top_p": torch.ones(1),
     "seed": torch.zeros(1, dtype=torch.int64),
 }
+
+
+POOL = 4
+"""Pages, and slots, of the state."""
 
 
 class Executor(fx.Interpreter):
@@ -54,16 +59,19 @@ class Side:
     def __init__(self, graphs: dict, weights: dict, functions: dict) -> None:
         self._graphs, self._weights, self._functions = graphs, weights, functions
         nodes = graphs["decode"].input_nodes()
+        values = {name: nodes[name].meta["val"] for name in graphs["decode"].state}
         self.state = {
-            name: torch.zeros(nodes[name].meta["val"].shape, dtype=nodes[name].meta["val"].dtype)
-            for name in graphs["decode"].state
+            name: torch.zeros((POOL, *value.shape[1:]), dtype=value.dtype)
+            for name, value in values.items()
         }
 
     def run(self, method: str, inputs: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
         graph = copy.deepcopy(self._graphs[method].program.graph)
         if self._functions:
             fuse(graph)
-        values = inputs | SAMPLING | self.state | self._weights
+        count = len(inputs["tokens"])
+        sampling = {name: value.expand(count) for name, value in SAMPLING.items()}
+        values = inputs | sampling | self.state | self._weights
         names = {node.name: name for name, node in self._graphs[method].input_nodes().items()}
         executor = Executor(graph, self._functions)
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
@@ -77,7 +85,7 @@ def sides(request, tmp_path) -> tuple[Side, Side]:
     make_checkpoint(tmp_path, MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
     source = QuantizedCheckpoint(Checkpoint(tmp_path), storages("4w", 32, "8w"))
     precision = Precision(source.storages, request.param, torch.float32)
-    graphs = build_graphs(source.config, precision, 64)
+    graphs = build_graphs(source.config, precision, Sizes(64, 64, 4))
     weights = {name: tensor for group in source.groups() for name, tensor in group.items()}
     nodes = graphs["decode"].input_nodes()
     for name in graphs["decode"].weights:
@@ -95,27 +103,53 @@ def same(expected: torch.Tensor, actual: torch.Tensor, what: str) -> None:
         assert error <= 1e-3 * expected.double().norm(), f"{what}: {error}"
 
 
+def run_both(sides, method: str, inputs: dict[str, torch.Tensor], valid: int | None) -> set[str]:
+    """Compares all that a call computes, of which `valid` rows are no padding; None for all.
+
+    Returns:
+        The nodes that only the references compute.
+    """
+    expected, actual = (side.run(method, inputs) for side in sides)
+    assert len(actual) > 10
+    rows = inputs["tokens"].numel()
+    for name, values in actual.items():
+        for x, y in zip(expected[name], values, strict=True):
+            # Nobody reads the rows of padding: ops may leave anything there.
+            end = valid if x.dim() and x.shape[0] == rows else None
+            same(x[:end], y[:end], f"{method} {name}")
+    for name, state in sides[0].state.items():
+        same(state, sides[1].state[name], f"{method} {name}")
+    return expected.keys() - actual.keys()
+
+
+def places(positions: list[int], slots: list[int], pages: list[int]) -> dict[str, torch.Tensor]:
+    return {
+        "positions": torch.tensor(positions),
+        "slots": torch.tensor(slots, dtype=torch.int32),
+        "pages": torch.tensor(pages, dtype=torch.int32)[:, None],
+    }
+
+
 def test_prefill_with_padding_then_decode(sides) -> None:
     tokens = torch.tensor([[5, 77, 130, 200, 9, 31, 64, 0, 0, 0]])
-    calls = [("prefill", tokens, 0, 7)]
-    calls += [("decode", torch.tensor([[token]]), 7 + i, 1) for i, token in enumerate((8, 250))]
-    compared, fused = 0, set()
-    for method, ids, position, count in calls:
-        inputs = {
-            "tokens": ids,
-            "position": torch.tensor([position]),
-            "num_tokens": torch.tensor([count]),
-        }
-        expected, actual = (side.run(method, inputs) for side in sides)
-        fused |= expected.keys() - actual.keys()
-        for name, values in actual.items():
-            for x, y in zip(expected[name], values, strict=True):
-                # Nobody reads the rows of padding: ops may leave anything there.
-                rows = count if x.dim() and x.shape[0] == ids.shape[1] else None
-                same(x[:rows], y[:rows], f"{method} {name}")
-                compared += 1
-        for name, state in sides[0].state.items():
-            same(state, sides[1].state[name], f"{method} {name}")
-    assert compared > 50
+    one = places([0], [1], [2]) | {"num_tokens": torch.tensor([7])}
+    assert not run_both(sides, "prefill", {"tokens": tokens} | one, 7)
+    fused = set()
+    for i, token in enumerate((8, 250)):
+        inputs = {"tokens": torch.tensor([[token]])} | places([7 + i], [1], [2])
+        fused |= run_both(sides, "decode", inputs, None)
     # The one fusion is in decode: the projection of the only gated delta net.
     assert len(fused) == 1 and fused.pop().startswith("linear_w4a")
+
+
+def test_decode_of_several_sequences(sides) -> None:
+    """Two that have begun, one that begins, and padding."""
+    for slot, tokens in ((3, [5, 77, 130]), (0, [9, 31])):
+        inputs = {"tokens": torch.tensor([tokens]), "num_tokens": torch.tensor([len(tokens)])}
+        assert not run_both(sides, "prefill", inputs | places([0], [slot], [slot]), None)
+    inputs = {
+        "tokens": torch.tensor([[8], [250], [1], [0]]),
+        "num_tokens": torch.tensor([1, 1, 1, 0]),
+    }
+    where = places([3, 2, 0, 0], [3, 0, 1, 0], [3, 0, 1, 0])
+    assert not run_both(sides, "decode_batch", inputs | where, 3)
