@@ -89,7 +89,7 @@ std::vector<OpCase> cases() {
       {"moe_router",
        {TensorArgument{"x", kF32, {3, 64}, {true, true}}, TensorArgument{"norm_weight", kF32, {64}},
         TensorArgument{"weight", kF32, {5, 64}, {true, false}}, int64_t{2}, int64_t{1}, 1e-6,
-        TensorArgument{"num_tokens", kI64, {1}}, true, output("out0", kF32, {3, 64}),
+        TensorArgument{"num_tokens", kI64, {3}, {true}}, true, output("out0", kF32, {3, 64}),
         output("out1", kF32, {3, 3}), output("out2", kInt, {3, 3})}},
       {"moe",
        {TensorArgument{"x", kF32, {3, 64}, {true, true}},
