@@ -1,5 +1,6 @@
 #include "backends/cpu/gemm.h"
 #include "backends/cpu/ops.h"
+#include "backends/cpu/sequences.h"
 
 namespace et_moe::cpu {
 
@@ -43,21 +44,24 @@ class Router {
         num_shared_(num_shared),
         normalize_(normalize) {}
 
-  void run(const Tensor& x, const Tensor& norm_weight, double eps, int64_t valid,
+  void run(const Tensor& x, const Tensor& norm_weight, double eps, const Sequences& sequences,
            const Tensor& normed, float* weights, int32_t* ids) {
     const int64_t tokens = x.size(0), rows = experts_ + 1, slots = top_k_ + num_shared_;
     float* packed = op_.scratch<float>(tokens * weight_.row_elements());
-    float* logits = op_.scratch<float>(tokens * rows);
+    float* logits = op_.scratch<float>(sequences.valid * rows);
     if (packed == nullptr || logits == nullptr) return;
     norm(x, norm_weight, eps, MutableFloats(normed), packed);
-    multiply(packed, valid, logits);
-    op_.parallel(valid, experts_ * 4, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        route(logits + t * rows, weights + t * slots, ids + t * slots);
+    multiply(packed, sequences, logits);
+    if (sequences.padding > 0) {
+      std::fill_n(weights, tokens * slots, 0.0f);
+      std::fill_n(ids, tokens * slots, -1);
+    }
+    op_.parallel(sequences.valid, experts_ * 4, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t at = sequences.row(i) * slots;
+        route(logits + i * rows, weights + at, ids + at);
       }
     });
-    std::fill(weights + valid * slots, weights + tokens * slots, 0.0f);
-    std::fill(ids + valid * slots, ids + tokens * slots, -1);
   }
 
  private:
@@ -75,8 +79,9 @@ class Router {
     });
   }
 
-  void multiply(const float* packed, int64_t tokens, float* logits) {
-    const int64_t rows = experts_ + 1;
+  // The logits of valid rows.
+  void multiply(const float* packed, const Sequences& sequences, float* logits) {
+    const int64_t rows = experts_ + 1, tokens = sequences.valid;
     const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
     op_.parallel(blocks, kTileRows * hidden_ * tokens, [&](int64_t first, int64_t last) {
       const float* inputs[kTileTokens];
@@ -84,7 +89,7 @@ class Router {
       for (int64_t token = 0; token < tokens; token += kTileTokens) {
         const int64_t tile = std::min(kTileTokens, tokens - token);
         for (int64_t t = 0; t < tile; ++t) {
-          inputs[t] = packed + (token + t) * weight_.row_elements();
+          inputs[t] = packed + sequences.row(token + t) * weight_.row_elements();
         }
         weight_.multiply(row, count, inputs, tile, logits + token * rows + row, rows);
       }
@@ -111,13 +116,15 @@ class Router {
 void moe_router(Op& op, const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
                 int64_t top_k, int64_t num_shared, double eps, const OptionalTensor& num_tokens,
                 bool normalize, Tensor& normed, Tensor& topk_weights, Tensor& topk_ids) {
-  int64_t valid = 0;
+  Sequences sequences;
   if (!op.check("x", x, kFloats, {kAny, kAny}) ||
       !op.check("norm_weight", norm_weight, kFloats, {x.size(1)}) ||
       !op.check("weight", weight, kFloats, {kAny, x.size(1)}) ||
-      !op.valid_tokens(num_tokens, x.size(0), &valid)) {
+      !op.check("num_tokens", num_tokens, {ScalarType::Long}, {kAny})) {
     return;
   }
+  const int64_t count = num_tokens.has_value() ? num_tokens->size(0) : 1;
+  if (!read_sequences(op, "x", x.size(0), count, num_tokens, &sequences)) return;
   const int64_t experts = weight.size(0) - 1;
   if (top_k < 1 || top_k > experts) {
     return void(op.fail("top_k: expected 1..%lld, got %lld", (long long)experts, (long long)top_k));
@@ -132,7 +139,7 @@ void moe_router(Op& op, const Tensor& x, const Tensor& norm_weight, const Tensor
     return;
   }
   const auto run = [&](auto router) {
-    router.run(x, norm_weight, eps, valid, normed, topk_weights.mutable_data_ptr<float>(),
+    router.run(x, norm_weight, eps, sequences, normed, topk_weights.mutable_data_ptr<float>(),
                topk_ids.mutable_data_ptr<int32_t>());
   };
   if (weight.scalar_type() == ScalarType::BFloat16) {

@@ -4,7 +4,6 @@
 #include <executorch/runtime/core/exec_aten/util/scalar_type_util.h>
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 
-#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <string>
@@ -92,28 +91,6 @@ bool Op::output(const char* argument, Tensor& out, ScalarType dtype, Sizes sizes
                 describe_sizes(out.sizes()).c_str(), describe_sizes(sizes).c_str());
   }
   return check(argument, out, {dtype}, sizes);
-}
-
-bool Op::scalar(const char* argument, const Tensor& tensor, int64_t* value) {
-  if (!check(argument, tensor, {ScalarType::Long}, {1})) return false;
-  *value = *tensor.const_data_ptr<int64_t>();
-  return true;
-}
-
-bool Op::scalar(const char* argument, const Tensor& tensor, float* value) {
-  if (!check(argument, tensor, {ScalarType::Float}, {1})) return false;
-  *value = *tensor.const_data_ptr<float>();
-  return std::isfinite(*value) || fail("%s: expected a finite number, got %g", argument, *value);
-}
-
-bool Op::valid_tokens(const OptionalTensor& num_tokens, int64_t tokens, int64_t* valid) {
-  *valid = tokens;
-  if (!num_tokens.has_value()) return true;
-  int64_t count = 0;
-  if (!scalar("num_tokens", *num_tokens, &count)) return false;
-  if (count < 0) return fail("num_tokens: expected at least 0, got %lld", (long long)count);
-  *valid = count < tokens ? count : tokens;
-  return true;
 }
 
 bool Op::group_size(int64_t group_size, int64_t columns) {

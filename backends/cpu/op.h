@@ -43,13 +43,6 @@ class Op {
   // Gives a result its sizes, within the memory planned for it.
   bool output(const char* argument, Tensor& out, ScalarType dtype, Sizes sizes);
 
-  // Reads the value of an `int64 [1]` or of a `float32 [1]`, which must be finite.
-  bool scalar(const char* argument, const Tensor& tensor, int64_t* value);
-  bool scalar(const char* argument, const Tensor& tensor, float* value);
-
-  // Sets `valid` to min(tokens, num_tokens), or to `tokens` if num_tokens is None.
-  bool valid_tokens(const OptionalTensor& num_tokens, int64_t tokens, int64_t* valid);
-
   // Fails unless it is a group size of the INT4 format and divides `columns`.
   bool group_size(int64_t group_size, int64_t columns);
 

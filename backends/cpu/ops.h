@@ -58,6 +58,6 @@ void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_
                const OptionalTensor& num_tokens, Tensor& out);
 
 void sample(Op& op, const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
-            const Tensor& top_p, const Tensor& seed, const Tensor& position, Tensor& out);
+            const Tensor& top_p, const Tensor& seed, const Tensor& positions, Tensor& out);
 
 }  // namespace et_moe::cpu

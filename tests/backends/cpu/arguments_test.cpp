@@ -89,7 +89,7 @@ std::vector<OpCase> cases() {
       {"moe_router",
        {TensorArgument{"x", kF32, {3, 64}, {true, true}}, TensorArgument{"norm_weight", kF32, {64}},
         TensorArgument{"weight", kF32, {5, 64}, {true, false}}, int64_t{2}, int64_t{1}, 1e-6,
-        TensorArgument{"num_tokens", kI64, {1}}, true, output("out0", kF32, {3, 64}),
+        TensorArgument{"num_tokens", kI64, {3}, {true}}, true, output("out0", kF32, {3, 64}),
         output("out1", kF32, {3, 3}), output("out2", kInt, {3, 3})}},
       {"moe",
        {TensorArgument{"x", kF32, {3, 64}, {true, true}},
@@ -144,10 +144,10 @@ std::vector<OpCase> cases() {
         TensorArgument{"pages", kInt, {3, 2}, {true, true}}, TensorArgument{"positions", kI64, {3}},
         1e-6, TensorArgument{"num_tokens", kI64, {3}}, output("out", kF32, {3, 32})}},
       {"sample",
-       {TensorArgument{"logits", kF32, {1, 50}, {false, true}},
-        TensorArgument{"temperature", kF32, {1}}, TensorArgument{"top_k", kI64, {1}},
-        TensorArgument{"top_p", kF32, {1}}, TensorArgument{"seed", kI64, {1}},
-        TensorArgument{"position", kI64, {1}}, output("out", kI64, {1, 1})}},
+       {TensorArgument{"logits", kF32, {3, 50}, {true, true}},
+        TensorArgument{"temperature", kF32, {3}}, TensorArgument{"top_k", kI64, {3}},
+        TensorArgument{"top_p", kF32, {3}}, TensorArgument{"seed", kI64, {3}},
+        TensorArgument{"positions", kI64, {3}}, output("out", kI64, {3, 1})}},
   };
 }
 

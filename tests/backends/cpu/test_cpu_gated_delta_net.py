@@ -19,7 +19,7 @@ def _places(sequences: int, num_tokens: tuple[int, ...] | None) -> tuple[int, li
     return total, [slots, None if num_tokens is None else torch.tensor(num_tokens)]
 
 
-def _conv(
+def conv_call(
     rows: int,
     channels: int,
     taps: int,
@@ -36,7 +36,7 @@ def _conv(
     ]
 
 
-def _rule(
+def rule_call(
     rows: int,
     heads: tuple,
     dtype: torch.dtype,
@@ -57,7 +57,7 @@ def _rule(
     ]
 
 
-def _net(
+def net_call(
     rows: int,
     heads: tuple,
     taps: int,
@@ -85,75 +85,79 @@ def _net(
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 7])
 def test_causal_conv1d(harness: Harness, taps: int, dtype: torch.dtype) -> None:
-    harness.compare("causal_conv1d", [_conv(t, 44, taps, dtype) for t in TOKENS])
+    harness.compare("causal_conv1d", [conv_call(t, 44, taps, dtype) for t in TOKENS])
 
 
 def test_causal_conv1d_with_padding(harness: Harness, dtype: torch.dtype) -> None:
     valid = (0, 1, 2, 3, 5, 9, 100)
-    calls = [_conv(9, 24, 4, dtype, (n,)) for n in valid]
+    calls = [conv_call(9, 24, 4, dtype, (n,)) for n in valid]
     for args in calls:
         args[1] = args[1].float()
     harness.compare("causal_conv1d", calls)
 
 
 def test_causal_conv1d_of_sequences(harness: Harness, dtype: torch.dtype) -> None:
-    harness.compare("causal_conv1d", [_conv(9, 44, 4, dtype, valid, len(valid)) for valid in MIXED])
-    calls = [_conv(rows, 44, 4, dtype, None, count) for rows, count in SHARES]
+    harness.compare(
+        "causal_conv1d", [conv_call(9, 44, 4, dtype, valid, len(valid)) for valid in MIXED]
+    )
+    calls = [conv_call(rows, 44, 4, dtype, None, count) for rows, count in SHARES]
     harness.compare("causal_conv1d", calls)
 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_gated_delta_rule(harness: Harness, heads: tuple, dtype: torch.dtype) -> None:
-    harness.compare("gated_delta_rule", [_rule(t, heads, dtype) for t in TOKENS])
+    harness.compare("gated_delta_rule", [rule_call(t, heads, dtype) for t in TOKENS])
 
 
 def test_gated_delta_rule_with_padding(harness: Harness, dtype: torch.dtype) -> None:
-    harness.compare("gated_delta_rule", [_rule(7, HEADS[1], dtype, (n,)) for n in (0, 1, 6, 7, 8)])
+    harness.compare(
+        "gated_delta_rule", [rule_call(7, HEADS[1], dtype, (n,)) for n in (0, 1, 6, 7, 8)]
+    )
 
 
 def test_gated_delta_rule_of_sequences(harness: Harness, dtype: torch.dtype) -> None:
     harness.compare(
-        "gated_delta_rule", [_rule(9, HEADS[1], dtype, valid, len(valid)) for valid in MIXED]
+        "gated_delta_rule", [rule_call(9, HEADS[1], dtype, valid, len(valid)) for valid in MIXED]
     )
-    calls = [_rule(rows, HEADS[2], dtype, None, count) for rows, count in SHARES]
+    calls = [rule_call(rows, HEADS[2], dtype, None, count) for rows, count in SHARES]
     harness.compare("gated_delta_rule", calls)
 
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("taps", [2, 4])
 def test_gated_delta_net(harness: Harness, heads: tuple, taps: int, dtype: torch.dtype) -> None:
-    harness.compare("gated_delta_net", [_net(t, heads, taps, dtype) for t in TOKENS])
+    harness.compare("gated_delta_net", [net_call(t, heads, taps, dtype) for t in TOKENS])
 
 
 def test_gated_delta_net_with_padding(harness: Harness, dtype: torch.dtype) -> None:
-    calls = [_net(7, HEADS[2], 4, dtype, (n,)) for n in (0, 1, 2, 6, 7, 8)]
+    calls = [net_call(7, HEADS[2], 4, dtype, (n,)) for n in (0, 1, 2, 6, 7, 8)]
     harness.compare("gated_delta_net", calls)
 
 
 def test_gated_delta_net_of_sequences(harness: Harness, dtype: torch.dtype) -> None:
     harness.compare(
-        "gated_delta_net", [_net(9, HEADS[2], 4, dtype, valid, len(valid)) for valid in MIXED]
+        "gated_delta_net", [net_call(9, HEADS[2], 4, dtype, valid, len(valid)) for valid in MIXED]
     )
-    calls = [_net(rows, HEADS[2], 4, dtype, None, count) for rows, count in SHARES]
+    calls = [net_call(rows, HEADS[2], 4, dtype, None, count) for rows, count in SHARES]
     harness.compare("gated_delta_net", calls)
 
 
 def test_gated_delta_net_with_parameters_of_another_dtype(harness: Harness) -> None:
-    args = _net(5, HEADS[0], 4, torch.bfloat16)
+    args = net_call(5, HEADS[0], 4, torch.bfloat16)
     args[1:5] = [a.float() for a in args[1:5]]
     harness.compare("gated_delta_net", [args])
 
 
 def test_gated_delta_net_large_enough_for_threads(harness: Harness) -> None:
     heads = (4, 8, 128, 128)
-    calls = [_net(t, heads, 4, torch.float32, None, n) for t, n in ((1, 1), (20, 1), (1, 3))]
+    calls = [net_call(t, heads, 4, torch.float32, None, n) for t, n in ((1, 1), (20, 1), (1, 3))]
     harness.compare("gated_delta_net", calls)
 
 
 def test_gated_delta_net_token_by_token(harness: Harness) -> None:
     """One call with all tokens gives the same results, and leaves the same state, as a call per
     token."""
-    together = _net(6, HEADS[1], 4, torch.float32)
+    together = net_call(6, HEADS[1], 4, torch.float32)
     state, recurrent, out = harness.run("gated_delta_net", [together])[0][0].tensors
     step, rows = list(together), []
     for t in range(6):
@@ -166,9 +170,9 @@ def test_gated_delta_net_token_by_token(harness: Harness) -> None:
 
 
 _CALLS = {
-    "causal_conv1d": (lambda valid: _conv(3, 24, 4, torch.float32, valid, 4), 3),
-    "gated_delta_rule": (lambda valid: _rule(3, HEADS[0], torch.float32, valid, 4), 6),
-    "gated_delta_net": (lambda valid: _net(3, HEADS[0], 4, torch.float32, valid, 4), 7),
+    "causal_conv1d": (lambda valid: conv_call(3, 24, 4, torch.float32, valid, 4), 3),
+    "gated_delta_rule": (lambda valid: rule_call(3, HEADS[0], torch.float32, valid, 4), 6),
+    "gated_delta_net": (lambda valid: net_call(3, HEADS[0], 4, torch.float32, valid, 4), 7),
 }
 """Op -> how to make a call of four sequences of three rows, and which argument is `slots`."""
 

@@ -139,6 +139,25 @@ def test_router_with_padding(harness: Harness, dtype: torch.dtype) -> None:
     harness.compare("moe_router", calls)
 
 
+def test_router_of_sequences_with_padding(harness: Harness, dtype: torch.dtype) -> None:
+    weight, norm = normal(17, 40, dtype=dtype, seed=1), torch.zeros(40, dtype=dtype)
+    calls = [
+        [normal(12, 40, dtype=dtype, seed=3), norm, weight, 4, 1, 1e-6, torch.tensor(valid)]
+        for valid in ((3, 0, 1, 4), (0, 0), (1,) * 6 + (0,) * 6, (0, 6), (5, 2, 2**40))
+    ]
+    harness.compare("moe_router", calls)
+
+
+def test_router_refuses_what_makes_no_sequences(harness: Harness) -> None:
+    args = [normal(6, 40, seed=3), torch.zeros(40), normal(17, 40, seed=1), 4, 1, 1e-6]
+    message = "num_tokens: expected at least 0, got -1 of sequence 2"
+    harness.refuse(
+        "moe_router", [*args, torch.tensor([1, 0, -1])], f"et_moe::moe_router: {message}"
+    )
+    message = "x: 6 rows cannot be shared equally by 4 sequences"
+    harness.refuse("moe_router", [*args, torch.ones(4).long()], f"et_moe::moe_router: {message}")
+
+
 def test_router_breaks_ties_by_the_lower_id(harness: Harness) -> None:
     weight = torch.zeros(13, 32)
     weight[3] = weight[7] = 1.0

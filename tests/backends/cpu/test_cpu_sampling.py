@@ -25,6 +25,11 @@ def _sample(
     ]
 
 
+def _together(calls: list[list]) -> list:
+    """One call for the sequences of several."""
+    return [torch.cat(values) for values in zip(*calls, strict=True)]
+
+
 def test_same_tokens_for_all_parameters(harness: Harness) -> None:
     logits = normal(1, 300, seed=1) * 3
     parameters = itertools.product((0.3, 1.0, 2.5), (0, 1, 7, 299, 300, 5000), (0.05, 0.6, 1.0))
@@ -52,6 +57,17 @@ def test_same_tokens_with_a_large_vocabulary(harness: Harness) -> None:
         for seed in range(10)
     ]
     harness.compare("sample", calls)
+
+
+def test_each_sequence_has_its_own_parameters(harness: Harness) -> None:
+    """Greedy, filtered and plain sequences side by side, few of them and many."""
+    parameters = itertools.product((0.0, 0.7, 1.0), (0, 3), (0.8, 1.0), (5, 9))
+    calls = [
+        _sample(normal(1, 1500, seed=i) * 2, temperature, top_k, top_p, seed, position=i)
+        for i, (temperature, top_k, top_p, seed) in enumerate(parameters)
+    ]
+    batches = [calls[:1], calls[5:7], calls, calls * 3]
+    harness.compare("sample", [_together(batch) for batch in batches])
 
 
 def test_noise_is_finite(harness: Harness) -> None:
@@ -91,21 +107,30 @@ def test_masked_and_extreme_logits(harness: Harness) -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"temperature": -0.5}, "temperature: expected at least 0, got -0.5"),
-        ({"temperature": float("nan")}, "temperature: expected a finite number, got nan"),
-        ({"temperature": float("inf")}, "temperature: expected a finite number, got inf"),
+        ({"temperature": -0.5}, "temperature: expected a finite number of at least 0, got -0.5"),
+        (
+            {"temperature": float("nan")},
+            "temperature: expected a finite number of at least 0, got nan",
+        ),
+        (
+            {"temperature": float("inf")},
+            "temperature: expected a finite number of at least 0, got inf",
+        ),
         ({"top_k": -1}, "top_k: expected at least 0, got -1"),
         ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1, got 0"),
         ({"top_p": 1.5}, "top_p: expected a number above 0 and at most 1, got 1.5"),
-        ({"top_p": float("nan")}, "top_p: expected a finite number, got nan"),
+        ({"top_p": float("nan")}, "top_p: expected a number above 0 and at most 1, got nan"),
     ],
 )
 def test_refuses_parameters(harness: Harness, parameters: dict, message: str) -> None:
-    harness.refuse("sample", _sample(normal(1, 9), **parameters), f"et_moe::sample: {message}")
+    args = _together([_sample(normal(1, 9)), _sample(normal(1, 9), **parameters)])
+    harness.refuse("sample", args, f"et_moe::sample: {message} of sequence 1")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_refuses_broken_logits(harness: Harness, value: float) -> None:
     logits = normal(1, 9)
     logits[0, 4] = value
-    harness.refuse("sample", _sample(logits), f"et_moe::sample: logits: token 4 has {value}")
+    args = _together([_sample(normal(1, 9)), _sample(logits), _sample(normal(1, 9))])
+    message = f"logits: token 4 of sequence 1 has {value}"
+    harness.refuse("sample", args, f"et_moe::sample: {message}")

@@ -42,10 +42,14 @@ def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, d
             torch.empty(1, dtype=torch.int64) if num_tokens else None,
             (weight, torch.empty((WIDTH, k // GROUP), dtype=torch.bfloat16)),
             (torch.empty(CHANNELS, TAPS), torch.empty(HEADS), torch.empty(HEADS), torch.empty(DIM)),
-            (torch.empty(TAPS - 1, CHANNELS), torch.empty(HEADS, DIM, DIM)),
+            (
+                torch.empty(1, TAPS - 1, CHANNELS),
+                torch.empty(1, HEADS, DIM, DIM),
+                torch.empty(1, dtype=torch.int32),
+            ),
         )
     rows = {0: Dim("T", min=2, max=64)} if dynamic else None
-    shapes = (rows, rows, None, (None,) * 2, (None,) * 4, (None,) * 2)
+    shapes = (rows, rows, None, (None,) * 2, (None,) * 4, (None,) * 3)
     graph = export(model, arguments, dynamic_shapes=shapes).graph
     fuse(graph)
     graph.lint()
@@ -60,6 +64,7 @@ def test_one_token(op, planes):
     assert kwargs["planes"] == planes and kwargs["group_size"] == GROUP
     assert kwargs["input_norm_weight"] is None
     assert (kwargs["input_eps"], kwargs["eps"]) == (1e-5, 1e-4)
+    assert kwargs["slots"].meta["val"].dtype == torch.int32
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.causal_conv1d.decode import conv_decode
 from et_moe.backends.cuda.triton.common.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
-from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, has_one_row_each
 from et_moe.backends.cuda.triton.tuning import find_config
 
 
@@ -55,6 +56,7 @@ def _causal_conv1d_kernel(
     x_ptr,
     weight_ptr,
     state_ptr,
+    slots_ptr,
     num_tokens_ptr,
     out_ptr,
     tokens,
@@ -72,10 +74,13 @@ def _causal_conv1d_kernel(
     that it takes part in. Only the programs of the first tokens read the state, and they replace
     it, so nothing races.
     """
-    # One token takes less time here than the next kernel needs to load its state.
+    # Its programs are short, and the next kernel's are launched meanwhile.
     start_next()
     block = tl.program_id(0)
+    count = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
     first = block == 0
+    has_state = first & (count > 0)  # without a valid row the state is neither read nor replaced
+    state_ptr += tl.load(slots_ptr).to(tl.int64) * ((TAPS - 1) * CHANNELS)
     start = block.to(tl.int64) * BLOCK_T
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < CHANNELS
@@ -89,10 +94,9 @@ def _causal_conv1d_kernel(
     for i in tl.static_range(TAPS):
         taps += (tl.sum(tl.where(tap == i, weight, 0.0), 1),)
     for i in tl.static_range(TAPS - 1):
-        old = tl.load(state_ptr + i * CHANNELS + channel, mask=in_channels & first, other=0.0)
+        old = tl.load(state_ptr + i * CHANNELS + channel, mask=in_channels & has_state, other=0.0)
         window += (old,)
     wait_for_previous()
-    count = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
     valid = tl.minimum(count - start, BLOCK_T).to(tl.int32)
     tile = x_ptr + start * ROW + channel
     inputs = ()
@@ -111,7 +115,7 @@ def _causal_conv1d_kernel(
             y += inputs[i + j].to(tl.float32) * taps[j]
         inside = in_channels & (i < tokens - start)
         tl.store(out + i * CHANNELS, silu(y).to(out_ptr.dtype.element_ty), mask=inside)
-    if first:
+    if has_state:
         update_conv_state(
             x_ptr, state_ptr, count, channel, in_channels, ROW, CHANNELS, TAPS, TAPS_P2
         )
@@ -121,14 +125,21 @@ def causal_conv1d(
     x: torch.Tensor,
     weight: torch.Tensor,
     state: torch.Tensor,
+    slots: torch.Tensor,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`ops.causal_conv1d`: `[T, C]` in x's dtype, in one launch.
+    """`ops.causal_conv1d`: `[B R, C]` in x's dtype, in one launch; either B or R is 1.
 
     Args:
-        x: `[T, C or more]`, bf16 or fp32, contiguous rows; columns from C on are ignored.
-        weight: `[C, W]`; state: `[W - 1, C]`, updated in place; num_tokens: `int64 [1]` or None.
+        x: `[B R, C or more]`, bf16 or fp32, contiguous rows; columns from C on are ignored.
+        weight: `[C, W]`; state: `[S, W - 1, C]`, updated in place.
+        slots: `int32 [B]`; num_tokens: `int64 [B]` or None.
+
+    Raises:
+        ValueError: several sequences have another number of rows than one each.
     """
+    if has_one_row_each(x.shape[0], slots.shape[0]):
+        return conv_decode(x, weight, state, slots, num_tokens)
     tokens, (channels, taps) = x.shape[0], weight.shape
     out = x.new_empty((tokens, channels))
     config = find_config("causal_conv1d", tokens=tokens)
@@ -139,7 +150,8 @@ def causal_conv1d(
         x,
         weight,
         state,
-        state if num_tokens is None else num_tokens,
+        slots,
+        slots if num_tokens is None else num_tokens,
         out,
         tokens,
         ROW=x.stride(0),

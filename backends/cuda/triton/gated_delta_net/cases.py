@@ -1,4 +1,7 @@
-"""The gated delta net of Qwen3.5-35B-A3B, with its projection, and its rule alone; small ones."""
+"""The gated delta net of Qwen3.5-35B-A3B, with its projection, and its rule alone; small ones.
+
+In the case of a batch m is the number of sequences.
+"""
 
 import torch
 
@@ -13,7 +16,10 @@ from et_moe.backends.cuda.triton.linear.cases import example_weight
 _STREAMS = {"_step_kernel": ("state_ptr",)}
 
 
-def _net_case(name: str, dtype: torch.dtype, key_heads: int, heads: int, head_dim: int) -> OpCase:
+def _net_arguments(
+    dtype: torch.dtype, key_heads: int, heads: int, head_dim: int, batch: bool = False
+):
+    """Arguments of m tokens of one sequence or, if batch, of one token of each of m sequences."""
     values, taps = heads * head_dim, 4
     channels = 2 * key_heads * head_dim + values
 
@@ -21,32 +27,49 @@ def _net_case(name: str, dtype: torch.dtype, key_heads: int, heads: int, head_di
         def normal(*shape):
             return random_tensor(*shape, device=device, dtype=dtype)
 
+        sequences, count = (m, 1) if batch else (1, m)
         return {
             "projected": normal(m, channels + values + 2 * heads),
             "conv_weight": normal(channels, taps),
             "a_log": normal(heads),
             "dt_bias": normal(heads),
             "norm_weight": normal(head_dim),
-            "conv_state": normal(taps - 1, channels),
-            "recurrent_state": torch.randn(heads, head_dim, head_dim, device=device),
-            "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
+            "conv_state": normal(sequences, taps - 1, channels),
+            "recurrent_state": torch.randn(sequences, heads, *2 * (head_dim,), device=device),
+            "slots": torch.arange(sequences, dtype=torch.int32, device=device),
+            "num_tokens": None if m == 1 else torch.full((sequences,), count, device=device),
         }
 
-    tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_norm", "gated_delta_step")
-    scan = "gated_delta_scan_fp32" if dtype == torch.float32 else "gated_delta_scan"
+    return arguments
+
+
+def _net_case(name: str, *shape) -> OpCase:
+    tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_norm")
+    scan = "gated_delta_scan_fp32" if shape[0] == torch.float32 else "gated_delta_scan"
+    tables = (*tables, scan, "causal_conv1d_step", "gated_delta_step")
+    arguments = _net_arguments(*shape)
+    return OpCase(f"gated_delta_net/{name}", gated_delta_net, arguments, tables, streams=_STREAMS)
+
+
+def _batch_case(name: str, *shape) -> OpCase:
     return OpCase(
-        f"gated_delta_net/{name}", gated_delta_net, arguments, (*tables, scan), streams=_STREAMS
+        f"gated_delta_net/{name}_batch",
+        gated_delta_net,
+        _net_arguments(*shape, batch=True),
+        ("causal_conv1d_step",),
+        tokens=(7,),
+        streams=_STREAMS,
     )
 
 
-_QWEN3_5_35B = _net_case("qwen3_5_35b", torch.bfloat16, 16, 32, 128)
+_QWEN3_5_35B = (torch.bfloat16, 16, 32, 128)
 
 
 def _projected_case(planes: int) -> OpCase:
     hidden = 2048
 
     def arguments(m, device):
-        given = _QWEN3_5_35B.arguments(m, device)
+        given = _net_arguments(*_QWEN3_5_35B)(m, device)
         n = given.pop("projected").shape[1]
         del given["num_tokens"]
         return given | {
@@ -76,7 +99,8 @@ def _rule_arguments(m: int, device: torch.device) -> dict:
         "v": random_tensor(m, heads, head_dim, device=device),
         "g": -torch.rand(m, heads, device=device),
         "beta": torch.rand(m, heads, device=device),
-        "state": torch.zeros(heads, head_dim, head_dim, device=device),
+        "state": torch.zeros(1, heads, head_dim, head_dim, device=device),
+        "slots": torch.zeros(1, dtype=torch.int32, device=device),
     }
 
 
@@ -90,7 +114,8 @@ CASES = [
         tables=("gated_delta_prepare", "gated_delta_scan", "gated_delta_step"),
         streams=_STREAMS,
     ),
-    _QWEN3_5_35B,
+    _net_case("qwen3_5_35b", *_QWEN3_5_35B),
+    _batch_case("qwen3_5_35b", *_QWEN3_5_35B),
     _net_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("narrow", torch.bfloat16, 2, 4, 32),
 ]

@@ -68,6 +68,7 @@ def _scan_kernel(
     squares_ptr,
     factors_ptr,
     state_ptr,
+    slots_ptr,
     num_tokens_ptr,
     out_ptr,
     tokens,
@@ -95,6 +96,8 @@ def _scan_kernel(
     head = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
+    if valid <= 0:
+        return
     token = tl.arange(0, CHUNK)
     dk = tl.arange(0, DK)
     chunk = head * tl.cdiv(tokens, CHUNK).to(tl.int64)
@@ -108,6 +111,7 @@ def _scan_kernel(
     out_ptr += head * DV
     squares_ptr += chunk * (SQUARES * CHUNK * CHUNK)
     factors_ptr += chunk * (FACTORS * CHUNK)
+    state_ptr += tl.load(slots_ptr).to(tl.int64) * (HEADS * DK * DV)
     in_state = head * (DK * DV) + dk[:, None] * DV + column[None, :]
     state = tl.trans(tl.load(state_ptr + in_state))
     whole = valid // CHUNK * CHUNK
@@ -170,6 +174,7 @@ def chunk_gated_delta(
     columns: tuple[int, int],
     gates: tuple[torch.Tensor, torch.Tensor] | Gating,
     state: torch.Tensor,
+    slots: torch.Tensor,
     num_tokens: torch.Tensor | None,
     key_heads: int,
 ) -> torch.Tensor:
@@ -179,14 +184,14 @@ def chunk_gated_delta(
         qkv: q, k and v, each with one row per token; it may be the same tensor three times.
         columns: the columns of their rows at which k and v begin; q begins at 0.
         gates: g and beta, `float32 [T, Hv]`, or what they are made of.
-        state: `float32 [Hv, Dk, Dv]`, updated in place.
-        num_tokens: `int64 [1]` or None for T.
+        state: `float32 [S, Hv, Dk, Dv]`, updated in place.
+        slots: `int32 [1]`; num_tokens: `int64 [1]` or None for T.
         key_heads: Hk.
 
     Returns:
         `[T, Hv * Dv]` in the dtype of q.
     """
-    (q, k, v), (heads, key_dim, value_dim) = qkv, state.shape
+    (q, k, v), (_, heads, key_dim, value_dim) = qkv, state.shape
     tokens, values = q.shape[0], heads * value_dim
     log_chunk = LOG_CHUNK[q.element_size()]
     chunk = 1 << log_chunk
@@ -202,7 +207,7 @@ def chunk_gated_delta(
         "DK": key_dim,
         "LOG_CHUNK": log_chunk,
     }
-    num_tokens = state if num_tokens is None else num_tokens
+    num_tokens = slots if num_tokens is None else num_tokens
     found = find_gates(gates, columns[1] + values, values, heads)
     rows = {"GATE_ROW": found.b.stride(0), "B_COLUMN": found.b_column, "A_COLUMN": found.a_column}
     rows |= {"RAW_GATES": found.gated}
@@ -216,7 +221,7 @@ def chunk_gated_delta(
     config["BLOCK_V"] = min(config["BLOCK_V"], max(value_dim // 2, 16))
     grid = (value_dim // config["BLOCK_V"], heads)
     rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "HEADS": heads, "DV": value_dim}
-    arguments = (q, k, v, squares, factors, state, num_tokens, out)
+    arguments = (q, k, v, squares, factors, state, slots, num_tokens, out)
     launch(_scan_kernel, grid, *arguments, tokens, **shape, **rows, **config)
     if found.gated:
         arguments = (found.z, found.norm_weight, num_tokens, out)

@@ -3,7 +3,7 @@
 import torch
 
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
-from et_moe.backends.cuda.triton.common.launch import is_one
+from et_moe.backends.cuda.triton.common.tokens import has_one_row_each
 from et_moe.backends.cuda.triton.gated_delta_net.chunk import chunk_gated_delta
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating
 from et_moe.backends.cuda.triton.gated_delta_net.step import step_gated_delta
@@ -18,17 +18,23 @@ def gated_delta_rule(
     g: torch.Tensor,
     beta: torch.Tensor,
     state: torch.Tensor,
+    slots: torch.Tensor,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`ops.gated_delta_rule` in one launch for one token, else in two.
+    """`ops.gated_delta_rule` in one launch for one token of each sequence, else in two.
 
-    Dk and Dv are powers of two from 16 on; q, k and v are contiguous, bf16 or fp32.
+    Either B or R is 1. Dk and Dv are powers of two from 16 on; q, k and v are contiguous, bf16 or
+    fp32.
 
     Returns:
-        `[T, Hv, Dv]` in v's dtype.
+        `[B R, Hv, Dv]` in v's dtype.
+
+    Raises:
+        ValueError: several sequences have another number of rows than one each.
     """
-    run = step_gated_delta if is_one(v.shape[0]) else chunk_gated_delta
-    return run((q, k, v), (0, 0), (g, beta), state, num_tokens, q.shape[1]).view(v.shape)
+    one_each = has_one_row_each(v.shape[0], slots.shape[0])
+    run = step_gated_delta if one_each else chunk_gated_delta
+    return run((q, k, v), (0, 0), (g, beta), state, slots, num_tokens, q.shape[1]).view(v.shape)
 
 
 def _behind_convolution(
@@ -36,14 +42,17 @@ def _behind_convolution(
     channels: int,
     gating: Gating,
     state: torch.Tensor,
+    slots: torch.Tensor,
     num_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
     """All that `gated_delta_net` does behind its convolution, whose results are the first channels
     of the rows of qkv."""
-    heads, key_dim, value_dim = state.shape
+    _, heads, key_dim, value_dim = state.shape
     keys = (channels - heads * value_dim) // 2
-    run = step_gated_delta if is_one(qkv.shape[0]) else chunk_gated_delta
-    return run((qkv, qkv, qkv), (keys, 2 * keys), gating, state, num_tokens, keys // key_dim)
+    columns, key_heads = (keys, 2 * keys), keys // key_dim
+    one_each = has_one_row_each(qkv.shape[0], slots.shape[0])
+    run = step_gated_delta if one_each else chunk_gated_delta
+    return run((qkv, qkv, qkv), columns, gating, state, slots, num_tokens, key_heads)
 
 
 def gated_delta_net(
@@ -54,19 +63,24 @@ def gated_delta_net(
     norm_weight: torch.Tensor,
     conv_state: torch.Tensor,
     recurrent_state: torch.Tensor,
+    slots: torch.Tensor,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`ops.gated_delta_net` in two launches for one token, else in four.
+    """`ops.gated_delta_net` in two launches for one token of each sequence, else in four.
 
-    Dk and Dv are powers of two from 16 on; all tensors are contiguous, floats bf16 or fp32.
+    Either B or R is 1. Dk and Dv are powers of two from 16 on; all tensors are contiguous, floats
+    bf16 or fp32.
 
     Returns:
-        `[T, V]` in projected's dtype.
+        `[B R, V]` in projected's dtype. The outputs of padding are zeros.
+
+    Raises:
+        ValueError: several sequences have another number of rows than one each.
     """
-    qkv = causal_conv1d(projected, conv_weight, conv_state, num_tokens)
-    gating = Gating(projected, a_log, dt_bias, norm_weight, eps)
-    return _behind_convolution(qkv, conv_weight.shape[0], gating, recurrent_state, num_tokens)
+    qkv = causal_conv1d(projected, conv_weight, conv_state, slots, num_tokens)
+    gating, channels = Gating(projected, a_log, dt_bias, norm_weight, eps), conv_weight.shape[0]
+    return _behind_convolution(qkv, channels, gating, recurrent_state, slots, num_tokens)
 
 
 def gated_delta_net_projected(
@@ -83,16 +97,18 @@ def gated_delta_net_projected(
     norm_weight: torch.Tensor,
     conv_state: torch.Tensor,
     recurrent_state: torch.Tensor,
+    slots: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
     """A linear layer on one token and the `gated_delta_net` behind it, in two launches.
 
-    The first launch is that of the linear layer, and computes the convolution as well.
+    The first launch is that of the linear layer, and computes the convolution as well. The result
+    has the bits of the two ops.
 
     Args:
         x, weight, scale, group_size, input_norm_weight, input_eps: as `linear_w4a8` takes them for
             planes 1, or `linear_w4a16` for planes 2; x is `[1, K]` with K as in `supports_k`.
-        conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, eps: as
+        conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, slots, eps: as
             `gated_delta_net` takes them.
 
     Returns:
@@ -111,7 +127,7 @@ def gated_delta_net_projected(
         input_eps,
         None,
         planes,
-        (conv_weight, conv_state),
+        (conv_weight, conv_state, slots),
     )
-    gating = Gating(projected, a_log, dt_bias, norm_weight, eps)
-    return _behind_convolution(projected, conv_weight.shape[0], gating, recurrent_state, None)
+    gating, channels = Gating(projected, a_log, dt_bias, norm_weight, eps), conv_weight.shape[0]
+    return _behind_convolution(projected, channels, gating, recurrent_state, slots, None)

@@ -1,4 +1,4 @@
-"""The gated delta rule of one token, and what its layer does before and behind it."""
+"""The gated delta rule of one token of a sequence, and what its layer does before and behind it."""
 
 import torch
 import triton
@@ -52,12 +52,17 @@ def _step_kernel(
     norm_weight_ptr,
     num_tokens_ptr,
     state_ptr,
+    slots_ptr,
     out_ptr,
+    K_ROW: tl.constexpr,
     K_COLUMN: tl.constexpr,
+    V_ROW: tl.constexpr,
     V_COLUMN: tl.constexpr,
+    GATE_ROW: tl.constexpr,
     Z_COLUMN: tl.constexpr,
     B_COLUMN: tl.constexpr,
     A_COLUMN: tl.constexpr,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -67,14 +72,15 @@ def _step_kernel(
     EPS: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
 ):
-    """One token and BLOCK_V columns of a value head. With q and k scaled to unit length:
+    """One token of a sequence, BLOCK_V columns of a value head. With q and k scaled to unit length:
 
         delta = beta (v - exp(g) k^T S)
         o = exp(g) q^T S + (q . k) delta
         S <- exp(g) S + k delta^T
 
     With GATED, b and a are yet to become beta and g, o is RMS-normed and multiplied by SiLU(z), and
-    BLOCK_V must be the whole head.
+    BLOCK_V must be the whole head. A sequence without a valid row gets zeros, and nothing is read
+    through its slot.
 
     Latency is what counts here, so threads exchange as little as possible. A warp has some columns
     of the state to itself, and sums over their rows in registers first, then over lanes. Every warp
@@ -97,22 +103,29 @@ def _step_kernel(
     row = tl.arange(0, WARPS * DK)
     lane, warp = row % K_LANES, row // K_LANES % WARPS
     row = lane * ROWS + row // (K_LANES * WARPS)
-    state_tile = state_ptr + head * (DK * DV) + tl.program_id(1) * BLOCK_V
+    sequence = tl.program_id(2).to(tl.int64)
+    valid = count_valid_tokens(num_tokens_ptr + sequence, 1, HAS_NUM_TOKENS) > 0
+    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    state_tile = state_ptr + (slot * HEADS + head) * (DK * DV) + tl.program_id(1) * BLOCK_V
     state_tile += (row * DV + warp * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
-    state = tl.load(state_tile).reshape(ROWS, WARPS, K_LANES, V_LANES, VECTOR)
+    state = tl.load(state_tile, mask=valid, other=0.0)
+    state = state.reshape(ROWS, WARPS, K_LANES, V_LANES, VECTOR)
     if GATED:
         a_log = tl.load(a_log_ptr + head).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
         z = tl.load(norm_weight_ptr + tl.arange(0, DV)).to(tl.float32)
     wait_for_previous()
+    q_ptr += sequence * K_ROW
+    k_ptr += sequence * K_ROW + K_COLUMN
+    v_ptr += sequence * V_ROW + V_COLUMN
     q = tl.load(q_ptr + key).to(tl.float32)[:, None, :, None, None]
-    k = tl.load(k_ptr + K_COLUMN + key).to(tl.float32)[:, None, :, None, None]
-    v = tl.load(v_ptr + V_COLUMN + first + dv).to(tl.float32)
-    beta = tl.load(b_ptr + B_COLUMN + head).to(tl.float32)
-    g = tl.load(a_ptr + A_COLUMN + head).to(tl.float32)
-    count = count_valid_tokens(num_tokens_ptr, 1, HAS_NUM_TOKENS)
+    k = tl.load(k_ptr + key).to(tl.float32)[:, None, :, None, None]
+    v = tl.load(v_ptr + first + dv).to(tl.float32)
+    beta = tl.load(b_ptr + sequence * GATE_ROW + B_COLUMN + head).to(tl.float32)
+    g = tl.load(a_ptr + sequence * GATE_ROW + A_COLUMN + head).to(tl.float32)
     if GATED:
-        z *= silu(tl.load(z_ptr + Z_COLUMN + column).to(tl.float32))
+        z_ptr += sequence * GATE_ROW + Z_COLUMN
+        z *= silu(tl.load(z_ptr + column).to(tl.float32))
         beta, g = compute_gates(beta, g, a_log, dt_bias)
     decay = tl.exp(g)
 
@@ -128,13 +141,16 @@ def _step_kernel(
     delta = beta * (v - decay * k_scale * k_state)
     o = q_scale * (decay * q_state + k_scale * qk_product * delta)
     state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
-    tl.store(state_tile, state.reshape(WARPS * DK, COLUMNS), mask=count > 0)
+    tl.store(state_tile, state.reshape(WARPS * DK, COLUMNS), mask=valid)
     o = _copy_to_every_warp(o, WARPS)
     if GATED:
         # Two threads that add each other's product would each fuse their own multiplication with
         # the addition, and their sums would differ in the last bit. Adding 0 takes up the fusion.
         o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
     warp = tl.arange(0, WARPS)[:, None]
+    if HAS_NUM_TOKENS:
+        o = tl.where(valid, o, 0.0)
+    out_ptr += sequence * (HEADS * DV)
     target = out_ptr + warp * 0 + column[None, :]
     mask = warp == tl.arange(0, BLOCK_V)[None, :] // COLUMNS
     tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
@@ -145,29 +161,43 @@ def step_gated_delta(
     columns: tuple[int, int],
     gates: tuple[torch.Tensor, torch.Tensor] | Gating,
     state: torch.Tensor,
+    slots: torch.Tensor,
     num_tokens: torch.Tensor | None,
     key_heads: int,
 ) -> torch.Tensor:
-    """`chunk_gated_delta` of one token, in one launch: `[1, Hv * Dv]` in the dtype of q."""
-    heads, key_dim, value_dim = state.shape
-    values = heads * value_dim
-    out = qkv[0].new_empty((1, values))
+    """`chunk_gated_delta` of one token of each of B sequences, in one launch.
+
+    slots and num_tokens have B elements, and all else has B rows.
+
+    Returns:
+        `[B, Hv * Dv]` in the dtype of q.
+    """
+    (q, k, v), (_, heads, key_dim, value_dim) = qkv, state.shape
+    values, sequences = heads * value_dim, q.shape[0]
+    out = q.new_empty((sequences, values))
     found = find_gates(gates, columns[1] + values, values, heads)
     block = value_dim if found.gated else min(value_dim, 32)
     config = find_config("gated_delta_step", state_elements=key_dim * block)
     launch(
         _step_kernel,
-        (heads, value_dim // block),
-        *qkv,
+        (heads, value_dim // block, sequences),
+        q,
+        k,
+        v,
         *found[:6],
-        state if num_tokens is None else num_tokens,
+        slots if num_tokens is None else num_tokens,
         state,
+        slots,
         out,
+        K_ROW=k.stride(0),
         K_COLUMN=columns[0],
+        V_ROW=v.stride(0),
         V_COLUMN=columns[1],
+        GATE_ROW=found.b.stride(0),
         Z_COLUMN=found.z_column,
         B_COLUMN=found.b_column,
         A_COLUMN=found.a_column,
+        HEADS=heads,
         GROUP=heads // key_heads,
         DK=key_dim,
         DV=value_dim,

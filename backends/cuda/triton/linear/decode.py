@@ -73,6 +73,7 @@ def _w4_gemv_kernel(
     residual,
     conv_weight,
     conv_state,
+    conv_slots,
     out,
     eps,
     N,
@@ -124,6 +125,7 @@ def _w4_gemv_kernel(
         gain = tl.load(norm_weight + at)
     n = first_n + rows_n
     if conv_weight is not None:
+        conv_state += tl.load(conv_slots).to(tl.int64) * ((TAPS - 1) * CHANNELS)
         window = load_conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
     wait_for_previous()
     value = tl.load(x + at).to(tl.float32)
@@ -188,13 +190,13 @@ def linear_decode(
     eps: float,
     residual: torch.Tensor | None,
     planes: int,
-    conv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    conv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[1, K]`, K as in `supports_k`.
 
     Args:
-        conv: weight `[C, W]` and state `[W - 1, C]`, updated in place, of a `causal_conv1d` whose
-            result takes the place of the first C columns; or None.
+        conv: weight `[C, W]`, state `[S, W - 1, C]`, updated in place, and slots `int32 [1]` of a
+            `causal_conv1d` whose result takes the place of the first C columns; or None.
 
     Returns:
         `[1, N]` in x's dtype.
@@ -203,7 +205,7 @@ def linear_decode(
     config = find_config("linear_gemv", out_features=n)
     block_n = min(config.pop("BLOCK_ROWS") // blocks, floor_power_of_two(n))
     repeat = min(config.pop("REPEAT"), floor_power_of_two(n // block_n))
-    conv_weight, conv_state = (None, None) if conv is None else conv
+    conv_weight, conv_state, conv_slots = (None, None, None) if conv is None else conv
     channels, taps = (0, 1) if conv_weight is None else conv_weight.shape
     out = x.new_empty((1, n))
     launch(
@@ -216,6 +218,7 @@ def linear_decode(
         residual,
         conv_weight,
         conv_state,
+        conv_slots,
         out,
         eps,
         n,

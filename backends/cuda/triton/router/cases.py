@@ -1,4 +1,7 @@
-"""The routers of Qwen3.5-35B-A3B and of Qwen3-Next-80B-A3B, each with one shared expert."""
+"""The routers of Qwen3.5-35B-A3B and of Qwen3-Next-80B-A3B, each with one shared expert.
+
+In the case of a batch m is the number of sequences.
+"""
 
 import torch
 
@@ -7,16 +10,24 @@ from et_moe.backends.cuda.triton.router.op import moe_router
 
 
 def _case(
-    name: str, experts: int, top_k: int, tables: tuple[str, ...] = (), normalize: bool = True
+    name: str,
+    experts: int,
+    top_k: int,
+    tables: tuple[str, ...] = (),
+    normalize: bool = True,
+    batch: bool = False,
 ) -> OpCase:
     def arguments(m, device):
+        counts = torch.ones(m, dtype=torch.int64, device=device)
+        if not batch:
+            counts = None if m == 1 else torch.full((1,), m, device=device)
         return {
             "x": random_tensor(m, 2048, device=device),
             "norm_weight": random_tensor(2048, device=device) * 0.1,
             "weight": random_tensor(experts + 1, 2048, device=device) * 0.02,
             "top_k": top_k,
             "num_shared": 1,
-            "num_tokens": None if m == 1 else torch.full((1,), m, device=device),
+            "num_tokens": counts,
             "normalize": normalize,
         }
 
@@ -25,12 +36,14 @@ def _case(
         moe_router,
         arguments,
         tables,
+        **({"tokens": (7,)} if batch else {}),
         streams={"_decode_logits_kernel": ("weight",), "_prefill_logits_kernel": ("weight",)},
     )
 
 
 CASES = [
     _case("qwen3_5_35b", 256, 8, tables=("router_decode", "router_prefill")),
+    _case("qwen3_5_35b_batch", 256, 8, batch=True),
     _case("qwen3_next_80b", 512, 10),
     _case("qwen3_next_80b_not_normalized", 512, 10, normalize=False),
 ]

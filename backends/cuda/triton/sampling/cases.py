@@ -7,13 +7,14 @@ from et_moe.backends.cuda.triton.sampling.op import sample
 
 
 def _arguments(m: int, device: torch.device) -> dict:
+    """Arguments of m sequences."""
     return {
-        "logits": torch.randn((1, 248320), device=device) * 4,
-        "temperature": torch.full((1,), 0.6, device=device),
-        "top_k": torch.full((1,), 20, dtype=torch.int64, device=device),
-        "top_p": torch.full((1,), 0.95, device=device),
-        "seed": torch.full((1,), 42, dtype=torch.int64, device=device),
-        "position": torch.full((1,), m, dtype=torch.int64, device=device),
+        "logits": torch.randn((m, 248320), device=device) * 4,
+        "temperature": torch.full((m,), 0.6, device=device),
+        "top_k": torch.full((m,), 20, dtype=torch.int64, device=device),
+        "top_p": torch.full((m,), 0.95, device=device),
+        "seed": torch.full((m,), 42, dtype=torch.int64, device=device),
+        "positions": torch.full((m,), 1, dtype=torch.int64, device=device),
     }
 
 

@@ -1,4 +1,4 @@
-"""Sampling of the next token in three launches, without sorting the vocabulary.
+"""Sampling of the next token of each sequence in three launches, without sorting the vocabulary.
 
 The tokens that top-k and top-p keep are all those whose logit is above some bound, so it is enough
 to find the bound.
@@ -15,7 +15,8 @@ to find the bound.
    top_p.
 
 The kernels read the temperature, so one CUDA graph serves greedy decoding and sampling. Tokens are
-collected in any order, on which nothing depends; weights are added as integers.
+collected in any order, on which nothing depends; weights are added as integers. Rows share nothing:
+program id 1, in the third kernel 0, is the row, and pointers are advanced to it first.
 """
 
 import torch
@@ -85,41 +86,44 @@ def _block_kernel(
     top_k,
     top_p,
     seed,
-    position,
+    positions,
     block_value,
     block_id,
     block_sum,
     group_value,
     count,
     V,
+    BLOCKS,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Reduces one block of the vocabulary, with l = logit / temperature, or the logit for 0.
 
     It stores the largest l, plus noise where all tokens are kept, the lowest id that has it, the
-    sum of exp(l - largest l), and the largest l of each group of the block. The first program sets
-    count to 0.
+    sum of exp(l - largest l), and the largest l of each group of the block. The first program of a
+    row sets its count to 0.
     """
     wait_for_previous()
     block = tl.program_id(0)
+    row = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(logits + token, mask=token < V, other=float("-inf"))
-    t = tl.load(temperature)
+    value = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
+    t = tl.load(temperature + row)
     if t > 0.0:
         value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
-        if not _is_filtered(tl.load(top_k), tl.load(top_p), V):
-            value += _draw_gumbel(token, tl.load(position), tl.load(seed))
+        if not _is_filtered(tl.load(top_k + row), tl.load(top_p + row), V):
+            value += _draw_gumbel(token, tl.load(positions + row), tl.load(seed + row))
     best, best_id = _find_first_max(value, token)
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    block += row * BLOCKS
     tl.store(block_value + block, best)
     tl.store(block_id + block, best_id)
     reference = tl.where(best == float("-inf"), 0.0, best)
     tl.store(block_sum + block, tl.sum(tl.exp(value - reference), axis=0))
-    GROUPS: tl.constexpr = BLOCK // GROUP
     largest = tl.max(tl.reshape(value, (GROUPS, GROUP)), axis=1)
     tl.store(group_value + block * GROUPS + tl.arange(0, GROUPS), largest)
-    if block == 0:
-        tl.store(count, 0)
+    if tl.program_id(0) == 0:
+        tl.store(count + row, 0)
 
 
 @triton.jit
@@ -139,7 +143,7 @@ def _collect_kernel(
     top_k,
     top_p,
     seed,
-    position,
+    positions,
     block_value,
     block_sum,
     group_value,
@@ -156,7 +160,12 @@ def _collect_kernel(
 ):
     """Appends l, l + noise and id of those tokens of one block that may be kept."""
     wait_for_previous()
-    t, k, p = tl.load(temperature), tl.load(top_k), tl.load(top_p)
+    row = tl.program_id(1)
+    t, k, p = tl.load(temperature + row), tl.load(top_k + row), tl.load(top_p + row)
+    block_value += row * BLOCKS
+    block_sum += row * BLOCKS
+    group_value += row * BLOCKS * (BLOCK // GROUP)
+    first = row.to(tl.int64) * V
     if (t > 0.0) & _is_filtered(k, p, V):
         maximum, total = _sum_weights(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
         groups = BLOCKS * (BLOCK // GROUP)
@@ -168,13 +177,14 @@ def _collect_kernel(
             distance = tl.log(V / ((1.0 - p) * total)) + 1.0
             bound = tl.maximum(bound, to_order_key(maximum - tl.maximum(distance, 1.0)))
         token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(logits + token, mask=token < V, other=0.0)
+        value = tl.load(logits + first + token, mask=token < V, other=0.0)
         value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
         keep = (token < V) & (to_order_key(value) >= bound)
         amount = tl.sum(keep.to(tl.int32), axis=0)
         if amount > 0:
-            place = tl.atomic_add(count, amount) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            noisy = value + _draw_gumbel(token, tl.load(position), tl.load(seed))
+            place = tl.atomic_add(count + row, amount) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+            place += first
+            noisy = value + _draw_gumbel(token, tl.load(positions + row), tl.load(seed + row))
             tl.store(kept + place, value, mask=keep)
             tl.store(kept_noisy + place, noisy, mask=keep)
             tl.store(kept_id + place, token, mask=keep)
@@ -226,14 +236,22 @@ def _finish_kernel(
 ):
     """Chooses the token from the blocks' maxima, or with top-k or top-p from those collected."""
     wait_for_previous()
+    row = tl.program_id(0)
+    first = row.to(tl.int64) * V
+    block_value += row * BLOCKS
+    block_id += row * BLOCKS
+    block_sum += row * BLOCKS
+    kept += first
+    kept_noisy += first
+    kept_id += first
     b = tl.arange(0, PADDED_BLOCKS)
     value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))
     ids = tl.load(block_id + b, mask=b < BLOCKS, other=0x7FFFFFFF)
     _, token = _find_first_max(value, ids)
-    t, k, p = tl.load(temperature), tl.load(top_k), tl.load(top_p)
+    t, k, p = tl.load(temperature + row), tl.load(top_k + row), tl.load(top_p + row)
     if (t > 0.0) & _is_filtered(k, p, V):
         maximum, total = _sum_weights(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
-        n = tl.load(count)
+        n = tl.load(count + row)
         bound = tl.full((), -(2**31), tl.int32)
         if (k > 0) & (k < n):
             bound = _find_kth_largest(kept, n, k, TILE)
@@ -250,7 +268,7 @@ def _finish_kernel(
                     kept, kept_noisy, kept_id, n, to_order_key(next_chosen) + 1, maximum, TILE
                 )
     # Logits that are not numbers must not become an id out of range.
-    tl.store(out, tl.minimum(token, V - 1).to(tl.int64))
+    tl.store(out + row, tl.minimum(token, V - 1).to(tl.int64))
 
 
 def sample(
@@ -259,25 +277,25 @@ def sample(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     seed: torch.Tensor,
-    position: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     """`ops.sample` in three launches.
 
     Args:
-        logits: `float32 [1, V]`.
-        temperature, top_p: `float32 [1]`. top_k, seed, position: `int64 [1]`.
+        logits: `float32 [B, V]`.
+        temperature, top_p: `float32 [B]`. top_k, seed, positions: `int64 [B]`.
 
     Returns:
-        `int64 [1, 1]`.
+        `int64 [B, 1]`.
     """
+    rows, vocabulary = logits.shape
 
     def scratch(size, dtype=torch.float32):
-        return logits.new_empty((size,), dtype=dtype)
+        return logits.new_empty((rows, size), dtype=dtype)
 
-    vocabulary = logits.shape[1]
     blocks = cdiv(vocabulary, BLOCK)
     groups = blocks * (BLOCK // GROUP)
-    arguments = (logits.contiguous(), temperature, top_k, top_p, seed, position)
+    arguments = (logits.contiguous(), temperature, top_k, top_p, seed, positions)
     block_value, block_id, block_sum = (
         scratch(blocks),
         scratch(blocks, torch.int32),
@@ -286,7 +304,7 @@ def sample(
     group_value, count = scratch(groups), scratch(1, torch.int32)
     launch(
         _block_kernel,
-        (blocks,),
+        (blocks, rows),
         *arguments,
         block_value,
         block_id,
@@ -294,6 +312,7 @@ def sample(
         group_value,
         count,
         vocabulary,
+        blocks,
         BLOCK=BLOCK,
         GROUP=GROUP,
         num_warps=4,
@@ -302,7 +321,7 @@ def sample(
     sizes = {"PADDED_BLOCKS": triton.next_power_of_2(blocks)}
     launch(
         _collect_kernel,
-        (blocks,),
+        (blocks, rows),
         *arguments,
         block_value,
         block_sum,
@@ -316,10 +335,10 @@ def sample(
         GROUP=GROUP,
         num_warps=4,
     )
-    out = logits.new_empty((1, 1), dtype=torch.int64)
+    out = logits.new_empty((rows, 1), dtype=torch.int64)
     launch(
         _finish_kernel,
-        (1,),
+        (rows,),
         *(temperature, top_k, top_p, block_value, block_id, block_sum),
         *kept,
         out,

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import triton
+from sequences import make_slots
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
-from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net
+from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
+from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net, gated_delta_rule
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 # The relative L2 error that is allowed.
@@ -17,6 +19,8 @@ TOLERANCE = {
 # key heads, value heads per key head, Dk, Dv, taps
 SMALL, GROUP_3, WIDE = (2, 1, 16, 32, 2), (1, 3, 32, 16, 4), (1, 2, 64, 32, 4)
 STATES = ("conv_state", "recurrent_state")
+SLOT, SLOTS = 2, 4
+"""Where the state of a single sequence lies, and how many there are."""
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -35,10 +39,13 @@ def net_inputs(shape, tokens, dtype, device) -> dict:
         "a_log": torch.rand(heads),
         "dt_bias": torch.randn(heads) - 2,
         "norm_weight": torch.rand(value_dim) + 0.5,
-        "conv_state": torch.randn(taps - 1, channels),
+        "conv_state": torch.randn(SLOTS, taps - 1, channels),
     }
     inputs = {name: value.to(device, dtype) for name, value in floats.items()}
-    return inputs | {"recurrent_state": torch.randn(heads, key_dim, value_dim, device=device)}
+    return inputs | {
+        "recurrent_state": torch.randn(SLOTS, heads, key_dim, value_dim, device=device),
+        "slots": torch.tensor([SLOT], dtype=torch.int32, device=device),
+    }
 
 
 def rule_inputs(shape, tokens, dtype, device) -> dict:
@@ -53,7 +60,8 @@ def rule_inputs(shape, tokens, dtype, device) -> dict:
     return inputs | {
         "g": -torch.rand(tokens, heads, device=device),
         "beta": torch.rand(tokens, heads, device=device),
-        "state": torch.randn(heads, key_dim, value_dim, device=device),
+        "state": torch.randn(SLOTS, heads, key_dim, value_dim, device=device),
+        "slots": torch.tensor([SLOT], dtype=torch.int32, device=device),
     }
 
 
@@ -82,6 +90,9 @@ def check(op: str, inputs: dict, valid: int | None = None) -> dict:
             assert torch.equal(got_inputs[name], value), name
         else:
             assert relative_error(got_inputs[name], value) < tolerance, name
+        if "state" in name:
+            others = torch.arange(len(value)) != SLOT
+            assert torch.equal(got_inputs[name][others], inputs[name][others]), name
     return got_inputs
 
 
@@ -205,6 +216,75 @@ def test_conv(tokens, valid, taps, dtype, device):
     inputs = {
         "x": torch.randn(tokens, 140).to(device, dtype),
         "weight": torch.randn(140, taps).to(device, dtype),
-        "state": torch.randn(taps - 1, 140).to(device, dtype),
+        "state": torch.randn(SLOTS, taps - 1, 140).to(device, dtype),
+        "slots": torch.tensor([SLOT], dtype=torch.int32, device=device),
     }
     check("causal_conv1d", inputs, valid)
+
+
+VALID = (1, 0, 1, 1, 0)
+"""Which sequences of a batch have a row."""
+
+
+def make_batch(inputs: dict, *states: str) -> dict:
+    """Arguments for one token of each sequence, counted, of inputs with as many rows. The slot of
+    one sequence without a row does not exist."""
+    slots, total = make_slots(len(VALID))
+    slots[VALID.index(0)] = -1
+    device = inputs["slots"].device
+    pools = {n: torch.randn(total, *inputs[n].shape[1:]).to(inputs[n]) for n in states}
+    counts = torch.tensor(VALID, device=device)
+    return inputs | pools | {"slots": slots.to(device), "num_tokens": counts}
+
+
+def check_batch(function, inputs: dict, rows: list[str], states: list[str]) -> None:
+    """Each sequence gets what it gets of the reference and, bit by bit, what it gets alone, without
+    a count and in another slot. Under the interpreter, whose arithmetic is numpy's, the latter is
+    only a hint that it holds on a GPU. Padding gives zeros and changes nothing."""
+    together, expected = clone(inputs), clone(inputs)
+    out = function(**together)
+    reference = getattr(ops, function.__name__)(**expected)
+    tolerance = TOLERANCE[reference.dtype]
+    valid = torch.tensor(VALID, device=out.device) == 1
+    assert torch.count_nonzero(out[~valid]) == 0
+    assert relative_error(out[valid], reference[valid]) < tolerance
+    unused = torch.ones(len(inputs[states[0]]), dtype=torch.bool, device=out.device)
+    unused[inputs["slots"][valid].long()] = False
+    for name in states:
+        assert relative_error(together[name], expected[name]) < tolerance, name
+        assert torch.equal(together[name][unused], inputs[name][unused]), name
+    for b in valid.nonzero().flatten().tolist():
+        alone, slot = clone(inputs), int(inputs["slots"][b])
+        alone |= {name: inputs[name][b : b + 1].clone() for name in rows}
+        alone |= {name: inputs[name][[slot]] for name in states}
+        alone |= {"slots": torch.zeros_like(inputs["slots"][:1]), "num_tokens": None}
+        assert torch.equal(function(**alone)[0], out[b])
+        for name in states:
+            assert torch.equal(alone[name][0], together[name][slot]), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [GROUP_3, WIDE])
+def test_batch(shape, dtype, device):
+    inputs = make_batch(net_inputs(shape, len(VALID), dtype, device), *STATES)
+    inputs["projected"][1] = float("nan")
+    with record_launches(run=True) as recorded:
+        gated_delta_net(**clone(inputs))
+    assert len(recorded) == 2
+    check_batch(gated_delta_net, inputs, ["projected"], list(STATES))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rule_of_a_batch(dtype, device):
+    inputs = make_batch(rule_inputs((1, 2, 32, 64, 2), len(VALID), dtype, device), "state")
+    check_batch(gated_delta_rule, inputs, ["q", "k", "v", "g", "beta"], ["state"])
+
+
+@pytest.mark.parametrize("function", [causal_conv1d, gated_delta_net])
+def test_several_rows_of_several_sequences(function, device):
+    inputs = make_batch(net_inputs(SMALL, 2 * len(VALID), torch.float32, device), *STATES)
+    if function is causal_conv1d:
+        names = {"x": "projected", "weight": "conv_weight", "state": "conv_state", "slots": "slots"}
+        inputs = {name: inputs[given] for name, given in names.items()}
+    with pytest.raises(ValueError, match="10 rows of 5 sequences: expected one row of each"):
+        function(**inputs)

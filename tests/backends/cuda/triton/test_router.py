@@ -95,6 +95,30 @@ def test_padding(m, valid, device):
     assert (got[2][valid:] == -1).all() and (got[1][valid:] == 0).all()
 
 
+@pytest.mark.parametrize("m", [5, 40])
+def test_padding_of_a_batch(m, device):
+    """Rows of sequences without a token may hold anything, and others get the bits that they get
+    alone. Under the interpreter, whose arithmetic is numpy's, the latter is only a hint that it
+    holds on a GPU for as many rows as have the same kernels."""
+    args = inputs(m, device)
+    num_tokens = (torch.arange(m, device=device) % 3 != 1).long()
+    args[0][1] = float("nan")
+    got = moe_router(*args, 4, 1, num_tokens=num_tokens)
+    expected = ops.moe_router(*args, 4, 1, num_tokens=num_tokens)
+    valid = num_tokens == 1
+    check([x[valid] for x in got], [x[valid] for x in expected])
+    assert (got[2][~valid] == -1).all() and (got[1][~valid] == 0).all()
+    if m <= 16:
+        for b in valid.nonzero().flatten().tolist():
+            alone = moe_router(args[0][b : b + 1], *args[1:], 4, 1)
+            assert all(torch.equal(one[0], x[b]) for one, x in zip(alone, got, strict=True))
+
+
+def test_several_rows_of_several_sequences(device):
+    with pytest.raises(ValueError, match="6 rows of 3 sequences: expected one row of each"):
+        moe_router(*inputs(6, device), 4, 1, num_tokens=torch.tensor([1, 2, 1], device=device))
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("m", [1, 17])
 @pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-30, 1e4, 1e15])

@@ -110,3 +110,31 @@ def test_noise_is_philox(device):
     drawn = [draw(sampling.sample, logits, 1.0, seed=s) for s in range(30)]
     assert drawn == [draw(ops.sample, logits, 1.0, seed=s) for s in range(30)]
     assert len(set(drawn)) > 15
+
+
+# temperature, top_k, top_p, seed and position of each row of a batch
+ROWS = (
+    *((0.0, 0, 1.0, 0, 3), (1.0, 0, 1.0, 1, 0), (0.7, 20, 0.95, 2, 2**33 + 1)),
+    *((3.0, 5, 1.0, -3, 4095), (1.0, 0, 0.3, 4, 9), (1.0, 0, 0.3, 4, 9), (1.5, 300, 0.8, 5, 1)),
+)
+
+
+def test_rows(device):
+    """Each row is drawn with its own parameters, as it is alone and among others."""
+    logits = torch.randn(len(ROWS), 1000, device=device) * 2
+    logits[5] = logits[4]
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.int64, torch.int64)
+    values = zip(*ROWS, strict=True)
+    parameters = [
+        torch.tensor(v, dtype=t, device=device) for v, t in zip(values, dtypes, strict=True)
+    ]
+    with record_launches(run=True) as launches:
+        got = sampling.sample(logits, *parameters)
+    assert len(launches) == 3
+    assert got.shape == (len(ROWS), 1) and got.dtype == torch.int64
+    assert torch.equal(got, ops.sample(logits, *parameters)) and got[4] == got[5]
+    order = [3, 6, 0, 5]
+    assert torch.equal(sampling.sample(logits[order], *(p[order] for p in parameters)), got[order])
+    for b in range(len(ROWS)):
+        row = slice(b, b + 1)
+        assert sampling.sample(logits[row], *(p[row] for p in parameters)) == got[b]
