@@ -45,7 +45,7 @@ void no_violations() {
   }
 }
 
-constexpr size_t kSequences = 2;  // at once
+constexpr size_t kSequences = 6;  // at once
 
 std::shared_ptr<et_moe::Model> load(char** argv) {
   et_moe::ModelOptions options;

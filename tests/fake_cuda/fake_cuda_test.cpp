@@ -92,6 +92,17 @@ TEST_F(FakeCuda, WorkIsPutOffUntilSomethingWaits) {
   EXPECT_EQ(cudaFreeHost(pinned), cudaSuccess);
 }
 
+TEST_F(FakeCuda, RowsAreSetAndNothingBetween) {
+  ASSERT_EQ(cudaMemset(device_, 1, kSize), cudaSuccess);
+  ASSERT_EQ(cudaMemset2DAsync(device_, 100, 7, 3, 2, stream_), cudaSuccess);
+  ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+  for (const auto& [at, value] : {std::pair{0, 7}, {2, 7}, {3, 1}, {99, 1}, {102, 7}, {103, 1}}) {
+    EXPECT_EQ(content()[static_cast<size_t>(at)], value);
+  }
+  EXPECT_EQ(cudaMemset2DAsync(device_, 2, 7, 3, 2, stream_), cudaErrorInvalidValue);
+  EXPECT_VIOLATION("cudaMemset2DAsync: not a pitch of such rows");
+}
+
 TEST_F(FakeCuda, EventsWaitForTheirPositionOnly) {
   cudaEvent_t event = nullptr;
   ASSERT_EQ(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), cudaSuccess);

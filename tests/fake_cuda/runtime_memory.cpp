@@ -229,4 +229,19 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t strea
   });
 }
 
+cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height,
+                              cudaStream_t stream) {
+  return runtime_call("cudaMemset2DAsync", kPlain, [&](State& s) {
+    if (width > pitch || pitch > INT32_MAX) {
+      return s.violation(cudaErrorInvalidValue, "cudaMemset2DAsync: not a pitch of such rows");
+    }
+    cudaError_t error = cudaSuccess;
+    for (size_t row = 0; row < height && error == cudaSuccess; ++row) {
+      void* start = static_cast<char*>(to) + row * pitch;
+      error = set_later(s, "cudaMemset2DAsync", start, value, width, stream);
+    }
+    return error;
+  });
+}
+
 }  // extern "C"

@@ -347,13 +347,13 @@ def test_inspect(programs) -> None:
         assert [t["name"] for t in method["state"]] and len(method["weights"]) > 30
     printed = run(pte)
     assert printed.returncode == 0
-    assert "_decode_gate_up_kernel" in printed.stdout and "get_max_seq_len: 64" in printed.stdout
+    assert "_decode_gate_up_kernel" in printed.stdout and "get_max_seq_len: 80" in printed.stdout
     rows = [" ".join(re.findall(r"[^\s│]+", line)) for line in printed.stdout.splitlines()]
     for row in (
         "prefill input tokens int64 [1, 2..20]",
         "prefill output token int64 [1, 1]",
         "decode input tokens (next: token) int64 [1, 1]",
-        "decode input position (next: + 1) int64 [1]",
+        "decode input positions (next: + 1) int64 [1]",
         "decode output token (handed over) int64 [1, 1]",
     ):
         assert row in rows

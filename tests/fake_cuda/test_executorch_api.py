@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 TOOL = "fake_cuda/executorch_check"
-DECODE = json.dumps({"tokens": [7], "position": [3]})
-SCORES = json.dumps({"count": [5], "ids": [7, 1, 250, 9, 31]})
+DECODE = json.dumps({"tokens": [7], "positions": [3], "slots": [0]})
+SCORES = json.dumps({"count": [5], "ids": [7, 1, 250, 9, 31], "slots": [0]})
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def test_a_method_without_a_hand_over_returns_all_its_outputs(fake, small, build_dir) -> None:
-    command = ("scores", SCORES, SCORES, json.dumps({"count": [2], "ids": [9, 8]}))
+    command = ("scores", SCORES, SCORES, json.dumps({"count": [2], "ids": [9, 8], "slots": [0]}))
     sidecar = str(small / "kernels.json")
     printed = fake.check(
         "run", small / "cuda.pte", small / "cuda.0.ptd", *command, tool=TOOL, execute=sidecar
@@ -161,7 +161,7 @@ def test_codes_of_weights_that_do_not_fit(fake, small, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "code"),
     [
-        (b'"format": 4', b'"format": 3', "DelegateInvalidCompatibility"),
+        (b'"format": 5', b'"format": 4', "DelegateInvalidCompatibility"),
         (b'"prepack"', b'"prepak"', "InvalidProgram"),
         (b'"hand_over": {"token": "token"', b'"hand_over": {"token": "logit"', "InvalidProgram"),
         (b'"min_shape": [1, 2]', b'"min_shape": [0, 2]', "InvalidProgram"),
@@ -187,7 +187,7 @@ def test_codes_of_programs_that_do_not_fit(
 def test_code_of_a_call_that_does_not_fit(fake, small) -> None:
     printed = fake.check(
         *("run", small / "cuda.pte", small / "cuda.0.ptd", "scores"),
-        json.dumps({"count": [1], "ids": [7]}),
+        json.dumps({"count": [1], "ids": [7], "slots": [0]}),
         tool=TOOL,
     )
     assert json.loads(printed) == {"at": "execute", "error": "Error::InvalidArgument"}
