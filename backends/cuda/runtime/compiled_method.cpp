@@ -60,9 +60,10 @@ std::vector<size_t> CompiledMethod::offsets(int64_t length) const {
 
 Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
   std::vector<std::unique_ptr<Tensor>> tensors;
-  auto offset = offsets(calls.length).begin();
-  for (const TensorSpec& input : inputs(calls.length)) {
-    tensors.push_back(view_of(calls.inputs.data() + *offset++, input));
+  const std::vector<TensorSpec> given = inputs(calls.length);
+  const std::vector<size_t> offset = aligned_offsets(given);
+  for (size_t i = 0; i < given.size(); ++i) {
+    tensors.push_back(view_of(calls.inputs.data() + offset[i], given[i]));
   }
   for (const StateSpec& t : info_.state) {
     tensors.push_back(view_of(session.at(t.name), session.spec(t.name)));
