@@ -14,17 +14,16 @@ PAGE = tl.constexpr(PAGE_SIZE)
 
 
 @triton.jit
-def load_page(pages_ptr, token, end, SIZE: tl.constexpr = PAGE_SIZE):
+def load_page(pages_ptr, token, end):
     """The page of a token, int64, from the sequence's table; 0, and nothing is read, from `end` on.
 
     pages_ptr: int32 pointer to the table.
     """
-    return tl.load(pages_ptr + token // SIZE, mask=token < end, other=0).to(tl.int64)
+    return tl.load(pages_ptr + token // PAGE, mask=token < end, other=0).to(tl.int64)
 
 
 @triton.jit
-def find_row(
-    page, token, kv_head, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr = PAGE_SIZE
-):
+def find_row(page, token, kv_head, KV_HEADS: tl.constexpr, DIM: tl.constexpr):
     """The element of a cache, int64, at which the row of a token and KV head begins."""
-    return ((page * KV_HEADS + kv_head) * SIZE + token % SIZE) * DIM
+    place = token - token // PAGE * PAGE
+    return ((page * KV_HEADS + kv_head) * PAGE + place) * DIM
