@@ -25,4 +25,5 @@ def load_page(pages_ptr, token, end):
 @triton.jit
 def find_row(page, token, kv_head, KV_HEADS: tl.constexpr, DIM: tl.constexpr):
     """The element of a cache, int64, at which the row of a token and KV head begins."""
-    return ((page * KV_HEADS + kv_head) * PAGE + token % PAGE) * DIM
+    place = token - token // PAGE * PAGE
+    return ((page * KV_HEADS + kv_head) * PAGE + place) * DIM

@@ -1,4 +1,4 @@
-"""The hand-over at the end of decode."""
+"""The hand-over at the end of decode, of m sequences."""
 
 import torch
 
@@ -11,11 +11,11 @@ def _arguments(m: int, device: torch.device) -> dict:
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
     return {
-        "token": integers(1, 1),
-        "position": integers(1),
-        "drawn": integers(2),
-        "tokens": integers(1, 1),
+        "token": integers(m, 1),
+        "positions": integers(m),
+        "drawn": integers(2, m),
+        "tokens": integers(m, 1),
     }
 
 
-CASES = [OpCase("hand_over", hand_over, _arguments, tokens=(1,))]
+CASES = [OpCase("hand_over", hand_over, _arguments, tokens=(1, 7))]

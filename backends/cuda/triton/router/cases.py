@@ -9,41 +9,44 @@ from et_moe.backends.cuda.triton.cases.op_case import OpCase, random_tensor
 from et_moe.backends.cuda.triton.router.op import moe_router
 
 
-def _case(
-    name: str,
-    experts: int,
-    top_k: int,
-    tables: tuple[str, ...] = (),
-    normalize: bool = True,
-    batch: bool = False,
-) -> OpCase:
+def _arguments(experts: int, top_k: int, normalize: bool, batch: bool):
+    """Arguments of m tokens of one sequence or, if batch, of one token of each of m sequences."""
+
     def arguments(m, device):
-        counts = torch.ones(m, dtype=torch.int64, device=device)
-        if not batch:
-            counts = None if m == 1 else torch.full((1,), m, device=device)
+        sequences, count = (m, 1) if batch else (1, m)
         return {
             "x": random_tensor(m, 2048, device=device),
             "norm_weight": random_tensor(2048, device=device) * 0.1,
             "weight": random_tensor(experts + 1, 2048, device=device) * 0.02,
             "top_k": top_k,
             "num_shared": 1,
-            "num_tokens": counts,
+            "num_tokens": None if m == 1 else torch.full((sequences,), count, device=device),
             "normalize": normalize,
         }
 
+    return arguments
+
+
+def _case(
+    name: str, experts: int, top_k: int, tables: tuple[str, ...] = (), normalize: bool = True
+) -> OpCase:
     return OpCase(
         f"moe_router/{name}",
         moe_router,
-        arguments,
+        _arguments(experts, top_k, normalize, batch=False),
         tables,
-        **({"tokens": (7,)} if batch else {}),
         streams={"_decode_logits_kernel": ("weight",), "_prefill_logits_kernel": ("weight",)},
     )
 
 
+def _batch_case(name: str, experts: int, top_k: int) -> OpCase:
+    arguments = _arguments(experts, top_k, normalize=True, batch=True)
+    return OpCase(f"moe_router/{name}_batch", moe_router, arguments, tokens=(7,))
+
+
 CASES = [
     _case("qwen3_5_35b", 256, 8, tables=("router_decode", "router_prefill")),
-    _case("qwen3_5_35b_batch", 256, 8, batch=True),
+    _batch_case("qwen3_5_35b", 256, 8),
     _case("qwen3_next_80b", 512, 10),
     _case("qwen3_next_80b_not_normalized", 512, 10, normalize=False),
 ]

@@ -1,4 +1,4 @@
-"""Where a drawn token goes."""
+"""Where drawn tokens go."""
 
 import pytest
 import torch
@@ -6,13 +6,25 @@ import torch
 from et_moe.backends.cuda.triton.hand_over.op import hand_over
 
 
+@pytest.mark.parametrize("room", [0, 3])
+@pytest.mark.parametrize("sequences", [1, 5, 129])
+def test_hand_over(sequences: int, room: int, device: torch.device) -> None:
+    """Positions are even and odd, and larger than 32 bits; rows of `drawn` may have more room."""
+    positions = torch.tensor([0, 1, 6, 2**33 + 1, 7], device=device).repeat(26)[-sequences:]
+    drawn = torch.full((2, sequences + room), -1, device=device)
+    token = torch.randint(0, 248320, (sequences, 1), device=device)
+    tokens, at = torch.full_like(token, 3), positions.clone()
+    hand_over(token, at, drawn[:, :sequences], tokens)
+    expected = torch.full_like(drawn, -1)
+    expected[positions % 2, torch.arange(sequences, device=device)] = token.flatten()
+    assert torch.equal(drawn, expected)
+    assert torch.equal(at, positions + 1) and torch.equal(tokens, token)
+
+
 @pytest.mark.parametrize("position", [0, 1, 6, 2**33 + 1])
-def test_hand_over(position: int, device: torch.device) -> None:
-    drawn = torch.tensor([-1, -1], device=device)
-    at = torch.tensor([position], device=device)
-    tokens = torch.tensor([[3]], device=device)
+def test_one_sequence(position: int, device: torch.device) -> None:
+    drawn = torch.tensor([[-1], [-1]], device=device)
+    at, tokens = torch.tensor([position], device=device), torch.tensor([[3]], device=device)
     hand_over(torch.tensor([[248319]], device=device), at, drawn, tokens)
-    other = -1
-    assert drawn.tolist() == ([other, 248319] if position % 2 else [248319, other])
-    assert at.item() == position + 1
-    assert tokens.item() == 248319
+    assert drawn.flatten().tolist() == ([-1, 248319] if position % 2 else [248319, -1])
+    assert at.item() == position + 1 and tokens.item() == 248319

@@ -1,0 +1,24 @@
+"""A method of a symbolic number of sequences compiles, and launches the kernels of a batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_a_batch_compiles(tmp_path):
+    report = tmp_path / "report.json"
+    script = Path(__file__).with_name("batch_method.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script, report], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(report.read_text())
+    assert got["longest"] == 16
+    state = {"_decode_kernel", "_combine_kernel", "_conv_step_kernel", "_step_kernel"}
+    kernels = state | {"_choose_kernel", "_block_kernel", "_collect_kernel", "_finish_kernel"}
+    assert kernels <= set(got["dependent"])
+    # The first kernel of a method may not start early; those behind it read nothing too early.
+    assert all(got["dependent"][name] for name in kernels - {"_decode_kernel"})
