@@ -223,6 +223,9 @@ def export(
     max_seq_len: Annotated[
         int | None, typer.Option(help="Context length. Default: the model's, at most 4096.")
     ] = None,
+    max_sequences: Annotated[
+        int, typer.Option(help="Most sequences of one decode call, at most 256.")
+    ] = 64,
     cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
     cache_dir: Annotated[Path, typer.Option(help="Where to keep it.")] = Path(
         "~/.cache/et-moe/cuda"
@@ -253,6 +256,7 @@ def export(
         exporter.DTYPES[dtype.value],
         activation_dtype.value,
         max_seq_len,
+        max_sequences,
         archs,
         cache_dir if cache else None,
         debug_sidecar,

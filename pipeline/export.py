@@ -179,7 +179,7 @@ class ExportOptions:
     dtype: torch.dtype = torch.float32
     activation_dtype: str = "int8"
     max_seq_len: int | None = None
-    max_sequences: int = 32
+    max_sequences: int = 64
     cuda_archs: tuple[str, ...] = ()
     cache_dir: Path | None = None
     debug_sidecar: bool = False

@@ -17,6 +17,7 @@ AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_pat
   thread_ = std::thread(&AsyncEngine::run, this, pte_path, ptd_path, std::move(loaded));
   try {
     info_ = info.get();
+    pages_ = free_pages_ = model_->pages();
   } catch (...) {
     thread_.join();
     throw;
@@ -82,7 +83,9 @@ void AsyncEngine::allow(uint64_t id, TokenMask mask) {
 
 EngineStatus AsyncEngine::status() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return {waiting_.size(), live_.size() - waiting_.size(), options_.model.max_sequences, broken_};
+  return {waiting_.size(), live_.size() - waiting_.size(), options_.model.max_sequences,
+          pages_,          free_pages_,                    preemptions_,
+          broken_};
 }
 
 void AsyncEngine::close() {
@@ -146,6 +149,7 @@ bool AsyncEngine::has_work() const {
 
 bool AsyncEngine::collect() {
   std::unique_lock<std::mutex> lock(mutex_);
+  free_pages_ = model_->free_pages();
   changed_.wait(lock, [this] { return closing_ || has_work(); });
   if (closing_) return false;
   std::vector<std::unique_ptr<Sequence>> cancelled;
@@ -163,6 +167,7 @@ bool AsyncEngine::collect() {
   cancelled.clear();  // gives back their state
   drop_ended();
   admit();
+  free_pages_ = model_->free_pages();
   return true;
 }
 
@@ -250,6 +255,7 @@ std::vector<Sequence*> AsyncEngine::make_room(std::vector<Sequence*> batch) {
     (*last)->put_back();
     const std::lock_guard<std::mutex> lock(mutex_);
     waiting_.push_front(std::move(*last));
+    ++preemptions_;
   }
   return batch;
 }

@@ -43,6 +43,8 @@ struct AsyncEngineOptions {
 
 struct EngineStatus {
   size_t waiting, running, max_sequences;
+  size_t pages, free_pages;           // of the KV cache
+  size_t preemptions;                 // how often a sequence was put back
   std::optional<std::string> broken;  // why the engine takes no more requests
 };
 
@@ -135,6 +137,7 @@ class AsyncEngine {
 
   const AsyncEngineOptions options_;
   ModelInfo info_{};
+  size_t pages_ = 0;
   EventQueue events_;
 
   mutable std::mutex mutex_;  // of what follows
@@ -143,6 +146,7 @@ class AsyncEngine {
   std::deque<std::unique_ptr<Sequence>> waiting_;
   std::map<uint64_t, Live> live_;  // waiting and running
   bool closing_ = false;
+  size_t free_pages_ = 0, preemptions_ = 0;
   std::optional<std::string> refusal_;  // of every request
   std::optional<std::string> broken_;
 

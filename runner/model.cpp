@@ -125,9 +125,35 @@ void Model::check_methods(const Bindings& bindings) const {
   }
 }
 
+size_t Model::choose_pages(const ModelOptions& options, const Bindings& bindings) const {
+  const auto least = static_cast<size_t>(info_.max_pages);
+  size_t pages = options.pages.value_or(options.max_sequences * least);
+  std::string why;
+  if (options.memory_fraction && !options.pages) {
+    const auto memory = device_->memory();
+    if (!memory) throw std::runtime_error("memory_fraction: a CPU program has no GPU memory");
+    size_t slots = 0, page = 0;
+    for (const StateSpec& state : bindings.state) {
+      const bool in_pages = state.pool == Pool::kPages;
+      (in_pages ? page : slots) += state.nbytes_each() * (in_pages ? 1 : options.max_sequences);
+    }
+    const double used = static_cast<double>(memory->total - memory->free_after_load);
+    const double rest = *options.memory_fraction * static_cast<double>(memory->total) - used -
+                        static_cast<double>(slots);
+    if (page > 0) pages = std::min(pages, static_cast<size_t>(std::max(0.0, rest) / page));
+    why = " with memory_fraction " + std::to_string(*options.memory_fraction);
+  }
+  if (pages < least) {
+    throw std::runtime_error("the KV cache has " + std::to_string(pages) + " pages" + why +
+                             ", expected at least " + std::to_string(least) +
+                             " for one sequence of " + std::to_string(info_.max_seq_len) +
+                             " tokens");
+  }
+  return pages;
+}
+
 void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
-  const size_t pages =
-      options.pages.value_or(options.max_sequences * static_cast<size_t>(info_.max_pages));
+  const size_t pages = choose_pages(options, bindings);
   for (const StateSpec& state : bindings.state) {
     const size_t wanted = state.pool == Pool::kPages ? pages : options.max_sequences;
     if (wanted < static_cast<size_t>(state.min_shape[0]) ||
@@ -136,11 +162,6 @@ void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
                                state.describe() + ", " + std::to_string(options.max_sequences) +
                                " sequences with " + std::to_string(pages) + " pages do not fit");
     }
-  }
-  if (pages < static_cast<size_t>(info_.max_pages)) {
-    throw std::runtime_error("the KV cache has " + std::to_string(pages) + " pages, expected at least " +
-                             std::to_string(info_.max_pages) + " for one sequence of " +
-                             std::to_string(info_.max_seq_len) + " tokens");
   }
   const PoolSizes sizes{static_cast<int32_t>(pages), static_cast<int32_t>(options.max_sequences)};
   pool_.emplace(sizes);

@@ -34,6 +34,8 @@ struct ModelOptions {
   DeviceOptions device;
   size_t max_sequences = 1;     // sessions there may be at once; the state of all is allocated
   std::optional<size_t> pages;  // of the KV cache; none: as many as the longest sequences take
+  std::optional<double> memory_fraction;  // of a GPU's memory, weights and state together: bounds
+                                          // the number of pages where `pages` does not say it
 };
 
 /// All pages of the KV cache are in use. Nothing was changed.
@@ -141,6 +143,8 @@ class Model {
   /// Throws std::runtime_error unless the methods have inputs and outputs of a text model.
   void check_methods(const Bindings& bindings) const;
   void allocate(const ModelOptions& options, const Bindings& bindings);
+  /// How many pages there are to be. Throws std::runtime_error if one sequence takes more.
+  size_t choose_pages(const ModelOptions& options, const Bindings& bindings) const;
   void check_call(const Session& session, const int64_t* tokens, size_t count) const;
   /// Throws std::runtime_error unless this token, drawn like this, is what the session was fed.
   void check_overtaken(const Session& session, int64_t token, const Sampling& sampling) const;

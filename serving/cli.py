@@ -13,6 +13,14 @@ MaxSequences = Annotated[
 ]
 
 
+MemoryFraction = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, max=1, help="Of the GPU's memory, for weights and state. Default: all it takes."
+    ),
+]
+
+
 def _model_opener(program: Path, name: str | None, **engine_options):
     """A program's files are read now, so that what is wrong with them is said at once; the
     asynchronous function that is returned makes the model on the running event loop."""
@@ -45,6 +53,7 @@ def serve(
         typer.Option(envvar="ET_MOE_API_KEY", help="That clients must send. Default: none."),
     ] = None,
     max_sequences: MaxSequences = 8,
+    memory_fraction: MemoryFraction = None,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Requests that may wait; more are refused with status 429.")
     ] = 256,
@@ -59,7 +68,11 @@ def serve(
     if api_key is not None and not api_key.strip():
         raise typer.BadParameter("--api-key: expected a key")
     open_model = _model_opener(
-        program, model_name, max_sequences=max_sequences, max_waiting=max_waiting
+        program,
+        model_name,
+        max_sequences=max_sequences,
+        max_waiting=max_waiting,
+        memory_fraction=memory_fraction,
     )
     run(create_app(open_model, api_key), host, port, drain_seconds)
 

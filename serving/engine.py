@@ -36,6 +36,7 @@ def load_engine(
     *,
     max_sequences: int = 8,
     max_waiting: int = 256,
+    memory_fraction: float | None = None,
     cuda_graph: bool = True,
 ) -> Engine:
     """Loads `model.pte` and `model.ptd` of a program folder; returns once requests can come.
@@ -43,6 +44,8 @@ def load_engine(
     Args:
         max_sequences: requests that are served at once; the state of each is allocated now.
         max_waiting: requests that wait for their turn; further ones are refused.
+        memory_fraction: of a GPU's memory, for weights and state together. It bounds the pages of
+            the KV cache; without it there are as many as the longest sequences take.
         cuda_graph: whether a CUDA program is captured into CUDA graphs.
 
     Raises:
@@ -55,6 +58,7 @@ def load_engine(
             str(folder / "model.ptd"),
             max_sequences=max_sequences,
             max_waiting=max_waiting,
+            memory_fraction=memory_fraction,
             cuda_graph=cuda_graph,
         )
     )

@@ -84,6 +84,9 @@ class EngineStatus:
     waiting: int
     running: int
     max_sequences: int
+    pages: int  # of the KV cache, of 64 tokens each
+    free_pages: int
+    preemptions: int  # how often a sequence was put back into the queue, since pages ran out
     broken: str | None  # why the engine takes no more requests
 
 

@@ -26,6 +26,9 @@ class Metrics:
         gauge("et_moe_requests_waiting", "Requests in the queue.", lambda s: s.waiting)
         gauge("et_moe_requests_running", "Requests that have a place.", lambda s: s.running)
         gauge("et_moe_requests_running_max", "Places for requests.", lambda s: s.max_sequences)
+        gauge("et_moe_kv_cache_pages", "Pages of the KV cache.", lambda s: s.pages)
+        gauge("et_moe_kv_cache_pages_free", "Those that are free.", lambda s: s.free_pages)
+        gauge("et_moe_preemptions", "Sequences put back as pages ran out.", lambda s: s.preemptions)
         gauge("et_moe_engine_up", "0 once the device is broken.", lambda s: s.broken is None)
         self._requests = Counter(
             "et_moe_requests", "Sequences that have ended.", ["finish_reason"], registry=registry

@@ -126,11 +126,13 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](AsyncEngine* self, const std::string& pte_path, const std::string& ptd_path,
-             size_t max_sequences, size_t max_waiting, bool cuda_graph) {
-            new (self) AsyncEngine(pte_path, ptd_path, {{{cuda_graph}, max_sequences, {}}, max_waiting});
+             size_t max_sequences, size_t max_waiting, std::optional<double> memory_fraction,
+             bool cuda_graph) {
+            const ModelOptions model{{cuda_graph}, max_sequences, {}, memory_fraction};
+            new (self) AsyncEngine(pte_path, ptd_path, {model, max_waiting});
           },
           nb::arg("pte_path"), nb::arg("ptd_path"), nb::kw_only(), nb::arg("max_sequences"),
-          nb::arg("max_waiting"), nb::arg("cuda_graph"), Release())
+          nb::arg("max_waiting"), nb::arg("memory_fraction").none(), nb::arg("cuda_graph"), Release())
       .def("submit", &submit, nb::arg("prompt_ids"), nb::arg("params"))
       .def("cancel", &AsyncEngine::cancel, nb::arg("request_id"), Release())
       .def("allow", &allow, nb::arg("request_id"), nb::arg("mask"))
@@ -140,7 +142,8 @@ void bind_engine(nb::module_& m) {
       .def("status",
            [](const AsyncEngine& engine) {
              const EngineStatus s = engine.status();
-             return nb::make_tuple(s.waiting, s.running, s.max_sequences, s.broken);
+             return nb::make_tuple(s.waiting, s.running, s.max_sequences, s.pages, s.free_pages,
+                                   s.preemptions, s.broken);
            })
       .def_prop_ro("info", [](const AsyncEngine& engine) {
         const ModelInfo& i = engine.info();

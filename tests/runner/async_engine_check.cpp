@@ -2,9 +2,12 @@
 // tests/runner/test_async_engine.py and tests/fake_cuda. It exits with 1 and says why if something
 // is wrong; a request that does not end within a minute is wrong.
 //
-//   async_engine_check MODEL.pte MODEL.ptd GRAPH SEQUENCES COMMAND
-//     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: how many are served at once.
+//   async_engine_check MODEL.pte MODEL.ptd GRAPH SEQUENCES[/PAGES] COMMAND
+//     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: how many are served at once. PAGES: of
+//     the KV cache, if fewer than these take.
 //   together N  N random requests of all kinds give the tokens together that each gives alone.
+//   random N ROUNDS  The same N come at random moments and in any order, and some are cancelled.
+//               With PAGES, some must be put back.
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
 //   faults STEP Over the fake driver: loads and serves three requests, once for every STEP-th call
@@ -14,6 +17,7 @@
 
 #include <dlfcn.h>
 #include <poll.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -94,6 +98,9 @@ class Client {
   void expect_idle() {
     const auto status = engine_.status();
     expect(status.waiting == 0 && status.running == 0, "no request left");
+    // Pages are counted when the engine has nothing left to do.
+    for (int i = 0; i < 1000 && engine_.status().free_pages < status.pages; ++i) usleep(1000);
+    expect(engine_.status().free_pages == status.pages, "no page lost");
   }
 
  private:
@@ -111,9 +118,9 @@ Request greedy(Ids prompt, int64_t max_tokens) {
 /// A request of any kind but a guided one.
 Request random_request(std::mt19937& random, const et_moe::ModelInfo& info) {
   const auto below = [&random](int64_t n) { return static_cast<int64_t>(random() % n); };
-  Ids prompt(static_cast<size_t>(1 + below(std::min<int64_t>(info.max_seq_len - 8, 40))));
+  Ids prompt(static_cast<size_t>(1 + below(std::min<int64_t>(info.max_seq_len - 8, 80))));
   for (int64_t& id : prompt) id = below(info.vocab_size);
-  Request request = greedy(prompt, 1 + below(12));
+  Request request = greedy(prompt, 1 + below(std::min<int64_t>(info.max_seq_len / 4, 30)));
   auto& p = request.params;
   p.ignore_eos = below(2) == 0;
   if (below(2))
@@ -138,8 +145,9 @@ bool same(const Event& a, const Event& b) {
   return a.token_ids == b.token_ids && a.end == b.end && equal(a.logprobs, b.logprobs) && prompts;
 }
 
-void together(Client& client, size_t count) {
-  std::mt19937 random(7);
+/// Random requests, and what becomes of each alone.
+std::pair<std::vector<Request>, std::vector<Event>> serve_alone(Client& client, size_t count,
+                                                                std::mt19937& random) {
   std::vector<Request> requests;
   std::vector<Event> alone;
   for (size_t i = 0; i < count; ++i) {
@@ -148,12 +156,56 @@ void together(Client& client, size_t count) {
     expect(alone.back().end == RequestEnd::kStop || alone.back().end == RequestEnd::kLength,
            "a request that ends well: " + alone.back().error);
   }
+  return {requests, alone};
+}
+
+void together(Client& client, size_t count) {
+  std::mt19937 random(7);
+  const auto [requests, alone] = serve_alone(client, count, random);
   std::vector<uint64_t> ids;
   for (const Request& request : requests) ids.push_back(client.engine().submit(request));
   for (size_t i = 0; i < count; ++i) {
     expect(same(client.wait(ids[i]), alone[i]), "request " + std::to_string(i) + " as it is alone");
   }
   client.expect_idle();
+}
+
+void come_and_go(Client& client, size_t count, size_t rounds, bool few_pages) {
+  std::mt19937 random(11);
+  const auto [requests, alone] = serve_alone(client, count, random);
+  std::vector<size_t> order(count);
+  for (size_t i = 0; i < count; ++i) order[i] = i;
+  for (size_t round = 0; round < rounds; ++round) {
+    std::shuffle(order.begin(), order.end(), random);
+    std::vector<uint64_t> ids;
+    std::vector<bool> cancelled(count);
+    const auto cancel = [&](size_t i) {
+      client.engine().cancel(ids[i]);
+      cancelled[i] = true;
+    };
+    for (size_t i = 0; i < count; ++i) {
+      ids.push_back(client.engine().submit(requests[order[i]]));
+      if (random() % 3 == 0) client.wait(ids[random() % ids.size()], random() % 8);
+      if (random() % 8 == 0) cancel(random() % ids.size());
+    }
+    for (size_t i = 0; i < count; ++i) {
+      const Event &found = client.wait(ids[i]), &expected = alone[order[i]];
+      const std::string name = "request " + std::to_string(order[i]) + " of round " +
+                               std::to_string(round) + " as it is alone";
+      if (cancelled[i] && found.end == RequestEnd::kCancelled) {
+        expect(found.token_ids.size() <= expected.token_ids.size() &&
+                   std::equal(found.token_ids.begin(), found.token_ids.end(),
+                              expected.token_ids.begin()),
+               name + ", up to its end");
+      } else {
+        expect(same(found, expected), name);
+      }
+    }
+    client.expect_idle();
+  }
+  const auto status = client.engine().status();
+  expect(!few_pages || status.preemptions > rounds / 4,
+         "sequences that are put back, got " + std::to_string(status.preemptions));
 }
 
 void cancel(Client& client, size_t sequences) {
@@ -290,9 +342,11 @@ int main(int argc, char** argv) {
   try {
     if (argc < 6) throw std::runtime_error("usage: see the top of async_engine_check.cpp");
     const size_t sequences = std::stoul(argv[4]);
+    const char* pages = std::strchr(argv[4], '/');
     const auto make = [&] {
       et_moe::AsyncEngineOptions options;
       options.model.max_sequences = sequences;
+      if (pages) options.model.pages = std::stoul(pages + 1);
       options.model.device.cuda_graph = std::string(argv[3]) == "1";
       return std::make_unique<Client>(argv[1], argv[2], options);
     };
@@ -301,6 +355,8 @@ int main(int argc, char** argv) {
       faults(make, std::stoul(argv[6]));
     } else if (command == "together") {
       together(*make(), std::stoul(argv[6]));
+    } else if (command == "random") {
+      come_and_go(*make(), std::stoul(argv[6]), std::stoul(argv[7]), pages);
     } else if (command == "cancel") {
       cancel(*make(), sequences);
     } else if (command == "close") {

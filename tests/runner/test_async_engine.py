@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 
-def check(binary: Path, program: Path, sequences: int, *command: object) -> None:
+def check(binary: Path, program: Path, sequences: int | str, *command: object) -> None:
     files = (program / "model.pte", program / "model.ptd")
     done = subprocess.run(
         [binary, *files, "0", str(sequences), *map(str, command)],
@@ -37,3 +37,36 @@ def test_requests_are_cancelled_at_every_point(binary, tiny_program, sequences: 
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_an_engine_closes_with_requests_in_flight(binary, tiny_program, sequences: int) -> None:
     check(binary, tiny_program, sequences, "close")
+
+
+@pytest.fixture(scope="module")
+def paged_program(tmp_path_factory) -> Path:
+    """Sequences of up to four pages; a decode call takes up to five of them."""
+    from checkpoints import make_small, storages
+
+    from et_moe.pipeline.checkpoint import Checkpoint
+    from et_moe.pipeline.export import ExportOptions, export
+    from et_moe.pipeline.quantize import QuantizedCheckpoint
+
+    folder = tmp_path_factory.mktemp("paged")
+    make_small(folder / "checkpoint", max_position_embeddings=256)
+    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
+    export(source, folder / "program", ExportOptions(max_seq_len=200, max_sequences=5))
+    return folder / "program"
+
+
+@pytest.mark.parametrize("sequences", ["1", "7", "3/4"])
+def test_requests_of_several_pages(binary, paged_program, sequences: str) -> None:
+    check(binary, paged_program, sequences, "together", 40)
+
+
+@pytest.mark.parametrize("sequences", ["7", "8/5"], ids=["all pages", "few pages"])
+def test_requests_that_come_and_go(build_dir, paged_program, sequences: str) -> None:
+    """With few pages some are put back, and begin anew later."""
+    binary = build_dir / "tests" / "runner" / "async_engine_check"
+    check(binary, paged_program, sequences, "random", 32, 200)
+
+
+def test_requests_that_come_and_go_under_sanitizers(sanitize_dir, paged_program) -> None:
+    binary = sanitize_dir / "tests" / "runner" / "async_engine_check"
+    check(binary, paged_program, "8/5", "random", 32, 10)

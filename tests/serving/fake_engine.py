@@ -123,7 +123,7 @@ class FakeEngine:
     def status(self) -> EngineStatus:
         with self._condition:
             waiting, running = len(self._waiting), len(self._running)
-            return EngineStatus(waiting, running, self._places[0], self._broken)
+            return EngineStatus(waiting, running, self._places[0], 8, 8, 0, self._broken)
 
     def break_device(self, reason: str) -> None:
         """Ends all requests with an error; no more are taken."""
