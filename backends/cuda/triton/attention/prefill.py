@@ -53,7 +53,7 @@ def _append_kernel(
     one = tl.arange(0, 1)
     # Everything else is loaded before qkv exists, and all of qkv before any of it is used.
     valid = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
-    start = tl.load(positions_ptr)
+    start = tl.load(positions_ptr).to(tl.int32)
     position = start + token
     page = load_page(pages_ptr, position, start + valid)
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
