@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from et_moe.backends.ops import PAGE_SIZE
 from et_moe.benchmarks.report.activations import cells
 from et_moe.benchmarks.result import provenance, write_result
 from et_moe.examples.qwen3_5_moe import graph as qwen
@@ -128,12 +129,18 @@ class Comparison:
             prepack(module)
         return module
 
-    def _state(self, prefix: str, tokens: int) -> qwen.State:
+    def _state(self, prefix: str, pages: int) -> qwen.State:
         return {
-            name: torch.zeros(shape, dtype=dtype, device=self.device)
-            for name, (dtype, shape) in self.model.state_spec(tokens).items()
+            name: torch.zeros((pages, *given.shape), dtype=given.dtype, device=self.device)
+            for name, given in self.model.state_spec().items()
             if name.startswith(prefix)
         }
+
+    def _places(self, pages: int) -> qwen.Places:
+        """Of one sequence that begins, in the first slot and in all pages."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
+        return qwen.Places(positions=zero, slots=zero.int(), pages=table, num_tokens=None)
 
     def _layer(self, index: int, group: Mapping[str, Tensor], hidden: dict[str, Tensor]) -> dict:
         """Advances both runs by a layer."""
@@ -141,11 +148,11 @@ class Comparison:
         layer = self._load(self.model.layers[index], prefix, group)
         mixer = layer.linear_attn if kind == "linear_attention" else layer.self_attn
         norm = layer.post_attention_layernorm.weight
-        position, row = torch.zeros(1, dtype=torch.int64, device=self.device), {}
+        pages, row = -(-len(hidden["bf16"]) // PAGE_SIZE), {}
         for activations in ACTIVATIONS:
             set_activations(layer, activations)
-            x, state = hidden[activations], self._state(prefix, len(hidden[activations]))
-            x = mixer(x, layer.input_layernorm.weight, position, None, state)
+            norm_in, state = layer.input_layernorm.weight, self._state(prefix, pages)
+            x = mixer(hidden[activations], norm_in, self._places(pages), state)
             if activations == "bf16":
                 row["moe_error"] = self._moe_error(layer.mlp, x, norm)
                 set_activations(layer, activations)
