@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "backends/messages.h"
 #include "runner/errors.h"
 #include "runner/temporary_files.h"
 
@@ -248,7 +249,7 @@ std::vector<int64_t> read_ids(const std::string& path) {
   try {
     list = nlohmann::json::parse(text, too_deep);
   } catch (const std::exception& e) {
-    throw std::runtime_error(path + ": not a JSON list of token ids: " + e.what());
+    throw std::runtime_error(path + ": not a JSON list of token ids: " + reason(e));
   }
   if (!list.is_array()) throw std::runtime_error(path + ": expected a JSON list of token ids");
   std::vector<int64_t> ids;

@@ -5,6 +5,8 @@
 #include <tuple>
 #include <utility>
 
+#include "backends/messages.h"
+
 namespace et_moe {
 namespace {
 
@@ -38,7 +40,7 @@ auto in_file(const std::string& path, const Body& body) {
   try {
     return body();
   } catch (const std::exception& e) {
-    throw std::runtime_error(path + ": " + e.what());
+    throw std::runtime_error(path + ": " + reason(e));
   }
 }
 
@@ -48,11 +50,11 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Dev
     : program_(pte_path) {
   read_info();
   const std::string backend = program_.text("get_backend"), text = program_.text("get_bindings");
-  device_ = in_file(pte_path, [&] {
-    info_.backend = nlohmann::json::parse(backend).get<std::string>();
-    return make_device(info_.backend, options);
-  });
-  const Bindings bindings = in_file(pte_path, [&] { return Bindings::parse(text); });
+  info_.backend = in_file(pte_path + ": get_backend",
+                          [&] { return nlohmann::json::parse(backend).get<std::string>(); });
+  device_ = in_file(pte_path, [&] { return make_device(info_.backend, options); });
+  const Bindings bindings =
+      in_file(pte_path + ": get_bindings", [&] { return Bindings::parse(text); });
   in_file(pte_path, [&] { check_methods(bindings); });
   weights_.emplace(ptd_path, bindings.weights,
                    Fingerprint{pte_path, program_.text("get_fingerprint")});
@@ -74,8 +76,9 @@ void Model::read_info() {
            {},
            {}};
   const std::string eos_ids = program_.text("get_eos_ids");
-  info_.eos_ids = in_file(
-      program_.path(), [&] { return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>(); });
+  info_.eos_ids = in_file(program_.path() + ": get_eos_ids", [&] {
+    return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>();
+  });
   if (info_.max_prefill_tokens < 2) {
     throw std::runtime_error(program_.path() + ": get_max_prefill_tokens is " +
                              std::to_string(info_.max_prefill_tokens) + ", expected at least 2");

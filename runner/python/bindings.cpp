@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "backends/messages.h"
 #include "runner/async_engine.h"
 #include "runner/tokenizer/tokenizer.h"
 
@@ -27,8 +28,8 @@ Value convert(nb::handle value, const char* name, const char* expected) {
   try {
     return nb::cast<Value>(value);
   } catch (const nb::cast_error&) {
-    throw InvalidRequest(std::string(name) + " " + nb::repr(value).c_str() + ": expected " +
-                         expected);
+    throw InvalidRequest(std::string(name) + " " + shortened(nb::repr(value).c_str()) +
+                         ": expected " + expected);
   }
 }
 
