@@ -28,7 +28,7 @@ def load_tokenizer(program_dir: Path) -> extension.Tokenizer:
     if not program_dir.is_dir():
         kind = "not a folder" if program_dir.exists() else "no such folder"
         raise ValueError(f"{program_dir}: {kind}, expected one that `et-moe export` wrote")
-    return extension.Tokenizer(str(program_dir / "tokenizer.json"))
+    return extension.Tokenizer(program_dir / "tokenizer.json")
 
 
 def load_engine(
@@ -51,8 +51,8 @@ def load_engine(
     folder = Path(program_dir)
     return _NativeEngine(
         extension.Engine(
-            str(folder / "model.pte"),
-            str(folder / "model.ptd"),
+            folder / "model.pte",
+            folder / "model.ptd",
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             cuda_graph=cuda_graph,

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -126,8 +127,9 @@ void bind_engine(nb::module_& m) {
   nb::class_<AsyncEngine>(m, "Engine", "See serving.interface.Engine, and runner/async_engine.h.")
       .def(
           "__init__",
-          [](AsyncEngine* self, const std::string& pte_path, const std::string& ptd_path,
-             size_t max_sequences, size_t max_waiting, bool cuda_graph) {
+          [](AsyncEngine* self, const std::filesystem::path& pte_path,
+             const std::filesystem::path& ptd_path, size_t max_sequences, size_t max_waiting,
+             bool cuda_graph) {
             new (self) AsyncEngine(pte_path, ptd_path, {max_sequences, max_waiting, {cuda_graph}});
           },
           nb::arg("pte_path"), nb::arg("ptd_path"), nb::kw_only(), nb::arg("max_sequences"),
@@ -151,7 +153,8 @@ void bind_engine(nb::module_& m) {
 
 void bind_tokenizer(nb::module_& m) {
   nb::class_<Tokenizer>(m, "Tokenizer", "Of a tokenizer.json: see runner/tokenizer/tokenizer.h.")
-      .def(nb::new_([](const std::string& path) { return Tokenizer::load(path); }), nb::arg("path"))
+      .def(nb::new_([](const std::filesystem::path& path) { return Tokenizer::load(path); }),
+           nb::arg("path"))
       .def(
           "encode",
           [](const Tokenizer& tokenizer, std::string_view text, bool parse_special) {
@@ -174,6 +177,21 @@ void bind_tokenizer(nb::module_& m) {
       .def_prop_ro("vocab_size", &Tokenizer::vocab_size);
 }
 
+/// Messages name files, whose names may be no UTF-8: Python's own form of such bytes is the one
+/// that its paths have.
+void translate_messages() {
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const nb::builtin_exception&) {
+      throw;  // nanobind's
+    } catch (const std::runtime_error& e) {
+      const nb::object message = nb::steal(PyUnicode_DecodeFSDefault(e.what()));
+      PyErr_SetObject(PyExc_RuntimeError, message.ptr());
+    }
+  });
+}
+
 /// Python loads extensions with local symbols, and the code of a CUDA program, which is loaded
 /// later, is linked to functions of the delegate by name.
 void make_symbols_global() {
@@ -189,6 +207,7 @@ void make_symbols_global() {
 
 NB_MODULE(et_moe_engine, m) {
   et_moe::make_symbols_global();
+  et_moe::translate_messages();
   et_moe::bind_engine(m);
   et_moe::bind_tokenizer(m);
 }
