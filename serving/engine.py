@@ -56,15 +56,16 @@ def load_engine(
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             cuda_graph=cuda_graph,
-        )
+        ),
+        max_sequences + max_waiting,
     )
 
 
 class _NativeEngine:
     """The extension's engine in the types of `interface`."""
 
-    def __init__(self, native: extension.Engine) -> None:
-        self._native = native
+    def __init__(self, native: extension.Engine, max_requests: int) -> None:
+        self._native, self.max_requests = native, max_requests
         self.info = ModelInfo(*native.info)
         # Also at the end of the process: the thread must not outlive what it uses.
         self._close = weakref.finalize(self, native.close)
@@ -166,6 +167,9 @@ class Stream:
     async def __anext__(self) -> Event:
         if self._ended:
             raise StopAsyncIteration
+        # `get` does not wait where events are there already, as for a client that did not read.
+        # Without a turn for others all of them would be worked off before anything else.
+        await asyncio.sleep(0)
         event = await self._queue.get()
         self._ended = event.finish_reason is not None
         return event
