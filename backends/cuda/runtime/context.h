@@ -55,6 +55,7 @@ class Context {
   Kernels kernels_;
   std::unique_ptr<DeviceWeights> weights_;
   std::vector<TensorSpec> state_;
+  std::vector<TensorSpec> weight_specs_;
   const Calls* last_ = nullptr;  // whose call was started last: it owns what is in scratch memory
   std::unique_ptr<Session> own_session_;  // for callers that never made one
 };
