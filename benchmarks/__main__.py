@@ -11,7 +11,7 @@ import typer
 
 from et_moe.backends.atomic_file import check_writable
 from et_moe.benchmarks.result import REPO, RUNNER
-from et_moe.pipeline.entry import show_error
+from et_moe.pipeline.entry import PATH, show_error
 
 # Modules that measure are imported where they are used: torch and Triton take seconds.
 app = typer.Typer(
@@ -28,11 +28,12 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
-Out = Annotated[Path, typer.Option(help="JSON file to write.", callback=_writable)]
+Out = Annotated[Path, typer.Option(help="JSON file to write.", callback=_writable, **PATH)]
 Prompts = Annotated[str, typer.Option(help="Lengths of the prompts in tokens, by commas.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after a prompt.", min=2)]
 ModelDir = Annotated[
-    Path | None, typer.Option(help="Folder of the model's config.json; by default the 35B shape.")
+    Path | None,
+    typer.Option(help="Folder of the model's config.json; by default the 35B shape.", **PATH),
 ]
 
 
@@ -69,7 +70,7 @@ def e2e(
     num_iters: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 5,
     profile_prompt: Annotated[int, typer.Option(help="Length of the profiled prompt.")] = 1600,
     model_dir: ModelDir = None,
-    runner: Annotated[Path, typer.Option(help="The runner's binary.")] = RUNNER,
+    runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = RUNNER,
 ) -> None:
     """Time exported programs through the runner: prefill, decode, first token, memory."""
     from et_moe.benchmarks.e2e import Program, Runner, measure
@@ -84,14 +85,17 @@ def e2e(
 
 @app.command()
 def peers(
-    e2e: Annotated[Path, typer.Option(help="Result of `e2e`, from this GPU.")],
+    e2e: Annotated[Path, typer.Option(help="Result of `e2e`, from this GPU.", **PATH)],
     out: Out = RESULTS / "peers.json",
     prompts: Prompts = "1600",
     new_tokens: NewTokens = 512,
     model_dir: ModelDir = None,
-    llama_bench: Annotated[Path | None, typer.Option(help="llama.cpp's benchmark binary.")] = None,
+    llama_bench: Annotated[
+        Path | None, typer.Option(help="llama.cpp's benchmark binary.", **PATH)
+    ] = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="Its model; where it is missing, a random one is written.")
+        Path | None,
+        typer.Option(help="Its model; where it is missing, a random one is written.", **PATH),
     ] = None,
 ) -> None:
     """Run other implementations of the model on this GPU, and compare them with `e2e`."""
@@ -106,7 +110,7 @@ def peers(
 
 @app.command()
 def activations(
-    bundle: Annotated[Path, typer.Option(help="Folder of `et-moe quantize`.")],
+    bundle: Annotated[Path, typer.Option(help="Folder of `et-moe quantize`.", **PATH)],
     out: Out = RESULTS / "activations.json",
     tokens: Annotated[int, typer.Option(help="Positions to compare.", min=2)] = 1600,
     seed: Annotated[int, typer.Option(help="Of the random token ids.")] = 0,
@@ -136,10 +140,11 @@ def tune(
 @app.command()
 def static(
     write: Annotated[
-        Path | None, typer.Option(help="JSON file for a row a kernel.", callback=_writable)
+        Path | None, typer.Option(help="JSON file for a row a kernel.", callback=_writable, **PATH)
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Such a file: list kernels whose code is not as there.")
+        Path | None,
+        typer.Option(help="Such a file: list kernels whose code is not as there.", **PATH),
     ] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     processes: Annotated[int, typer.Option(help="Compiler processes.", min=1)] = 2,
@@ -152,10 +157,10 @@ def static(
 
 @app.command()
 def cpu(
-    model_dir: Annotated[Path, typer.Option(help="The checkpoint, for Hugging Face.")] = (
+    model_dir: Annotated[Path, typer.Option(help="The checkpoint, for Hugging Face.", **PATH)] = (
         REPO / "examples/qwen3_5_moe/demo_checkpoint"
     ),
-    program_dir: Annotated[Path, typer.Option(help="Its program, for the runner.")] = (
+    program_dir: Annotated[Path, typer.Option(help="Its program, for the runner.", **PATH)] = (
         REPO / "build/demo"
     ),
     tokens: NewTokens = 64,
@@ -169,7 +174,9 @@ def cpu(
 
 @app.command()
 def memory(
-    folder: Annotated[Path, typer.Argument(help="For the files: 3 GB a layer, removed again.")],
+    folder: Annotated[
+        Path, typer.Argument(help="For the files: 3 GB a layer, removed again.", **PATH)
+    ],
     layers: Annotated[list[int] | None, typer.Option(help="Sizes to compare; default 4.")] = None,
 ) -> None:
     """Measure the peak memory of quantizing and exporting a checkpoint of the published width."""
@@ -199,7 +206,8 @@ def roofline(
 @app.command()
 def report(
     results: Annotated[
-        Path | None, typer.Argument(help="Folder of new results; by default only the page is made.")
+        Path | None,
+        typer.Argument(help="Folder of new results; by default only the page is made.", **PATH),
     ] = None,
 ) -> None:
     """Put results into benchmarks/results, and make docs/results.md with its plots of them."""

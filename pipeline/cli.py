@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from et_moe.pipeline.entry import console, run
+from et_moe.pipeline.entry import PATH, console, run
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
@@ -47,9 +47,9 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-ModelDir = Annotated[Path, typer.Option(help="Hugging Face checkpoint directory.")]
+ModelDir = Annotated[Path, typer.Option(help="Hugging Face checkpoint directory.", **PATH)]
 ModelDirOrNone = Annotated[
-    Path | None, typer.Option(help="Hugging Face checkpoint directory.", show_default=False)
+    Path | None, typer.Option(help="Hugging Face checkpoint directory.", show_default=False, **PATH)
 ]
 ModelId = Annotated[
     str | None,
@@ -58,7 +58,7 @@ ModelId = Annotated[
         show_default=False,
     ),
 ]
-OutputDir = Annotated[Path, typer.Option(help="Directory to write; created if need be.")]
+OutputDir = Annotated[Path, typer.Option(help="Directory to write; created if need be.", **PATH)]
 ModelType = Annotated[
     str | None,
     typer.Option(help="Family of the preset, as in config.json. Default: the first known."),
@@ -186,7 +186,7 @@ def export(
     output_dir: OutputDir,
     model_dir: ModelDirOrNone = None,
     model_id: ModelId = None,
-    prequantized: Annotated[Path | None, typer.Option(help="Bundle of `quantize`.")] = None,
+    prequantized: Annotated[Path | None, typer.Option(help="Bundle of `quantize`.", **PATH)] = None,
     preset: Annotated[
         str | None, typer.Option(help="With --graph-only: a shape without weights.")
     ] = None,
@@ -227,7 +227,7 @@ def export(
         int, typer.Option(help="Most sequences of one decode call, at most 256.")
     ] = 64,
     cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
-    cache_dir: Annotated[Path, typer.Option(help="Where to keep it.")] = Path(
+    cache_dir: Annotated[Path, typer.Option(help="Where to keep it.", **PATH)] = Path(
         "~/.cache/et-moe/cuda"
     ),
     debug_sidecar: Annotated[
@@ -284,7 +284,9 @@ def export(
 def make_checkpoint(
     output_dir: Annotated[
         Path,
-        typer.Option("--output-dir", "--output", help="Directory to make; must not hold files."),
+        typer.Option(
+            "--output-dir", "--output", help="Directory to make; must not hold files.", **PATH
+        ),
     ],
     preset: Annotated[str, typer.Option(help="Shape: tiny, or one as published (35b).")] = "tiny",
     model_type: ModelType = None,
@@ -312,7 +314,7 @@ def _need_standard_output() -> None:
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A `.pte` for CUDA.")],
+    file: Annotated[Path, typer.Argument(help="A `.pte` for CUDA.", **PATH)],
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prints what a CUDA program holds: methods, code, kernels, state and weights."""
@@ -337,9 +339,9 @@ def inspect(
 @app.command(name="eval")
 def evaluate(
     model_dir: ModelDir,
-    program_dir: Annotated[Path, typer.Option(help="Output directory of `export`.")],
-    text: Annotated[Path, typer.Option(help="Held-out text, UTF-8.")],
-    runner: Annotated[Path, typer.Option(help="The runner's binary.")] = Path(
+    program_dir: Annotated[Path, typer.Option(help="Output directory of `export`.", **PATH)],
+    text: Annotated[Path, typer.Option(help="Held-out text, UTF-8.", **PATH)],
+    runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = Path(
         "build/runner/qwen3_5_moe_runner"
     ),
     window: Annotated[int, typer.Option(help="Tokens scored together.")] = 512,

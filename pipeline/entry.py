@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -13,6 +14,16 @@ from et_moe.backends.cuda.errors import ToolchainError
 from et_moe.pipeline.signals import Ended, ending_signals
 
 console = Console(stderr=True)
+
+
+def _path(text: str | Path) -> Path:
+    if not str(text):
+        raise typer.BadParameter("expected a path, got an empty text")
+    return Path(text)
+
+
+PATH = {"parser": _path, "metavar": "PATH"}
+"""Of options and arguments that take a path. Without it an empty one is the current folder."""
 
 
 def _show_warning(message, category, *_) -> None:

@@ -83,8 +83,12 @@ void AsyncEngine::allow(uint64_t id, TokenMask mask) {
 
 EngineStatus AsyncEngine::status() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return {waiting_.size(), live_.size() - waiting_.size(), options_.model.max_sequences,
-          pages_,          free_pages_,                    preemptions_,
+  return {waiting_.size(),
+          live_.size() - waiting_.size(),
+          options_.model.max_sequences,
+          pages_,
+          free_pages_,
+          preemptions_,
           broken_};
 }
 

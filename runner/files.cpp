@@ -11,10 +11,10 @@
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <stdexcept>
 #include <utility>
 
+#include "backends/messages.h"
 #include "runner/errors.h"
 #include "runner/temporary_files.h"
 
@@ -23,14 +23,6 @@ namespace {
 
 [[noreturn]] void fail(const std::string& path, const char* what) {
   throw std::runtime_error(path + ": " + what + ": " + std::strerror(errno));
-}
-
-/// A name beside `path` that nobody can have planted something at.
-std::string temporary_name(const std::string& path) {
-  std::random_device random;
-  char name[40];
-  std::snprintf(name, sizeof name, "et-moe-%08x%08x.tmp", random(), random());
-  return std::filesystem::path(path).replace_filename(name);
 }
 
 /// The descriptor that a path names: 7 of "/dev/fd/7". -1 if it names none.
@@ -46,18 +38,65 @@ int named_descriptor(const std::string& path) {
   return -1;
 }
 
-/// A descriptor of what is to be written to as it is, or -1 for a file that is to be replaced.
-int open_in_place(const std::string& path, const struct stat& found) {
-  if (const int fd = named_descriptor(path); fd >= 0) return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+/// The descriptor with which this process has the file of a path open already, so that it is
+/// written through that; -1 if there is none.
+int known_descriptor(const std::string& path, const struct stat& found) {
+  const auto is_open_for_writing = [](int fd) {
+    const int flags = fcntl(fd, F_GETFL);
+    return flags >= 0 && (flags & O_ACCMODE) != O_RDONLY;
+  };
+  if (const int fd = named_descriptor(path); fd >= 0) {
+    errno = EBADF;
+    if (!is_open_for_writing(fd)) fail(path, "cannot be written");
+    return fd;
+  }
   for (int stream : {STDOUT_FILENO, STDERR_FILENO}) {
     struct stat info{};
-    if (fstat(stream, &info) == 0 && info.st_dev == found.st_dev && info.st_ino == found.st_ino) {
-      std::fflush(stdout);
-      return fcntl(stream, F_DUPFD_CLOEXEC, 0);
+    if (fstat(stream, &info) == 0 && info.st_dev == found.st_dev && info.st_ino == found.st_ino &&
+        is_open_for_writing(stream)) {
+      return stream;
     }
   }
-  if (S_ISREG(found.st_mode)) return -1;
-  const int fd = open(path.c_str(), O_WRONLY | O_NOCTTY | O_CLOEXEC);
+  return -1;
+}
+
+/// Whether what is there is written to as it is: what is no regular file, and a file that is
+/// mounted there, as containers do. Nobody may rename over a mount point (EBUSY), and the folder
+/// around it often is not the user's.
+bool stays(const std::string& path, const struct stat& found) {
+  if (!S_ISREG(found.st_mode)) return true;
+  struct statx info{};
+  return statx(AT_FDCWD, path.c_str(), 0, 0, &info) == 0 &&
+         (info.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0;
+}
+
+/// Refuses what `open` would refuse only when the work is done.
+void check_kind(const std::string& path, const struct stat& found) {
+  if (S_ISSOCK(found.st_mode)) throw std::runtime_error(path + ": cannot be written: is a socket");
+  errno = EISDIR;
+  if (S_ISDIR(found.st_mode)) fail(path, "cannot be written");
+}
+
+/// Throws where a regular file may not be replaced: it is another user's in a folder with the
+/// sticky bit, or immutable. `rmdir` asks the kernel that before it sees that this is no folder
+/// (ENOTDIR).
+void check_replaceable(const std::string& path, const std::string& target) {
+  if (rmdir(target.c_str()) == 0 || errno != EPERM) return;
+  throw std::runtime_error(
+      path +
+      ": cannot be written: it may not be replaced, being immutable or another "
+      "user's in a sticky folder");
+}
+
+/// A descriptor of what is to be written to as it is, or -1 for a file that is to be replaced.
+int open_in_place(const std::string& path, const struct stat& found) {
+  if (const int known = known_descriptor(path, found); known >= 0) {
+    std::fflush(stdout);
+    return fcntl(known, F_DUPFD_CLOEXEC, 0);
+  }
+  if (!stays(path, found)) return -1;
+  check_kind(path, found);
+  const int fd = open(path.c_str(), O_WRONLY | O_TRUNC | O_NOCTTY | O_CLOEXEC);
   if (fd < 0) fail(path, "cannot be written");
   return fd;
 }
@@ -128,7 +167,8 @@ OutputFile::OutputFile(std::string path) : path_(std::move(path)) {
   if (exists) fd_ = open_in_place(path_, found);
   if (fd_ >= 0) return;
   target_ = follow_links(path_);
-  temporary_ = temporary_name(target_);
+  if (exists) check_replaceable(path_, target_);
+  temporary_ = temporary_path(target_);
   fd_ = create(temporary_, exists ? &found : nullptr);
   check(fd_ >= 0);
 }
@@ -162,23 +202,30 @@ void OutputFile::write(const void* data, size_t size) {
 void OutputFile::close() {
   if (temporary_.empty()) return check(::close(std::exchange(fd_, -1)) == 0);
   check(fsync(fd_) == 0);
-  check(::close(std::exchange(fd_, -1)) == 0);
-  check(std::rename(temporary_.c_str(), target_.c_str()) == 0);
+  // The file keeps its lock until it has its final name, else it could be taken for stale.
+  const int lock = fcntl(fd_, F_DUPFD_CLOEXEC, 0);
+  const bool renamed =
+      ::close(std::exchange(fd_, -1)) == 0 && std::rename(temporary_.c_str(), target_.c_str()) == 0;
+  const int error = errno;
+  ::close(lock);
+  errno = error;
+  check(renamed);
   forget_temporary_file(temporary_);
   temporary_.clear();
 }
 
 void check_writable(const std::string& path) {
   struct stat found{};
-  const bool special = stat(path.c_str(), &found) == 0 && !S_ISREG(found.st_mode);
-  if (!special) {
-    const OutputFile probe(path);
-  } else if (S_ISDIR(found.st_mode)) {
-    errno = EISDIR;
-    fail(path, "cannot be written");
-  } else if (access(path.c_str(), W_OK) != 0) {
-    fail(path, "cannot be written");
+  if (stat(path.c_str(), &found) == 0) {
+    if (known_descriptor(path, found) >= 0) return;
+    check_kind(path, found);
+    if (stays(path, found)) {
+      if (access(path.c_str(), W_OK) != 0) fail(path, "cannot be written");
+      return;
+    }
   }
+  const OutputFile probe(path);
+  remove_stale_files(std::filesystem::path(follow_links(path)).parent_path());
 }
 
 void write_file(const std::string& path, std::string_view content) {
@@ -202,7 +249,7 @@ std::vector<int64_t> read_ids(const std::string& path) {
   try {
     list = nlohmann::json::parse(text, too_deep);
   } catch (const std::exception& e) {
-    throw std::runtime_error(path + ": not a JSON list of token ids: " + e.what());
+    throw std::runtime_error(path + ": not a JSON list of token ids: " + reason(e));
   }
   if (!list.is_array()) throw std::runtime_error(path + ": expected a JSON list of token ids");
   std::vector<int64_t> ids;

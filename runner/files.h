@@ -19,7 +19,8 @@ std::string read_file(const std::string& path);
 /// `close`; a destructor that comes before removes it. A symbolic link is followed and its target
 /// replaced; the owner, the group and the permissions of a file that is replaced stay as far as the
 /// process may set them. What is no regular file (a FIFO, a device) is written to directly, and so
-/// is the file that standard output or standard error already goes to.
+/// are a file that is a mount point, which cannot be replaced, and the file that standard output or
+/// standard error already goes to.
 /// `backends/atomic_file.py` does the same for the pipeline's outputs. A signal that
 /// `handle_ending_signals` handles removes the temporary file, too.
 ///
@@ -43,7 +44,8 @@ class OutputFile {
 };
 
 /// Throws as an `OutputFile` for `path` would, and leaves nothing: for what is written at the end
-/// of long work. What is no regular file is not opened, since a FIFO would wait for its reader.
+/// of long work. What is written to directly is not opened, since a FIFO would wait for its reader.
+/// Temporary files that a killed process left there are removed.
 void check_writable(const std::string& path);
 
 /// Writes a whole `OutputFile`.

@@ -3,6 +3,8 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "backends/messages.h"
+
 namespace et_moe {
 namespace {
 
@@ -18,7 +20,7 @@ json parse(const Fingerprint& fingerprint) {
   try {
     object = json::parse(fingerprint.text, limited);
   } catch (const std::exception& e) {
-    throw std::runtime_error(fingerprint.path + ": its fingerprint cannot be read: " + e.what());
+    throw std::runtime_error(fingerprint.path + ": its fingerprint cannot be read: " + reason(e));
   }
   if (!object.is_object()) {
     throw std::runtime_error(fingerprint.path + ": its fingerprint is no JSON object");

@@ -2,42 +2,80 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstdlib>
 #include <filesystem>
+#include <limits>
 #include <map>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
+#include "backends/messages.h"
 #include "runner/errors.h"
 #include "runner/files.h"
 
 namespace et_moe {
 namespace {
 
-/// What CLI11 takes for an integer and would bring into the range of int64 by itself.
-std::string check_int64(const std::string& text) {
-  errno = 0;
-  std::strtoll(text.c_str(), nullptr, 0);
-  if (errno != ERANGE) return "";
-  return "Value " + text + " not in range " + std::to_string(INT64_MIN) + " to " +
-         std::to_string(INT64_MAX);
+/// Whether a text is an integer as people write it. CLI11 takes more, such as 010 for 8 and 0x10.
+bool is_decimal(const std::string& text) {
+  const std::string digits = text.substr(text.rfind('-', 0) == 0 || text.rfind('+', 0) == 0);
+  return !digits.empty() && digits.find_first_not_of("0123456789") == std::string::npos &&
+         (digits.size() == 1 || digits[0] != '0');
 }
 
-/// Token ids separated by commas.
+/// Adds an option that takes an integer from `least` to `most`.
+template <typename Integer>
+CLI::Option* add_integer(CLI::App& app, const std::string& name, Integer& value,
+                         const std::string& description,
+                         Integer least = std::numeric_limits<Integer>::min(),
+                         Integer most = std::numeric_limits<Integer>::max()) {
+  const auto check = [least, most](const std::string& text) -> std::string {
+    if (!is_decimal(text)) return "Value " + shortened(text) + " is no decimal integer";
+    errno = 0;
+    const long long found = std::strtoll(text.c_str(), nullptr, 10);
+    if (errno != ERANGE && found >= least && found <= most) return "";
+    return "Value " + shortened(text) + " not in range " + std::to_string(least) + " to " +
+           std::to_string(most);
+  };
+  return app.add_option(name, value, description)->check(check)->capture_default_str();
+}
+
+CLI::Option* add_number(CLI::App& app, const std::string& name, float& value,
+                        const std::string& description) {
+  const auto check = [](const std::string& text) -> std::string {
+    float found = 0;
+    return CLI::detail::lexical_cast(text, found) ? ""
+                                                  : "Value " + shortened(text) + " is no number";
+  };
+  return app.add_option(name, value, description)->check(check)->capture_default_str();
+}
+
+/// Adds an option that takes a path, to `to`: an app or a group of its options.
+template <typename Path>
+CLI::Option* add_path(CLI::App& to, const std::string& name, Path& path,
+                      const std::string& description) {
+  const auto check = [](const std::string& text) -> std::string {
+    return text.empty() ? "expected a path, got an empty text" : "";
+  };
+  return to.add_option(name, path, description)->check(check);
+}
+
+/// Token ids separated by commas; none of an empty text.
 std::vector<int64_t> parse_ids(const std::string& text) {
   std::vector<int64_t> ids;
-  std::istringstream fields(text);
-  for (std::string field; std::getline(fields, field, ',');) {
+  for (size_t begin = 0; begin <= text.size() && !text.empty();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
     int64_t id = 0;
-    const char* end = field.data() + field.size();
-    const auto [rest, error] = std::from_chars(field.data(), end, id);
-    if (error != std::errc() || rest != end) {
-      throw std::runtime_error("--prompt_ids: \"" + field + "\" is not a token id");
+    const auto [rest, error] = std::from_chars(text.data() + begin, text.data() + end, id);
+    if (error != std::errc() || rest != text.data() + end) {
+      throw std::runtime_error("--prompt_ids: \"" + shortened(text.substr(begin, end - begin)) +
+                               "\" is not a token id");
     }
     ids.push_back(id);
+    begin = end + 1;
   }
   return ids;
 }
@@ -63,47 +101,38 @@ bool is_or_becomes_regular(const std::string& path) {
 }  // namespace
 
 void add_flags(CLI::App& app, Flags& f) {
-  app.add_option("--model_path", f.model_path, "The program, model.pte")->required();
-  app.add_option("--data_path", f.data_path, "The weights, model.ptd")->required();
-  app.add_option("--tokenizer_path", f.tokenizer_path,
-                 "tokenizer.json; without it prompts and results are token ids");
+  add_path(app, "--model_path", f.model_path, "The program, model.pte")->required();
+  add_path(app, "--data_path", f.data_path, "The weights, model.ptd")->required();
+  add_path(app, "--tokenizer_path", f.tokenizer_path,
+           "tokenizer.json; without it prompts and results are token ids");
   auto* prompt = app.add_option_group("prompt", "exactly one of");
   prompt->add_option("--prompt", f.prompt, "The prompt");
-  prompt->add_option("--prompt_file", f.prompt_file, "A file that holds the prompt");
+  add_path(*prompt, "--prompt_file", f.prompt_file, "A file that holds the prompt");
   prompt->add_option("--prompt_ids", f.prompt_ids, "The prompt as token ids: 1,2,3");
-  auto* score = prompt->add_option("--score_ids_path", f.score_ids_path,
-                                   "A JSON list of token ids to score instead of generating");
+  auto* score = add_path(*prompt, "--score_ids_path", f.score_ids_path,
+                         "A JSON list of token ids to score instead of generating");
   prompt->require_option(1);
-  app.add_option(
-         "--logprobs_path", f.logprobs_path,
-         "Where scoring writes a JSON list of log-probabilities, one per id after the first")
+  add_path(app, "--logprobs_path", f.logprobs_path,
+           "Where scoring writes a JSON list of log-probabilities, one per id after the first")
       ->needs(score);
-  app.add_option("--logits_path", f.logits_path,
-                 "Where scoring writes the logits behind them, float32 [ids - 1, vocabulary] .npy")
+  add_path(app, "--logits_path", f.logits_path,
+           "Where scoring writes the logits behind them, float32 [ids - 1, vocabulary] .npy")
       ->needs(score);
   auto& g = f.generation;
-  app.add_option("--max_new_tokens", g.max_new_tokens, "Most tokens to generate")
-      ->check(check_int64)
-      ->capture_default_str();
-  app.add_option("--temperature", g.sampling.temperature, "0 is greedy")->capture_default_str();
-  app.add_option("--top_k", g.sampling.top_k, "Sample from the k likeliest, 0 for all")
-      ->check(check_int64)
-      ->capture_default_str();
-  app.add_option("--top_p", g.sampling.top_p, "Sample from the likeliest that make up this mass")
-      ->capture_default_str();
-  app.add_option("--seed", g.sampling.seed, "Of the sampler, any 64-bit integer")
-      ->check(check_int64)
-      ->capture_default_str();
+  add_integer(app, "--max_new_tokens", g.max_new_tokens, "Most tokens to generate");
+  add_number(app, "--temperature", g.sampling.temperature, "0 is greedy");
+  add_integer(app, "--top_k", g.sampling.top_k, "Sample from the k likeliest, 0 for all");
+  add_number(app, "--top_p", g.sampling.top_p, "Sample from the likeliest that make up this mass");
+  add_integer(app, "--seed", g.sampling.seed, "Of the sampler, any 64-bit integer");
   app.add_flag("--parse_special,!--no_parse_special", f.parse_special,
                "Special tokens written in the prompt become their ids (the default)");
-  app.add_option("--warmup", f.warmup, "Runs before the measured ones")
-      ->check(CLI::Range(0, 1000000));
-  app.add_option("--num_iters", f.num_iters, "Measured runs")->check(CLI::Range(1, 1000000));
+  add_integer(app, "--warmup", f.warmup, "Runs before the measured ones", 0, 1000000);
+  add_integer(app, "--num_iters", f.num_iters, "Measured runs", 1, 1000000);
   app.add_flag("--cuda_graph", f.cuda_graph, "Capture CUDA graphs; a CPU program ignores it");
-  app.add_option("--output_ids_path", f.output_ids_path,
-                 "Where to write the generated ids, a JSON list");
-  app.add_option("--stats_path", f.stats_path,
-                 "Where to write the stats, one JSON object per measured run and line");
+  add_path(app, "--output_ids_path", f.output_ids_path,
+           "Where to write the generated ids, a JSON list");
+  add_path(app, "--stats_path", f.stats_path,
+           "Where to write the stats, one JSON object per measured run and line");
 }
 
 void check_outputs(const Flags& f) {

@@ -90,8 +90,8 @@ struct Step {
 /// How one call is made.
 struct CallOptions {
   bool logits = false;     // whether the steps have logits
-  bool run_ahead = false;  // whether the next call feeds the same sequences the tokens that this one
-                           // draws, with the same sampling: a GPU may begin it at once
+  bool run_ahead = false;  // whether the next call feeds the same sequences the tokens that this
+                           // one draws, with the same sampling: a GPU may begin it at once
 };
 
 /// A `.pte` with its `.ptd`, and the state of the sequences on it. Not thread-safe.

@@ -1,7 +1,7 @@
 #include "runner/request.h"
 
+#include <charconv>
 #include <cmath>
-#include <sstream>
 
 namespace et_moe {
 namespace {
@@ -12,9 +12,10 @@ constexpr float kLowestTemperature = 1e-5f;
 template <typename Value>
 void require(bool condition, const char* name, Value value, const std::string& expected) {
   if (condition) return;
-  std::ostringstream message;
-  message << name << " " << value << ": expected " << expected;
-  throw InvalidRequest(message.str());
+  // Not rounded: 1.0000001 is no 1.
+  char text[32];
+  const auto [end, _] = std::to_chars(text, text + sizeof text, value);
+  throw InvalidRequest(std::string(name) + " " + std::string(text, end) + ": expected " + expected);
 }
 
 void require_finite(const char* name, float value) {

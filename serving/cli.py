@@ -1,5 +1,6 @@
 """The commands of serving, which `et-moe` has beside those of the pipeline."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,17 @@ import typer
 
 app = typer.Typer()
 
-Program = Annotated[Path, typer.Argument(help="Folder that `et-moe export` wrote.")]
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("expected a folder, got an empty text")
+    return Path(text)
+
+
+Program = Annotated[
+    Path,
+    typer.Argument(help="Folder that `et-moe export` wrote.", parser=_folder, metavar="PROGRAM"),
+]
 MaxSequences = Annotated[
     int, typer.Option(min=1, help="Requests that are served at once; the memory of each is taken.")
 ]
@@ -34,8 +45,8 @@ def _model_opener(program: Path, name: str | None, **engine_options):
         raise ValueError(str(error)) from None
 
     async def open_model() -> ServedModel:
-        name_or_folder = name or program.resolve().name
-        return ServedModel.make(name_or_folder, AsyncEngine(engine), tokenizer, program)
+        folder = os.fsencode(program.resolve().name).decode(errors="replace")
+        return ServedModel.make(name or folder, AsyncEngine(engine), tokenizer, program)
 
     return open_model
 

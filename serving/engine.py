@@ -28,7 +28,7 @@ def load_tokenizer(program_dir: Path) -> extension.Tokenizer:
     if not program_dir.is_dir():
         kind = "not a folder" if program_dir.exists() else "no such folder"
         raise ValueError(f"{program_dir}: {kind}, expected one that `et-moe export` wrote")
-    return extension.Tokenizer(str(program_dir / "tokenizer.json"))
+    return extension.Tokenizer(program_dir / "tokenizer.json")
 
 
 def load_engine(
@@ -54,21 +54,22 @@ def load_engine(
     folder = Path(program_dir)
     return _NativeEngine(
         extension.Engine(
-            str(folder / "model.pte"),
-            str(folder / "model.ptd"),
+            folder / "model.pte",
+            folder / "model.ptd",
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             memory_fraction=memory_fraction,
             cuda_graph=cuda_graph,
-        )
+        ),
+        max_sequences + max_waiting,
     )
 
 
 class _NativeEngine:
     """The extension's engine in the types of `interface`."""
 
-    def __init__(self, native: extension.Engine) -> None:
-        self._native = native
+    def __init__(self, native: extension.Engine, max_requests: int) -> None:
+        self._native, self.max_requests = native, max_requests
         self.info = ModelInfo(*native.info)
         # Also at the end of the process: the thread must not outlive what it uses.
         self._close = weakref.finalize(self, native.close)
@@ -170,6 +171,9 @@ class Stream:
     async def __anext__(self) -> Event:
         if self._ended:
             raise StopAsyncIteration
+        # `get` does not wait where events are there already, as for a client that did not read.
+        # Without a turn for others all of them would be worked off before anything else.
+        await asyncio.sleep(0)
         event = await self._queue.get()
         self._ended = event.finish_reason is not None
         return event

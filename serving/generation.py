@@ -129,6 +129,7 @@ async def in_turn(generations: Sequence[Generation]) -> AsyncIterator[tuple[int,
     try:
         running = len(tasks)
         while running:
+            await asyncio.sleep(0)  # as in `Stream`: steps may wait already
             item = await queue.get()
             if isinstance(item, BaseException):
                 raise item

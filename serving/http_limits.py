@@ -7,6 +7,7 @@ import logging
 import re
 import traceback
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,10 +29,17 @@ class HttpLimits:
     Args:
         api_key: that requests must carry as `Authorization: Bearer KEY`; None for no key.
         open_paths: paths that need no key.
+        refused: is told the status of each request that is refused here.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, open_paths: frozenset[str]) -> None:
-        self._app, self._open_paths = app, open_paths
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        open_paths: frozenset[str],
+        refused: Callable[[int], None],
+    ) -> None:
+        self._app, self._open_paths, self._refused = app, open_paths, refused
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,6 +63,7 @@ class HttpLimits:
             if scope["method"] == "POST":
                 receive = await _read_body(headers, receive)
         except APIError as error:
+            self._refused(error.status)
             return await error.response()(scope, receive, send_with_id)
         try:
             await self._app(scope, receive, send_with_id)

@@ -94,6 +94,7 @@ class Engine(Protocol):
     """Requests in, events out. Every method may be called from any thread and returns at once."""
 
     info: ModelInfo
+    max_requests: int  # that it has at once, running and waiting
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         """Queues a request and returns its id. Raises ValueError for a prompt that is empty, too

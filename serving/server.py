@@ -49,7 +49,12 @@ def create_app(open_model: OpenModel, api_key: str | None = None) -> FastAPI:
     app = FastAPI(title="et-moe", docs_url=None, redoc_url=None, openapi_url=None,
                   lifespan=lifespan)  # fmt: skip
     app.state.draining = False
-    app.add_middleware(HttpLimits, api_key=api_key, open_paths=frozenset({"/health", *PAGE_PATHS}))
+    app.add_middleware(
+        HttpLimits,
+        api_key=api_key,
+        open_paths=frozenset({"/health", *PAGE_PATHS}),
+        refused=lambda status: app.state.model.metrics.rejected(status),
+    )
     _add_errors(app)
     _add_openai(app)
     _add_tokens(app)

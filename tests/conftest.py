@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,22 +65,25 @@ class Runner:
 
     def generate(self, program: Path, prompt: list[int], count: int, *flags: str) -> list[int]:
         """The ids that follow `prompt`."""
-        output = program / "output_ids.json"
-        self.run(
-            program,
-            f"--prompt_ids={','.join(map(str, prompt))}",
-            f"--max_new_tokens={count}",
-            f"--output_ids_path={output}",
-            *flags,
-        )
-        return json.loads(output.read_text())
+        # Programs are shared by tests, so nothing is left in their folders.
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "output_ids.json")
+            self.run(
+                program,
+                f"--prompt_ids={','.join(map(str, prompt))}",
+                f"--max_new_tokens={count}",
+                f"--output_ids_path={output}",
+                *flags,
+            )
+            return json.loads(output.read_text())
 
     def score(self, program: Path, ids: list[int]) -> list[float]:
         """Teacher-forced log-probabilities of ids[1:]."""
-        ids_path, output = program / "ids.json", program / "logprobs.json"
-        ids_path.write_text(json.dumps(ids))
-        self.run(program, f"--score_ids_path={ids_path}", f"--logprobs_path={output}")
-        return json.loads(output.read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            ids_path, output = Path(folder, "ids.json"), Path(folder, "logprobs.json")
+            ids_path.write_text(json.dumps(ids))
+            self.run(program, f"--score_ids_path={ids_path}", f"--logprobs_path={output}")
+            return json.loads(output.read_text())
 
 
 @pytest.fixture(scope="session")

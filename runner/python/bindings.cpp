@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -13,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "backends/messages.h"
 #include "runner/async_engine.h"
 #include "runner/tokenizer/tokenizer.h"
 
@@ -27,8 +29,8 @@ Value convert(nb::handle value, const char* name, const char* expected) {
   try {
     return nb::cast<Value>(value);
   } catch (const nb::cast_error&) {
-    throw InvalidRequest(std::string(name) + " " + nb::repr(value).c_str() + ": expected " +
-                         expected);
+    throw InvalidRequest(std::string(name) + " " + shortened(nb::repr(value).c_str()) +
+                         ": expected " + expected);
   }
 }
 
@@ -125,14 +127,15 @@ void bind_engine(nb::module_& m) {
   nb::class_<AsyncEngine>(m, "Engine", "See serving.interface.Engine, and runner/async_engine.h.")
       .def(
           "__init__",
-          [](AsyncEngine* self, const std::string& pte_path, const std::string& ptd_path,
-             size_t max_sequences, size_t max_waiting, std::optional<double> memory_fraction,
-             bool cuda_graph) {
+          [](AsyncEngine* self, const std::filesystem::path& pte_path,
+             const std::filesystem::path& ptd_path, size_t max_sequences, size_t max_waiting,
+             std::optional<double> memory_fraction, bool cuda_graph) {
             const ModelOptions model{{cuda_graph}, max_sequences, {}, memory_fraction};
             new (self) AsyncEngine(pte_path, ptd_path, {model, max_waiting});
           },
           nb::arg("pte_path"), nb::arg("ptd_path"), nb::kw_only(), nb::arg("max_sequences"),
-          nb::arg("max_waiting"), nb::arg("memory_fraction").none(), nb::arg("cuda_graph"), Release())
+          nb::arg("max_waiting"), nb::arg("memory_fraction").none(), nb::arg("cuda_graph"),
+          Release())
       .def("submit", &submit, nb::arg("prompt_ids"), nb::arg("params"))
       .def("cancel", &AsyncEngine::cancel, nb::arg("request_id"), Release())
       .def("allow", &allow, nb::arg("request_id"), nb::arg("mask"))
@@ -153,7 +156,8 @@ void bind_engine(nb::module_& m) {
 
 void bind_tokenizer(nb::module_& m) {
   nb::class_<Tokenizer>(m, "Tokenizer", "Of a tokenizer.json: see runner/tokenizer/tokenizer.h.")
-      .def(nb::new_([](const std::string& path) { return Tokenizer::load(path); }), nb::arg("path"))
+      .def(nb::new_([](const std::filesystem::path& path) { return Tokenizer::load(path); }),
+           nb::arg("path"))
       .def(
           "encode",
           [](const Tokenizer& tokenizer, std::string_view text, bool parse_special) {
@@ -176,6 +180,21 @@ void bind_tokenizer(nb::module_& m) {
       .def_prop_ro("vocab_size", &Tokenizer::vocab_size);
 }
 
+/// Messages name files, whose names may be no UTF-8: Python's own form of such bytes is the one
+/// that its paths have.
+void translate_messages() {
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const nb::builtin_exception&) {
+      throw;  // nanobind's
+    } catch (const std::runtime_error& e) {
+      const nb::object message = nb::steal(PyUnicode_DecodeFSDefault(e.what()));
+      PyErr_SetObject(PyExc_RuntimeError, message.ptr());
+    }
+  });
+}
+
 /// Python loads extensions with local symbols, and the code of a CUDA program, which is loaded
 /// later, is linked to functions of the delegate by name.
 void make_symbols_global() {
@@ -191,6 +210,7 @@ void make_symbols_global() {
 
 NB_MODULE(et_moe_engine, m) {
   et_moe::make_symbols_global();
+  et_moe::translate_messages();
   et_moe::bind_engine(m);
   et_moe::bind_tokenizer(m);
 }

@@ -8,6 +8,8 @@
 #include <string_view>
 #include <unordered_set>
 
+#include "backends/messages.h"
+
 namespace et_moe {
 namespace {
 
@@ -16,7 +18,6 @@ using nlohmann::json;
 constexpr uintmax_t kMaxFileBytes = 64 << 20;
 constexpr int kMaxDepth = 16;
 constexpr size_t kMaxExcerptBytes = 120;
-constexpr size_t kMaxMessageBytes = 240;
 
 // What GPT-2's pre-tokenizer ByteLevel splits by if its use_regex is true, and a pattern that keeps
 // text whole if it is false.
@@ -175,7 +176,7 @@ json parse_file(const std::string& path) {
   try {
     return json::parse(text);
   } catch (const json::exception& exception) {
-    fail("file", std::string(exception.what()).substr(0, kMaxMessageBytes));
+    fail("file", "not JSON: " + reason(exception));
   }
 }
 

@@ -12,7 +12,7 @@ from et_moe.serving.openai.errors import bad_request, refusals
 from et_moe.serving.openai.events import Head, event, usage
 from et_moe.serving.openai.logprobs import chat_logprobs
 from et_moe.serving.openai.protocol import ChatRequest, Message, NamedTool
-from et_moe.serving.openai.sampling import sampling_params
+from et_moe.serving.openai.sampling import check_places, sampling_params
 from et_moe.serving.output_parser import Content, OutputParser, Reasoning
 from et_moe.serving.reasoning import opens_reasoning
 from et_moe.serving.served_model import ServedModel
@@ -161,6 +161,7 @@ class Chat:
     @classmethod
     async def start(cls, request: ChatRequest, model: ServedModel) -> "Chat":
         """Raises APIError, ChatTemplateError, and as `Engine.submit`."""
+        check_places(request, 1, model)
         prompt, prompt_ids = await asyncio.to_thread(_encode, request, model)
         thinking = opens_reasoning(prompt)
         guides = await _guides(request, model, thinking)

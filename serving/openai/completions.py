@@ -9,7 +9,7 @@ from et_moe.serving.openai.errors import refusals
 from et_moe.serving.openai.events import Head, event, usage
 from et_moe.serving.openai.logprobs import CompletionLogprobs
 from et_moe.serving.openai.protocol import CompletionRequest
-from et_moe.serving.openai.sampling import sampling_params
+from et_moe.serving.openai.sampling import check_places, sampling_params
 from et_moe.serving.output_parser import StopStrings
 from et_moe.serving.served_model import ServedModel
 
@@ -81,6 +81,7 @@ class Completion:
     @classmethod
     async def start(cls, request: CompletionRequest, model: ServedModel) -> "Completion":
         """Raises APIError, and as `Engine.submit`."""
+        check_places(request, len(request.prompts()), model)
         prompts = await asyncio.to_thread(_encode, request, model)
         params = sampling_params(
             request,

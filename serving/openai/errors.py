@@ -10,6 +10,8 @@ from et_moe.serving.chat_template import ChatTemplateError
 from et_moe.serving.generation import GenerationError
 from et_moe.serving.interface import EngineBrokenError, QueueFullError
 
+_LONGEST = 1000
+
 RETRY_SECONDS = 1
 """After which a request that was refused for load may come again."""
 
@@ -24,6 +26,8 @@ class APIError(Exception):
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None
     ) -> None:
+        if len(message) > _LONGEST:  # it may quote what the request says
+            message = message[:_LONGEST] + "..."
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 

@@ -7,6 +7,7 @@ from typing import Any
 from et_moe.serving.interface import SamplingParams
 from et_moe.serving.openai.errors import bad_request
 from et_moe.serving.openai.protocol import SamplingRequest
+from et_moe.serving.served_model import ServedModel
 
 _FIELDS = (
     "temperature",
@@ -49,6 +50,15 @@ def sampling_params(
         )
         for choice in range(request.n)
     ]
+
+
+def check_places(request: SamplingRequest, prompts: int, model: ServedModel) -> None:
+    """Refuses a request that the engine could not take however long it waited."""
+    places = model.engine.engine.max_requests
+    if request.n * prompts > places:
+        what = f"{request.n} for each of {prompts} prompts" if prompts > 1 else f"{request.n}"
+        message = f"n: {what} are more choices than this server can have at once, which is {places}"
+        raise bad_request(message, "n")
 
 
 def _wrapped(seed: int) -> int:

@@ -1,8 +1,15 @@
 """Outputs that appear whole: what they replace, what they leave, and what they must not touch."""
 
+import errno
 import os
+import re
+import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -211,6 +218,110 @@ def test_whether_a_file_can_be_written_is_found_without_a_trace(tmp_path: Path) 
     assert names(tmp_path) == ["a", "fifo"] and (tmp_path / "a").read_text() == "kept"
 
 
+def test_a_socket_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        for attempt in (check_writable, lambda path: write_file(path, b"x")):
+            with pytest.raises(OSError, match="is a socket") as raised:
+                attempt(path)
+            assert raised.value.filename == str(path)
+
+
+def test_a_descriptor_that_is_only_read_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"kept")
+    with path.open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+        check_writable(Path(f"/dev/fd/{file.fileno()}"))
+    assert path.read_bytes() == b"kept"
+
+
+def in_a_process(body: Callable[[], None]) -> str:
+    """The error that `body` ends with in a process of its own, or "done"."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "done"
+        try:
+            body()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writer, said.encode())
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, "rb") as file:
+        return file.read().decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_what_is_anothers_in_a_sticky_folder_is_refused_before_the_work() -> None:
+    with tempfile.TemporaryDirectory() as name:  # not pytest's, whose parents are root's alone
+        folder = Path(name)
+        (folder / "file").write_bytes(b"kept")
+        (folder / "folder").mkdir()
+        for path in (folder, folder / "file", folder / "folder"):
+            path.chmod(0o1777 if path.is_dir() else 0o666)
+
+        def make_folder(path: Path) -> None:
+            with atomic_folder(path):
+                raise AssertionError("too late")
+
+        def as_another(attempt: Callable[[Path], None], path: Path) -> str:
+            def run() -> None:
+                os.setgroups([])
+                os.setgid(12345)
+                os.setuid(12345)
+                attempt(path)
+
+            return in_a_process(run)
+
+        for attempt, path in ((check_writable, "file"), (make_folder, "folder")):
+            said = as_another(attempt, folder / path)
+            assert "it may not be replaced" in said and str(folder / path) in said
+        assert as_another(check_writable, folder / "new") == "done"
+        assert names(folder) == ["file", "folder"]
+        assert (folder / "file").read_bytes() == b"kept"
+
+
+MOUNTED = """
+import sys
+from pathlib import Path
+from et_moe.backends.atomic_file import atomic_folder, check_writable, write_file
+
+file, folder = map(Path, sys.argv[1:])
+check_writable(file)
+assert file.read_bytes() == b"kept"
+write_file(file, b"new")
+try:
+    with atomic_folder(folder):
+        print("too late")
+except OSError as error:
+    print(error)
+"""
+
+
+def test_what_is_a_mount_point(tmp_path: Path) -> None:
+    """A file is written to, and a folder refused before the work: neither can be replaced."""
+    for name in ("source", "mounted"):
+        (tmp_path / name).write_bytes(b"kept")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    script = 'mount --bind source mounted && mount --bind a b && exec "$@" mounted b'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", MOUNTED], cwd=tmp_path, capture_output=True, text=True
+    )
+    if re.match("(unshare|mount): ", done.stderr):
+        pytest.skip(done.stderr)
+    message = f"[Errno {errno.EBUSY}] is a mount point: name a folder in it: 'b'\n"
+    assert (done.stderr, done.stdout) == ("", message)
+    assert (tmp_path / "source").read_bytes() == b"new"
+    assert (tmp_path / "mounted").read_bytes() == b"kept"
+    assert names(tmp_path) == ["a", "b", "mounted", "source"]
+
+
 def test_temporary_names_cannot_be_planted(tmp_path: Path, monkeypatch) -> None:
     """Neither a link nor a file at the temporary name is opened, and the name is not guessable."""
     victim = tmp_path / "victim"
@@ -223,7 +334,7 @@ def test_temporary_names_cannot_be_planted(tmp_path: Path, monkeypatch) -> None:
     for plant in (lambda path: path.symlink_to(victim), lambda path: path.hardlink_to(victim)):
         planted = tmp_path / "planted.tmp"
         plant(planted)
-        monkeypatch.setattr(module, "_temporary", lambda target, planted=planted: planted)
+        monkeypatch.setattr(module, "temporary_path", lambda target, planted=planted: planted)
         with pytest.raises(FileExistsError):
             write_file(tmp_path / "file", b"x")
         planted.unlink(missing_ok=True)

@@ -73,6 +73,16 @@ def repeated(where: str):
     return edit
 
 
+def another(where: str, **fields):
+    """Other fields of the first tensor of state or weights, of one of the methods."""
+
+    def edit(document: dict) -> dict:
+        document[where][0] = {**document[where][0], **fields}
+        return document
+
+    return edit
+
+
 MOST = 2**31 - 1
 
 
@@ -90,6 +100,9 @@ MOST = 2**31 - 1
         (repeated("weights"), "is named twice"),
         (repeated("inputs"), "is named twice"),
         (repeated("outputs"), "is named twice"),
+        (another("state", name="elsewhere"), "the state "),
+        (another("state", shape=[1]), "the state "),
+        (another("weights", name="elsewhere"), "elsewhere"),
     ],
 )
 def test_descriptions_that_do_not_fit(fake, programs, tmp_path, edit, message: str) -> None:

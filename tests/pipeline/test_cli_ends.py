@@ -68,6 +68,35 @@ def test_the_shortest_context(export: End, tmp_path: Path) -> None:
     assert export("--max-seq-len", 3)[0] == 0
 
 
+PATHS = [
+    "quantize --output-dir",
+    "quantize --output-dir x --model-dir",
+    "export --output-dir",
+    "export --output-dir x --model-dir",
+    "export --output-dir x --prequantized",
+    "export --output-dir x --cache-dir",
+    "make-checkpoint --output-dir",
+    "inspect",
+    "eval --model-dir",
+    "eval --model-dir x --program-dir",
+    "eval --model-dir x --program-dir x --text",
+    "eval --model-dir x --program-dir x --text x --runner",
+]
+
+
+@pytest.mark.parametrize("command", PATHS)
+def test_a_path_that_is_empty_is_refused(monkeypatch, capfd, tmp_path: Path, command: str) -> None:
+    """It is not the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["et-moe", *command.split(), ""])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = " ".join(capfd.readouterr().err.replace("\u2502", "").split())  # it is in a frame
+    assert "expected a path, got an empty text" in said
+    assert not list(tmp_path.iterdir())
+
+
 def python(code: str, **options) -> tuple[int, str]:
     """The exit code and stderr of a process that runs `code` with `cli` imported."""
     command = [sys.executable, "-c", f"import sys; from et_moe.pipeline import cli; {code}"]

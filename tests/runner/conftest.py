@@ -1,4 +1,4 @@
-"""Fixtures that run the engine by scripts."""
+"""Fixtures that run the engine by scripts, and the runner with bad input."""
 
 import json
 import subprocess
@@ -28,3 +28,29 @@ def run_engine(build_dir: Path):
         return answers
 
     return run
+
+
+@pytest.fixture
+def refused(runner, tiny_program: Path, tmp_path: Path):
+    """Runs the runner, checks how it fails and returns what it says; `files` replace those of
+    `tiny_program`."""
+    output = tmp_path / "output"
+    output.mkdir()
+
+    def check(*flags: str, parts: list[str], **files: Path) -> str:
+        paths = {
+            "model_path": tiny_program / "model.pte",
+            "data_path": tiny_program / "model.ptd",
+            "output_ids_path": output / "ids.json",
+            "stats_path": output / "stats.json",
+        } | files
+        command = [runner.binary, *(f"--{flag}={path}" for flag, path in paths.items()), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        assert done.returncode > 0, (done.returncode, done.stdout, done.stderr)
+        for part in parts:
+            assert part in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) <= 3, done.stderr
+        assert not list(output.iterdir())
+        return done.stderr
+
+    return check

@@ -2,24 +2,28 @@
 #include "runner/files.h"
 
 #include <fcntl.h>
+#include <grp.h>
 #include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
-#include <set>
 #include <thread>
 
-#include "runner/temporary_files.h"
+#include "files_fixture.h"
 
 namespace {
 int synced = 0;
-}
+}  // namespace
 
 /// Stands in for the C library's function and counts the calls.
 extern "C" int fsync(int fd) {
@@ -29,28 +33,6 @@ extern "C" int fsync(int fd) {
 
 namespace et_moe {
 namespace {
-
-namespace fs = std::filesystem;
-
-class Files : public ::testing::Test {
- protected:
-  Files() {
-    std::string name = ::testing::TempDir() + "et_moe_XXXXXX";
-    folder = mkdtemp(name.data());
-    umask(022);
-  }
-  ~Files() override { fs::remove_all(folder); }
-
-  std::string path(const char* name) const { return folder / name; }
-
-  std::set<std::string> names() const {
-    std::set<std::string> found;
-    for (const auto& entry : fs::directory_iterator(folder)) found.insert(entry.path().filename());
-    return found;
-  }
-
-  fs::path folder;
-};
 
 /// Stands in for a full disk: the kernel refuses bytes of a file beyond a limit.
 class FullDisk {
@@ -76,8 +58,6 @@ mode_t permissions(const std::string& path) {
 long open_descriptors() {
   return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator());
 }
-
-using Names = std::set<std::string>;
 
 TEST_F(Files, WriteReplacesWholeFilesAndLeavesNothingBehind) {
   write_file(path("a"), "first");
@@ -196,17 +176,6 @@ TEST_F(Files, WhatStandardOutputGoesToIsWrittenThroughIt) {
   EXPECT_EQ(names(), (Names{"file", "link"}));
 }
 
-TEST_F(Files, TemporaryNamesDifferAndSayNothingOfTheProcess) {
-  Names seen;
-  for (int i = 0; i < 3; ++i) {
-    const OutputFile file(path("a"));
-    for (const auto& name : names()) seen.insert(name);
-  }
-  EXPECT_EQ(seen.size(), 3u);
-  for (const auto& name : seen) EXPECT_EQ(name.find(std::to_string(getpid())), name.npos) << name;
-  EXPECT_EQ(names(), Names{});
-}
-
 TEST_F(Files, WhetherAFileCanBeWrittenIsFoundWithoutATrace) {
   write_file(path("a"), "kept");
   ASSERT_EQ(mkfifo(path("fifo").c_str(), 0600),
@@ -226,18 +195,93 @@ TEST_F(Files, WhetherAFileCanBeWrittenIsFoundWithoutATrace) {
   EXPECT_EQ(read_file(path("a")), "kept");
 }
 
-TEST_F(Files, TemporaryFilesGoWithTheProcess) {
+/// What `body` prints in a process of its own.
+template <typename Body>
+std::string in_a_process(const std::string& output, const Body& body) {
   const pid_t child = fork();
   if (child == 0) {
-    write_file(path("done"), "x");
-    OutputFile first(path("first")), second(path("second"));
-    remove_temporary_files();
-    _exit(0);
+    std::string said = "done";
+    try {
+      body();
+    } catch (const std::exception& e) {
+      said = e.what();
+    }
+    const int fd = open(output.c_str(), O_WRONLY | O_TRUNC);
+    _exit(write(fd, said.data(), said.size()) < 0);
   }
-  int status = -1;
-  waitpid(child, &status, 0);
-  EXPECT_EQ(status, 0);
-  EXPECT_EQ(names(), Names{"done"});
+  waitpid(child, nullptr, 0);
+  return read_file(output);
+}
+
+TEST_F(Files, ASocketIsRefusedBeforeTheWork) {
+  const int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+  sockaddr_un address{AF_UNIX, {}};
+  path("socket").copy(address.sun_path, sizeof address.sun_path - 1);
+  ASSERT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+  for (const auto& attempt : {check_writable, +[](const std::string& p) { write_file(p, "x"); }}) {
+    try {
+      attempt(path("socket"));
+      ADD_FAILURE();
+    } catch (const std::runtime_error& e) {
+      EXPECT_EQ(e.what(), path("socket") + ": cannot be written: is a socket");
+    }
+  }
+  close(fd);
+}
+
+TEST_F(Files, ADescriptorThatIsOnlyReadIsRefusedBeforeTheWork) {
+  write_file(path("a"), "kept");
+  const int fd = open(path("a").c_str(), O_RDONLY);
+  EXPECT_THROW(check_writable("/dev/fd/" + std::to_string(fd)), std::runtime_error);
+  close(fd);
+  EXPECT_EQ(read_file(path("a")), "kept");
+}
+
+TEST_F(Files, AnotherUsersFileInAStickyFolderIsRefusedBeforeTheWork) {
+  if (geteuid() != 0) GTEST_SKIP() << "only root may become another user";
+  write_file(path("a"), "kept");
+  write_file(path("said"), "");
+  fs::permissions(folder, fs::perms::all | fs::perms::sticky_bit);
+  for (const char* name : {"a", "said"}) chmod(path(name).c_str(), 0666);
+  const auto as_another = [&](const std::string& name) {
+    return in_a_process(path("said"), [&] {
+      if (setgroups(0, nullptr) != 0 || setgid(12345) != 0 || setuid(12345) != 0) _exit(1);
+      check_writable(name);
+    });
+  };
+  const std::string expected = path("a") + ": cannot be written: it may not be replaced";
+  EXPECT_EQ(as_another(path("a")).substr(0, expected.size()), expected);
+  EXPECT_EQ(as_another(path("new")), "done");
+  EXPECT_EQ(read_file(path("a")), "kept");
+}
+
+TEST_F(Files, AFileThatIsAMountPointIsWrittenTo) {
+  for (const char* name : {"source", "mounted", "read-only", "said"})
+    write_file(path(name), "kept");
+  const auto mounted = [&](const char* name, unsigned long more, const auto& body) {
+    return in_a_process(path("said"), [&] {
+      const auto mount_on = [&](unsigned long flags) {
+        return mount(path("source").c_str(), path(name).c_str(), nullptr, flags, nullptr) == 0;
+      };
+      if (unshare(CLONE_NEWNS) != 0 || mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) ||
+          !mount_on(MS_BIND) || (more && !mount_on(MS_REMOUNT | MS_BIND | more))) {
+        throw std::runtime_error("no mounts");
+      }
+      body(path(name));
+    });
+  };
+  const auto write_both = [](const std::string& p) {
+    check_writable(p);
+    if (read_file(p) != "kept") throw std::runtime_error("the probe changed it");
+    write_file(p, "new");
+  };
+  const std::string said = mounted("mounted", 0, write_both);
+  if (said == "no mounts") GTEST_SKIP() << "only root may mount";
+  EXPECT_EQ(said, "done");
+  EXPECT_EQ(read_file(path("source")), "new");
+  EXPECT_EQ(read_file(path("mounted")), "kept");
+  EXPECT_EQ(mounted("read-only", MS_RDONLY, check_writable),
+            path("read-only") + ": cannot be written: Read-only file system");
 }
 
 TEST_F(Files, FilesOfUnknownSizeAreReadWhole) {

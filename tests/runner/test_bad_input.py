@@ -26,30 +26,6 @@ from et_moe.pipeline.storage import Storage
 CONTEXT, VOCABULARY = 32, 264
 
 
-@pytest.fixture
-def refused(runner, tiny_program: Path, tmp_path: Path):
-    """Runs the runner and checks how it fails; `files` replace those of `tiny_program`."""
-    output = tmp_path / "output"
-    output.mkdir()
-
-    def check(*flags: str, parts: list[str], **files: Path) -> None:
-        paths = {
-            "model_path": tiny_program / "model.pte",
-            "data_path": tiny_program / "model.ptd",
-            "output_ids_path": output / "ids.json",
-            "stats_path": output / "stats.json",
-        } | files
-        command = [runner.binary, *(f"--{flag}={path}" for flag, path in paths.items()), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
-        assert done.returncode > 0, (done.returncode, done.stdout, done.stderr)
-        for part in parts:
-            assert part in done.stderr, done.stderr
-        assert len(done.stderr.splitlines()) <= 3, done.stderr
-        assert not list(output.iterdir())
-
-    return check
-
-
 def test_a_good_run_writes_its_files(runner, tiny_program: Path, tmp_path: Path) -> None:
     """The refusals below are compared with this run, which uses the whole context."""
     prompt = ",".join(["7"] * CONTEXT)
@@ -230,7 +206,9 @@ def test_token_ids_out_of_range(refused, tmp_path: Path, token: int) -> None:
                 refused(*flags, parts=[message])
 
 
-@pytest.mark.parametrize("text", ["1,,2", ",1", "x", "1,x", "1 2", "1.5", "1e3", "[1]", "9" * 20])
+@pytest.mark.parametrize(
+    "text", ["1,,2", ",1", "1,", "1,2,", ",", "x", "1,x", "1 2", "1.5", "1e3", "[1]", "9" * 20]
+)
 def test_prompt_ids_that_are_no_ids(refused, text: str) -> None:
     refused(f"--prompt_ids={text}", parts=["--prompt_ids: ", "is not a token id"])
 
@@ -258,7 +236,6 @@ def test_empty_prompts(refused, tiny_program: Path, tmp_path: Path) -> None:
         refused(f"--score_ids_path={ids}", logprobs, parts=[message])
     for flag in ("--prompt_ids", "--score_ids_path"):
         refused(f"{flag}=", parts=[f"{flag}: 1 required TEXT missing"], tokenizer_path=tokenizer)
-    refused("--score_ids_path", "", logprobs, parts=["error: : cannot be opened"])
 
 
 def test_prompts_that_cannot_be_read(refused, tiny_program: Path, tmp_path: Path) -> None:
@@ -282,43 +259,6 @@ def test_id_files_that_are_damaged(refused, tmp_path: Path, text: str) -> None:
     path.write_text(text)
     flags = (f"--score_ids_path={path}", f"--logprobs_path={tmp_path / 'output' / 'l'}")
     refused(*flags, parts=[f"error: {path}: "])
-
-
-INT64 = "not in range -9223372036854775808 to 9223372036854775807"
-FLAGS = {
-    "--temperature=-1": "temperature -1: expected 0 (greedy) or at least 1e-5",
-    "--temperature=nan": "temperature nan: expected 0 (greedy) or at least 1e-5",
-    "--temperature=inf": "temperature inf: expected 0 (greedy) or at least 1e-5",
-    "--temperature=1e-40": "temperature 9.99995e-41: expected 0 (greedy) or at least 1e-5",
-    "--temperature=warm": "--temperature",
-    "--top_p=0": "top_p 0: expected more than 0 and at most 1",
-    "--top_p=-0.5": "top_p -0.5: expected more than 0 and at most 1",
-    "--top_p=1.5": "top_p 1.5: expected more than 0 and at most 1",
-    "--top_p=nan": "top_p nan: expected more than 0 and at most 1",
-    "--top_k=-1": "top_k -1: expected 0 (off) or more",
-    "--top_k=1.5": "--top_k",
-    "--max_new_tokens=0": "max_new_tokens 0: expected at least 1",
-    "--max_new_tokens=-3": "max_new_tokens -3: expected at least 1",
-    "--max_new_tokens=many": "--max_new_tokens",
-    "--seed=x": "--seed",
-    f"--seed={10**30}": f"--seed: Value {10**30} {INT64}",
-    f"--seed={2**63}": f"--seed: Value {2**63} {INT64}",
-    f"--seed={-(2**63) - 1}": f"--seed: Value {-(2**63) - 1} {INT64}",
-    f"--top_k={2**63}": f"--top_k: Value {2**63} {INT64}",
-    f"--max_new_tokens={2**63}": f"--max_new_tokens: Value {2**63} {INT64}",
-    "--warmup=-1": "--warmup: Value -1 not in range",
-    "--num_iters=0": "--num_iters: Value 0 not in range",
-    "--prompt=x": "Exactly 1 option from",
-    "--logprobs_path=x": "--logprobs_path requires --score_ids_path",
-    "--logits_path=x": "--logits_path requires --score_ids_path",
-    "--no_such_flag": "--no_such_flag",
-    "stray": "stray",
-}
-
-
-@pytest.mark.parametrize("flag", FLAGS)
-def test_flags(refused, flag: str) -> None:
-    refused("--prompt_ids=1", flag, parts=[FLAGS[flag]])
 
 
 def test_seeds_are_all_of_int64(runner, tiny_program: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How the runner ends: by a signal, without a reader, and where an output cannot be written."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_small, storages
 
+from et_moe.backends.atomic_file import check_writable
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.quantize import QuantizedCheckpoint
@@ -77,6 +79,13 @@ def bytes_in(pipe) -> int:
     return array("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
+def is_writing(folder: Path) -> bool:
+    """Whether a temporary file has content; that of a probe is empty and may be gone by now."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(f.stat().st_size > 4096 for f in folder.glob("*.tmp"))
+    return False
+
+
 def wait_for(happened: Callable[[], object], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
     while not happened() and time.monotonic() < deadline:
@@ -123,10 +132,29 @@ def test_temporary_files_are_removed(start: Start, tmp_path: Path, number: int) 
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps([1] * CONTEXT))
     process = start(f"--score_ids_path={ids}", f"--logits_path={tmp_path / 'logits'}")
-    wait_for(lambda: any(f.stat().st_size > 4096 for f in tmp_path.glob("*.tmp")), process)
+    wait_for(lambda: is_writing(tmp_path), process)
     process.send_signal(number)
     assert process.wait(timeout=60) == 128 + number
     assert process.stderr.read().decode() == f"error: ended by {number.name}\n"
+    assert list(tmp_path.iterdir()) == [ids]
+
+
+@pytest.mark.parametrize("later", ["runner", "export"])
+def test_temporary_files_of_a_killed_runner_are_removed_by_a_later_run(
+    start: Start, tmp_path: Path, later: str
+) -> None:
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps([1] * CONTEXT))
+    score = (f"--score_ids_path={ids}", f"--logits_path={tmp_path / 'logits'}")
+    process = start(*score)
+    wait_for(lambda: is_writing(tmp_path), process)
+    process.kill()
+    process.wait()
+    assert len(list(tmp_path.glob("*.tmp"))) == 1
+    if later == "runner":
+        start(*score, model=Path("missing")).communicate(timeout=60)
+    else:
+        check_writable(tmp_path / "model.pte")
     assert list(tmp_path.iterdir()) == [ids]
 
 

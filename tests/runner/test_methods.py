@@ -37,6 +37,7 @@ def refused(runner, program: Path, *messages: str) -> None:
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith(f"error: {program / 'model.pte'}: ")
     assert done.stderr.count("\n") == 1
+    assert "json.exception" not in done.stderr
     for message in messages:
         assert message in done.stderr, done.stderr
 
@@ -120,6 +121,39 @@ def test_bindings_of_other_methods(runner, tmp_path: Path) -> None:
     program = write(tmp_path, get_max_prefill_tokens=2)
     rewrite(program, b'"shape": [1, 16]', b'"shape": [1,  9]')
     refused(runner, program, "method prefill does not take the input tokens, Long [1, 2..9], that")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"cpu"', b'"cpu ', "get_backend: parse error at line 1, column 6: syntax error"),
+        (b'"cpu"', b"77777", "get_backend: type must be string, but is number"),
+        (b'{"methods"', b'["methods"', "get_bindings: parse error at line 1, column 11: "),
+        (b'"hand_over"', b'"hand-over"', "get_bindings: key 'hand_over' not found"),
+        (b'"name": "seed"', b'"name": 123456', "get_bindings: type must be string, but is number"),
+    ],
+)
+def test_constants_that_are_damaged(
+    runner, tmp_path: Path, old: bytes, new: bytes, message: str
+) -> None:
+    """The message names the constant, and says what is wrong in words of its own."""
+    program = write(tmp_path)
+    rewrite(program, old, new)
+    refused(runner, program, f"error: {program / 'model.pte'}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[49,", "parse error at line 1, column 5: syntax error"),
+        ('"49"', "type must be array, but is string"),
+    ],
+)
+def test_ids_that_end_texts_and_are_damaged(
+    runner, tmp_path: Path, text: str, message: str
+) -> None:
+    program = write(tmp_path, get_eos_ids=text)
+    refused(runner, program, f"error: {program / 'model.pte'}: get_eos_ids: {message}")
 
 
 @pytest.mark.parametrize("backend", [b"mps", b"CPU"])

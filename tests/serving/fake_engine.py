@@ -60,6 +60,7 @@ class FakeEngine:
         self.hold = threading.Event()  # While it is set, nothing is drawn.
         self.fail_next: str | None = None
         self._places = (max_sequences, max_waiting)
+        self.max_requests = max_sequences + max_waiting
         self._condition = threading.Condition()
         self._running: list[_Request] = []
         self._waiting: list[_Request] = []

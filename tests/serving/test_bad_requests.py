@@ -171,6 +171,61 @@ def test_sizes_types_and_places(ask) -> None:
     assert ask("/v1/models/demo").json()["id"] == "demo"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        (CHAT, {"messages": [QUESTION], "n": 13}, "n: 13 are more choices .* which is 12"),
+        (COMPLETIONS, {"prompt": "a", "n": 13}, "n: 13 are more choices .* which is 12"),
+        (COMPLETIONS, {"prompt": ["a"] * 5, "n": 3}, "n: 3 for each of 5 prompts .* which is 12"),
+        (COMPLETIONS, {"prompt": ["a"] * 13}, "n: 1 for each of 13 prompts .* which is 12"),
+    ],
+)
+def test_more_choices_than_there_are_places(ask, path: str, fields: dict, message: str) -> None:
+    """To come again later, as a full queue asks for, would not help."""
+    found = error(ask(path, fields), 400)
+    assert found["param"] == "n" and re.search(message, found["message"]), found
+    fields = {**fields, "n": 12} if "messages" in fields else {"prompt": ["a"] * 4, "n": 3}
+    assert ask(path, fields).status_code == 200
+
+
+def test_messages_are_shorter_than_what_they_quote(ask) -> None:
+    long = "x" * 100_000
+    part = {"type": long, "text": "x"}
+    for status, fields in (
+        (404, {"model": long, "messages": [QUESTION]}),
+        (400, {"messages": [{"role": "user", "content": [part]}]}),
+    ):
+        assert 1000 < len(error(ask(CHAT, fields), status)["message"]) < 1010
+
+
+def test_all_refusals_are_counted(engine, tokenizer, monkeypatch) -> None:
+    """Also those before a request is looked at."""
+    monkeypatch.setattr(http_limits, "BODY_SECONDS", 0.1)
+    json_type = {"Content-Type": "application/json"}
+    key = {"Authorization": "Bearer key"}
+
+    async def slow():
+        await asyncio.sleep(1)
+        yield b"{}"
+
+    async def run() -> None:
+        async with running_app(engine, tokenizer, api_key="key") as client:
+            large = b"x" * (http_limits.MAX_BODY_BYTES + 1)
+            for status, content, headers in (
+                (401, b"{}", json_type),
+                (415, b"{}", {**key, "Content-Type": "text/plain"}),
+                (413, large, {**key, **json_type}),
+                (408, slow(), {**key, **json_type}),
+                (400, b"{}", {**key, **json_type}),
+            ):
+                answer = await client.post(CHAT, content=content, headers=headers)
+                assert answer.status_code == status, answer.text
+                counted = (await client.get("/metrics", headers=key)).text
+                assert f'et_moe_requests_rejected_total{{status="{status}"}} 1.0' in counted
+
+    asyncio.run(run())
+
+
 def test_schemas_that_explode(ask) -> None:
     """Compiling and every mask are bounded in time, so that the request soon fails or ends."""
     tree: dict = {"type": "string", "pattern": "(a|b)*a(a|b){400}"}

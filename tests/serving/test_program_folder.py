@@ -1,10 +1,14 @@
-"""What is said of a folder that is not a program's."""
+"""What is said of a folder that is not a program's, and folders whose names are no UTF-8."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from et_moe.serving import cli
+from et_moe.serving.engine import load_engine, load_tokenizer
 from et_moe.serving.llm import LLM
 
 
@@ -14,3 +18,31 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
         for load in (LLM, lambda folder: cli._model_opener(folder, None)):
             with pytest.raises(ValueError, match=f"{name}: {kind}, expected one that `et-moe exp"):
                 load(tmp_path / name)
+
+
+NAMES = [b"n\xff", "n\u00f6".encode()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_the_locale_does_not_have(tiny_program: Path, tmp_path: Path, name) -> None:
+    """Errors are one line, also where nothing but ASCII can be printed."""
+    (tmp_path / os.fsdecode(name)).mkdir()
+    command = [sys.executable, "-c", "from et_moe.cli import main; main()", "chat", name]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    shown = ascii(name.decode("ascii", "surrogateescape"))[1:-1].encode()
+    assert done.stderr == b"error: " + shown + b"/tokenizer.json: file: not found\n"
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_in_a_folder_of_any_name(tiny_program: Path, tmp_path: Path, name) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    folder.symlink_to(tiny_program)
+    assert load_tokenizer(folder).vocab_size > 0
+    engine = load_engine(folder, max_sequences=1)
+    assert engine.info.vocab_size > 0
+    engine.close()
+    with pytest.raises(RuntimeError) as raised:
+        load_engine(folder / "missing")
+    assert str(raised.value).startswith(f"{folder}/missing/model.pte: ")

@@ -62,6 +62,7 @@ def test_it_ends_in_order(server) -> None:
         (["nowhere"], "error: nowhere: no such folder, expected one that"),
         (["--port", "99999", "nowhere"], "--port"),
         (["--api-key", " ", "nowhere"], "--api-key: expected a key"),
+        ([""], "expected a folder, got an empty text"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments: list[str], fault: str) -> None:

@@ -138,8 +138,7 @@ void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& te
     std::memset(memory + offset[i] + size, 0, padded[i].nbytes() - size);
   }
   if (calls.drawn) {
-    const auto* positions =
-        static_cast<const int64_t*>(tensors.inputs[info_.hand_over->positions]);
+    const auto* positions = static_cast<const int64_t*>(tensors.inputs[info_.hand_over->positions]);
     calls.drawn->positions.assign(positions, positions + tensors.length);
   }
   // Not in the graph, see backends/cuda/triton/hand_over/op.py.
@@ -159,7 +158,8 @@ bool CompiledMethod::is_last(const Calls& calls, const HostTensors& tensors) con
   const std::vector<size_t> offset = offsets(calls.length);
   for (size_t i = 0; i < given.size(); ++i) {
     const void* expected = i == info_.hand_over->positions ? positions.data()
-                           : i == info_.hand_over->tokens  ? tokens.data()
+                           : i == info_.hand_over->tokens
+                               ? tokens.data()
                                : static_cast<const void*>(calls.staging.data() + offset[i]);
     if (std::memcmp(expected, tensors.inputs[i], given[i].nbytes()) != 0) return false;
   }

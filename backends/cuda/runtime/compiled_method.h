@@ -46,7 +46,8 @@ class CompiledMethod {
 
   /// Runs the code on the inputs that are on the GPU; returns where its outputs are.
   Calls::Outputs enqueue(Session& session, const Calls& calls);
-  /// Starts the call of calls.length, on the inputs that are on the GPU, as a graph if it may be one.
+  /// Starts the call of calls.length, on the inputs that are on the GPU, as a graph if it may be
+  /// one.
   void launch(Session& session, Calls& calls);
   /// The same as a graph, which is captured if there is none of this length. False if that failed.
   bool launch_graph(Session& session, Calls& calls);

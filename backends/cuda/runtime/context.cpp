@@ -35,6 +35,23 @@ ProgramKey key_of(const NamedDataMap& data) {
   return {first.ok() ? *first : nullptr, last.ok() ? *last : nullptr};
 }
 
+/// The methods of a program share state and weights, which the first that was loaded brought:
+/// checks that another takes no tensor that is not among these as it is there.
+template <typename Spec>
+void check_shared(const MethodInfo& info, const char* kind, const std::vector<Spec>& taken,
+                  const std::vector<Spec>& known) {
+  for (const Spec& tensor : taken) {
+    const size_t i = find_tensor(known, tensor.name);
+    if (i < known.size() && known[i].dtype == tensor.dtype && known[i].shape == tensor.shape) {
+      continue;
+    }
+    throw DelegateError(Error::InvalidProgram,
+                        "method " + info.method + " takes the " + kind + " " + tensor.name +
+                            " as " + tensor.describe() + ", the methods before it " +
+                            (i < known.size() ? "as " + known[i].describe() : "do not"));
+  }
+}
+
 }  // namespace
 
 Context::Context(bool use_graphs) : use_graphs_(use_graphs), stream_((DriverOpened(), Stream())) {}
@@ -73,7 +90,10 @@ void Context::adopt(const NamedDataMap& data, const MethodInfo& info) {
     weights_ = std::make_unique<DeviceWeights>(data, info.weights);
     state_ = info.state;
     own_pool_ = info.own_pool;
+    weight_specs_ = info.weights;
   }
+  check_shared(info, "state", info.state, state_);
+  check_shared(info, "weight", info.weights, weight_specs_);
 }
 
 Session& Context::session() {

@@ -56,6 +56,7 @@ class Context {
   std::unique_ptr<DeviceWeights> weights_;
   std::vector<StateSpec> state_;
   PoolSizes own_pool_;
+  std::vector<TensorSpec> weight_specs_;
   const Calls* last_ = nullptr;  // whose call was started last: it owns what is in scratch memory
   std::unique_ptr<Session> own_session_;  // for callers that never made one
 };

@@ -9,6 +9,7 @@
 
 #include "backends/cuda/runtime/alignment.h"
 #include "backends/cuda/runtime/errors.h"
+#include "backends/messages.h"
 
 namespace et_moe::cuda {
 namespace {
@@ -160,7 +161,7 @@ MethodInfo MethodInfo::parse(std::string_view text) {
   } catch (const DelegateError&) {
     throw;
   } catch (const std::exception& e) {
-    throw DelegateError(Error::InvalidProgram, where + e.what());
+    throw DelegateError(Error::InvalidProgram, where + reason(e));
   }
 }
 

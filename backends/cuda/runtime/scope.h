@@ -16,9 +16,9 @@ struct CallOptions {
   /// Names of the outputs that are brought to the host, where others keep what they held; null for
   /// all. Owned by the caller.
   const std::vector<std::string>* outputs = nullptr;
-  /// Whether the call is followed at once by the next one, on the tokens that it draws and otherwise
-  /// the same inputs: the GPU goes on while the caller looks at the tokens. The session then takes
-  /// that call next, or is settled. Of a method without a hand-over nothing follows.
+  /// Whether the call is followed at once by the next one, on the tokens that it draws and
+  /// otherwise the same inputs: the GPU goes on while the caller looks at the tokens. The session
+  /// then takes that call next, or is settled. Of a method without a hand-over nothing follows.
   bool run_ahead = false;
 };
 

@@ -19,7 +19,8 @@ class CompiledMethod;
 /// The tokens that a method with a hand-over drew, as the host sees them.
 struct Drawn {
   /// For at most so many sequences a call.
-  explicit Drawn(int64_t sequences) : memory(2 * sizeof(int64_t) * static_cast<size_t>(sequences)) {}
+  explicit Drawn(int64_t sequences)
+      : memory(2 * sizeof(int64_t) * static_cast<size_t>(sequences)) {}
 
   /// The token that a call drew for a row at a position, once it is done. `length`: of the call.
   int64_t token(int64_t at, size_t row, int64_t length) const {
