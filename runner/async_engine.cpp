@@ -233,8 +233,10 @@ void AsyncEngine::decode(const std::vector<Sequence*>& batch, bool is_all) {
 }
 
 void AsyncEngine::prefill() {
-  auto prompts = choose(&Sequence::in_prompt);
+  const auto prompts = choose(&Sequence::in_prompt);
   if (prompts.empty()) return;
+  prompts.front()->reuse_prefix();
+  if (!prompts.front()->in_prompt()) return;
   const auto first = make_room({prompts.front()});
   if (first.empty()) return;
   Event event{};

@@ -40,12 +40,23 @@ void CpuDevice::allocate(const PoolSizes& sizes) {
   }
 }
 
-void CpuDevice::clear_slot(int32_t slot) {
+template <typename Use>
+void CpuDevice::each_slot(int32_t slot, const Use& use) const {
   for (size_t i = 0; i < state_.size(); ++i) {
     if (state_[i].pool != Pool::kSlots) continue;
     const size_t size = state_[i].nbytes_each();
-    std::memset(static_cast<char*>(buffers_[i].get()) + static_cast<size_t>(slot) * size, 0, size);
+    use(static_cast<char*>(buffers_[i].get()) + static_cast<size_t>(slot) * size, size);
   }
+}
+
+void CpuDevice::clear_slot(int32_t slot) {
+  each_slot(slot, [](char* data, size_t size) { std::memset(data, 0, size); });
+}
+
+void CpuDevice::copy_slot(int32_t from, int32_t to) {
+  each_slot(from, [from, to](char* data, size_t size) {
+    std::memcpy(data + (to - from) * static_cast<std::ptrdiff_t>(size), data, size);
+  });
 }
 
 std::vector<const void*> CpuDevice::run(const Call& call) {

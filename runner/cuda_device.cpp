@@ -22,6 +22,8 @@ void CudaDevice::allocate(const PoolSizes& sizes) { session_ = context_->new_ses
 
 void CudaDevice::clear_slot(int32_t slot) { context_->clear_slot(*session_, slot); }
 
+void CudaDevice::copy_slot(int32_t from, int32_t to) { context_->copy_slot(*session_, from, to); }
+
 std::vector<const void*> CudaDevice::run(const Call& call) {
   const cuda::CallScope scope(*session_, {&call.outputs, call.run_ahead});
   return methods_.at(call.method)->run(call);

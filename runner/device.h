@@ -30,6 +30,7 @@ class Device {
   virtual void allocate(const PoolSizes& sizes) = 0;
   /// Zeroes a slot, in which a new sequence begins. What pages hold does not matter to it.
   virtual void clear_slot(int32_t slot) = 0;
+  virtual void copy_slot(int32_t from, int32_t to) = 0;
 
   /// One call. Returns the addresses in host memory of the outputs that are wanted, in the order of
   /// `call.outputs`; they are valid until the next call of the method.

@@ -139,7 +139,8 @@ size_t Model::choose_pages(const ModelOptions& options, const Bindings& bindings
     size_t slots = 0, page = 0;
     for (const StateSpec& state : bindings.state) {
       const bool in_pages = state.pool == Pool::kPages;
-      (in_pages ? page : slots) += state.nbytes_each() * (in_pages ? 1 : options.max_sequences);
+      const size_t count = in_pages ? 1 : options.max_sequences + options.snapshots;
+      (in_pages ? page : slots) += state.nbytes_each() * count;
     }
     const double used = static_cast<double>(memory->total - memory->free_after_load);
     const double rest = *options.memory_fraction * static_cast<double>(memory->total) - used -
@@ -158,19 +159,21 @@ size_t Model::choose_pages(const ModelOptions& options, const Bindings& bindings
 
 void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
   const size_t pages = choose_pages(options, bindings);
+  const size_t slots = options.max_sequences + options.snapshots;
   for (const StateSpec& state : bindings.state) {
-    const size_t wanted = state.pool == Pool::kPages ? pages : options.max_sequences;
+    const size_t wanted = state.pool == Pool::kPages ? pages : slots;
     if (wanted < static_cast<size_t>(state.min_shape[0]) ||
         wanted > static_cast<size_t>(state.shape[0])) {
       throw std::runtime_error(program_.path() + ": the state " + state.name + " is " +
-                               state.describe() + ", " + std::to_string(options.max_sequences) +
-                               " sequences with " + std::to_string(pages) + " pages do not fit");
+                               state.describe() + ", " + std::to_string(slots) + " slots and " +
+                               std::to_string(pages) + " pages do not fit");
     }
   }
-  const PoolSizes sizes{static_cast<int32_t>(pages), static_cast<int32_t>(options.max_sequences)};
-  pool_.emplace(sizes);
+  pool_.emplace(static_cast<int32_t>(pages), static_cast<int32_t>(options.max_sequences),
+                static_cast<int32_t>(options.snapshots));
+  if (options.snapshots > 0) cache_.emplace(*pool_, static_cast<size_t>(info_.page_size));
   try {
-    device_->allocate(sizes);
+    device_->allocate(pool_->sizes);
   } catch (const std::runtime_error& e) {
     throw std::runtime_error("there is no memory for the state of " +
                              std::to_string(options.max_sequences) + " sequences with " +
@@ -180,7 +183,7 @@ void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
 
 std::unique_ptr<Session> Model::new_session() {
   if (pool_->slots.size() == 0) {
-    throw std::runtime_error("all " + std::to_string(pool_->sizes.slots) + " sequences are in use");
+    throw std::runtime_error("all sequences are in use");
   }
   std::unique_ptr<Session> session(new Session(*this, pool_->slots.take()));
   device_->clear_slot(session->slot_);
@@ -198,6 +201,7 @@ void Model::reset(Session& session) {
   drop(session);
   device_->clear_slot(session.slot_);
   session.position_ = 0;
+  session.tokens_.clear();
   session.overtaken_.reset();
   session.failed_ = false;
 }
@@ -240,14 +244,35 @@ void Model::take_pages(const std::vector<Feed>& feeds, size_t count, bool run_ah
     throw OutOfPages("the KV cache has " + std::to_string(free_pages()) + " free pages of " +
                      std::to_string(pages()) + ", " + std::to_string(missing) + " are needed");
   }
+  if (cache_) cache_->make_room(missing);
   for (const size_t more : {size_t{0}, run_ahead ? kTokensAhead : 0}) {
     for (const Feed& feed : feeds) {
       const auto room = static_cast<size_t>(info_.max_seq_len - feed.session->position_);
       size_t wanted = missing_pages(*feed.session, std::min(count + more, room));
-      for (; wanted > 0 && free_pages() > 0; --wanted) {
+      for (; wanted > 0 && pool_->pages.size() > 0; --wanted) {
         feed.session->pages_.push_back(pool_->pages.take());
       }
     }
+  }
+}
+
+Model::Reuse Model::reuse(Session& session, const std::vector<int64_t>& tokens, size_t limit) {
+  if (!cache_) return {};
+  const PrefixCache::Match match = cache_->find(tokens, limit);
+  if (!match.slot) return {0, match.known};
+  for (const int32_t page : match.pages) pool_->pages.hold(page);
+  device_->copy_slot(*match.slot, session.slot_);
+  const size_t count = match.pages.size() * static_cast<size_t>(info_.page_size);
+  session.pages_ = match.pages;
+  session.tokens_.assign(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(count));
+  session.position_ = static_cast<int64_t>(count);
+  return {count, match.known};
+}
+
+void Model::remember(const Session& session, bool passing) {
+  if (!cache_ || session.position_ % info_.page_size != 0) return;
+  if (const auto slot = cache_->add(session.tokens_, session.pages_, passing)) {
+    device_->copy_slot(session.slot_, *slot);
   }
 }
 
@@ -275,6 +300,13 @@ void Model::check_overtaken(const Session& session, int64_t token, const Samplin
       "call");
 }
 
+void Model::take_overtaken(Session& session) {
+  if (cache_) session.tokens_.push_back(session.drawn_);
+  session.drawn_ = *session.overtaken_;
+  session.overtaken_.reset();
+  ++session.position_;
+}
+
 std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
                               const CallOptions& options) {
   static const std::vector<std::string> token_only{kToken}, with_logits{kToken, kLogits};
@@ -283,8 +315,9 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tok
   for (size_t i = 0; i < feeds.size(); ++i) {
     Session& session = *feeds[i].session;
     const int64_t next = session.position_ + static_cast<int64_t>(count);
-    // The next call would take its pages from this one.
-    run_ahead = run_ahead && next < info_.max_seq_len && has_page(session, next);
+    // The next call would take its pages from this one, and write over what is to be remembered.
+    run_ahead = run_ahead && next < info_.max_seq_len && has_page(session, next) &&
+                (!cache_ || next % info_.page_size != 0);
     rows.push_back(
         {tokens + i * count, session.position_, session.slot_, session.pages_, feeds[i].sampling});
   }
@@ -304,6 +337,9 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tok
     session.position_ += static_cast<int64_t>(count);
     session.drawn_ = static_cast<const int64_t*>(outputs[0])[row];
     session.sampling_ = feeds[i].sampling;
+    if (cache_)
+      session.tokens_.insert(session.tokens_.end(), rows[i].tokens, rows[i].tokens + count);
+    remember(session, count == 1);
     if (run_ahead) ahead_.push_back(&session);
     steps.push_back({session.drawn_, logits});
   }
@@ -317,8 +353,7 @@ Step Model::run(Session& session, const int64_t* tokens, size_t count, const Sam
     settle();
     check_overtaken(session, tokens[0], session.sampling_);
     if (session.overtaken_) {
-      session.overtaken_.reset();
-      ++session.position_;
+      take_overtaken(session);
       ++tokens;
       --count;
     }
@@ -360,9 +395,7 @@ std::vector<Step> Model::decode(const std::vector<Feed>& feeds, const CallOption
       steps.push_back(*next++);
       continue;
     }
-    session.drawn_ = *session.overtaken_;
-    session.overtaken_.reset();
-    ++session.position_;
+    take_overtaken(session);
     steps.push_back({session.drawn_, nullptr});
   }
   return steps;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runner/device.h"
+#include "runner/prefix_cache.h"
 #include "runner/program.h"
 #include "runner/state_pool.h"
 #include "runner/stats.h"
@@ -33,6 +34,7 @@ struct ModelInfo {
 struct ModelOptions {
   DeviceOptions device;
   size_t max_sequences = 1;     // sessions there may be at once; the state of all is allocated
+  size_t snapshots = 0;         // of recurrent state, for a prefix cache; 0: there is none
   std::optional<size_t> pages;  // of the KV cache; none: as many as the longest sequences take
   std::optional<double> memory_fraction;  // of a GPU's memory, weights and state together: bounds
                                           // the number of pages where `pages` does not say it
@@ -67,6 +69,7 @@ class Session {
   int64_t position_ = 0;
   int64_t drawn_ = 0;  // the token that the last call drew, and how
   Sampling sampling_;
+  std::vector<int64_t> tokens_;  // that were fed, where there is a prefix cache
   /// The token behind `drawn_`, of a call that ran ahead while other calls were asked for.
   std::optional<int64_t> overtaken_;
   bool failed_ = false;  // the last call did: who knows what it has done to the state
@@ -113,9 +116,20 @@ class Model {
   std::optional<llm::GpuMemory> gpu_memory() const { return device_->memory(); }
 
   size_t pages() const { return static_cast<size_t>(pool_->sizes.pages); }
-  size_t free_pages() const { return pool_->pages.size(); }
+  /// Those that no session holds: what the prefix cache has is dropped when it is needed.
+  size_t free_pages() const { return pool_->pages.size() + pool_->pages.idle(); }
   /// How many pages a session lacks for `count` more tokens.
   size_t missing_pages(const Session& session, size_t count) const;
+
+  /// What a session was given of tokens that others were fed before: so many `tokens`, which then
+  /// count as fed to it. `known` of its tokens are in pages that are known; a call that ends behind
+  /// them leaves a snapshot there, so that the next session can be given all of them.
+  struct Reuse {
+    size_t tokens = 0, known = 0;
+  };
+  /// Gives a session that has been fed nothing the longest prefix of some tokens, at most `limit`,
+  /// that the prefix cache has. Without a cache that is none.
+  Reuse reuse(Session& session, const std::vector<int64_t>& tokens, size_t limit);
 
   /// Feeds `count` tokens that follow those of the session, and draws the next one: one token as
   /// `decode` does, more through the method `prefill`. They may begin with the token that the last
@@ -148,6 +162,8 @@ class Model {
   void check_call(const Session& session, const int64_t* tokens, size_t count) const;
   /// Throws std::runtime_error unless this token, drawn like this, is what the session was fed.
   void check_overtaken(const Session& session, int64_t token, const Sampling& sampling) const;
+  /// Makes the token that was fed ahead of its call count as fed.
+  void take_overtaken(Session& session);
   /// Takes pages for so many more tokens of each session, and for some more if there are any and
   /// the call may be followed by others at once. Throws OutOfPages.
   void take_pages(const std::vector<Feed>& feeds, size_t count, bool run_ahead);
@@ -160,6 +176,9 @@ class Model {
   /// One call of sessions whose pages are there: `count` tokens of one, or one of each.
   std::vector<Step> call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
                          const CallOptions& options);
+  /// Leaves to the prefix cache what a session has been fed, if it fills pages. `passing`: a token
+  /// at a time.
+  void remember(const Session& session, bool passing);
   /// Gives back a session's pages, and gives up a token that it was asked to draw ahead.
   void drop(Session& session);
 
@@ -168,6 +187,7 @@ class Model {
   std::unique_ptr<Device> device_;
   std::optional<TextInputs> inputs_;
   std::optional<StatePool> pool_;
+  std::optional<PrefixCache> cache_;
   ModelInfo info_{};
   std::vector<Session*> ahead_;  // the sessions of the call that runs ahead, in order
 };

@@ -73,7 +73,8 @@ struct Event {
   std::vector<TokenLogprob> logprobs;  // one per token id, if asked for
   std::optional<std::vector<TokenLogprob>> prompt_logprobs;  // once, of all but the first token
   std::optional<RequestEnd> end;
-  std::string error;  // with kError
+  std::string error;          // with kError
+  int64_t cached_tokens = 0;  // of the prompt, taken from the prefix cache; with the first token
 };
 
 }  // namespace et_moe

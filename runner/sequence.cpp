@@ -6,6 +6,8 @@
 namespace et_moe {
 namespace {
 
+constexpr size_t kLongPrompt = 1024;  // tokens; one more call for its end is little to it
+
 bool contains(const std::vector<int64_t>& ids, int64_t id) {
   return std::find(ids.begin(), ids.end(), id) != ids.end();
 }
@@ -30,15 +32,39 @@ void Sequence::begin(std::unique_ptr<Session> session) {
 void Sequence::put_back() {
   session_.reset();
   fed_ = replayed_ = 0;
+  looked_up_ = false;
   logits_.clear();
   prompt_logprobs_.clear();
 }
 
+void Sequence::reuse_prefix() {
+  // A prompt whose log-probabilities are wanted is fed whole.
+  if (std::exchange(looked_up_, true) || request_.params.prompt_logprobs) return;
+  const std::vector<int64_t>& prompt = request_.prompt_ids;
+  std::vector<int64_t> tokens(prompt);
+  tokens.insert(tokens.end(), ids_.begin(), ids_.end());
+  // The last token is fed: what follows it is not known, or its logits are not.
+  const auto [count, known] = model_.reuse(*session_, tokens, tokens.size() - 1);
+  fed_ = std::min(count, prompt.size());
+  replayed_ = count - fed_;
+  known_ = known;
+  if (ids_.empty()) cached_ = count;
+}
+
 size_t Sequence::next_count() const {
   if (!in_prompt()) return 1;
+  const auto most = static_cast<size_t>(model_.info().max_prefill_tokens);
+  const auto page = static_cast<size_t>(model_.info().page_size);
+  const size_t size = request_.prompt_ids.size();
   // Only the last token of a call has logits.
-  const auto most = request_.params.prompt_logprobs ? 1 : model_.info().max_prefill_tokens;
-  return std::min(static_cast<size_t>(most), request_.prompt_ids.size() - fed_);
+  if (request_.params.prompt_logprobs) return 1;
+  // Pieces end where they would without a prefix that is reused, at the last full page of a long
+  // prompt, and where other prompts have gone other ways.
+  size_t end = std::min(size, most % page == 0 ? (fed_ / most + 1) * most : fed_ + most);
+  for (const size_t stop : {size >= kLongPrompt ? size / page * page : 0, known_}) {
+    if (fed_ < stop && stop < end) end = stop;
+  }
+  return end - fed_;
 }
 
 size_t Sequence::pages_to_begin() const {
@@ -77,6 +103,7 @@ int64_t Sequence::draw(const float* logits) {
 
 void Sequence::accept(int64_t token, const float* logits, Event& event) {
   const SamplingParams& params = request_.params;
+  if (ids_.empty()) event.cached_tokens = static_cast<int64_t>(cached_);
   ids_.push_back(token);
   event.token_ids.push_back(token);
   if (params.logprobs) {

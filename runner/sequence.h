@@ -40,6 +40,9 @@ class Sequence {
   /// Whether it takes part in the next decode call.
   bool decodes() const { return !in_prompt() && logits_.empty(); }
 
+  /// Takes over what the prefix cache has of its tokens; before its first call.
+  void reuse_prefix();
+
   /// Pages that it lacks for its next call.
   size_t missing_pages() const { return model_.missing_pages(*session_, next_count()); }
   /// Pages that it takes to come to where it is.
@@ -80,6 +83,9 @@ class Sequence {
   int64_t limit_;                   // most tokens to draw
   std::optional<Sampler> sampler_;  // if the op `sample` does not do
   size_t fed_ = 0;                  // tokens of the prompt
+  bool looked_up_ = false;          // whether the prefix cache was asked
+  size_t known_ = 0;                // tokens that others were fed, too
+  size_t cached_ = 0;               // those of the prompt that were not fed again, at the first try
   std::vector<int64_t> ids_;        // that were drawn
   size_t replayed_ = 0;             // how many of them were fed
   std::optional<TokenMask> mask_;   // for the next token

@@ -57,18 +57,34 @@ std::vector<int64_t> Session::settle() {
   return calls->tokens();
 }
 
-void Session::clear_slot(const Stream& stream, int32_t slot) {
+template <typename Use>
+void Session::each_slot(int32_t slot, const Use& use) const {
   // The longest distance of two rows that CUDA takes.
   constexpr size_t kMostPitch = INT32_MAX;
   for (const Slots& slots : slots_) {
     const bool at_once = slots.tensor_size <= kMostPitch;
     for (size_t i = 0; i < (at_once ? 1 : slots.count); ++i) {
-      std::byte* first = memory_.data() + slots.offset + i * slots.tensor_size +
-                         static_cast<size_t>(slot) * slots.slot_size;
-      ET_MOE_CUDA(cudaMemset2DAsync(first, at_once ? slots.tensor_size : slots.slot_size, 0,
-                                    slots.slot_size, at_once ? slots.count : 1, stream.get()));
+      const size_t offset =
+          slots.offset + i * slots.tensor_size + static_cast<size_t>(slot) * slots.slot_size;
+      use(offset, at_once ? slots.tensor_size : slots.slot_size, slots.slot_size,
+          at_once ? slots.count : 1);
     }
   }
+}
+
+void Session::clear_slot(const Stream& stream, int32_t slot) {
+  each_slot(slot, [&](size_t offset, size_t pitch, size_t width, size_t height) {
+    ET_MOE_CUDA(cudaMemset2DAsync(memory_.data() + offset, pitch, 0, width, height, stream.get()));
+  });
+}
+
+void Session::copy_slot(const Stream& stream, int32_t from, int32_t to) {
+  each_slot(from, [&](size_t offset, size_t pitch, size_t width, size_t height) {
+    std::byte* source = memory_.data() + offset;
+    std::byte* target = source + (to - from) * static_cast<std::ptrdiff_t>(width);
+    ET_MOE_CUDA(cudaMemcpy2DAsync(target, pitch, source, pitch, width, height,
+                                  cudaMemcpyDeviceToDevice, stream.get()));
+  });
 }
 
 void Session::forget(const CompiledMethod& method) {

@@ -76,6 +76,8 @@ class Session {
 
   /// Zeroes a slot, in which a new sequence begins.
   void clear_slot(const Stream& stream, int32_t slot);
+  /// Makes a slot a copy of another.
+  void copy_slot(const Stream& stream, int32_t from, int32_t to);
 
   /// Waits for a call that was started and that nobody has asked for yet, see
   /// `CallOptions::run_ahead`, and returns the tokens that it drew: one of each of its sequences.
@@ -100,6 +102,10 @@ class Session {
   struct Slots {
     size_t offset, slot_size, tensor_size, count;
   };
+  /// Calls `use` with the offset of a slot, the distance from tensor to tensor, the size of a slot
+  /// and the number of tensors, for tensors that CUDA takes as rows of one matrix.
+  template <typename Use>
+  void each_slot(int32_t slot, const Use& use) const;
   /// Waits for the call that runs ahead, if there is one, whatever becomes of it.
   void wait() const;
 
