@@ -110,8 +110,9 @@ class AsyncEngine {
   /// Waits for something to do and gives cancellations, masks and requests to the sequences.
   /// Returns whether to go on.
   bool collect();
-  /// Gives sessions to those that wait, in order, as far as there are places and pages.
-  void admit();
+  /// Gives sessions to those that wait, in order, as far as there are places and pages. If the
+  /// device fails one ends; returns why.
+  std::optional<std::string> admit();
   /// Draws the tokens that waited for masks.
   void draw_waiting();
   /// Decode calls of all sequences that have a token to feed.
@@ -128,9 +129,10 @@ class AsyncEngine {
   void deliver(Sequence& sequence, const std::function<Event()>& next);
   /// Ends a sequence; its state serves others.
   void finish(Sequence& sequence, Event event);
-  /// Ends sequences whose call failed. Throws EngineBroken, with both reasons, if a call on a fresh
-  /// state fails, too.
+  /// Ends sequences whose call failed. Throws like `probe`.
   void fail(const std::vector<Sequence*>& batch, const std::string& why);
+  /// After a failure: throws EngineBroken, with both reasons, if a call on a fresh state fails too.
+  void probe(const std::string& why);
   void drop_ended();
   /// Ends all requests; those that come are refused.
   void end_all(RequestEnd end, const std::string& why);

@@ -275,6 +275,19 @@ void Model::check_overtaken(const Session& session, int64_t token, const Samplin
       "call");
 }
 
+std::vector<const void*> Model::run_or_settle(const Call& call) {
+  try {
+    return device_->run(call);
+  } catch (...) {
+    try {
+      device_->settle();  // the call that failed may have been followed by another
+    } catch (const std::exception&) {
+      // What matters is why the first one failed.
+    }
+    throw;
+  }
+}
+
 std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
                               const CallOptions& options) {
   static const std::vector<std::string> token_only{kToken}, with_logits{kToken, kLogits};
@@ -292,7 +305,7 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tok
   const std::string& method = count > 1 ? kPrefill : feeds.size() > 1 ? kDecodeBatch : kDecode;
   for (const Feed& feed : feeds) feed.session->failed_ = true;
   ahead_.clear();
-  const std::vector<const void*> outputs = device_->run(
+  const std::vector<const void*> outputs = run_or_settle(
       {method, inputs_->inputs(), options.logits ? with_logits : token_only, run_ahead});
   std::vector<Step> steps;
   for (size_t i = 0; i < feeds.size(); ++i) {
