@@ -120,6 +120,10 @@ void AsyncEngine::run(const std::string& pte_path, const std::string& ptd_path,
     }
   }
   running_.clear();
+  if (is_loaded) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_pages_ = model_->free_pages();
+  }
   model_.reset();
 }
 
@@ -170,16 +174,27 @@ bool AsyncEngine::collect() {
   }
   cancelled.clear();  // gives back their state
   drop_ended();
-  admit();
+  const auto failure = admit();
   free_pages_ = model_->free_pages();
+  lock.unlock();
+  if (failure) probe(*failure);
   return true;
 }
 
-void AsyncEngine::admit() {
-  for (; can_admit(); waiting_.pop_front()) {
-    waiting_.front()->begin(model_->new_session());
-    running_.push_back(std::move(waiting_.front()));
+std::optional<std::string> AsyncEngine::admit() {
+  while (can_admit()) {
+    auto next = std::move(waiting_.front());
+    waiting_.pop_front();
+    try {
+      next->begin(model_->new_session());
+    } catch (const std::exception& e) {
+      events_.push({next->id(), {}, {}, {}, RequestEnd::kError, e.what()});
+      live_.erase(next->id());
+      return e.what();  // and its place is free for a probe
+    }
+    running_.push_back(std::move(next));
   }
+  return std::nullopt;
 }
 
 void AsyncEngine::drop_ended() {
@@ -291,12 +306,26 @@ void AsyncEngine::finish(Sequence& sequence, Event event) {
 }
 
 void AsyncEngine::fail(const std::vector<Sequence*>& batch, const std::string& why) {
-  for (Sequence* sequence : batch) {
-    finish(*sequence, {sequence->id(), {}, {}, {}, RequestEnd::kError, why});
+  std::vector<uint64_t> ids;
+  for (auto& sequence : running_) {
+    if (std::find(batch.begin(), batch.end(), sequence.get()) == batch.end()) continue;
+    ids.push_back(sequence->id());
+    sequence.reset();
   }
+  probe(why);  // before anybody hears of it: a broken engine takes no more requests
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const uint64_t id : ids) {
+    live_.erase(id);
+    events_.push({id, {}, {}, {}, RequestEnd::kError, why});
+  }
+}
+
+void AsyncEngine::probe(const std::string& why) {
   try {
     const int64_t token = 0;
     model_->run(*model_->new_session(), &token, 1, Sampling());
+  } catch (const OutOfPages&) {
+    return;  // says nothing of the device
   } catch (const std::exception& e) {
     throw EngineBroken("the device failed: " + why + "; and with a fresh state: " + e.what());
   }

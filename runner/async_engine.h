@@ -41,6 +41,10 @@ struct AsyncEngineOptions {
   size_t max_waiting = 256;  // requests that wait for their turn
 };
 
+/// How many snapshots a prefix cache for so many sequences has: one that each leaves while it runs,
+/// and as many of those that have ended.
+constexpr size_t snapshots_for(size_t sequences) { return 2 * sequences + 8; }
+
 struct EngineStatus {
   size_t waiting, running, max_sequences;
   size_t pages, free_pages;           // of the KV cache
@@ -110,8 +114,9 @@ class AsyncEngine {
   /// Waits for something to do and gives cancellations, masks and requests to the sequences.
   /// Returns whether to go on.
   bool collect();
-  /// Gives sessions to those that wait, in order, as far as there are places and pages.
-  void admit();
+  /// Gives sessions to those that wait, in order, as far as there are places and pages. If the
+  /// device fails one ends; returns why.
+  std::optional<std::string> admit();
   /// Draws the tokens that waited for masks.
   void draw_waiting();
   /// Decode calls of all sequences that have a token to feed.
@@ -128,9 +133,10 @@ class AsyncEngine {
   void deliver(Sequence& sequence, const std::function<Event()>& next);
   /// Ends a sequence; its state serves others.
   void finish(Sequence& sequence, Event event);
-  /// Ends sequences whose call failed. Throws EngineBroken, with both reasons, if a call on a fresh
-  /// state fails, too.
+  /// Ends sequences whose call failed. Throws like `probe`.
   void fail(const std::vector<Sequence*>& batch, const std::string& why);
+  /// After a failure: throws EngineBroken, with both reasons, if a call on a fresh state fails too.
+  void probe(const std::string& why);
   void drop_ended();
   /// Ends all requests; those that come are refused.
   void end_all(RequestEnd end, const std::string& why);

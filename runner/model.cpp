@@ -1,184 +1,19 @@
 #include "runner/model.h"
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
-#include <stdexcept>
-#include <tuple>
 #include <utility>
-
-#include "backends/messages.h"
 
 namespace et_moe {
 namespace {
 
-using executorch::aten::ScalarType;
-
-constexpr int64_t kFormatVersion = 4;
-const std::string kPrefill = "prefill", kDecode = "decode", kDecodeBatch = "decode_batch",
-                  kToken = "token", kLogits = "logits";
 /// Tokens for which a call that may be followed by others at once takes pages in advance.
 constexpr size_t kTokensAhead = 16;
 
-/// Throws std::runtime_error unless a method returns `token`, int64 [B, 1], and `logits`,
-/// float32 [B, vocab_size], for B sequences.
-void check_outputs(const std::string& method, const MethodSpec& spec, SizeRange sequences,
-                   int64_t vocab_size) {
-  const auto expect = [&sequences](const std::string& name, ScalarType dtype, int64_t width) {
-    const auto columns = static_cast<int32_t>(width);
-    return TensorSpec{name, dtype, {sequences.most, columns}, {sequences.least, columns}};
-  };
-  for (const TensorSpec& expected :
-       {expect(kToken, ScalarType::Long, 1), expect(kLogits, ScalarType::Float, vocab_size)}) {
-    const size_t i = find_tensor(spec.outputs, expected.name);
-    if (i == spec.outputs.size()) {
-      throw std::runtime_error("method " + method + " has no output " + expected.name);
-    }
-    const TensorSpec& found = spec.outputs[i];
-    const size_t rank = expected.shape.size();
-    if (!found.accepts(expected.dtype, expected.min_shape.data(), rank) ||
-        !found.accepts(expected.dtype, expected.shape.data(), rank)) {
-      throw std::runtime_error("method " + method + " returns " + expected.name + " as " +
-                               found.describe() + ", expected " + expected.describe() +
-                               ": get_vocab_size is " + std::to_string(vocab_size));
-    }
-  }
-}
-
-/// What `body` returns; its exceptions get the name of the file that is at fault.
-template <typename Body>
-auto in_file(const std::string& path, const Body& body) {
-  try {
-    return body();
-  } catch (const std::exception& e) {
-    throw std::runtime_error(path + ": " + reason(e));
-  }
-}
-
 }  // namespace
-
-Model::Model(const std::string& pte_path, const std::string& ptd_path, const ModelOptions& options)
-    : program_(pte_path) {
-  read_info();
-  const std::string backend = program_.text("get_backend"), text = program_.text("get_bindings");
-  info_.backend = in_file(pte_path + ": get_backend",
-                          [&] { return nlohmann::json::parse(backend).get<std::string>(); });
-  device_ = in_file(pte_path, [&] { return make_device(info_.backend, options.device); });
-  const Bindings bindings =
-      in_file(pte_path + ": get_bindings", [&] { return Bindings::parse(text); });
-  in_file(pte_path, [&] { check_methods(bindings); });
-  weights_.emplace(ptd_path, bindings.weights,
-                   Fingerprint{pte_path, program_.text("get_fingerprint")});
-  device_->load(program_, bindings, *weights_);
-  allocate(options, bindings);
-}
-
-Model::~Model() = default;
 
 Session::~Session() {
   model_.drop(*this);
   model_.pool_->slots.give(slot_);
-}
-
-void Model::read_info() {
-  if (const int64_t version = program_.count("get_format_version"); version != kFormatVersion) {
-    throw std::runtime_error(program_.path() + ": format version " + std::to_string(version) +
-                             ", this runner reads version " + std::to_string(kFormatVersion) +
-                             ": export it again with `et-moe export`");
-  }
-  info_ = {program_.count("get_max_seq_len"),
-           program_.count("get_max_prefill_tokens"),
-           program_.count("get_max_sequences"),
-           program_.count("get_page_size"),
-           program_.count("get_max_pages"),
-           program_.count("get_vocab_size"),
-           program_.count("get_n_layers"),
-           {},
-           {}};
-  const std::string eos_ids = program_.text("get_eos_ids");
-  info_.eos_ids = in_file(program_.path() + ": get_eos_ids", [&] {
-    return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>();
-  });
-  for (const auto& [name, value, least] :
-       {std::tuple{"get_max_prefill_tokens", info_.max_prefill_tokens, int64_t{2}},
-        std::tuple{"get_max_sequences", info_.max_sequences, int64_t{1}},
-        std::tuple{"get_page_size", info_.page_size, int64_t{1}},
-        std::tuple{
-            "get_max_pages", info_.max_pages,
-            (info_.max_seq_len + info_.page_size - 1) / std::max<int64_t>(1, info_.page_size)}}) {
-    if (value < least) {
-      throw std::runtime_error(program_.path() + ": " + name + " is " + std::to_string(value) +
-                               ", expected at least " + std::to_string(least));
-    }
-  }
-  inputs_.emplace(static_cast<size_t>(info_.max_sequences),
-                  static_cast<size_t>(info_.max_prefill_tokens),
-                  static_cast<size_t>(info_.max_pages));
-}
-
-void Model::check_methods(const Bindings& bindings) const {
-  const auto most_tokens = static_cast<int32_t>(info_.max_prefill_tokens);
-  const auto most_sequences = static_cast<int32_t>(info_.max_sequences);
-  std::vector<std::tuple<std::string, SizeRange, SizeRange>> methods = {
-      {kPrefill, {1, 1}, {2, most_tokens}}, {kDecode, {1, 1}, {1, 1}}};
-  if (most_sequences > 1) methods.push_back({kDecodeBatch, {2, most_sequences}, {1, 1}});
-  for (const auto& [name, sequences, tokens] : methods) {
-    const auto method = bindings.methods.find(name);
-    if (method == bindings.methods.end()) throw std::runtime_error("has no method " + name);
-    inputs_->check(name, method->second, sequences, tokens);
-    check_outputs(name, method->second, sequences, info_.vocab_size);
-  }
-}
-
-size_t Model::choose_pages(const ModelOptions& options, const Bindings& bindings) const {
-  const auto least = static_cast<size_t>(info_.max_pages);
-  size_t pages = options.pages.value_or(options.max_sequences * least);
-  std::string why;
-  if (options.memory_fraction && !options.pages) {
-    const auto memory = device_->memory();
-    if (!memory) throw std::runtime_error("memory_fraction: a CPU program has no GPU memory");
-    size_t slots = 0, page = 0;
-    for (const StateSpec& state : bindings.state) {
-      const bool in_pages = state.pool == Pool::kPages;
-      const size_t count = in_pages ? 1 : options.max_sequences + options.snapshots;
-      (in_pages ? page : slots) += state.nbytes_each() * count;
-    }
-    const double used = static_cast<double>(memory->total - memory->free_after_load);
-    const double rest = *options.memory_fraction * static_cast<double>(memory->total) - used -
-                        static_cast<double>(slots);
-    if (page > 0) pages = std::min(pages, static_cast<size_t>(std::max(0.0, rest) / page));
-    why = " with memory_fraction " + std::to_string(*options.memory_fraction);
-  }
-  if (pages < least) {
-    throw std::runtime_error("the KV cache has " + std::to_string(pages) + " pages" + why +
-                             ", expected at least " + std::to_string(least) +
-                             " for one sequence of " + std::to_string(info_.max_seq_len) +
-                             " tokens");
-  }
-  return pages;
-}
-
-void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
-  const size_t pages = choose_pages(options, bindings);
-  const size_t slots = options.max_sequences + options.snapshots;
-  for (const StateSpec& state : bindings.state) {
-    const size_t wanted = state.pool == Pool::kPages ? pages : slots;
-    if (wanted < static_cast<size_t>(state.min_shape[0]) ||
-        wanted > static_cast<size_t>(state.shape[0])) {
-      throw std::runtime_error(program_.path() + ": the state " + state.name + " is " +
-                               state.describe() + ", " + std::to_string(slots) + " slots and " +
-                               std::to_string(pages) + " pages do not fit");
-    }
-  }
-  pool_.emplace(static_cast<int32_t>(pages), static_cast<int32_t>(options.max_sequences),
-                static_cast<int32_t>(options.snapshots));
-  if (options.snapshots > 0) cache_.emplace(*pool_, static_cast<size_t>(info_.page_size));
-  try {
-    device_->allocate(pool_->sizes);
-  } catch (const std::runtime_error& e) {
-    throw std::runtime_error("there is no memory for the state of " +
-                             std::to_string(options.max_sequences) + " sequences with " +
-                             std::to_string(pages) + " pages of the KV cache: " + e.what());
-  }
 }
 
 std::unique_ptr<Session> Model::new_session() {
@@ -270,7 +105,7 @@ Model::Reuse Model::reuse(Session& session, const std::vector<int64_t>& tokens, 
 }
 
 void Model::remember(const Session& session, bool passing) {
-  if (!cache_ || session.position_ % info_.page_size != 0) return;
+  if (!cache_ || (passing && session.position_ % info_.page_size != 0)) return;
   if (const auto slot = cache_->add(session.tokens_, session.pages_, passing)) {
     device_->copy_slot(session.slot_, *slot);
   }
@@ -307,6 +142,19 @@ void Model::take_overtaken(Session& session) {
   ++session.position_;
 }
 
+std::vector<const void*> Model::run_or_settle(const Call& call) {
+  try {
+    return device_->run(call);
+  } catch (...) {
+    try {
+      device_->settle();  // the call that failed may have been followed by another
+    } catch (const std::exception&) {
+      // What matters is why the first one failed.
+    }
+    throw;
+  }
+}
+
 std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
                               const CallOptions& options) {
   static const std::vector<std::string> token_only{kToken}, with_logits{kToken, kLogits};
@@ -325,7 +173,7 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tok
   const std::string& method = count > 1 ? kPrefill : feeds.size() > 1 ? kDecodeBatch : kDecode;
   for (const Feed& feed : feeds) feed.session->failed_ = true;
   ahead_.clear();
-  const std::vector<const void*> outputs = device_->run(
+  const std::vector<const void*> outputs = run_or_settle(
       {method, inputs_->inputs(), options.logits ? with_logits : token_only, run_ahead});
   std::vector<Step> steps;
   for (size_t i = 0; i < feeds.size(); ++i) {

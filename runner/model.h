@@ -173,11 +173,13 @@ class Model {
   bool is_ahead(const std::vector<Feed>& feeds) const;
   /// Ends running ahead: its sessions keep the tokens that were drawn.
   void settle();
+  /// A call of the device; if it fails nothing runs ahead any more.
+  std::vector<const void*> run_or_settle(const Call& call);
   /// One call of sessions whose pages are there: `count` tokens of one, or one of each.
   std::vector<Step> call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
                          const CallOptions& options);
-  /// Leaves to the prefix cache what a session has been fed, if it fills pages. `passing`: a token
-  /// at a time.
+  /// Leaves to the prefix cache what a session has been fed: pages that are full, and the state
+  /// behind them. `passing`: a token at a time.
   void remember(const Session& session, bool passing);
   /// Gives back a session's pages, and gives up a token that it was asked to draw ahead.
   void drop(Session& session);

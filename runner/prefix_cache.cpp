@@ -63,7 +63,7 @@ std::optional<int32_t> PrefixCache::add(const std::vector<int64_t>& tokens,
                                          : child->second.get();
     touch(*node);
   }
-  if (node == &root_ || node->slot) return std::nullopt;
+  if (node == &root_ || node->slot || tokens.size() % page_size_ != 0) return std::nullopt;
   Node& before = *node->parent;
   if (passing && before.passing && before.slot) drop_snapshot(before);
   if (pool_.snapshots.size() == 0) {

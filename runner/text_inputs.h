@@ -10,6 +10,11 @@
 
 namespace et_moe {
 
+/// Methods of a text model: several tokens of one sequence, one token, and one of each of several
+/// sequences. All return `token` and `logits`.
+inline const std::string kPrefill = "prefill", kDecode = "decode", kDecodeBatch = "decode_batch";
+inline const std::string kToken = "token", kLogits = "logits";
+
 /// How the next token is drawn; the op `sample` (backends/ops/sampling.py) defines the meaning.
 struct Sampling {
   float temperature = 0.0f;  // 0 is greedy

@@ -65,6 +65,9 @@ def serve(
     ] = None,
     max_sequences: MaxSequences = 8,
     memory_fraction: MemoryFraction = None,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Whether prompts that begin alike share what is computed.")
+    ] = True,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Requests that may wait; more are refused with status 429.")
     ] = 256,
@@ -84,6 +87,7 @@ def serve(
         max_sequences=max_sequences,
         max_waiting=max_waiting,
         memory_fraction=memory_fraction,
+        prefix_cache=prefix_cache,
     )
     run(create_app(open_model, api_key), host, port, drain_seconds)
 

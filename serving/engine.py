@@ -37,6 +37,7 @@ def load_engine(
     max_sequences: int = 8,
     max_waiting: int = 256,
     memory_fraction: float | None = None,
+    prefix_cache: bool = True,
     cuda_graph: bool = True,
 ) -> Engine:
     """Loads `model.pte` and `model.ptd` of a program folder; returns once requests can come.
@@ -46,6 +47,7 @@ def load_engine(
         max_waiting: requests that wait for their turn; further ones are refused.
         memory_fraction: of a GPU's memory, for weights and state together. It bounds the pages of
             the KV cache; without it there are as many as the longest sequences take.
+        prefix_cache: whether prompts that begin as others did take over what these computed.
         cuda_graph: whether a CUDA program is captured into CUDA graphs.
 
     Raises:
@@ -59,6 +61,7 @@ def load_engine(
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             memory_fraction=memory_fraction,
+            prefix_cache=prefix_cache,
             cuda_graph=cuda_graph,
         ),
         max_sequences + max_waiting,

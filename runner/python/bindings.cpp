@@ -104,7 +104,7 @@ nb::tuple to_tuple(const Event& event) {
       event.request_id, to_tuple(event.token_ids),
       optional(!event.logprobs.empty(), [&] { return to_list(event.logprobs); }),
       optional(event.prompt_logprobs.has_value(), [&] { return to_list(*event.prompt_logprobs); }),
-      0, name_of(event.end),
+      event.cached_tokens, name_of(event.end),
       optional(event.end == RequestEnd::kError, [&] { return nb::str(event.error.c_str()); }));
 }
 
@@ -129,13 +129,17 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](AsyncEngine* self, const std::filesystem::path& pte_path,
              const std::filesystem::path& ptd_path, size_t max_sequences, size_t max_waiting,
-             std::optional<double> memory_fraction, bool cuda_graph) {
-            const ModelOptions model{{cuda_graph}, max_sequences, {}, memory_fraction};
+             std::optional<double> memory_fraction, bool prefix_cache, bool cuda_graph) {
+            ModelOptions model;
+            model.device.cuda_graph = cuda_graph;
+            model.max_sequences = max_sequences;
+            model.snapshots = prefix_cache ? snapshots_for(max_sequences) : 0;
+            model.memory_fraction = memory_fraction;
             new (self) AsyncEngine(pte_path, ptd_path, {model, max_waiting});
           },
           nb::arg("pte_path"), nb::arg("ptd_path"), nb::kw_only(), nb::arg("max_sequences"),
-          nb::arg("max_waiting"), nb::arg("memory_fraction").none(), nb::arg("cuda_graph"),
-          Release())
+          nb::arg("max_waiting"), nb::arg("memory_fraction").none(), nb::arg("prefix_cache"),
+          nb::arg("cuda_graph"), Release())
       .def("submit", &submit, nb::arg("prompt_ids"), nb::arg("params"))
       .def("cancel", &AsyncEngine::cancel, nb::arg("request_id"), Release())
       .def("allow", &allow, nb::arg("request_id"), nb::arg("mask"))

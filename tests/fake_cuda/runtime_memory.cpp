@@ -217,6 +217,22 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
                       [&](State& s) { return copy_later(s, to, from, size, kind, stream); });
 }
 
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind kind,
+                              cudaStream_t stream) {
+  return runtime_call("cudaMemcpy2DAsync", kPlain, [&](State& s) {
+    if (width > to_pitch || width > from_pitch || std::max(to_pitch, from_pitch) > INT32_MAX) {
+      return s.violation(cudaErrorInvalidValue, "cudaMemcpy2DAsync: not a pitch of such rows");
+    }
+    cudaError_t error = cudaSuccess;
+    for (size_t row = 0; row < height && error == cudaSuccess; ++row) {
+      error = copy_later(s, static_cast<char*>(to) + row * to_pitch,
+                         static_cast<const char*>(from) + row * from_pitch, width, kind, stream);
+    }
+    return error;
+  });
+}
+
 cudaError_t cudaMemset(void* to, int value, size_t size) {
   return runtime_call("cudaMemset", kUnsafeInCapture, [&](State& s) {
     return set_later(s, "cudaMemset", to, value, size, nullptr);

@@ -98,7 +98,7 @@ def test_a_device_that_failed_for_good(fake, programs) -> None:
     _, ends, refused, broken = python(
         fake,
         programs / "cuda",
-        fail="cudaGraphLaunch:2",
+        fail="cudaGraphLaunch:1",
         error="cudaErrorIllegalAddress",
     )
     assert all("cudaErrorIllegalAddress" in end or "ILLEGAL_ADDRESS" in end for end in ends)

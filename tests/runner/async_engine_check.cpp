@@ -8,6 +8,10 @@
 //   together N  N random requests of all kinds give the tokens together that each gives alone.
 //   random N ROUNDS  The same N come at random moments and in any order, and some are cancelled.
 //               With PAGES, some must be put back.
+//   prefix N    N prompts share three quarters of the context and differ after, and each is
+//   followed
+//               by a second turn. They give the tokens that they give without a prefix cache, and
+//               all but the first are given what they share.
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
 //   faults STEP Over the fake driver: loads and serves three requests, once for every STEP-th call
@@ -16,8 +20,6 @@
 //               broken or tolerated, and the error.
 
 #include <dlfcn.h>
-#include <poll.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -31,7 +33,7 @@
 #include <utility>
 #include <vector>
 
-#include "runner/async_engine.h"
+#include "tests/runner/async_engine_client.h"
 
 #ifdef __SANITIZE_ADDRESS__
 // The C++ library inside a program's code has a pool of 71 KB for exceptions, which it loses when
@@ -41,79 +43,13 @@ extern "C" int dlclose(void*) noexcept { return 0; }
 
 namespace {
 
-using et_moe::AsyncEngine;
+using et_moe::Client;
 using et_moe::Event;
+using et_moe::expect;
+using et_moe::greedy;
+using et_moe::Ids;
 using et_moe::Request;
 using et_moe::RequestEnd;
-
-using Ids = std::vector<int64_t>;
-
-void expect(bool condition, const std::string& what) {
-  if (!condition) throw std::runtime_error("expected " + what);
-}
-
-/// An engine and all that it has said of each request.
-class Client {
- public:
-  Client(const std::string& pte, const std::string& ptd, const et_moe::AsyncEngineOptions& options)
-      : engine_(pte, ptd, options) {}
-
-  AsyncEngine& engine() { return engine_; }
-
-  /// All events of a request so far as one, once it has `tokens` of them or has ended.
-  const Event& wait(uint64_t id, size_t tokens = SIZE_MAX) {
-    while (true) {
-      const Event& event = all_[id];
-      if (event.end || event.token_ids.size() >= tokens) return event;
-      pollfd ready{engine_.fileno(), POLLIN, 0};
-      expect(poll(&ready, 1, 60000) == 1, "an event within a minute");
-      take();
-    }
-  }
-
-  void take() {
-    for (Event& event : engine_.take_events()) {
-      Event& all = all_[event.request_id];
-      expect(!all.end, "no event after the last one");
-      all.token_ids.insert(all.token_ids.end(), event.token_ids.begin(), event.token_ids.end());
-      for (auto& logprob : event.logprobs) all.logprobs.push_back(std::move(logprob));
-      if (event.prompt_logprobs) all.prompt_logprobs = std::move(event.prompt_logprobs);
-      all.end = event.end;
-      all.error = event.error;
-    }
-  }
-
-  et_moe::TokenMask all_tokens() const {
-    return et_moe::TokenMask(static_cast<size_t>(engine_.info().vocab_size + 7) / 8, 0xff);
-  }
-
-  /// A request that waits before each token until `allow` is called.
-  uint64_t submit_guided(Ids prompt, int64_t max_tokens) {
-    Request request{std::move(prompt), {}};
-    request.params.guided = request.params.ignore_eos = true;
-    request.params.max_tokens = max_tokens;
-    return engine_.submit(std::move(request));
-  }
-
-  void expect_idle() {
-    const auto status = engine_.status();
-    expect(status.waiting == 0 && status.running == 0, "no request left");
-    // Pages are counted when the engine has nothing left to do.
-    for (int i = 0; i < 1000 && engine_.status().free_pages < status.pages; ++i) usleep(1000);
-    expect(engine_.status().free_pages == status.pages, "no page lost");
-  }
-
- private:
-  AsyncEngine engine_;
-  std::map<uint64_t, Event> all_;
-};
-
-Request greedy(Ids prompt, int64_t max_tokens) {
-  Request request{std::move(prompt), {}};
-  request.params.max_tokens = max_tokens;
-  request.params.ignore_eos = true;
-  return request;
-}
 
 /// A request of any kind but a guided one.
 Request random_request(std::mt19937& random, const et_moe::ModelInfo& info) {
@@ -206,6 +142,41 @@ void come_and_go(Client& client, size_t count, size_t rounds, bool few_pages) {
   const auto status = client.engine().status();
   expect(!few_pages || status.preemptions > rounds / 4,
          "sequences that are put back, got " + std::to_string(status.preemptions));
+}
+
+/// Serves a conversation of two turns; gives all tokens, and the cached ones of both turns.
+std::pair<Ids, std::vector<int64_t>> converse(Client& client, const Ids& prompt) {
+  const Event first = client.wait(client.engine().submit(greedy(prompt, 9)));
+  Ids all(prompt);
+  all.insert(all.end(), first.token_ids.begin(), first.token_ids.end());
+  all.push_back(1);
+  const Event second = client.wait(client.engine().submit(greedy(all, 5)));
+  expect(first.end == RequestEnd::kLength && second.end == RequestEnd::kLength, "two answers");
+  all.insert(all.end(), second.token_ids.begin(), second.token_ids.end());
+  return {all, {first.cached_tokens, second.cached_tokens}};
+}
+
+void prefix(Client& client, Client& without, size_t count) {
+  std::mt19937 random(5);
+  const et_moe::ModelInfo& info = client.engine().info();
+  const auto draw = [&] { return static_cast<int64_t>(random() % info.vocab_size); };
+  Ids shared(static_cast<size_t>(info.max_seq_len * 3 / 4));
+  for (int64_t& id : shared) id = draw();
+  const int64_t pages = static_cast<int64_t>(shared.size()) / info.page_size * info.page_size;
+  for (size_t i = 0; i < count; ++i) {
+    Ids prompt(shared);
+    for (int more = 0; more < 20; ++more) prompt.push_back(draw());
+    const auto [tokens, cached] = converse(client, prompt);
+    const auto [expected, none] = converse(without, prompt);
+    expect(tokens == expected,
+           "the tokens of conversation " + std::to_string(i) + " without cache");
+    expect(none[0] == 0 && none[1] == 0, "no cached tokens without a cache");
+    // The second turn of the first one showed where many go on.
+    expect(i == 0 || cached[0] == pages,
+           "all shared pages cached, not " + std::to_string(cached[0]));
+    expect(i == 0 || cached[1] >= pages, "the second turn's pages cached");
+  }
+  client.expect_idle();
 }
 
 void cancel(Client& client, size_t sequences) {
@@ -343,13 +314,15 @@ int main(int argc, char** argv) {
     if (argc < 6) throw std::runtime_error("usage: see the top of async_engine_check.cpp");
     const size_t sequences = std::stoul(argv[4]);
     const char* pages = std::strchr(argv[4], '/');
-    const auto make = [&] {
+    const auto make_with = [&](size_t snapshots) {
       et_moe::AsyncEngineOptions options;
       options.model.max_sequences = sequences;
+      options.model.snapshots = snapshots;
       if (pages) options.model.pages = std::stoul(pages + 1);
       options.model.device.cuda_graph = std::string(argv[3]) == "1";
       return std::make_unique<Client>(argv[1], argv[2], options);
     };
+    const auto make = [&] { return make_with(et_moe::snapshots_for(sequences)); };
     const std::string command = argv[5];
     if (command == "faults") {
       faults(make, std::stoul(argv[6]));
@@ -357,6 +330,8 @@ int main(int argc, char** argv) {
       together(*make(), std::stoul(argv[6]));
     } else if (command == "random") {
       come_and_go(*make(), std::stoul(argv[6]), std::stoul(argv[7]), pages);
+    } else if (command == "prefix") {
+      prefix(*make(), *make_with(0), std::stoul(argv[6]));
     } else if (command == "cancel") {
       cancel(*make(), sequences);
     } else if (command == "close") {
