@@ -142,9 +142,13 @@ void AsyncEngine::serve() {
 
 bool AsyncEngine::can_admit() const {
   if (waiting_.empty() || running_.size() == options_.model.max_sequences) return false;
-  // Those that run soon take another page each.
-  return running_.empty() ||
-         waiting_.front()->pages_to_begin() + running_.size() <= model_->free_pages();
+  if (running_.empty()) return true;
+  size_t wanted = waiting_.front()->pages_to_go_on();
+  for (const auto& sequence : running_) {
+    const size_t all = sequence->pages_to_go_on();
+    wanted += all - std::min(all, sequence->pages());
+  }
+  return wanted <= model_->free_pages();
 }
 
 bool AsyncEngine::has_work() const {

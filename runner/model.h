@@ -58,6 +58,8 @@ class Session {
 
   /// Number of tokens that were fed since it was made or reset.
   int64_t position() const { return position_; }
+  /// Number of pages of the KV cache that it holds.
+  size_t pages() const { return pages_.size(); }
 
  private:
   friend class Model;

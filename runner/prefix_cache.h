@@ -36,8 +36,8 @@ class PrefixCache {
   Match find(const std::vector<int64_t>& tokens, size_t limit);
 
   /// Keeps the full pages of a sequence that has been fed these tokens. Returns the slot for a
-  /// snapshot behind the last of them; none if they do not fill pages, if there is a snapshot, or no
-  /// slot for one.
+  /// snapshot behind the last of them; none if they do not fill pages, if there is a snapshot, or
+  /// no slot for one.
   ///
   /// `passing`: the sequence goes on. This snapshot takes the place of the one that it left a page
   /// before, unless somebody else has used that.

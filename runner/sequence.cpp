@@ -67,9 +67,12 @@ size_t Sequence::next_count() const {
   return end - fed_;
 }
 
-size_t Sequence::pages_to_begin() const {
+size_t Sequence::pages_to_go_on() const {
   const auto size = static_cast<size_t>(model_.info().page_size);
-  return (request_.prompt_ids.size() + ids_.size() + size - 1) / size;
+  const size_t fed = request_.prompt_ids.size() + ids_.size();
+  const size_t at_end =
+      request_.prompt_ids.size() + static_cast<size_t>(std::max<int64_t>(limit_, 1)) - 1;
+  return std::min((fed + size - 1) / size + 1, (std::max(at_end, fed) + size - 1) / size);
 }
 
 Event Sequence::feed_prompt() {

@@ -45,8 +45,10 @@ class Sequence {
 
   /// Pages that it lacks for its next call.
   size_t missing_pages() const { return model_.missing_pages(*session_, next_count()); }
-  /// Pages that it takes to come to where it is.
-  size_t pages_to_begin() const;
+  /// Pages that it takes to come to where it is, and one more if it may go on beyond them.
+  size_t pages_to_go_on() const;
+  /// Those of them that it has.
+  size_t pages() const { return session_ ? session_->pages() : 0; }
 
   /// Feeds a piece of the prompt. Returns what is new. Throws like `Model::run`.
   Event feed_prompt();

@@ -58,6 +58,7 @@ Request random_request(std::mt19937& random, const et_moe::ModelInfo& info) {
   for (int64_t& id : prompt) id = below(info.vocab_size);
   Request request = greedy(prompt, 1 + below(std::min<int64_t>(info.max_seq_len / 4, 30)));
   auto& p = request.params;
+  if (below(6) == 0) p.max_tokens = info.max_seq_len;  // some take more pages than they begin with
   p.ignore_eos = below(2) == 0;
   if (below(2))
     p.sampling = {0.5f + static_cast<float>(below(20)) / 10, below(3) * 20, 0.9f, below(99)};

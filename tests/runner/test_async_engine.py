@@ -60,6 +60,11 @@ def test_requests_of_several_pages(binary, paged_program, sequences: str) -> Non
     check(binary, paged_program, sequences, "together", 40)
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_prompts_that_share_a_prefix(binary, paged_program, sequences: int) -> None:
+    check(binary, paged_program, sequences, "prefix", 6)
+
+
 @pytest.mark.parametrize("sequences", ["7", "8/5"], ids=["all pages", "few pages"])
 def test_requests_that_come_and_go(build_dir, paged_program, sequences: str) -> None:
     """With few pages some are put back, and begin anew later."""

@@ -122,7 +122,7 @@ def test_another_format_version(refused, tmp_path: Path) -> None:
     for constants, message in (
         (
             {"get_format_version": 1},
-            "format version 1, this runner reads version 3: export it again",
+            "format version 1, this runner reads version 4: export it again",
         ),
         ({"get_format_version": "1"}, "get_format_version is not a count"),
         ({}, "has no method get_format_version"),
