@@ -50,12 +50,15 @@ install_python_packages() {
   [ "$(cat .venv/et_moe_stamp 2>/dev/null)" = "$stamp" ] && return
   echo "setup: installing Python packages into .venv"
   # First all that scripts/lock.sh has locked is installed, checked by hash, and then the project.
-  local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
+  local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+    --no-compile)
   local locked=("${install[@]}" --require-hashes --requirement)
   "${locked[@]}" requirements/lock.txt
   # The CPU build is taken where pip's indices have it.
   "${locked[@]}" requirements/torch-cpu.txt 2>/dev/null || "${locked[@]}" requirements/torch-cuda.txt
   "${install[@]}" --no-build-isolation --editable .
+  # What pip would do on one core. Some packages have files for other versions of Python.
+  .venv/bin/python -m compileall -qq -j 0 .venv/lib/python*/site-packages || true
   echo "$stamp" >.venv/et_moe_stamp
 }
 

@@ -1,5 +1,6 @@
 """Fixtures that every test folder shares."""
 
+import functools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._export.utils as torch_export
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, and for its own functions when it is first
@@ -19,6 +21,10 @@ if not torch.cuda.is_available():
     # in what tests start, would spend most of their time waiting for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# For each exported program torch looks all C++ operators up, once for each of some tens of
+# namespaces: most of the time of a small export. Tests define no such operators.
+torch_export._materialize_cpp_cia_ops = functools.cache(torch_export._materialize_cpp_cia_ops)
 
 # A test run that was started in the background may ignore signals, and so would what tests start.
 for number, usual in (

@@ -47,7 +47,8 @@ def run(*command, code: int = 0, cwd: Path | None = None) -> subprocess.Complete
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built in `build/wheel`, where building it again costs little."""
     folder = tmp_path_factory.mktemp("wheel")
-    options = ("--no-deps", "--no-build-isolation", "-C", f"build-dir={REPO / 'build' / 'wheel'}")
+    options = ["--no-deps", "--no-build-isolation", "-C", f"build-dir={REPO / 'build' / 'wheel'}"]
+    options += ["-C", "cmake.build-type=None"]  # not optimized, since other tests are of the code
     run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, REPO)
     (path,) = folder.glob("*.whl")
     return path
