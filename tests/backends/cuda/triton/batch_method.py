@@ -79,7 +79,7 @@ def make_method() -> MethodGraph:
     return MethodGraph(
         program=program,
         inputs=list(INPUTS),
-        state=list(STATE),
+        state={name: "slots" if name in ("conv", "recurrent") else "pages" for name in STATE},
         weights=[f"w.{name}" for name in WEIGHTS],
         outputs=["token", "net", "weights", "ids"],
     )
@@ -87,6 +87,9 @@ def make_method() -> MethodGraph:
 
 if __name__ == "__main__":
     graph = make_method()
-    (code,) = compile_method(graph, plan_weights({"decode": graph}), "sm_90").ranges
-    kernels = {kernel.function: kernel.dependent for kernel in code.kernels}
-    Path(sys.argv[1]).write_text(json.dumps({"longest": code.longest, "dependent": kernels}))
+    ranges = compile_method(graph, plan_weights({"decode": graph}), "sm_90").ranges
+    kernels = {
+        code.longest: {kernel.function: kernel.dependent for kernel in code.kernels}
+        for code in ranges
+    }
+    Path(sys.argv[1]).write_text(json.dumps(kernels))
