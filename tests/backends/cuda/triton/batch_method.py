@@ -48,6 +48,8 @@ WEIGHTS = {
     "net_norm": (BF16, (NET_DIM,)),
     "norm": (BF16, (HEADS * DIM,)),
     "router": (BF16, (9, HEADS * DIM)),
+    "linear": (torch.uint8, (64, HEADS * DIM // 2)),
+    "linear_scale": (BF16, (64, HEADS * DIM // 128)),
 }
 
 
@@ -62,7 +64,8 @@ class Batch(torch.nn.Module):
         net = (w["conv"], w["gate"], w["gate"], w["net_norm"], state["conv"], state["recurrent"])
         y = et.gated_delta_net(projected, *net, slots, 1e-6, num_tokens)
         _, weights, ids = et.moe_router(x, w["norm"], w["router"], 2, 1, 1e-6, num_tokens)
-        return et.sample(x.float(), *options, positions), y, weights, ids
+        z = et.linear_w4a8(x, w["linear"], w["linear_scale"], 128, w["norm"])
+        return et.sample(x.float(), *options, positions), y, weights, ids, z
 
 
 def make_method() -> MethodGraph:
@@ -81,7 +84,7 @@ def make_method() -> MethodGraph:
         inputs=list(INPUTS),
         state={name: "slots" if name in ("conv", "recurrent") else "pages" for name in STATE},
         weights=[f"w.{name}" for name in WEIGHTS],
-        outputs=["token", "net", "weights", "ids"],
+        outputs=["token", "net", "weights", "ids", "linear"],
     )
 
 
