@@ -198,6 +198,21 @@ def test_rows_do_not_depend_on_others(dtype, n, k, group, span, name, reconfigur
     check_rows_alone(name, x, n, group, norm_weight=norm, eps=1e-5, residual=residual)
 
 
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("block_m,block_n", [(16, 16), (32, 64)])
+def test_rows_of_a_gemm_do_not_depend_on_others(block_m, block_n, name, reconfigure, device):
+    """All configurations add up the blocks of a row in the same order, however many rows there
+    are."""
+    packed = weights(50, 512, 128, device)[1]
+    x, residual = torch.randn(70, 512, device=device), torch.randn(70, 50, device=device)
+    expected = TRITON_OPS[name](x, *packed, 128, residual=residual)
+    reconfigure("linear_w4a", BLOCK_M=block_m, BLOCK_N=block_n)
+    for count in (LINEAR_ROWS + 1, 17, 70):
+        rows = torch.randperm(70)[:count].tolist()
+        got = TRITON_OPS[name](x[rows], *packed, 128, residual=residual[rows])
+        assert torch.equal(got, expected[rows])
+
+
 @pytest.mark.parametrize("rows,warps", [(16, 1), (64, 2), (256, 4), (512, 8)])
 def test_configurations_of_a_few_rows_give_the_same_bits(rows, warps, reconfigure, device):
     reconfigure("linear_rows", BLOCK_ROWS=rows, num_warps=warps)
