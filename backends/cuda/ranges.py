@@ -7,11 +7,13 @@ kernels for a few tokens. The graph is the same in all ranges.
 
 import dataclasses
 
-from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
+from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS
 
-BOUNDS = (1, DECODE_TOKENS, 64, 256)
-"""Where one range ends and the next one begins: one row has kernels of its own, as have a few, and
-between the other numbers the best configurations change most (`triton/tuning`)."""
+BOUNDS = (1, LINEAR_ROWS, DECODE_TOKENS, 64, 256)
+"""Where one range ends and the next one begins. One row has kernels of its own. So have up to
+`LINEAR_ROWS` in the linear layers, whose weights are most of what is read, and up to
+`DECODE_TOKENS` in router and experts. Between the other numbers the best configurations change most
+(`triton/tuning`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,25 +11,25 @@ from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.cases.lookups import record_lookups
 from et_moe.backends.cuda.triton.cases.table import OP_CASES
 from et_moe.backends.cuda.triton.common.launch import is_one
-from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, is_decode
+from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS, is_decode
 from et_moe.benchmarks.static.collect import all_entries, targets
 from et_moe.pipeline.export import MAX_PREFILL_TOKENS
 
 BATCHES = (4, 16, 64, 256)
-"""Largest numbers of rows of a range of sequences that are to be decoded together. No program
-decodes more than one yet; the entries for them are tuned already."""
+"""Largest numbers of rows of the ranges of sequences that are decoded together."""
 
 
 @pytest.mark.parametrize(
     ("low", "high", "ends"),
     [
         (1, 1, [1]),
-        (1, 300, [1, 16, 64, 256, 300]),
-        (2, 16, [16]),
-        (2, 17, [16, 17]),
-        (2, 64, [16, 64]),
-        (2, 100, [16, 64, 100]),
-        (2, 2048, [16, 64, 256, 2048]),
+        (1, 300, [1, 4, 16, 64, 256, 300]),
+        (2, 3, [3]),
+        (2, 16, [4, 16]),
+        (2, 17, [4, 16, 17]),
+        (2, 64, [4, 16, 64]),
+        (2, 100, [4, 16, 64, 100]),
+        (2, 2048, [4, 16, 64, 256, 2048]),
         (17, 20, [20]),
         (300, 400, [400]),
     ],
@@ -85,4 +85,4 @@ def test_every_tuned_entry_is_reached_by_a_program() -> None:
 
 
 def test_ranges_begin_where_kernels_change() -> None:
-    assert BOUNDS[:2] == (1, DECODE_TOKENS) and set(BOUNDS[1:]) < set(BATCHES)
+    assert BOUNDS[:3] == (1, LINEAR_ROWS, DECODE_TOKENS) and BOUNDS[1:] == BATCHES

@@ -8,6 +8,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.tuning import find_largest
 
+LINEAR_ROWS = 4
+"""Up to this many rows linear layers run a matrix-vector kernel, which reads the weights once and
+multiplies them with one row after the other. Of more, products on the matrix unit cost less."""
+
 DECODE_TOKENS = 16
 """Up to this many tokens the router and the experts run their kernels for a few tokens. Of more,
 the pairs of a token and an expert are sorted by expert, and an expert's weights are read once

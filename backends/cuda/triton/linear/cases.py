@@ -3,6 +3,7 @@
 import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.op import linear_w4a8, linear_w4a16
 
 
@@ -36,19 +37,21 @@ _SHAPES = {
 
 
 def _cases(op) -> list[OpCase]:
-    def case(name, arguments, tokens, gemms):
-        streams = {kernel: ("weight",) for kernel in (*gemms, "_w4_gemv_kernel")}
-        tables = (op.__name__, "linear_gemv")
-        full_name = f"{op.__name__}/{name}"
-        return OpCase(full_name, op, arguments, tables, tokens, frozenset(gemms), streams)
+    def case(name, arguments, tokens, *kernels, tables=(op.__name__, "linear_gemv", "linear_rows")):
+        gemms = frozenset(kernels) & {"_w4_gemm_kernel"}
+        streams = {kernel: ("weight",) for kernel in kernels}
+        return OpCase(f"{op.__name__}/{name}", op, arguments, tables, tokens, gemms, streams)
 
+    kernels = ("_w4_gemv_kernel", "_w4_rows_kernel", "_w4_gemm_kernel")
     lm_head = _arguments(248320, 2048, True, False, torch.float32)
+    rows = (LINEAR_ROWS,)
     return [
         *(
-            case(name, _arguments(*shape), (1, PREFILL_TOKENS), ("_w4_gemm_kernel",))
+            case(name, _arguments(*shape), (1, LINEAR_ROWS, PREFILL_TOKENS), *kernels)
             for name, shape in _SHAPES.items()
         ),
-        case("lm_head", lm_head, (1,), ()),
+        case("lm_head", lm_head, (1,), kernels[0], tables=("linear_gemv",)),
+        case("lm_head_of_a_batch", lm_head, rows, kernels[1], tables=("linear_rows",)),
     ]
 
 
@@ -71,4 +74,14 @@ _GEMV = [
     for repeat in (1, 8)
 ]
 
-CANDIDATES = {"linear_w4a8": _GEMM, "linear_w4a16": _GEMM, "linear_gemv": _GEMV}
+_ROWS = [
+    {"BLOCK_ROWS": rows, "num_warps": warps}
+    for rows, warps in ((64, 2), (128, 2), (64, 4), (128, 4), (256, 4), (128, 8), (256, 8))
+]
+
+CANDIDATES = {
+    "linear_w4a8": _GEMM,
+    "linear_w4a16": _GEMM,
+    "linear_gemv": _GEMV,
+    "linear_rows": _ROWS,
+}

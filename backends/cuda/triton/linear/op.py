@@ -8,9 +8,12 @@ INT8 planes (`row_quantization.py`).
 import torch
 
 from et_moe.backends.cuda.triton.common.launch import is_one
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
+from et_moe.backends.cuda.triton.linear.decode_rows import linear_decode_rows, supports_rows
 from et_moe.backends.cuda.triton.linear.layout import nibble_distance
 from et_moe.backends.cuda.triton.linear.prefill import linear_prefill
+from et_moe.backends.cuda.triton.tuning import find_largest
 from et_moe.backends.ops import GROUP_SIZES
 
 
@@ -34,10 +37,13 @@ def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
 
 def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
     check_linear(x, weight, scale, group_size, norm_weight, residual)
-    x = x.contiguous()
+    arguments = (x.contiguous(), weight, scale, group_size, norm_weight, eps, residual, planes)
     if is_one(x.shape[0]) and supports_k(x.shape[1]):
-        return linear_decode(x, weight, scale, group_size, norm_weight, eps, residual, planes)
-    return linear_prefill(x, weight, scale, group_size, norm_weight, eps, residual, planes)
+        return linear_decode(*arguments)
+    rows = find_largest(x.shape[0])
+    if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1]):
+        return linear_decode_rows(*arguments, rows)
+    return linear_prefill(*arguments)
 
 
 def linear_w4a8(

@@ -6,7 +6,6 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.int4 import (
-    NIBBLE_SCALE,
     extract_high_nibbles,
     extract_low_nibbles,
 )
@@ -17,7 +16,7 @@ from et_moe.backends.cuda.triton.linear.layout import (
     point_to_scale_pairs,
     split_scale_pair,
 )
-from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows_kernel
+from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE
 
@@ -47,7 +46,8 @@ def _w4_gemm_kernel(
 
     The weights are the left operand. They go from shared memory through registers, where they are
     unpacked, into the matrix unit. GROUP_M tiles of rows run together and share the weights in the
-    L2 cache. q and scale are those of `quantize_rows_kernel`, M padded to a multiple of BLOCK_M.
+    L2 cache. q and scale are those of `quantize_rows`, M padded to a
+    multiple of BLOCK_M, and the scales of a tile side by side.
     """
     wait_for_previous()
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -102,33 +102,14 @@ def linear_prefill(
     planes: int,
 ) -> torch.Tensor:
     """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[T, K]`: `[T, N]` in x's dtype."""
-    (m, k), (n, padded_k) = x.shape, (weight.shape[0], 2 * weight.shape[1])
+    m, (n, padded_k) = x.shape[0], (weight.shape[0], 2 * weight.shape[1])
     config = find_config(f"linear_w4a{8 * planes}", tokens=m)
     block_m = config["BLOCK_M"]
     config["BLOCK_N"] = min(config["BLOCK_N"], floor_power_of_two(n))
     half = nibble_distance(padded_k)
     step = min(half, group_size)
     padded_m = cdiv(m, block_m) * block_m
-    tiles = cdiv(padded_k, ACTIVATION_TILE)
-    q = x.new_empty((planes, padded_m, padded_k), dtype=torch.int8)
-    q_scale = x.new_empty((tiles, padded_m), dtype=torch.float32)
-    launch(
-        quantize_rows_kernel,
-        (m,),
-        x,
-        norm_weight,
-        q,
-        q_scale,
-        eps,
-        padded_m,
-        K=k,
-        PADDED_K=padded_k,
-        TILES=triton.next_power_of_2(tiles),
-        TILE=ACTIVATION_TILE,
-        PLANES=planes,
-        SCALE_FACTOR=NIBBLE_SCALE.value,
-        num_warps=4,
-    )
+    q, q_scale = quantize_rows(x, norm_weight, eps, padded_k, planes, padded_m, False, num_warps=4)
     out = x.new_empty((m, n))
     launch(
         _w4_gemm_kernel,

@@ -130,7 +130,8 @@ def compute_decode_logits(
     """
     (m, hidden), rows = x.shape, weight.shape[0]
     normed_x, logits = _empty_outputs(x, weight)
-    config = find_config("router_decode", tokens=m)
+    # Not by the number of tokens: a row gets the same bits beside any number of others.
+    config = find_config("router_decode", hidden=hidden)
     launch(
         _decode_logits_kernel,
         (cdiv(rows, config["BLOCK_E"]), m),

@@ -48,6 +48,8 @@ WEIGHTS = {
     "net_norm": (BF16, (NET_DIM,)),
     "norm": (BF16, (HEADS * DIM,)),
     "router": (BF16, (9, HEADS * DIM)),
+    "linear": (torch.uint8, (64, HEADS * DIM // 2)),
+    "linear_scale": (BF16, (64, HEADS * DIM // 128)),
 }
 
 
@@ -62,7 +64,8 @@ class Batch(torch.nn.Module):
         net = (w["conv"], w["gate"], w["gate"], w["net_norm"], state["conv"], state["recurrent"])
         y = et.gated_delta_net(projected, *net, slots, 1e-6, num_tokens)
         _, weights, ids = et.moe_router(x, w["norm"], w["router"], 2, 1, 1e-6, num_tokens)
-        return et.sample(x.float(), *options, positions), y, weights, ids
+        z = et.linear_w4a8(x, w["linear"], w["linear_scale"], 128, w["norm"])
+        return et.sample(x.float(), *options, positions), y, weights, ids, z
 
 
 def make_method() -> MethodGraph:
@@ -79,14 +82,17 @@ def make_method() -> MethodGraph:
     return MethodGraph(
         program=program,
         inputs=list(INPUTS),
-        state=list(STATE),
+        state={name: "slots" if name in ("conv", "recurrent") else "pages" for name in STATE},
         weights=[f"w.{name}" for name in WEIGHTS],
-        outputs=["token", "net", "weights", "ids"],
+        outputs=["token", "net", "weights", "ids", "linear"],
     )
 
 
 if __name__ == "__main__":
     graph = make_method()
-    (code,) = compile_method(graph, plan_weights({"decode": graph}), "sm_90").ranges
-    kernels = {kernel.function: kernel.dependent for kernel in code.kernels}
-    Path(sys.argv[1]).write_text(json.dumps({"longest": code.longest, "dependent": kernels}))
+    ranges = compile_method(graph, plan_weights({"decode": graph}), "sm_90").ranges
+    kernels = {
+        code.longest: {kernel.function: kernel.dependent for kernel in code.kernels}
+        for code in ranges
+    }
+    Path(sys.argv[1]).write_text(json.dumps(kernels))

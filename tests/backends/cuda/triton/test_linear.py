@@ -5,6 +5,8 @@ import torch
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
+from et_moe.backends.cuda.triton.linear.decode_rows import supports_rows
 from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.linear.op import linear_w4a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
@@ -147,6 +149,90 @@ def test_runs_repeat(name, m, device):
     x = torch.randn(m, 256, device=device)
     results = [TRITON_OPS[name](x, *packed, 128) for _ in range(2)]
     assert torch.equal(*results)
+
+
+def on_a_gpu(*values):
+    """A parameter that takes too long under the interpreter."""
+    reason = "takes too long without a GPU"
+    return pytest.param(
+        *values, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)
+    )
+
+
+def check_rows_alone(name, x, n, group, **options):
+    """Rows get the bits that they get alone, in any place among others.
+
+    Under the interpreter, which adds as numpy does, this is only a hint that it holds on a GPU."""
+    packed = weights(n, x.shape[1], group, x.device)[1]
+    residual = options.pop("residual", None)
+
+    def run(rows):
+        given = None if residual is None else residual[rows]
+        return TRITON_OPS[name](x[rows], *packed, group, residual=given, **options)
+
+    alone = torch.cat([run([row]) for row in range(len(x))])
+    for count in range(2, len(x) + 1):
+        for first in range(len(x)):
+            rows = [(first + i) % len(x) for i in range(count)]
+            assert torch.equal(run(rows), alone[rows]), rows
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize(
+    "n,k,group,span",
+    [
+        (48, 256, 32, 1),
+        (37, 1024, 128, 1),
+        (37, 1024, 64, 4),
+        (50, 2048, 128, 2),
+        on_a_gpu(12352, 2048, 128, 1),
+        on_a_gpu(2048, 4096, 128, 4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_others(dtype, n, k, group, span, name, reconfigure, device):
+    reconfigure("linear_gemv", SPAN=span)
+    x = torch.randn(LINEAR_ROWS, k, device=device).to(dtype)
+    x[1], x[2, :128] = x[1] * 1e4, 0.0
+    norm, residual = torch.randn(k).to(x), torch.randn(LINEAR_ROWS, n).to(x)
+    check_rows_alone(name, x, n, group, norm_weight=norm, eps=1e-5, residual=residual)
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("block_m,block_n", [(16, 16), (32, 64)])
+def test_rows_of_a_gemm_do_not_depend_on_others(block_m, block_n, name, reconfigure, device):
+    """All configurations add up the blocks of a row in the same order, however many rows there
+    are."""
+    packed = weights(50, 512, 128, device)[1]
+    x, residual = torch.randn(70, 512, device=device), torch.randn(70, 50, device=device)
+    expected = TRITON_OPS[name](x, *packed, 128, residual=residual)
+    reconfigure("linear_w4a", BLOCK_M=block_m, BLOCK_N=block_n)
+    for count in (LINEAR_ROWS + 1, 17, 70):
+        rows = torch.randperm(70)[:count].tolist()
+        got = TRITON_OPS[name](x[rows], *packed, 128, residual=residual[rows])
+        assert torch.equal(got, expected[rows])
+
+
+@pytest.mark.parametrize("rows,warps", [(16, 1), (64, 2), (256, 4), (512, 8)])
+def test_configurations_of_a_few_rows_give_the_same_bits(rows, warps, reconfigure, device):
+    reconfigure("linear_rows", BLOCK_ROWS=rows, num_warps=warps)
+    check_rows_alone("linear_w4a8", torch.randn(2, 512, device=device), 150, 128)
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("rows,launched", [(2, "_w4_rows_kernel"), (5, "_w4_gemm_kernel")])
+def test_kernel_of_a_few_rows(rows, launched, name, device):
+    with record_launches() as launches:
+        run(name, torch.randn(rows, 256, device=device), 48, 128, device)
+    assert [x.name for x in launches] == ["quantize_rows_kernel", launched]
+
+
+@pytest.mark.parametrize("n,k", [(48, 96), (8, 256), (64, 8192)])
+def test_shapes_that_the_kernel_of_a_few_rows_lacks(n, k, device):
+    """There are not enough columns of out for all threads, or threads share the sum of one."""
+    got, expected = run("linear_w4a8", torch.randn(2, k, device=device), n, 32, device)
+    assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
+    assert not supports_rows(n, k)
 
 
 @pytest.mark.parametrize("dtype", ops.SCALE_DTYPES)

@@ -13,6 +13,7 @@ from et_moe.backends.cuda.triton.moe import op as moe
 from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 from et_moe.backends.cuda.triton.moe.routing import route
 from et_moe.backends.cuda.triton.table import TRITON_OPS
+from et_moe.backends.cuda.triton.tuning import read_table, tuning_target
 
 NAMES = ["moe_w4a8", "moe_w4a16"]
 # The relative L2 error that is allowed against the reference. On a GPU, silu and sums differ from
@@ -211,6 +212,42 @@ def test_repeatable(tokens, device):
     first, _ = experts.run("moe_w4a8", *inputs)
     second, _ = experts.run("moe_w4a8", *inputs)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [[1, 2, 3, 9], [17, 33]])
+def test_rows_do_not_depend_on_others(tokens, dtype, name, device):
+    """A token gets the same bits among any number of others that take the same kernels, wherever
+    it stands and whatever experts these take. The configurations are an H200's.
+
+    Under the interpreter, which adds as numpy does, this is only a hint that it holds on a GPU."""
+    experts = Experts(4, 1024, 256, 128, device)
+    x, weights, ids = experts.inputs(max(tokens), 3)
+    x, residual = x.to(dtype), torch.randn_like(x).to(dtype)
+    ids[-1] = -1
+
+    def run(rows):
+        packed = (*experts.prepacked, weights[rows], ids[rows], experts.group, residual[rows])
+        return TRITON_OPS[name](x[rows], *packed)
+
+    with tuning_target("NVIDIA H200", "sm_90"):
+        expected = run(list(range(max(tokens))))
+        for count in tokens:
+            rows = torch.randperm(max(tokens))[:count].tolist()
+            assert torch.equal(run(rows), expected[rows]), rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kernel", ["decode_gate_up", "decode_down"])
+def test_the_order_of_additions_does_not_depend_on_the_number_of_tokens(kernel, name):
+    """It follows from these parts of a configuration; only the others may vary with the tokens."""
+    for gpu, entries in read_table(f"{name}_{kernel}").entries.items():
+        orders = {
+            tuple(entry.config[key] for key in ("BLOCK_T", "LANES", "num_warps"))
+            for entry in entries
+        }
+        assert len(orders) == 1, gpu
 
 
 @pytest.mark.parametrize("block_m", [32, 64, 128])

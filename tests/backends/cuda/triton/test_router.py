@@ -114,6 +114,19 @@ def test_padding_of_a_batch(m, device):
             assert all(torch.equal(one[0], x[b]) for one, x in zip(alone, got, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [[1, 2, 7, 16], [17, 40]])
+def test_rows_do_not_depend_on_others(tokens, dtype, device):
+    """A row gets the same bits among any number of others that take the same kernels, wherever it
+    stands. Under the interpreter this is only a hint that it holds on a GPU."""
+    x, *weights = (t.to(dtype) for t in inputs(max(tokens), device))
+    expected = moe_router(x, *weights, 4, 1)
+    for count in tokens:
+        rows = torch.randperm(max(tokens))[:count].tolist()
+        got = moe_router(x[rows], *weights, 4, 1)
+        assert all(torch.equal(a, b[rows]) for a, b in zip(got, expected, strict=True))
+
+
 def test_several_rows_of_several_sequences(device):
     with pytest.raises(ValueError, match="6 rows of 3 sequences: expected one row of each"):
         moe_router(*inputs(6, device), 4, 1, num_tokens=torch.tensor([1, 2, 1], device=device))
