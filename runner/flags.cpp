@@ -26,6 +26,12 @@ std::string check_int64(const std::string& text) {
          std::to_string(INT64_MAX);
 }
 
+std::string check_fraction(const std::string& text) {
+  double value = 0;
+  if (CLI::detail::lexical_cast(text, value) && value > 0 && value <= 1) return "";
+  return "Value " + text + ": expected more than 0 and at most 1";
+}
+
 /// Token ids separated by commas.
 std::vector<int64_t> parse_ids(const std::string& text) {
   std::vector<int64_t> ids;
@@ -71,6 +77,14 @@ void add_flags(CLI::App& app, Flags& f) {
   prompt->add_option("--prompt", f.prompt, "The prompt");
   prompt->add_option("--prompt_file", f.prompt_file, "A file that holds the prompt");
   prompt->add_option("--prompt_ids", f.prompt_ids, "The prompt as token ids: 1,2,3");
+  prompt->add_option("--prompt_ids_path", f.prompt_ids_path,
+                     "A file that holds the prompt as a JSON list of token ids");
+  auto* prompts = prompt->add_option(
+      "--prompts_path", f.prompts_path,
+      "Prompts that are answered at once: a JSON object on each line, with prompt or prompt_ids "
+      "and "
+      "any of max_new_tokens, temperature, top_k, top_p, min_p, seed, presence_penalty, "
+      "frequency_penalty, repetition_penalty; what a line leaves out comes from the flags");
   auto* score = prompt->add_option("--score_ids_path", f.score_ids_path,
                                    "A JSON list of token ids to score instead of generating");
   prompt->require_option(1);
@@ -94,14 +108,26 @@ void add_flags(CLI::App& app, Flags& f) {
   app.add_option("--seed", g.sampling.seed, "Of the sampler, any 64-bit integer")
       ->check(check_int64)
       ->capture_default_str();
+  app.add_option(
+         "--max_sequences", f.max_sequences,
+         "Most prompts of --prompts_path that are answered at once; without it as many as a "
+         "call of the program takes")
+      ->check(CLI::Range(1, 1000000))
+      ->needs(prompts);
+  app.add_option("--memory_fraction", f.memory_fraction,
+                 "Of a GPU's memory, for weights and state together, more than 0 and at most 1: "
+                 "bounds how many tokens are cached")
+      ->check(check_fraction);
   app.add_flag("--parse_special,!--no_parse_special", f.parse_special,
                "Special tokens written in the prompt become their ids (the default)");
   app.add_option("--warmup", f.warmup, "Runs before the measured ones")
       ->check(CLI::Range(0, 1000000));
   app.add_option("--num_iters", f.num_iters, "Measured runs")->check(CLI::Range(1, 1000000));
   app.add_flag("--cuda_graph", f.cuda_graph, "Capture CUDA graphs; a CPU program ignores it");
-  app.add_option("--output_ids_path", f.output_ids_path,
-                 "Where to write the generated ids, a JSON list");
+  app.add_option(
+      "--output_ids_path", f.output_ids_path,
+      "Where to write the generated ids, a JSON list; with --prompts_path a list of such "
+      "lists in the order of the lines, and the answers are not printed");
   app.add_option("--stats_path", f.stats_path,
                  "Where to write the stats, one JSON object per measured run and line");
 }
@@ -122,8 +148,12 @@ void check_outputs(const Flags& f) {
                                    {"--tokenizer_path", &f.tokenizer_path}}) {
     if (!path->empty()) take(flag, *path, false);
   }
-  if (f.prompt_file) take("--prompt_file", *f.prompt_file, false);
-  if (f.score_ids_path) take("--score_ids_path", *f.score_ids_path, false);
+  for (const auto& [flag, path] : {std::pair("--prompt_file", &f.prompt_file),
+                                   {"--prompt_ids_path", &f.prompt_ids_path},
+                                   {"--prompts_path", &f.prompts_path},
+                                   {"--score_ids_path", &f.score_ids_path}}) {
+    if (*path) take(flag, **path, false);
+  }
   for (const auto& [flag, path] : {std::pair("--output_ids_path", &f.output_ids_path),
                                    {"--stats_path", &f.stats_path},
                                    {"--logprobs_path", &f.logprobs_path},
@@ -134,16 +164,26 @@ void check_outputs(const Flags& f) {
   }
 }
 
-std::string read_prompt_text(const Flags& f) {
-  if (f.prompt) return *f.prompt;
-  return f.prompt_file ? read_file(*f.prompt_file) : std::string();
+ModelOptions model_options(const Flags& f, size_t max_sequences) {
+  ModelOptions options;
+  options.device.cuda_graph = f.cuda_graph;
+  options.max_sequences = max_sequences;
+  options.memory_fraction = f.memory_fraction;
+  return options;
 }
 
-std::vector<int64_t> read_prompt(const Flags& f, const std::string& text,
-                                 const Tokenizer* tokenizer) {
+PromptSource read_prompt_source(const Flags& f) {
   if (f.prompt_ids) return parse_ids(*f.prompt_ids);
+  if (f.prompt_ids_path) return read_ids(*f.prompt_ids_path);
+  return f.prompt ? *f.prompt : read_file(*f.prompt_file);
+}
+
+std::vector<int64_t> read_prompt(const Flags& f, const PromptSource& source,
+                                 const Tokenizer* tokenizer) {
+  if (const auto* ids = std::get_if<std::vector<int64_t>>(&source)) return *ids;
   if (!tokenizer) throw std::runtime_error("--tokenizer_path is needed to read a text prompt");
   return in_context(f.prompt ? "--prompt" : *f.prompt_file, [&] {
+    const std::string& text = std::get<std::string>(source);
     if (text.empty()) throw std::runtime_error("the prompt is empty");
     return tokenizer->encode(text, f.parse_special);
   });

@@ -25,8 +25,8 @@ void check_outputs(const std::string& method, const MethodSpec& spec, SizeRange 
     const auto columns = static_cast<int32_t>(width);
     return TensorSpec{name, dtype, {sequences.most, columns}, {sequences.least, columns}};
   };
-  for (const TensorSpec& expected : {expect(kToken, ScalarType::Long, 1),
-                                     expect(kLogits, ScalarType::Float, vocab_size)}) {
+  for (const TensorSpec& expected :
+       {expect(kToken, ScalarType::Long, 1), expect(kLogits, ScalarType::Float, vocab_size)}) {
     const size_t i = find_tensor(spec.outputs, expected.name);
     if (i == spec.outputs.size()) {
       throw std::runtime_error("method " + method + " has no output " + expected.name);
@@ -54,9 +54,45 @@ auto in_file(const std::string& path, const Body& body) {
 
 }  // namespace
 
+ModelInfo read_info(const ProgramFile& program) {
+  if (const int64_t version = program.count("get_format_version"); version != kFormatVersion) {
+    throw std::runtime_error(program.path() + ": format version " + std::to_string(version) +
+                             ", this runner reads version " + std::to_string(kFormatVersion) +
+                             ": export it again with `et-moe export`");
+  }
+  ModelInfo info{program.count("get_max_seq_len"),
+                 program.count("get_max_prefill_tokens"),
+                 program.count("get_max_sequences"),
+                 program.count("get_page_size"),
+                 program.count("get_max_pages"),
+                 program.count("get_vocab_size"),
+                 program.count("get_n_layers"),
+                 {},
+                 {}};
+  const std::string eos_ids = program.text("get_eos_ids");
+  info.eos_ids = in_file(
+      program.path(), [&] { return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>(); });
+  for (const auto& [name, value, least] :
+       {std::tuple{"get_max_prefill_tokens", info.max_prefill_tokens, int64_t{2}},
+        std::tuple{"get_max_sequences", info.max_sequences, int64_t{1}},
+        std::tuple{"get_page_size", info.page_size, int64_t{1}},
+        std::tuple{
+            "get_max_pages", info.max_pages,
+            (info.max_seq_len + info.page_size - 1) / std::max<int64_t>(1, info.page_size)}}) {
+    if (value < least) {
+      throw std::runtime_error(program.path() + ": " + name + " is " + std::to_string(value) +
+                               ", expected at least " + std::to_string(least));
+    }
+  }
+  return info;
+}
+
 Model::Model(const std::string& pte_path, const std::string& ptd_path, const ModelOptions& options)
     : program_(pte_path) {
-  read_info();
+  info_ = read_info(program_);
+  inputs_.emplace(static_cast<size_t>(info_.max_sequences),
+                  static_cast<size_t>(info_.max_prefill_tokens),
+                  static_cast<size_t>(info_.max_pages));
   const std::string backend = program_.text("get_backend"), text = program_.text("get_bindings");
   device_ = in_file(pte_path, [&] {
     info_.backend = nlohmann::json::parse(backend).get<std::string>();
@@ -75,40 +111,6 @@ Model::~Model() = default;
 Session::~Session() {
   model_.drop(*this);
   model_.pool_->slots.give(slot_);
-}
-
-void Model::read_info() {
-  if (const int64_t version = program_.count("get_format_version"); version != kFormatVersion) {
-    throw std::runtime_error(program_.path() + ": format version " + std::to_string(version) +
-                             ", this runner reads version " + std::to_string(kFormatVersion) +
-                             ": export it again with `et-moe export`");
-  }
-  info_ = {program_.count("get_max_seq_len"),
-           program_.count("get_max_prefill_tokens"),
-           program_.count("get_max_sequences"),
-           program_.count("get_page_size"),
-           program_.count("get_max_pages"),
-           program_.count("get_vocab_size"),
-           program_.count("get_n_layers"),
-           {},
-           {}};
-  const std::string eos_ids = program_.text("get_eos_ids");
-  info_.eos_ids = in_file(
-      program_.path(), [&] { return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>(); });
-  for (const auto& [name, value, least] :
-       {std::tuple{"get_max_prefill_tokens", info_.max_prefill_tokens, int64_t{2}},
-        std::tuple{"get_max_sequences", info_.max_sequences, int64_t{1}},
-        std::tuple{"get_page_size", info_.page_size, int64_t{1}},
-        std::tuple{"get_max_pages", info_.max_pages,
-                   (info_.max_seq_len + info_.page_size - 1) / std::max<int64_t>(1, info_.page_size)}}) {
-    if (value < least) {
-      throw std::runtime_error(program_.path() + ": " + name + " is " + std::to_string(value) +
-                               ", expected at least " + std::to_string(least));
-    }
-  }
-  inputs_.emplace(static_cast<size_t>(info_.max_sequences),
-                  static_cast<size_t>(info_.max_prefill_tokens),
-                  static_cast<size_t>(info_.max_pages));
 }
 
 void Model::check_methods(const Bindings& bindings) const {
@@ -176,8 +178,7 @@ void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
 
 std::unique_ptr<Session> Model::new_session() {
   if (pool_->slots.size() == 0) {
-    throw std::runtime_error("all " + std::to_string(pool_->sizes.slots) +
-                             " sequences are in use");
+    throw std::runtime_error("all " + std::to_string(pool_->sizes.slots) + " sequences are in use");
   }
   std::unique_ptr<Session> session(new Session(*this, pool_->slots.take()));
   device_->clear_slot(session->slot_);
@@ -265,8 +266,7 @@ void Model::settle() {
   }
 }
 
-void Model::check_overtaken(const Session& session, int64_t token,
-                            const Sampling& sampling) const {
+void Model::check_overtaken(const Session& session, int64_t token, const Sampling& sampling) const {
   if (!session.overtaken_ || (token == session.drawn_ && sampling == session.sampling_)) return;
   throw std::runtime_error(
       "the session has gone on from the token it drew, as it was asked to: reset it before another "
@@ -283,8 +283,8 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tok
     const int64_t next = session.position_ + static_cast<int64_t>(count);
     // The next call would take its pages from this one.
     run_ahead = run_ahead && next < info_.max_seq_len && has_page(session, next);
-    rows.push_back({tokens + i * count, session.position_, session.slot_, session.pages_,
-                    feeds[i].sampling});
+    rows.push_back(
+        {tokens + i * count, session.position_, session.slot_, session.pages_, feeds[i].sampling});
   }
   inputs_->set(rows, count);
   const std::string& method = count > 1 ? kPrefill : feeds.size() > 1 ? kDecodeBatch : kDecode;
