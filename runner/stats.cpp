@@ -95,7 +95,7 @@ std::string Stats::to_table() const {
     char text[128];
     char number[48];
     std::snprintf(number, sizeof number, format, value);
-    std::snprintf(text, sizeof text, "  %-22s %12s %s\n", name, number, unit);
+    std::snprintf(text, sizeof text, "  %-22s %12s%s%s\n", name, number, *unit ? " " : "", unit);
     table += text;
   };
   const auto quantiles = [&row](const char* name, const std::vector<double>& times) {
