@@ -92,6 +92,8 @@ class AsyncEngine {
   std::vector<Event> take_events() { return events_.take(); }
 
   EngineStatus status() const;
+  /// As Model's. Only while no request is in flight, and the engine is neither broken nor closed.
+  std::optional<llm::GpuMemory> gpu_memory() const { return model_->gpu_memory(); }
   /// Cancels what runs and waits, and waits for the thread, which frees the model.
   void close();
 

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <utility>
@@ -132,6 +133,46 @@ void append_all(const std::string& path, int fd, std::string& content) {
   }
 }
 
+/// What a parser reads of a JSON list of token ids. It stops at the first fault.
+struct IdList : nlohmann::json_sax<nlohmann::json> {
+  std::vector<int64_t> ids;
+  std::string error;
+  bool in_list = false;
+
+  bool fail(const std::string& what) {
+    error = what;
+    return false;
+  }
+  bool other() {
+    return fail(in_list ? "entry " + std::to_string(ids.size()) + " is not a token id"
+                        : "expected a JSON list of token ids");
+  }
+  bool number_integer(int64_t value) override {
+    if (!in_list) return other();
+    ids.push_back(value);
+    return true;
+  }
+  bool number_unsigned(uint64_t value) override {
+    return value <= INT64_MAX ? number_integer(static_cast<int64_t>(value)) : other();
+  }
+  bool start_array(size_t) override {
+    if (in_list) return other();
+    return in_list = true;
+  }
+  bool end_array() override { return true; }
+  bool parse_error(size_t, const std::string&, const nlohmann::json::exception& e) override {
+    return fail("not a JSON list of token ids: " + reason(e));
+  }
+  bool null() override { return other(); }
+  bool boolean(bool) override { return other(); }
+  bool number_float(double, const std::string&) override { return other(); }
+  bool string(std::string&) override { return other(); }
+  bool binary(nlohmann::json::binary_t&) override { return other(); }
+  bool start_object(size_t) override { return other(); }
+  bool key(std::string&) override { return other(); }
+  bool end_object() override { return other(); }
+};
+
 }  // namespace
 
 std::string follow_links(const std::string& path) {
@@ -235,32 +276,18 @@ void write_file(const std::string& path, std::string_view content) {
 }
 
 std::vector<int64_t> read_ids(const std::string& path) {
-  const std::string text = read_file(path);
-  // A list of numbers nests one level deep; a parser must not recurse on what a file makes up.
-  const auto too_deep = [](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-    if (depth > 2) throw std::runtime_error("nested lists");
-    return true;
-  };
-  // The parser would take it for the end.
-  if (text.find('\0') != std::string::npos) {
-    throw std::runtime_error(path + ": not a JSON list of token ids: it has a byte 0");
-  }
-  nlohmann::json list;
-  try {
-    list = nlohmann::json::parse(text, too_deep);
-  } catch (const std::exception& e) {
-    throw std::runtime_error(path + ": not a JSON list of token ids: " + reason(e));
-  }
-  if (!list.is_array()) throw std::runtime_error(path + ": expected a JSON list of token ids");
-  std::vector<int64_t> ids;
-  for (size_t i = 0; i < list.size(); ++i) {
-    const bool too_large = list[i].is_number_unsigned() && list[i].get<uint64_t>() > INT64_MAX;
-    if (!list[i].is_number_integer() || too_large) {
-      throw std::runtime_error(path + ": entry " + std::to_string(i) + " is not a token id");
-    }
-    ids.push_back(list[i].get<int64_t>());
-  }
-  return ids;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"),
+                                                             std::fclose);
+  if (!file) fail(path, "cannot be opened");
+  IdList list;
+  needing_memory(path, [&] { nlohmann::json::sax_parse(file.get(), &list); });
+  if (std::ferror(file.get())) fail(path, "cannot be read");
+  // The parser takes a byte 0 for the end.
+  const bool met_end =
+      list.error.empty() || list.error.find("unexpected end of input") != std::string::npos;
+  if (met_end && !std::feof(file.get())) list.fail("not a JSON list of token ids: it has a byte 0");
+  if (!list.error.empty()) throw std::runtime_error(path + ": " + list.error);
+  return std::move(list.ids);
 }
 
 MappedFile::MappedFile(const std::string& path) {

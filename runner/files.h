@@ -51,8 +51,8 @@ void check_writable(const std::string& path);
 /// Writes a whole `OutputFile`.
 void write_file(const std::string& path, std::string_view content);
 
-/// A JSON list of token ids, such as [1, 2, 3]. Throws std::runtime_error that names the file and
-/// the entry at fault.
+/// A JSON list of token ids, such as [1, 2, 3], read as it comes: all that is held of it is the
+/// ids. Throws std::runtime_error that names the file and the entry at fault.
 std::vector<int64_t> read_ids(const std::string& path);
 
 /// A file mapped read-only.

@@ -26,9 +26,9 @@ bool is_decimal(const std::string& text) {
          (digits.size() == 1 || digits[0] != '0');
 }
 
-/// Adds an option that takes an integer from `least` to `most`.
-template <typename Integer>
-CLI::Option* add_integer(CLI::App& app, const std::string& name, Integer& value,
+/// Adds an option that takes an integer from `least` to `most`; `value` may be optional.
+template <typename Value, typename Integer = Value>
+CLI::Option* add_integer(CLI::App& app, const std::string& name, Value& value,
                          const std::string& description,
                          Integer least = std::numeric_limits<Integer>::min(),
                          Integer most = std::numeric_limits<Integer>::max()) {
@@ -61,6 +61,12 @@ CLI::Option* add_path(CLI::App& to, const std::string& name, Path& path,
     return text.empty() ? "expected a path, got an empty text" : "";
   };
   return to.add_option(name, path, description)->check(check);
+}
+
+std::string check_fraction(const std::string& text) {
+  double value = 0;
+  if (CLI::detail::lexical_cast(text, value) && value > 0 && value <= 1) return "";
+  return "Value " + shortened(text) + ": expected more than 0 and at most 1";
 }
 
 /// Token ids separated by commas; none of an empty text.
@@ -109,6 +115,14 @@ void add_flags(CLI::App& app, Flags& f) {
   prompt->add_option("--prompt", f.prompt, "The prompt");
   add_path(*prompt, "--prompt_file", f.prompt_file, "A file that holds the prompt");
   prompt->add_option("--prompt_ids", f.prompt_ids, "The prompt as token ids: 1,2,3");
+  add_path(*prompt, "--prompt_ids_path", f.prompt_ids_path,
+           "A file that holds the prompt as a JSON list of token ids");
+  auto* prompts = add_path(
+      *prompt, "--prompts_path", f.prompts_path,
+      "Prompts that are answered at once: a JSON object on each line, with prompt or prompt_ids "
+      "and "
+      "any of max_new_tokens, temperature, top_k, top_p, min_p, seed, presence_penalty, "
+      "frequency_penalty, repetition_penalty; what a line leaves out comes from the flags");
   auto* score = add_path(*prompt, "--score_ids_path", f.score_ids_path,
                          "A JSON list of token ids to score instead of generating");
   prompt->require_option(1);
@@ -124,13 +138,24 @@ void add_flags(CLI::App& app, Flags& f) {
   add_integer(app, "--top_k", g.sampling.top_k, "Sample from the k likeliest, 0 for all");
   add_number(app, "--top_p", g.sampling.top_p, "Sample from the likeliest that make up this mass");
   add_integer(app, "--seed", g.sampling.seed, "Of the sampler, any 64-bit integer");
+  add_integer(app, "--max_sequences", f.max_sequences,
+              "Most prompts of --prompts_path that are answered at once; without it as many "
+              "as a call of the program takes",
+              1, 1000000)
+      ->needs(prompts);
+  app.add_option("--memory_fraction", f.memory_fraction,
+                 "Of a GPU's memory, for weights and state together, more than 0 and at most 1: "
+                 "bounds how many tokens are cached")
+      ->check(check_fraction);
   app.add_flag("--parse_special,!--no_parse_special", f.parse_special,
                "Special tokens written in the prompt become their ids (the default)");
   add_integer(app, "--warmup", f.warmup, "Runs before the measured ones", 0, 1000000);
   add_integer(app, "--num_iters", f.num_iters, "Measured runs", 1, 1000000);
   app.add_flag("--cuda_graph", f.cuda_graph, "Capture CUDA graphs; a CPU program ignores it");
-  add_path(app, "--output_ids_path", f.output_ids_path,
-           "Where to write the generated ids, a JSON list");
+  add_path(
+      app, "--output_ids_path", f.output_ids_path,
+      "Where to write the generated ids, a JSON list; with --prompts_path a list of such lists "
+      "in the order of the lines, and the answers are not printed");
   add_path(app, "--stats_path", f.stats_path,
            "Where to write the stats, one JSON object per measured run and line");
 }
@@ -151,8 +176,12 @@ void check_outputs(const Flags& f) {
                                    {"--tokenizer_path", &f.tokenizer_path}}) {
     if (!path->empty()) take(flag, *path, false);
   }
-  if (f.prompt_file) take("--prompt_file", *f.prompt_file, false);
-  if (f.score_ids_path) take("--score_ids_path", *f.score_ids_path, false);
+  for (const auto& [flag, path] : {std::pair("--prompt_file", &f.prompt_file),
+                                   {"--prompt_ids_path", &f.prompt_ids_path},
+                                   {"--prompts_path", &f.prompts_path},
+                                   {"--score_ids_path", &f.score_ids_path}}) {
+    if (*path) take(flag, **path, false);
+  }
   for (const auto& [flag, path] : {std::pair("--output_ids_path", &f.output_ids_path),
                                    {"--stats_path", &f.stats_path},
                                    {"--logprobs_path", &f.logprobs_path},
@@ -163,16 +192,26 @@ void check_outputs(const Flags& f) {
   }
 }
 
-std::string read_prompt_text(const Flags& f) {
-  if (f.prompt) return *f.prompt;
-  return f.prompt_file ? read_file(*f.prompt_file) : std::string();
+ModelOptions model_options(const Flags& f, size_t max_sequences) {
+  ModelOptions options;
+  options.device.cuda_graph = f.cuda_graph;
+  options.max_sequences = max_sequences;
+  options.memory_fraction = f.memory_fraction;
+  return options;
 }
 
-std::vector<int64_t> read_prompt(const Flags& f, const std::string& text,
-                                 const Tokenizer* tokenizer) {
+PromptSource read_prompt_source(const Flags& f) {
   if (f.prompt_ids) return parse_ids(*f.prompt_ids);
+  if (f.prompt_ids_path) return read_ids(*f.prompt_ids_path);
+  return f.prompt ? *f.prompt : read_file(*f.prompt_file);
+}
+
+std::vector<int64_t> read_prompt(const Flags& f, const PromptSource& source,
+                                 const Tokenizer* tokenizer) {
+  if (const auto* ids = std::get_if<std::vector<int64_t>>(&source)) return *ids;
   if (!tokenizer) throw std::runtime_error("--tokenizer_path is needed to read a text prompt");
   return in_context(f.prompt ? "--prompt" : *f.prompt_file, [&] {
+    const std::string& text = std::get<std::string>(source);
     if (text.empty()) throw std::runtime_error("the prompt is empty");
     return tokenizer->encode(text, f.parse_special);
   });

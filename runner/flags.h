@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "runner/engine.h"
@@ -14,9 +15,12 @@ namespace et_moe {
 
 struct Flags {
   std::string model_path, data_path, tokenizer_path;
-  std::optional<std::string> prompt, prompt_file, prompt_ids, score_ids_path;
+  std::optional<std::string> prompt, prompt_file, prompt_ids, prompt_ids_path, prompts_path,
+      score_ids_path;
   std::string output_ids_path, logprobs_path, logits_path, stats_path;
   GenerationConfig generation;
+  std::optional<size_t> max_sequences;
+  std::optional<double> memory_fraction;
   int warmup = 0, num_iters = 1;
   bool cuda_graph = false, parse_special = true;
 };
@@ -27,13 +31,20 @@ void add_flags(CLI::App& app, Flags& flags);
 /// that are read or another output, or where a score has none.
 void check_outputs(const Flags& flags);
 
-/// The text of --prompt or --prompt_file; empty with --prompt_ids. To be called once: the file may
-/// be a pipe. Throws std::runtime_error that names the file.
-std::string read_prompt_text(const Flags& flags);
+/// How the flags want a model to be loaded, for so many sequences at once.
+ModelOptions model_options(const Flags& flags, size_t max_sequences);
 
-/// The ids of --prompt_ids, or of the text by the tokenizer, which may be null. Throws
+/// A prompt as it is given.
+using PromptSource = std::variant<std::string, std::vector<int64_t>>;
+
+/// The text of --prompt or --prompt_file, or the ids of --prompt_ids or --prompt_ids_path. To be
+/// called once: the file may be a pipe. Throws std::runtime_error that names the flag or the file
+/// at fault.
+PromptSource read_prompt_source(const Flags& flags);
+
+/// The ids of a prompt, those of a text by the tokenizer, which may be null. Throws
 /// std::runtime_error that names the flag or the file at fault.
-std::vector<int64_t> read_prompt(const Flags& flags, const std::string& text,
+std::vector<int64_t> read_prompt(const Flags& flags, const PromptSource& source,
                                  const Tokenizer* tokenizer);
 
 }  // namespace et_moe

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "runner/batch.h"
 #include "runner/engine.h"
 #include "runner/errors.h"
 #include "runner/files.h"
@@ -25,10 +26,8 @@ namespace {
 
 using et_moe::Engine;
 using et_moe::Flags;
+using et_moe::Interrupted;
 using et_moe::llm::Stats;
-
-/// SIGINT came, and the stats up to there are printed.
-struct Interrupted {};
 
 void score(Engine& engine, const Flags& f) {
   const std::vector<int64_t> ids = et_moe::read_ids(*f.score_ids_path);
@@ -52,12 +51,12 @@ void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer
               const Stats& loaded) {
   std::vector<int64_t> ids;
   std::string json_lines;
-  const std::string text = et_moe::read_prompt_text(f);
+  const et_moe::PromptSource source = et_moe::read_prompt_source(f);
   for (int i = -f.warmup; i < f.num_iters; ++i) {
     const bool show = i == 0;
     Stats stats = loaded;
     stats.inference_start_ms = et_moe::llm::now_ms();
-    const std::vector<int64_t> prompt = et_moe::read_prompt(f, text, tokenizer);
+    const std::vector<int64_t> prompt = et_moe::read_prompt(f, source, tokenizer);
     et_moe::Printer printer(tokenizer);
     // Before the first measured token there are no stats that would be worth waiting for.
     const auto on_token = [&](int64_t id) {
@@ -72,7 +71,7 @@ void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer
     et_moe::print("PyTorchObserver " + json + "\n");
     json_lines += json + "\n";
     if (i + 1 == f.num_iters || et_moe::interrupted()) et_moe::print(stats.to_table());
-    if (et_moe::interrupted()) throw Interrupted{};
+    if (const int signal = et_moe::interrupted()) throw Interrupted{signal};
   }
   if (!f.output_ids_path.empty()) et_moe::write_file(f.output_ids_path, nlohmann::json(ids).dump());
   if (!f.stats_path.empty()) et_moe::write_file(f.stats_path, json_lines);
@@ -83,11 +82,11 @@ void run(const Flags& f) {
   if (!f.score_ids_path) et_moe::check_standard_output();
   std::optional<et_moe::Tokenizer> tokenizer;
   if (!f.tokenizer_path.empty()) tokenizer.emplace(et_moe::Tokenizer::load(f.tokenizer_path));
+  if (f.prompts_path) return et_moe::generate_batch(f, tokenizer ? &*tokenizer : nullptr);
   et_moe::needing_memory(f.model_path, [&] {
     Stats stats;
     stats.model_load_start_ms = et_moe::llm::now_ms();
-    et_moe::ModelOptions options;
-    options.device.cuda_graph = f.cuda_graph;
+    const et_moe::ModelOptions options = et_moe::model_options(f, 1);
     Engine engine(std::make_shared<et_moe::Model>(f.model_path, f.data_path, options));
     stats.model_load_end_ms = et_moe::llm::now_ms();
     if (f.score_ids_path) return score(engine, f);
@@ -119,9 +118,9 @@ int main(int argc, char** argv) {
     run(flags);
   } catch (const et_moe::ReaderGone&) {
     return 128 + SIGPIPE;  // as of a program that the signal ends; no message, as of those
-  } catch (const Interrupted&) {
-    std::fprintf(stderr, "error: ended by SIGINT\n");
-    return 128 + SIGINT;
+  } catch (const Interrupted& e) {
+    std::fprintf(stderr, "error: ended by %s\n", e.signal == SIGINT ? "SIGINT" : "SIGTERM");
+    return 128 + e.signal;
   } catch (const std::exception& e) {
     std::fprintf(stderr, "error: %s\n", e.what());
     return 1;

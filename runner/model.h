@@ -31,6 +31,9 @@ struct ModelInfo {
   std::string backend;  // "cpu" or "cuda"
 };
 
+/// Without `backend`. Throws std::runtime_error that names the file and what is wrong with it.
+ModelInfo read_info(const ProgramFile& program);
+
 struct ModelOptions {
   DeviceOptions device;
   size_t max_sequences = 1;     // sessions there may be at once; the state of all is allocated
@@ -155,7 +158,6 @@ class Model {
 
  private:
   friend class Session;
-  void read_info();
   /// Throws std::runtime_error unless the methods have inputs and outputs of a text model.
   void check_methods(const Bindings& bindings) const;
   void allocate(const ModelOptions& options, const Bindings& bindings);

@@ -51,9 +51,46 @@ auto in_file(const std::string& path, const Body& body) {
 
 }  // namespace
 
+ModelInfo read_info(const ProgramFile& program) {
+  if (const int64_t version = program.count("get_format_version"); version != kFormatVersion) {
+    throw std::runtime_error(program.path() + ": format version " + std::to_string(version) +
+                             ", this runner reads version " + std::to_string(kFormatVersion) +
+                             ": export it again with `et-moe export`");
+  }
+  ModelInfo info{program.count("get_max_seq_len"),
+                 program.count("get_max_prefill_tokens"),
+                 program.count("get_max_sequences"),
+                 program.count("get_page_size"),
+                 program.count("get_max_pages"),
+                 program.count("get_vocab_size"),
+                 program.count("get_n_layers"),
+                 {},
+                 {}};
+  const std::string eos_ids = program.text("get_eos_ids");
+  info.eos_ids = in_file(program.path() + ": get_eos_ids", [&] {
+    return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>();
+  });
+  for (const auto& [name, value, least] :
+       {std::tuple{"get_max_prefill_tokens", info.max_prefill_tokens, int64_t{2}},
+        std::tuple{"get_max_sequences", info.max_sequences, int64_t{1}},
+        std::tuple{"get_page_size", info.page_size, int64_t{1}},
+        std::tuple{
+            "get_max_pages", info.max_pages,
+            (info.max_seq_len + info.page_size - 1) / std::max<int64_t>(1, info.page_size)}}) {
+    if (value < least) {
+      throw std::runtime_error(program.path() + ": " + name + " is " + std::to_string(value) +
+                               ", expected at least " + std::to_string(least));
+    }
+  }
+  return info;
+}
+
 Model::Model(const std::string& pte_path, const std::string& ptd_path, const ModelOptions& options)
     : program_(pte_path) {
-  read_info();
+  info_ = read_info(program_);
+  inputs_.emplace(static_cast<size_t>(info_.max_sequences),
+                  static_cast<size_t>(info_.max_prefill_tokens),
+                  static_cast<size_t>(info_.max_pages));
   const std::string backend = program_.text("get_backend"), text = program_.text("get_bindings");
   info_.backend = in_file(pte_path + ": get_backend",
                           [&] { return nlohmann::json::parse(backend).get<std::string>(); });
@@ -68,42 +105,6 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Mod
 }
 
 Model::~Model() = default;
-
-void Model::read_info() {
-  if (const int64_t version = program_.count("get_format_version"); version != kFormatVersion) {
-    throw std::runtime_error(program_.path() + ": format version " + std::to_string(version) +
-                             ", this runner reads version " + std::to_string(kFormatVersion) +
-                             ": export it again with `et-moe export`");
-  }
-  info_ = {program_.count("get_max_seq_len"),
-           program_.count("get_max_prefill_tokens"),
-           program_.count("get_max_sequences"),
-           program_.count("get_page_size"),
-           program_.count("get_max_pages"),
-           program_.count("get_vocab_size"),
-           program_.count("get_n_layers"),
-           {},
-           {}};
-  const std::string eos_ids = program_.text("get_eos_ids");
-  info_.eos_ids = in_file(program_.path() + ": get_eos_ids", [&] {
-    return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>();
-  });
-  for (const auto& [name, value, least] :
-       {std::tuple{"get_max_prefill_tokens", info_.max_prefill_tokens, int64_t{2}},
-        std::tuple{"get_max_sequences", info_.max_sequences, int64_t{1}},
-        std::tuple{"get_page_size", info_.page_size, int64_t{1}},
-        std::tuple{
-            "get_max_pages", info_.max_pages,
-            (info_.max_seq_len + info_.page_size - 1) / std::max<int64_t>(1, info_.page_size)}}) {
-    if (value < least) {
-      throw std::runtime_error(program_.path() + ": " + name + " is " + std::to_string(value) +
-                               ", expected at least " + std::to_string(least));
-    }
-  }
-  inputs_.emplace(static_cast<size_t>(info_.max_sequences),
-                  static_cast<size_t>(info_.max_prefill_tokens),
-                  static_cast<size_t>(info_.max_pages));
-}
 
 void Model::check_methods(const Bindings& bindings) const {
   const auto most_tokens = static_cast<int32_t>(info_.max_prefill_tokens);

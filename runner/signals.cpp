@@ -11,10 +11,12 @@
 namespace et_moe {
 namespace {
 
-/// What a SIGINT does or has done: each goes over into the next, and none back.
-enum Interrupt { kEnds, kIsNoted, kWasNoted };
-std::atomic<Interrupt> interrupt{kEnds};
-static_assert(std::atomic<Interrupt>::is_always_lock_free, "a signal handler changes it");
+/// Which signals are noted instead of ending the process.
+enum Deferred { kNone, kInterrupt, kInterruptAndTermination };
+std::atomic<Deferred> deferred{kNone};
+std::atomic<int> noted{0};  // the first of them, or 0
+static_assert(std::atomic<Deferred>::is_always_lock_free && std::atomic<int>::is_always_lock_free,
+              "a signal handler uses them");
 
 /// A signal that ends the runner, and what is said then.
 struct Ending {
@@ -28,8 +30,11 @@ constexpr Ending kEndings[] = {{SIGINT, "error: ended by SIGINT\n"},
                                {SIGXCPU, "error: ended by SIGXCPU\n"}};
 
 void end(int number) {
-  Interrupt first = kIsNoted;
-  if (number == SIGINT && interrupt.compare_exchange_strong(first, kWasNoted)) return;
+  const Deferred least = number == SIGINT    ? kInterrupt
+                         : number == SIGTERM ? kInterruptAndTermination
+                                             : kNone;
+  int none = 0;
+  if (least != kNone && deferred >= least && noted.compare_exchange_strong(none, number)) return;
   remove_temporary_files();
   for (const Ending& ending : kEndings) {
     if (ending.number != number) continue;
@@ -55,11 +60,10 @@ void handle_ending_signals() {
   }
 }
 
-void defer_interrupt() {
-  Interrupt before = kEnds;
-  interrupt.compare_exchange_strong(before, kIsNoted);
-}
+void defer_interrupt() { deferred = kInterrupt; }
 
-bool interrupted() { return interrupt == kWasNoted; }
+void defer_interrupt_and_termination() { deferred = kInterruptAndTermination; }
+
+int interrupted() { return noted; }
 
 }  // namespace et_moe

@@ -11,8 +11,15 @@ void handle_ending_signals();
 
 /// From now on the first SIGINT only makes `interrupted` true; a second one ends the process.
 void defer_interrupt();
+/// The same of SIGTERM, too: the first of either.
+void defer_interrupt_and_termination();
 
-/// Whether a SIGINT came since `defer_interrupt`.
-bool interrupted();
+/// The signal that was deferred, or 0 if none came.
+int interrupted();
+
+/// The signal came, and the stats up to there are printed.
+struct Interrupted {
+  int signal;
+};
 
 }  // namespace et_moe

@@ -29,12 +29,25 @@ double now_ms() {
   return Milliseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+double quantile(std::vector<double> values, double part) {
+  std::sort(values.begin(), values.end());
+  const double place = part * static_cast<double>(values.size() - 1);
+  const auto below = static_cast<size_t>(place);
+  const size_t above = std::min(below + 1, values.size() - 1);
+  return values[below] + (place - std::floor(place)) * (values[above] - values[below]);
+}
+
 double Stats::prefill_token_per_sec() const {
   return rate(num_prompt_tokens, inference_start_ms, prompt_eval_end_ms);
 }
 
 double Stats::decode_token_per_sec() const {
-  return rate(num_generated_tokens - 1, prompt_eval_end_ms, inference_end_ms);
+  const int64_t before = batch ? batch->generated_in_prefill : 1;
+  return rate(num_generated_tokens - before, prompt_eval_end_ms, inference_end_ms);
+}
+
+double Stats::output_token_per_sec() const {
+  return rate(num_generated_tokens, inference_start_ms, inference_end_ms);
 }
 
 std::string Stats::to_json() const {
@@ -61,6 +74,17 @@ std::string Stats::to_json() const {
     json["gpu_free_after_generate_bytes"] = gpu->free_after_generate;
     json["gpu_peak_usage_mb"] = peak_usage_mb(*gpu);
   }
+  if (batch) {
+    json["requests"] = batch->first_token_ms.size();
+    json["output_token_per_sec"] = output_token_per_sec();
+    for (const auto& [name, times] : {std::pair("time_to_first_token_ms", &batch->first_token_ms),
+                                      {"time_between_tokens_ms", &batch->between_tokens_ms}}) {
+      for (const auto& [suffix, part] : {std::pair("_median", 0.5), {"_p99", 0.99}}) {
+        auto& value = json[std::string(name) + suffix];  // null where there are none
+        if (!times->empty()) value = quantile(*times, part);
+      }
+    }
+  }
   json["SCALING_FACTOR_UNITS_PER_SECOND"] = kScalingFactorUnitsPerSecond;
   return json.dump();
 }
@@ -71,17 +95,29 @@ std::string Stats::to_table() const {
     char text[128];
     char number[48];
     std::snprintf(number, sizeof number, format, value);
-    std::snprintf(text, sizeof text, "  %-22s %12s %s\n", name, number, unit);
+    std::snprintf(text, sizeof text, "  %-22s %12s%s%s\n", name, number, *unit ? " " : "", unit);
     table += text;
   };
+  const auto quantiles = [&row](const char* name, const std::vector<double>& times) {
+    if (times.empty()) return;
+    row(name, "%.1f", quantile(times, 0.5), "ms, median");
+    row("", "%.1f", quantile(times, 0.99), "ms, 99th percentile");
+  };
+  if (batch) row("Requests", "%.0f", static_cast<double>(batch->first_token_ms.size()), "");
   row("Prompt", "%.0f", static_cast<double>(num_prompt_tokens), "tokens");
   row("Generated", "%.0f", static_cast<double>(num_generated_tokens), "tokens");
   row("Model load", "%.1f", model_load_end_ms - model_load_start_ms, "ms");
-  row("Prefill", "%.1f", prompt_eval_end_ms - inference_start_ms, "ms");
-  row("", "%.1f", prefill_token_per_sec(), "tokens/s");
-  row("Time to first token", "%.1f", first_token_ms - inference_start_ms, "ms");
-  row("Decode", "%.1f", inference_end_ms - prompt_eval_end_ms, "ms");
-  row("", "%.1f", decode_token_per_sec(), "tokens/s");
+  if (batch) {
+    row("Output", "%.1f", output_token_per_sec(), "tokens/s");
+    quantiles("Time to first token", batch->first_token_ms);
+    quantiles("Time between tokens", batch->between_tokens_ms);
+  } else {
+    row("Prefill", "%.1f", prompt_eval_end_ms - inference_start_ms, "ms");
+    row("", "%.1f", prefill_token_per_sec(), "tokens/s");
+    row("Time to first token", "%.1f", first_token_ms - inference_start_ms, "ms");
+    row("Decode", "%.1f", inference_end_ms - prompt_eval_end_ms, "ms");
+    row("", "%.1f", decode_token_per_sec(), "tokens/s");
+  }
   row("Total", "%.1f", inference_end_ms - inference_start_ms, "ms");
   if (gpu) row("Peak GPU memory", "%.1f", peak_usage_mb(*gpu), "MiB");
   return table;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace et_moe::llm {
 
@@ -20,14 +21,24 @@ struct GpuMemory {
   int64_t free_after_generate = 0;
 };
 
+/// Of many requests at once: what each of their callers waits for.
+struct BatchStats {
+  std::vector<double> first_token_ms;     // from the start, one of each request that drew a token
+  std::vector<double> between_tokens_ms;  // from each token to the next one of its request
+  int64_t generated_in_prefill = 0;       // tokens of all requests until the end of prefill
+};
+
+/// The value below which a part of the values lies, interpolated. There must be one.
+double quantile(std::vector<double> values, double part);
+
 struct Stats {
   // Points in time, from now_ms().
   double model_load_start_ms = 0;
   double model_load_end_ms = 0;
   double inference_start_ms = 0;        // the prompt is tokenized after this
   double model_execution_start_ms = 0;  // first call of the program
-  double prompt_eval_end_ms = 0;        // end of prefill
-  double first_token_ms = 0;
+  double prompt_eval_end_ms = 0;        // end of prefill, of many requests that of the last one
+  double first_token_ms = 0;            // of many requests that of the first one
   double model_execution_end_ms = 0;
   double inference_end_ms = 0;
   // Durations. Sampling is part of the program: it is not timed apart and stays 0.
@@ -36,11 +47,14 @@ struct Stats {
   int64_t num_prompt_tokens = 0;
   int64_t num_generated_tokens = 0;  // the one that prefill draws included
   std::optional<GpuMemory> gpu;      // only where a GPU was used
+  std::optional<BatchStats> batch;   // only of many requests at once; the numbers are their sums
 
   /// Prompt tokens per second of prefill.
   double prefill_token_per_sec() const;
-  /// Tokens after the first per second between prefill and the end.
+  /// Tokens per second between prefill and the end.
   double decode_token_per_sec() const;
+  /// Generated tokens per second from start to end.
+  double output_token_per_sec() const;
   /// One JSON object on one line. Times are rounded to whole milliseconds, rates are not.
   std::string to_json() const;
   /// A table for people.

@@ -38,6 +38,25 @@ TEST(Stats, RatesCountPrefillAndTheTokensAfterTheFirst) {
   EXPECT_DOUBLE_EQ(example().decode_token_per_sec(), 100);
 }
 
+TEST(Stats, OfABatchHaveQuantilesOfWhatEachRequestWaitsFor) {
+  llm::Stats stats = example();
+  stats.batch.emplace();
+  stats.batch->generated_in_prefill = 51;
+  for (int i = 100; i >= 0; --i) stats.batch->first_token_ms.push_back(i);
+  auto json = nlohmann::json::parse(stats.to_json());
+  EXPECT_EQ(json["requests"], 101);
+  EXPECT_EQ(json["time_to_first_token_ms_median"], 50.0);
+  EXPECT_EQ(json["time_to_first_token_ms_p99"], 99.0);
+  EXPECT_TRUE(json["time_between_tokens_ms_p99"].is_null());
+  EXPECT_EQ(json["decode_token_per_sec"], 50.0);
+  EXPECT_NEAR(json["output_token_per_sec"], 101 / 1.1, 1e-9);
+  EXPECT_EQ(stats.to_table().find("between"), std::string::npos);
+  stats.batch->between_tokens_ms = {4, 1, 2, 3};
+  json = nlohmann::json::parse(stats.to_json());
+  EXPECT_EQ(json["time_between_tokens_ms_median"], 2.5);
+  EXPECT_NEAR(json["time_between_tokens_ms_p99"], 3.97, 1e-9);
+}
+
 TEST(Stats, RatesOfNothingAreZero) {
   EXPECT_EQ(llm::Stats{}.prefill_token_per_sec(), 0);
   llm::Stats one = example();

@@ -285,12 +285,15 @@ def test_too_little_memory(runner, tiny_program: Path, tmp_path: Path) -> None:
 
     for flags in (
         (tokenizer, f"--prompt_file={hole}"),
-        (f"--score_ids_path={hole}", f"--logprobs_path={ids}"),
+        (f"--prompts_path={hole}", f"--output_ids_path={ids}"),
+        (f"--score_ids_path={hole}", f"--logprobs_path={ids}"),  # this is read as it comes
     ):
         command = [runner.binary, f"--model_path={tiny_program / 'model.pte'}"]
         command += [f"--data_path={tiny_program / 'model.ptd'}", *flags]
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
-        assert (done.returncode, done.stderr) == (1, f"error: {hole}: out of memory\n")
+        is_score = flags[0].startswith("--score")
+        message = "not a JSON list of token ids: it has a byte 0" if is_score else "out of memory"
+        assert (done.returncode, done.stderr) == (1, f"error: {hole}: {message}\n")
     assert list(tmp_path.iterdir()) == [hole]
 
 
