@@ -156,8 +156,9 @@ def test_stats(runner, tiny_program: Path, tmp_path: Path) -> None:
         assert 12_000 / (took + 2) < fields["output_token_per_sec"]
         assert fields["first_token_ms"] <= fields["prompt_eval_end_ms"]
         assert fields["prompt_eval_end_ms"] <= fields["inference_end_ms"]
-    table = [line.split() for line in output[output.index(observed[-1]) + 1 :]]
-    assert table[0] == ["Requests", "3"] and all(line == line.rstrip() for line in output)
+    rows = output[output.index(observed[-1]) + 1 :]
+    table = [row.split() for row in rows]
+    assert table[0] == ["Requests", "3"] and all(row == row.rstrip() for row in rows)
     assert [row[-1] for row in table if "Time" in row] == ["median", "median"]
 
 

@@ -1,4 +1,11 @@
-"""Linear layers with INT4 weights on any number of rows: quantization, then a GEMM."""
+"""Linear layers with INT4 weights on any number of rows: quantization, then a GEMM.
+
+A row's results are the same bits in every configuration, for any number of rows and beside any
+others: products of a step are integers, and their rescaled sums are added in the order of the
+columns, a step's low nibbles before its high ones. It is not the order of `decode.py`, which
+rescales the sums of 16 columns where this rescales those of 128, the whole group
+(docs/performance.md says what one order for both would cost).
+"""
 
 import torch
 import triton
