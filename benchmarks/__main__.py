@@ -84,6 +84,25 @@ def e2e(
 
 
 @app.command()
+def batch(
+    program: Annotated[Path, typer.Option(help="Folder of a CUDA program.", **PATH)],
+    out: Out = RESULTS / "batch.json",
+    sequences: Annotated[str, typer.Option(help="How many at once, by commas.")] = "1,8,64,256",
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)] = 1900,
+    new_tokens: NewTokens = 256,
+    model_dir: ModelDir = None,
+    runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = RUNNER,
+) -> None:
+    """Time many sequences at once: throughput, first token, time between tokens."""
+    from et_moe.benchmarks.batch import measure
+    from et_moe.benchmarks.shape import model_shape
+
+    counts = _numbers(sequences, "--sequences")
+    succeeded = measure(runner, program, counts, prompt, new_tokens, model_shape(model_dir), out)
+    raise typer.Exit(not succeeded)
+
+
+@app.command()
 def peers(
     e2e: Annotated[Path, typer.Option(help="Result of `e2e`, from this GPU.", **PATH)],
     out: Out = RESULTS / "peers.json",

@@ -197,6 +197,33 @@ def model(m: int, c: ModelConfig, context: int = 0) -> list[Kernel]:
     return kernels + linear("lm_head", 1, c.hidden_size, c.vocab_size, False) + sample(c)
 
 
+def batch_step(sequences: int, c: ModelConfig, context: int) -> list[Kernel]:
+    """One decoded token of each of several sequences with so many cached tokens.
+
+    What works on rows costs what as many rows of a prompt cost; the state of each sequence is read
+    and written for itself. Launches are not those that are made.
+    """
+    heads, kv, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    state = c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
+    kernels = embedding(sequences, c)
+    for kind in c.layer_types:
+        if kind == "linear_attention":
+            width = c.conv_channels + c.linear_value_width + 2 * c.linear_num_value_heads
+            kernels += linear("in_proj", sequences, c.hidden_size, width, False)
+            moved = 8 * state + 4 * c.conv_channels * c.linear_conv_kernel_dim
+            kernels.append(Kernel("delta net", sequences * moved, bf16=8.0 * sequences * state))
+            kernels += linear("out_proj", sequences, c.linear_value_width, c.hidden_size, True)
+        else:
+            width = 2 * (heads + kv) * dim
+            kernels += linear("qkv_proj", sequences, c.hidden_size, width, False)
+            cache, operations = 4 * kv * dim * (context + 1), 4.0 * context * heads * dim
+            kernels.append(Kernel("attention", sequences * cache, bf16=sequences * operations))
+            kernels += linear("o_proj", sequences, heads * dim, c.hidden_size, True)
+        kernels += router(sequences, c) + experts(sequences, c)
+    kernels += linear("lm_head", sequences, c.hidden_size, c.vocab_size, False)
+    return [*kernels, Kernel("sample", 8.0 * sequences * c.vocab_size)]
+
+
 def print_costs(
     tokens: int, context: int, roof: dict[str, float], launch: float, c: ModelConfig
 ) -> None:
