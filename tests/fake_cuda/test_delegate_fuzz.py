@@ -101,7 +101,7 @@ MOST = 2**31 - 1
         (repeated("inputs"), "is named twice"),
         (repeated("outputs"), "is named twice"),
         (another("state", name="elsewhere"), "the state "),
-        (another("state", shape=[1]), "the state "),
+        (another("state", shape=[7, 1], min_shape=[1, 1]), "the state "),
         (another("weights", name="elsewhere"), "elsewhere"),
     ],
 )

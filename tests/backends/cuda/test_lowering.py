@@ -16,6 +16,7 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from filelock import FileLock
 from lowering_methods import (
     MAX_TOKENS,
+    OWN_POOL,
     VOCABULARY,
     WEIGHTS,
     Columns,
@@ -94,13 +95,13 @@ def test_only_kernels_are_called(lowered, code):
 
 @pytest.mark.parametrize("code", CODES)
 def test_state_is_passed_to_its_kernel_as_it_came(lowered, code):
-    inputs = 3 if code.startswith("prefill") else 2
+    inputs = 4 if code.startswith("prefill") else 3
     users = [
         kernel
         for kernel, arguments in kernel_calls(_source(lowered, code))
         if f"arg{inputs}_1" in arguments
     ]
-    assert len(users) == 1 and "causal_conv1d" in users[0]
+    assert len(users) == 1 and "conv" in users[0]
     # Inputs taken to be unaligned would be copied, and updates of the state would be lost.
     assert "aoti_torch_clone" not in run_body(_source(lowered, code))
 
@@ -144,18 +145,26 @@ def test_pte_describes_the_methods(description):
         tokens = {"name": "tokens", "dtype": "int64", "shape": [1, 1]}
         if name == "prefill":
             tokens |= {"shape": [1, MAX_TOKENS], "min_shape": [1, 2]}
-        names = ["tokens", "position"] + (["num_tokens"] if name == "prefill" else [])
+        names = ["tokens", "positions", "slots"]
+        names += ["num_tokens"] if name == "prefill" else []
         assert [i["name"] for i in entry["inputs"]] == names
         assert entry["inputs"][0] == tokens
         (state,) = entry["state"]
-        assert state == {"name": "conv.state", "dtype": "bfloat16", "shape": [3, 128]}
+        assert state == {
+            "name": "conv.state",
+            "dtype": "bfloat16",
+            "shape": [1 << 20, 3, 128],
+            "min_shape": [1, 3, 128],
+            "pool": "slots",
+        }
+        assert entry["own_pool"] == OWN_POOL
         assert [w["name"] for w in entry["weights"]] == list(WEIGHTS)
         assert [tuple(w["shape"]) for w in entry["weights"]] == [s for _, s in plan.spec.values()]
         assert entry["outputs"] == [
             {"name": "token", "dtype": "int64", "shape": [1, 1], "index": 0},
             {"name": "logits", "dtype": "float32", "shape": [1, VOCABULARY], "index": 1},
         ]
-        hand_over = {"token": "token", "tokens": "tokens", "position": "position"}
+        hand_over = {"token": "token", "tokens": "tokens", "positions": "positions"}
         assert entry["hand_over"] == (hand_over if name == "decode" else None)
         assert entry["prepack"] == PREPACK_VERSION
         assert entry["versions"]["torch"] == torch.__version__.partition("+")[0]
@@ -319,7 +328,7 @@ def test_program_for_another_backend():
 )
 def test_architectures_are_checked_first(archs, message):
     with pytest.raises(ValueError, match=message):
-        lower({"decode": method(Small(), True)}, archs, {}, None)
+        lower({"decode": method(Small(), True)}, archs, {}, None, OWN_POOL)
 
 
 def test_sizes_that_vary_otherwise_are_refused():
@@ -329,4 +338,4 @@ def test_sizes_that_vary_otherwise_are_refused():
         (Pairs(), "method prefill: output logits varies with no input"),
     ):
         with pytest.raises(ValueError, match=message):
-            lower({"prefill": method(model, False)}, ["sm_90"], {}, None)
+            lower({"prefill": method(model, False)}, ["sm_90"], {}, None, OWN_POOL)

@@ -69,8 +69,8 @@ def test_experts_are_packed_together():
     }
 
     class Moe(Small):
-        def forward(self, tokens, position, num_tokens, state, w):
-            x = self.hidden(tokens, num_tokens, state, w)
+        def forward(self, tokens, positions, slots, num_tokens, state, w):
+            x = self.hidden(tokens, slots, num_tokens, state, w)
             tables = [w[name] for name in shapes]
             weights, ids = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.int32)
             logits = torch.ops.et_moe.moe_w4a8(x, *tables, weights, ids, GROUP).float()
@@ -116,9 +116,9 @@ def test_one_weight_in_two_orders(graphs, monkeypatch):
     assert plan_weights({"decode": graphs["decode"]}).spec != decode.spec
 
     class Both(Small):
-        def forward(self, tokens, position, num_tokens, state, w):
-            token, logits = super().forward(tokens, position, num_tokens, state, w)
-            x = self.hidden(tokens, num_tokens, state, w)
+        def forward(self, tokens, positions, slots, num_tokens, state, w):
+            token, logits = super().forward(tokens, positions, slots, num_tokens, state, w)
+            x = self.hidden(tokens, slots, num_tokens, state, w)
             et = torch.ops.et_moe
             return token, logits + et.linear_w4a16(x, w["head.weight"], w["head.scale"], GROUP)
 
@@ -127,4 +127,10 @@ def test_one_weight_in_two_orders(graphs, monkeypatch):
 
 
 def test_inputs_are_named_in_order(graphs):
-    assert list(graphs["decode"].input_nodes()) == ["tokens", "position", *STATE, *WEIGHTS]
+    assert list(graphs["decode"].input_nodes()) == [
+        "tokens",
+        "positions",
+        "slots",
+        *STATE,
+        *WEIGHTS,
+    ]
