@@ -17,6 +17,7 @@ from rich.table import Table
 
 from et_moe.benchmarks import roofline
 from et_moe.benchmarks.e2e import measure_gpu
+from et_moe.benchmarks.report.batch import COLUMNS, cells
 from et_moe.benchmarks.result import provenance, write_result
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 
@@ -73,7 +74,7 @@ def measure(
     gpu = measure_gpu()
     head = {"gpu": gpu, "prompt": prompt, "new_tokens": new_tokens}
     result: dict = provenance() | head | {"rows": []}
-    table = Table("sequences", "output tok/s", "decode tok/s", "of roof", *_TIMES)
+    table = Table(*COLUMNS)
     for count in counts:
         row: dict = {"sequences": count}
         result["rows"].append(row)
@@ -81,16 +82,14 @@ def measure(
             stats = _run(runner, program, count, prompt, new_tokens, c.vocab_size)
         except RuntimeError as e:  # one failure must not end the benchmark
             row["error"] = str(e)
-            table.add_row(str(count), str(e))
+            table.add_row(*cells(row))
         else:
             row |= {name: stats[name] for name in (*_RATES, *_TIMES)}
             if gpu:
                 step = roofline.batch_step(count, c, prompt + new_tokens // 2)
                 least = sum(kernel.seconds(**gpu["roof"]) for kernel in step)
                 row["of_roof"] = least * row["decode_token_per_sec"] / count
-            numbers = [f"{row[name]:,.0f}" for name in _RATES[:2]]
-            share = f"{row['of_roof']:.0%}" if gpu else ""
-            table.add_row(str(count), *numbers, share, *(f"{row[name]:.1f}" for name in _TIMES))
+            table.add_row(*cells(row))
         print(row, flush=True)
         write_result(out, result)
     Console(width=170).print(table)

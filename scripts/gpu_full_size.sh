@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Qwen3.5-35B-A3B at full size on one GPU, in one command: random weights of the true shape, the
-# end-to-end benchmark, INT8 against bf16 activations, the peers, and the kernels against those of
+# end-to-end benchmark, many sequences at once, INT8 against bf16 activations, the peers, and the kernels against those of
 # the ExecuTorch wheel. Takes a folder made by scripts/pack_acceptance.sh and
 # scripts/pack_full_size.sh; needs no network, 40 GB of disk, and a python3 with torch, triton and
 # transformers. With FOLDER/llama-bench (benchmarks/peers/llama_cpp.py says how it is built)
@@ -40,6 +40,8 @@ failed=0
 measure e2e --runner "$folder/bin/qwen3_5_moe_runner" --model-dir "$scratch/bundle" \
   --program "int8=$folder/full_size/int8" --program "bf16=$folder/full_size/bf16" \
   --out "$results/e2e.json"
+measure batch --runner "$folder/bin/qwen3_5_moe_runner" --model-dir "$scratch/bundle" \
+  --program "$folder/full_size/int8" --out "$results/batch.json"
 measure activations --bundle "$scratch/bundle" --out "$results/activations.json"
 llama=()
 if [ -x "$folder/llama-bench" ]; then

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from et_moe.backends.atomic_file import write_file
-from et_moe.benchmarks.report import acceptance, activations, cpu, e2e, kernels, machine_code, peers
+from et_moe.benchmarks.report import (
+    acceptance,
+    activations,
+    batch,
+    cpu,
+    e2e,
+    kernels,
+    machine_code,
+    peers,
+)
 from et_moe.benchmarks.report.markdown import commit_of
 from et_moe.benchmarks.result import REPO, rounded, write_result
 
@@ -35,6 +44,7 @@ class Section:
 
 SECTIONS = (
     Section("e2e", "end to end", e2e.section, e2e.condense, e2e.plot),
+    Section("batch", "many sequences", batch.section, plot=batch.plot),
     Section("peers", "other implementations", peers.section),
     Section("kernels", "kernels", kernels.section, kernels.condense, kernels.plot),
     Section("activations", "activations", activations.section),

@@ -75,7 +75,7 @@ def test_update_takes_new_results_over(places):
 
 
 def test_a_folder_without_results_is_refused(places):
-    with pytest.raises(ValueError, match=r"no results found, expected e2e.json, peers.json"):
+    with pytest.raises(ValueError, match=r"no results found, expected e2e.json, batch.json"):
         page.update(places / "new/results")
     assert not page.PAGE.exists()
 

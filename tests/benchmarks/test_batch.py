@@ -1,0 +1,42 @@
+"""Many sequences at once: what the command measures, and what the page says of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from et_moe.benchmarks import batch, roofline
+from et_moe.benchmarks.report import batch as report
+from et_moe.benchmarks.shape import model_shape
+from et_moe.pipeline.models import parse_config
+
+FULL = parse_config({"model_type": "qwen3_5_moe"})
+
+
+def test_rows_of_a_program(runner, tiny_program, tiny_checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "batch.json"
+    shape = model_shape(tiny_checkpoint)
+    assert batch.measure(runner.binary, tiny_program, [1, 3], 10, 8, shape, out)
+    result = json.loads(out.read_text())
+    assert [row["sequences"] for row in result["rows"]] == [1, 3]
+    for row in result["rows"]:
+        assert row["output_token_per_sec"] > 0 and row["time_to_first_token_ms_p99"] > 0
+        assert "of_roof" not in row  # there is no GPU to have one
+    lines = report.section(result)
+    assert any(line.startswith("| 3 | ") for line in lines)
+
+
+def test_a_failure_is_kept(runner, tiny_program, tiny_checkpoint, tmp_path: Path) -> None:
+    """The prompts do not fit the context."""
+    out, shape = tmp_path / "batch.json", model_shape(tiny_checkpoint)
+    assert not batch.measure(runner.binary, tiny_program, [2], 1000, 8, shape, out)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "context" in row["error"] and row["error"] in report.cells(row)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "milliseconds"), [(8, 1.4), (64, 6.1), (256, 14.2)]
+)  # by hand, at 4.24 TB/s and 2,000 cached tokens
+def test_bytes_of_a_step(sequences: int, milliseconds: float) -> None:
+    moved = sum(kernel.bytes for kernel in roofline.batch_step(sequences, FULL, 2000))
+    assert 1e3 * moved / 4.24e12 == pytest.approx(milliseconds, rel=0.06)
