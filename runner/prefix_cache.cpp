@@ -40,14 +40,21 @@ PrefixCache::Match PrefixCache::find(const std::vector<int64_t>& tokens, size_t 
   return match;
 }
 
-PrefixCache::Node& PrefixCache::add_child(Node& parent, Block block, int32_t page) {
+void PrefixCache::keep(Node& node, int32_t page) {
+  pool_.pages.hold(page);
+  if (node.page >= 0) {
+    pool_.pages.set_cached(node.page, false);
+    pool_.pages.give(node.page);
+  }
+  node.page = page;
+  pool_.pages.set_cached(page, true);
+}
+
+PrefixCache::Node& PrefixCache::add_child(Node& parent, Block block) {
   const auto child = parent.children.emplace(std::move(block), std::make_unique<Node>()).first;
   Node& node = *child->second;
   node.parent = &parent;
   node.block = &child->first;
-  node.page = page;
-  pool_.pages.hold(page);
-  pool_.pages.set_cached(page, true);
   leaves_.erase({parent.used, &parent});
   leaves_.emplace(node.used, &node);
   return node;
@@ -59,8 +66,10 @@ std::optional<int32_t> PrefixCache::add(const std::vector<int64_t>& tokens,
   for (size_t i = 0; i < tokens.size() / page_size_; ++i) {
     Block block = block_of(tokens, i);
     const auto child = node->children.find(block);
-    node = child == node->children.end() ? &add_child(*node, std::move(block), pages[i])
-                                         : child->second.get();
+    node =
+        child == node->children.end() ? &add_child(*node, std::move(block)) : child->second.get();
+    // In place of the page that another sequence left for the same tokens: there is one copy.
+    if (node->page != pages[i]) keep(*node, pages[i]);
     touch(*node);
   }
   if (node == &root_ || node->slot || tokens.size() % page_size_ != 0) return std::nullopt;

