@@ -88,8 +88,8 @@ def batch(
     program: Annotated[Path, typer.Option(help="Folder of a CUDA program.", **PATH)],
     out: Out = RESULTS / "batch.json",
     sequences: Annotated[str, typer.Option(help="How many at once, by commas.")] = "1,8,64,256",
-    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)] = 1900,
-    new_tokens: NewTokens = 256,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)] = 1700,
+    new_tokens: NewTokens = 600,
     model_dir: ModelDir = None,
     runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = RUNNER,
 ) -> None:
