@@ -73,14 +73,17 @@ ModelInfo read_info(const ProgramFile& program) {
   for (const auto& [name, value, least] :
        {std::tuple{"get_max_prefill_tokens", info.max_prefill_tokens, int64_t{2}},
         std::tuple{"get_max_sequences", info.max_sequences, int64_t{1}},
-        std::tuple{"get_page_size", info.page_size, int64_t{1}},
-        std::tuple{
-            "get_max_pages", info.max_pages,
-            (info.max_seq_len + info.page_size - 1) / std::max<int64_t>(1, info.page_size)}}) {
+        std::tuple{"get_page_size", info.page_size, int64_t{1}}}) {
     if (value < least) {
       throw std::runtime_error(program.path() + ": " + name + " is " + std::to_string(value) +
                                ", expected at least " + std::to_string(least));
     }
+  }
+  const int64_t pages = (info.max_seq_len + info.page_size - 1) / info.page_size;
+  if (info.max_pages != pages) {
+    throw std::runtime_error(
+        program.path() + ": get_max_pages is " + std::to_string(info.max_pages) + ", expected " +
+        std::to_string(pages) + " for get_max_seq_len " + std::to_string(info.max_seq_len));
   }
   return info;
 }
@@ -98,6 +101,7 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Mod
   const Bindings bindings =
       in_file(pte_path + ": get_bindings", [&] { return Bindings::parse(text); });
   in_file(pte_path, [&] { check_methods(bindings); });
+  inputs_->allocate();
   weights_.emplace(ptd_path, bindings.weights,
                    Fingerprint{pte_path, program_.text("get_fingerprint")});
   device_->load(program_, bindings, *weights_);

@@ -13,25 +13,30 @@ constexpr int32_t kNoPage = -1;
 }  // namespace
 
 TextInputs::TextInputs(size_t max_sequences, size_t max_tokens, size_t max_pages)
-    : max_pages_(max_pages),
-      tokens_(std::max(max_tokens, max_sequences)),
-      positions_(max_sequences),
-      num_tokens_(max_sequences),
-      top_k_(max_sequences),
-      seed_(max_sequences),
-      slots_(max_sequences),
-      pages_(max_sequences * max_pages),
-      temperature_(max_sequences),
-      top_p_(max_sequences),
-      inputs_{{"tokens", ScalarType::Long, {1, 1}, tokens_.data()},
-              {"positions", ScalarType::Long, {1}, positions_.data()},
-              {"slots", ScalarType::Int, {1}, slots_.data()},
-              {"pages", ScalarType::Int, {1, static_cast<int32_t>(max_pages)}, pages_.data()},
-              {"num_tokens", ScalarType::Long, {1}, num_tokens_.data()},
-              {"temperature", ScalarType::Float, {1}, temperature_.data()},
-              {"top_k", ScalarType::Long, {1}, top_k_.data()},
-              {"top_p", ScalarType::Float, {1}, top_p_.data()},
-              {"seed", ScalarType::Long, {1}, seed_.data()}} {}
+    : max_sequences_(max_sequences),
+      max_tokens_(std::max(max_tokens, max_sequences)),
+      max_pages_(max_pages),
+      inputs_{{"tokens", ScalarType::Long, {1, 1}, nullptr},
+              {"positions", ScalarType::Long, {1}, nullptr},
+              {"slots", ScalarType::Int, {1}, nullptr},
+              {"pages", ScalarType::Int, {1, static_cast<int32_t>(max_pages)}, nullptr},
+              {"num_tokens", ScalarType::Long, {1}, nullptr},
+              {"temperature", ScalarType::Float, {1}, nullptr},
+              {"top_k", ScalarType::Long, {1}, nullptr},
+              {"top_p", ScalarType::Float, {1}, nullptr},
+              {"seed", ScalarType::Long, {1}, nullptr}} {}
+
+void TextInputs::allocate() {
+  tokens_.resize(max_tokens_);
+  pages_.resize(max_sequences_ * max_pages_);
+  slots_.resize(max_sequences_);
+  for (auto* values : {&positions_, &num_tokens_, &top_k_, &seed_}) values->resize(max_sequences_);
+  for (auto* values : {&temperature_, &top_p_}) values->resize(max_sequences_);
+  const void* const data[] = {tokens_.data(), positions_.data(),  slots_.data(),
+                              pages_.data(),  num_tokens_.data(), temperature_.data(),
+                              top_k_.data(),  top_p_.data(),      seed_.data()};
+  for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i].data = data[i];
+}
 
 void TextInputs::check(const std::string& method, const MethodSpec& spec, SizeRange sequences,
                        SizeRange tokens) const {

@@ -66,6 +66,8 @@ class TextInputs {
   void check(const std::string& method, const MethodSpec& spec, SizeRange sequences,
              SizeRange tokens) const;
 
+  /// Takes memory for the values, once it is known that the methods take so many.
+  void allocate();
   /// Sets the values of the next call: `count` tokens of each of the rows, at most `max_tokens` of
   /// a single one, or one of at most `max_sequences`.
   void set(const std::vector<TextRow>& rows, size_t count);
@@ -73,7 +75,7 @@ class TextInputs {
   const std::vector<Input>& inputs() const { return inputs_; }
 
  private:
-  const size_t max_pages_;
+  const size_t max_sequences_, max_tokens_, max_pages_;
   std::vector<int64_t> tokens_, positions_, num_tokens_, top_k_, seed_;
   std::vector<int32_t> slots_, pages_;
   std::vector<float> temperature_, top_p_;

@@ -89,6 +89,24 @@ def test_another_vocabulary(runner, tmp_path: Path) -> None:
     refused(runner, program, "logits as Float [1, 50]", "get_vocab_size is 51")
 
 
+@pytest.mark.parametrize(
+    ("constant", "value", "message"),
+    [
+        ("get_max_sequences", 0, "get_max_sequences is 0, expected at least 1"),
+        ("get_max_sequences", 2**31 - 1, "has no method decode_batch"),
+        ("get_page_size", 0, "get_page_size is 0, expected at least 1"),
+        ("get_max_pages", 2**20, "get_max_pages is 1048576, expected 1 for get_max_seq_len 40"),
+        ("get_max_pages", 0, "get_max_pages is 0, expected 1 for get_max_seq_len 40"),
+        ("get_max_prefill_tokens", 2**31 - 1, "input tokens as Long [1, 2..16]"),
+    ],
+)
+def test_sizes_that_do_not_fit(
+    runner, tmp_path: Path, constant: str, value: int, message: str
+) -> None:
+    """They are refused before memory is taken for them."""
+    refused(runner, write(tmp_path, **{constant: value}), message)
+
+
 def test_another_longest_prompt(runner, tmp_path: Path) -> None:
     program = write(tmp_path, get_max_prefill_tokens=LONGEST + 1)
     refused(runner, program, "input tokens as Long [1, 2..16], this runner gives Long [1, 2..17]")
