@@ -107,6 +107,19 @@ class Program:
         self.run(self.command(*flags, "--temperature=0", f"--output_ids_path={output}"))
         return json.loads(output.read_text())
 
+    def generate_at_once(self, cases: Sequence["Case"]) -> list[list[int]]:
+        """The greedy tokens of several cases, whose sequences share decode calls."""
+        prompts, output = self.scratch / "prompts.jsonl", self.scratch / "ids.json"
+        output.unlink(missing_ok=True)
+        lines = [
+            {"prompt_ids": case.prompt_ids, "max_new_tokens": len(case.expected_ids)}
+            for case in cases
+        ]
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        flags = (f"--prompts_path={prompts}", "--temperature=0", f"--output_ids_path={output}")
+        self.run(self.command(*flags))
+        return json.loads(output.read_text())
+
     def logits(self, ids: list[int]) -> np.ndarray:
         """Teacher-forced logits that predict ids[1:], float32 [len(ids) - 1, vocabulary]."""
         output, given = self.scratch / "logits.npy", self.scratch / "score_ids.json"
@@ -164,6 +177,15 @@ def check_tokens(program: Program, case: Case) -> dict:
     return {"error": compare_tokens(actual, case.expected_ids)}
 
 
+def check_batch(program: Program, cases: list[Case]) -> dict:
+    """What was found of several cases at once, each of which must have the tokens that it has
+    alone; its `error` names the first that differs."""
+    for case, actual in zip(cases, program.generate_at_once(cases), strict=True):
+        if error := compare_tokens(actual, case.expected_ids):
+            return {"error": f"prompt of {len(case.prompt_ids)} tokens: {error}"}
+    return {"error": None}
+
+
 def check_logits(program: Program, model: Model) -> dict:
     """The measures of `compare_logits`, with an `error` if they are out of tolerance."""
     expected = np.load(program.folder / EXPECTED_LOGITS)
@@ -183,6 +205,8 @@ def check_model(program: Program, model: Model, cases: list[Case]) -> Iterator[d
         head = {"check": "tokens", "prompt_tokens": len(case.prompt_ids)}
         head |= {"new_tokens": len(case.expected_ids), "least_margin": case.least_margin}
         checks.append((head, lambda case=case: check_tokens(program, case)))
+    head = {"check": "batch", "sequences": len(cases)}
+    checks.append((head, lambda: check_batch(program, cases)))
     head = {"check": "logits", "positions": len(model.score_ids) - 1}
     head |= {"tolerance": asdict(TOLERANCES[model.dtype])}
     checks.append((head, lambda: check_logits(program, model)))

@@ -93,7 +93,7 @@ TEST_F(FakeCuda, WorkIsPutOffUntilSomethingWaits) {
 }
 
 TEST_F(FakeCuda, RowsAreSetAndNothingBetween) {
-  ASSERT_EQ(cudaMemset(device_, 1, kSize), cudaSuccess);
+  ASSERT_EQ(cudaMemsetAsync(device_, 1, kSize, stream_), cudaSuccess);
   ASSERT_EQ(cudaMemset2DAsync(device_, 100, 7, 3, 2, stream_), cudaSuccess);
   ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
   for (const auto& [at, value] : {std::pair{0, 7}, {2, 7}, {3, 1}, {99, 1}, {102, 7}, {103, 1}}) {

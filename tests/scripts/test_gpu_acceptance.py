@@ -52,25 +52,29 @@ def session(folder, tmp_path):
 
 def test_models_that_agree(session):
     checks = acceptance.models(session)["checks"]
-    assert [c["check"] for c in checks] == ["tokens", "tokens", "tokens", "logits"] * 2
-    assert [c["mode"] for c in checks] == ["eager"] * 4 + ["graphs"] * 4
+    assert [c["check"] for c in checks] == ["tokens", "tokens", "tokens", "batch", "logits"] * 2
+    assert [c["mode"] for c in checks] == ["eager"] * 5 + ["graphs"] * 5
     assert all(c["error"] is None for c in checks)
-    assert checks[3]["top1"] == 1 and checks[3]["relative_error"] == 0
+    assert checks[4]["top1"] == 1 and checks[4]["relative_error"] == 0
     log = session.log.read_text()
-    assert log.count("[exit code 0,") == 8 and log.count("--cuda_graph") == 4
+    assert log.count("[exit code 0,") == 10 and log.count("--cuda_graph") == 5
 
 
 def test_a_differing_token_is_caught(session):
     case = session.manifest["models"][0]["cases"][1]
     right = case["expected_ids"][1]
     case["expected_ids"][1] = right + 1
-    with pytest.raises(acceptance.StepFailed, match="2 of 8 checks failed; small, eager") as failed:
+    with pytest.raises(
+        acceptance.StepFailed, match="4 of 10 checks failed; small, eager"
+    ) as failed:
         acceptance.models(session)
     checks = failed.value.found["checks"]
     wrong = [c for c in checks if c["error"]]
-    assert [(c["mode"], c["prompt_tokens"]) for c in wrong] == [("eager", 3), ("graphs", 3)]
+    found = [(c["mode"], c.get("prompt_tokens", c["check"])) for c in wrong]
+    assert found == [("eager", 3), ("eager", "batch"), ("graphs", 3), ("graphs", "batch")]
     expected = f"token 1 of {len(case['expected_ids'])} is {right}, expected {right + 1}"
     assert wrong[0]["error"] == expected
+    assert wrong[1]["error"] == f"prompt of 3 tokens: {expected}"
 
 
 @pytest.mark.parametrize("broken", ["zeros", "nan", "shape"])
@@ -83,16 +87,16 @@ def test_differing_logits_are_caught(session, broken):
         np.save(path, np.full_like(logits, np.nan))
     else:
         np.save(path, logits[:-1])
-    with pytest.raises(acceptance.StepFailed, match="2 of 8 checks failed") as failed:
+    with pytest.raises(acceptance.StepFailed, match="2 of 10 checks failed") as failed:
         acceptance.models(session)
-    message = failed.value.found["checks"][3]["error"]
+    message = failed.value.found["checks"][4]["error"]
     most = f"expected at most {models.TOLERANCES['float32'].relative_error}"
     assert ("of shape" if broken == "shape" else most) in message
 
 
 def test_a_runner_that_fails_is_an_error_of_each_check(session):
     (session.folder / "models/small/model.ptd").unlink()
-    with pytest.raises(acceptance.StepFailed, match="8 of 8 checks failed") as failed:
+    with pytest.raises(acceptance.StepFailed, match="10 of 10 checks failed") as failed:
         acceptance.models(session)
     for check in failed.value.found["checks"]:
         assert "exit code 1" in check["error"] and "model.ptd" in check["error"]
