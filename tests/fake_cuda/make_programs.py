@@ -42,8 +42,8 @@ tokens has, so that calls have the kernels for many, too."""
 
 MAX_SEQ_LEN = 80
 """More than a page."""
-MAX_SEQUENCES = 4
-"""One range; three sequences are padded to four. More take kernels that prompts run, too."""
+MAX_SEQUENCES = 5
+"""More than a power of two, so that calls are padded, too."""
 
 # One layer has a dense MLP, the other a mixture whose weights do not add up to 1.
 NEXT_FOR_CUDA = SMALL_FOR_CUDA | {
