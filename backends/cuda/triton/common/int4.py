@@ -56,6 +56,14 @@ def dot_bytes(a, b, c):
 
 
 @triton.jit
+def dot_words(w, q, d):
+    """d + the dot products of the bytes in four words of w and of q, word by word."""
+    for i in tl.static_range(4):
+        d = dot_bytes(w[i], q[i], d)
+    return d
+
+
+@triton.jit
 def pack_bytes(a, b, c, d):
     """One int32 of the low bytes of four, with the byte of a as the lowest."""
     if is_interpreted():

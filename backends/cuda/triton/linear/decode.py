@@ -15,7 +15,7 @@ from et_moe.backends.cuda.triton.common.dependent_launch import prefetch, wait_f
 from et_moe.backends.cuda.triton.common.int4 import (
     NIBBLE_SCALE,
     UPPER_NIBBLES,
-    dot_bytes,
+    dot_words,
     pack_bytes,
 )
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
@@ -54,14 +54,6 @@ def _split_row(
     words = tl.reshape(words, (RUNS, SPAN, 2, 32)).permute(0, 1, 3, 2)
     low, high = tl.reshape(words, (RUNS, 1, 32 * SPAN, 2)).split()
     return _split_every_fourth(low), _split_every_fourth(high)
-
-
-@triton.jit
-def _dot(w, q, d):
-    """d + the dot products of the bytes in w and q, both as from `_split_every_fourth`."""
-    for i in tl.static_range(4):
-        d = dot_bytes(w[i], q[i], d)
-    return d
 
 
 @triton.jit
@@ -149,9 +141,9 @@ def _w4_gemv_kernel(
         zero = tl.zeros((RUNS, BLOCK_N, PIECES), tl.int32)
         w_low = _split_every_fourth((w << 4) & UPPER_NIBBLES)
         w_high = _split_every_fourth(w & UPPER_NIBBLES)
-        low, high = _dot(w_low, q_low, zero), _dot(w_high, q_high, zero)
+        low, high = dot_words(w_low, q_low, zero), dot_words(w_high, q_high, zero)
         if PLANES == 2:
-            low, high = _dot(w_low, q0_low, low << 7), _dot(w_high, q0_high, high << 7)
+            low, high = dot_words(w_low, q0_low, low << 7), dot_words(w_high, q0_high, high << 7)
         low_group, high_group = split_scale_pair(scales, SCALE_TYPE)
         y = low.to(tl.float32) * (low_group * low_scale)
         y += high.to(tl.float32) * (high_group * high_scale)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.common.int4 import UPPER_NIBBLES, dot_bytes
+from et_moe.backends.cuda.triton.common.int4 import UPPER_NIBBLES, dot_words
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.store_once import store_once
 from et_moe.backends.cuda.triton.linear.decode import floor_power_of_two, supports_k
@@ -46,14 +46,6 @@ def _load_row(q, SPAN: tl.constexpr, BLOCK_N: tl.constexpr):
     word = tl.broadcast_to(tl.arange(0, 32 * SPAN)[None, :], (BLOCK_N, 32 * SPAN))
     at = q + (word // 32 * 64 + word % 32)
     return _split_words(tl.load(at)), _split_words(tl.load(at + 32))
-
-
-@triton.jit
-def _dot(w, q, d):
-    """d + the dot products of the bytes in w and q, both as from `_split_words`."""
-    for i in tl.static_range(4):
-        d = dot_bytes(w[i], q[i], d)
-    return d
 
 
 @triton.jit
@@ -101,9 +93,12 @@ def _add_run(
         low_scale = pair.to(tl.int32).to(tl.float32, bitcast=True)
         high_scale = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         for i in tl.static_range(KEEP):
-            low, high = _dot(w_low[i], q_low, zero), _dot(w_high[i], q_high, zero)
+            low, high = dot_words(w_low[i], q_low, zero), dot_words(w_high[i], q_high, zero)
             if PLANES == 2:
-                low, high = _dot(w_low[i], q0_low, low << 7), _dot(w_high[i], q0_high, high << 7)
+                low, high = (
+                    dot_words(w_low[i], q0_low, low << 7),
+                    dot_words(w_high[i], q0_high, high << 7),
+                )
             low_group, high_group = split_scale_pair(scales[i], SCALE_TYPE)
             y = high.to(tl.float32) * (high_group * high_scale)
             # This is how the compiler fuses the two products for one row.
