@@ -17,7 +17,6 @@ AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_pat
   thread_ = std::thread(&AsyncEngine::run, this, pte_path, ptd_path, std::move(loaded));
   try {
     info_ = info.get();
-    pages_ = free_pages_ = model_->pages();
   } catch (...) {
     thread_.join();
     throw;
@@ -129,6 +128,7 @@ void AsyncEngine::run(const std::string& pte_path, const std::string& ptd_path,
 
 void AsyncEngine::load(const std::string& pte_path, const std::string& ptd_path) {
   model_ = std::make_unique<Model>(pte_path, ptd_path, options_.model);
+  pages_ = free_pages_ = model_->pages();
 }
 
 void AsyncEngine::serve() {
@@ -179,7 +179,6 @@ bool AsyncEngine::collect() {
   cancelled.clear();  // gives back their state
   drop_ended();
   const auto failure = admit();
-  free_pages_ = model_->free_pages();
   lock.unlock();
   if (failure) probe(*failure);
   return true;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "backends/cuda/runtime/alignment.h"
 #include "backends/cuda/runtime/errors.h"
 #include "backends/cuda/runtime/scope.h"
 
@@ -48,22 +49,20 @@ int64_t CompiledMethod::bucket(int64_t length) const {
   return std::min(range_of(length).longest, (length + step - 1) / step * step);
 }
 
-std::vector<TensorSpec> CompiledMethod::inputs(int64_t length) const {
-  std::vector<TensorSpec> inputs;
-  for (const TensorSpec& input : info_.spec.inputs) inputs.push_back(with_length(input, length));
-  return inputs;
-}
-
 std::vector<size_t> CompiledMethod::offsets(int64_t length) const {
-  return aligned_offsets(inputs(length));
+  std::vector<size_t> offsets{0};
+  for (const TensorSpec& input : info_.spec.inputs) {
+    offsets.push_back(offsets.back() + aligned(nbytes_at(input, length)));
+  }
+  return offsets;
 }
 
 Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
   std::vector<std::unique_ptr<Tensor>> tensors;
-  const std::vector<TensorSpec> given = inputs(calls.length);
-  const std::vector<size_t> offset = aligned_offsets(given);
-  for (size_t i = 0; i < given.size(); ++i) {
-    tensors.push_back(view_of(calls.inputs.data() + offset[i], given[i]));
+  const std::vector<size_t> offset = offsets(calls.length);
+  for (size_t i = 0; i < info_.spec.inputs.size(); ++i) {
+    tensors.push_back(
+        view_of(calls.inputs.data() + offset[i], with_length(info_.spec.inputs[i], calls.length)));
   }
   for (const StateSpec& t : info_.state) {
     tensors.push_back(view_of(session.at(t.name), session.spec(t.name)));
@@ -81,8 +80,8 @@ Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
           .code->run(std::move(tensors), info_.spec.outputs.size(), context_->stream_.get());
   Calls::Outputs outputs;
   for (size_t i = 0; i < results.size(); ++i) {
-    const TensorSpec spec = with_length(info_.spec.outputs[i], calls.length);
-    if (results[i]->nbytes() != static_cast<int64_t>(spec.nbytes())) {
+    const OutputSpec& spec = info_.spec.outputs[i];
+    if (results[i]->nbytes() != static_cast<int64_t>(nbytes_at(spec, calls.length))) {
       throw DelegateError(Error::InvalidProgram, "the code of " + info_.method +
                                                      " returns another " + spec.name +
                                                      " than it is described to");
@@ -129,13 +128,13 @@ void CompiledMethod::launch(Session& session, Calls& calls) {
 
 void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& tensors) {
   calls.length = bucket(tensors.length);
-  const std::vector<TensorSpec> given = inputs(tensors.length), padded = inputs(calls.length);
+  const std::vector<TensorSpec>& inputs = info_.spec.inputs;
   const std::vector<size_t> offset = offsets(calls.length);
   std::byte* memory = calls.staging.data();
-  for (size_t i = 0; i < given.size(); ++i) {
-    const size_t size = given[i].nbytes();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const size_t size = nbytes_at(inputs[i], tensors.length);
     std::memcpy(memory + offset[i], tensors.inputs[i], size);
-    std::memset(memory + offset[i] + size, 0, padded[i].nbytes() - size);
+    std::memset(memory + offset[i] + size, 0, nbytes_at(inputs[i], calls.length) - size);
   }
   if (calls.drawn) {
     const auto* positions = static_cast<const int64_t*>(tensors.inputs[info_.hand_over->positions]);
@@ -154,14 +153,15 @@ bool CompiledMethod::is_last(const Calls& calls, const HostTensors& tensors) con
   for (size_t i = 0; i < positions.size(); ++i) {
     tokens.push_back(calls.drawn->token(positions[i] - 1, i, calls.length));
   }
-  const std::vector<TensorSpec> given = inputs(tensors.length);
+  const std::vector<TensorSpec>& inputs = info_.spec.inputs;
   const std::vector<size_t> offset = offsets(calls.length);
-  for (size_t i = 0; i < given.size(); ++i) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
     const void* expected = i == info_.hand_over->positions ? positions.data()
                            : i == info_.hand_over->tokens
                                ? tokens.data()
                                : static_cast<const void*>(calls.staging.data() + offset[i]);
-    if (std::memcmp(expected, tensors.inputs[i], given[i].nbytes()) != 0) return false;
+    const size_t size = nbytes_at(inputs[i], tensors.length);
+    if (std::memcmp(expected, tensors.inputs[i], size) != 0) return false;
   }
   return true;
 }
@@ -178,7 +178,7 @@ bool CompiledMethod::copy_outputs(const Calls& calls, const HostTensors& tensors
                                                    " of a call that ran ahead is gone: another "
                                                    "session has made a call since");
     }
-    const size_t size = with_length(spec, tensors.length).nbytes();
+    const size_t size = nbytes_at(spec, tensors.length);
     ET_MOE_CUDA(cudaMemcpyAsync(tensors.outputs[i], calls.outputs[i], size, cudaMemcpyDeviceToHost,
                                 context_->stream_.get()));
     any = true;
@@ -188,9 +188,12 @@ bool CompiledMethod::copy_outputs(const Calls& calls, const HostTensors& tensors
 
 void CompiledMethod::run(const HostTensors& tensors) {
   Session& session = context_->session();
-  const auto sequences = info_.hand_over ? std::optional(info_.longest) : std::nullopt;
-  Calls& calls =
-      session.calls_.try_emplace(this, offsets(info_.longest).back(), sequences).first->second;
+  auto found = session.calls_.find(this);
+  if (found == session.calls_.end()) {
+    const auto sequences = info_.hand_over ? std::optional(info_.longest) : std::nullopt;
+    found = session.calls_.try_emplace(this, offsets(info_.longest).back(), sequences).first;
+  }
+  Calls& calls = found->second;
   if (!session.ahead_) {
     start(session, calls, tensors);
   } else if (session.ahead_ != &calls || !is_last(calls, tensors)) {

@@ -55,8 +55,7 @@ class CompiledMethod {
   void start(Session& session, Calls& calls, const HostTensors& tensors);
   /// Whether these inputs are those of the last call that was started, one that runs ahead.
   bool is_last(const Calls& calls, const HostTensors& tensors) const;
-  /// The inputs of a call of a length, and where each begins in their memory; the end of the last.
-  std::vector<TensorSpec> inputs(int64_t length) const;
+  /// Where in their memory the inputs of a call of a length begin, and the end of the last.
   std::vector<size_t> offsets(int64_t length) const;
   /// Starts copies of the outputs that are wanted, but for a token that is handed over; whether
   /// there are any.

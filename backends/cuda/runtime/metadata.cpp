@@ -140,6 +140,12 @@ TensorSpec with_length(TensorSpec tensor, int64_t length) {
   return tensor;
 }
 
+size_t nbytes_at(const TensorSpec& tensor, int64_t length) {
+  const auto free = free_dimension(tensor);
+  if (!free) return tensor.nbytes();
+  return tensor.nbytes() / static_cast<size_t>(tensor.shape[*free]) * static_cast<size_t>(length);
+}
+
 std::vector<size_t> aligned_offsets(const std::vector<TensorSpec>& tensors) {
   std::vector<size_t> offsets{0};
   for (const TensorSpec& tensor : tensors) {

@@ -29,6 +29,8 @@ std::optional<size_t> free_dimension(const TensorSpec& tensor);
 
 /// A tensor with this size in the dimension that varies, if one does.
 TensorSpec with_length(TensorSpec tensor, int64_t length);
+/// Bytes of that tensor.
+size_t nbytes_at(const TensorSpec& tensor, int64_t length);
 
 /// Indices of the tensors that `HandOver` names, among outputs and inputs.
 struct HandOverIndices {
