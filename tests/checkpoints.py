@@ -12,8 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
+from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
-from et_moe.pipeline.quantize import Spec, WeightSource, meta_graph, parameter_spec
+from et_moe.pipeline.quantize import (
+    QuantizedCheckpoint,
+    Spec,
+    WeightSource,
+    meta_graph,
+    parameter_spec,
+)
 from et_moe.pipeline.storage import Precision, Storage, choose_storages
 
 Tensors = dict[str, Tensor]
@@ -78,6 +86,24 @@ def make_small(directory: Path, **overrides) -> tuple[dict, Tensors]:
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     (directory / "model-00001-of-00001.safetensors").rename(directory / "model.safetensors")
     return json.loads((directory / "config.json").read_text()), tensors
+
+
+def export_small(
+    folder: Path, context: int, max_sequences: int, eos_token_id: list[int] | None = None
+) -> Path:
+    """The CPU program of a small model, quantized as `tiny_bundle` is, with such a context.
+
+    Args:
+        eos_token_id: instead of the model's own.
+    """
+    checkpoint, program = folder / "checkpoint", folder / "program"
+    make_small(checkpoint, max_position_embeddings=context)
+    if eos_token_id is not None:
+        generation = {"eos_token_id": eos_token_id}
+        (checkpoint / "generation_config.json").write_text(json.dumps(generation))
+    source = QuantizedCheckpoint(Checkpoint(checkpoint), storages("4w", 32, "8w"))
+    export(source, program, ExportOptions(max_seq_len=context, max_sequences=max_sequences))
+    return program
 
 
 def write(directory: Path, config: Mapping, *shards: Tensors) -> Path:

@@ -8,6 +8,16 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def long_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a context of 8192 tokens, which it fills after the prompt 1, 2; a decode
+    call takes up to three sequences."""
+    from checkpoints import export_small
+
+    # Greedy decoding does not come to the id 0.
+    return export_small(tmp_path_factory.mktemp("long"), 8192, max_sequences=3, eos_token_id=[0])
+
+
+@pytest.fixture(scope="session")
 def run_engine(build_dir: Path):
     """Runs a script (see engine_check.cpp) on one engine for the program of a directory."""
 

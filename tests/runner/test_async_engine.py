@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from checkpoints import export_small
 
 
 def check(binary: Path, program: Path, sequences: int | str, *command: object) -> None:
@@ -42,17 +43,7 @@ def test_an_engine_closes_with_requests_in_flight(binary, tiny_program, sequence
 @pytest.fixture(scope="module")
 def paged_program(tmp_path_factory) -> Path:
     """Sequences of up to four pages; a decode call takes up to five of them."""
-    from checkpoints import make_small, storages
-
-    from et_moe.pipeline.checkpoint import Checkpoint
-    from et_moe.pipeline.export import ExportOptions, export
-    from et_moe.pipeline.quantize import QuantizedCheckpoint
-
-    folder = tmp_path_factory.mktemp("paged")
-    make_small(folder / "checkpoint", max_position_embeddings=256)
-    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
-    export(source, folder / "program", ExportOptions(max_seq_len=200, max_sequences=5))
-    return folder / "program"
+    return export_small(tmp_path_factory.mktemp("paged"), context=200, max_sequences=5)
 
 
 @pytest.mark.parametrize("sequences", ["1", "7", "3/4"])

@@ -14,30 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import make_small, storages
 
 from et_moe.backends.atomic_file import check_writable
-from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.export import ExportOptions, export
-from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 CONTEXT = 8192
 PIPE = 4096
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
 
 Start = Callable[..., subprocess.Popen]
-
-
-@pytest.fixture(scope="module")
-def long_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model with a context of 8192 tokens, which it fills after the prompt 1, 2."""
-    folder = tmp_path_factory.mktemp("long")
-    make_small(folder / "checkpoint", max_position_embeddings=CONTEXT)
-    generation = {"eos_token_id": [0]}  # greedy decoding does not come to this id
-    (folder / "checkpoint/generation_config.json").write_text(json.dumps(generation))
-    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
-    export(source, folder / "program", ExportOptions(max_seq_len=CONTEXT))
-    return folder / "program"
 
 
 @pytest.fixture

@@ -8,11 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from checkpoints import make_small, storages
-
-from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.export import ExportOptions, export
-from et_moe.pipeline.quantize import QuantizedCheckpoint
 
 VOCABULARY, CONTEXT, LONG = 264, 32, 8192
 
@@ -33,18 +28,6 @@ def answer(runner, tiny_program: Path, tmp_path: Path):
         return json.loads(output.read_text())
 
     return run
-
-
-@pytest.fixture(scope="module")
-def long_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A context of 8192 tokens, which answers fill; a decode call takes up to three sequences."""
-    folder = tmp_path_factory.mktemp("long")
-    make_small(folder / "checkpoint", max_position_embeddings=LONG)
-    generation = {"eos_token_id": [0]}  # greedy decoding does not come to this id
-    (folder / "checkpoint/generation_config.json").write_text(json.dumps(generation))
-    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
-    export(source, folder / "program", ExportOptions(max_seq_len=LONG, max_sequences=3))
-    return folder / "program"
 
 
 def random_lines(count: int) -> list[dict]:
