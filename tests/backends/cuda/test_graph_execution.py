@@ -70,7 +70,7 @@ class Side:
         if self._functions:
             fuse(graph)
         count = len(inputs["tokens"])
-        sampling = {name: value.expand(count) for name, value in SAMPLING.items()}
+        sampling = {name: value.repeat(count) for name, value in SAMPLING.items()}
         values = inputs | sampling | self.state | self._weights
         names = {node.name: name for name, node in self._graphs[method].input_nodes().items()}
         executor = Executor(graph, self._functions)
