@@ -255,6 +255,8 @@ void AsyncEngine::prefill() {
   if (prompts.empty()) return;
   prompts.front()->reuse_prefix();
   if (!prompts.front()->in_prompt()) return;
+  const bool alone = choose(&Sequence::decodes).empty();
+  prompts.front()->bound_pieces(alone ? SIZE_MAX : options_.piece_beside_others);
   const auto first = make_room({prompts.front()});
   if (first.empty()) return;
   Event event{};

@@ -39,6 +39,8 @@ class EngineBroken : public std::runtime_error {
 struct AsyncEngineOptions {
   ModelOptions model;        // max_sequences: how many are served at once
   size_t max_waiting = 256;  // requests that wait for their turn
+  size_t piece_beside_others = 1024;  // about how many tokens of a prompt are fed at once while
+                                      // others decode, who wait for it; see `bounded_end`
 };
 
 /// How many snapshots a prefix cache for so many sequences has: one that each leaves while it runs,
@@ -57,8 +59,8 @@ struct EngineStatus {
 ///
 /// Requests are admitted in order, as far as there are places and pages of the KV cache for their
 /// prompts. A step is one decode call of all sequences that have a token to feed (several, if the
-/// program takes fewer at once), then one piece of the first prompt that is not done. A guided
-/// sequence that has no mask yet sits out; the others go on.
+/// program takes fewer at once), then one piece of the first prompt that is not done, a shorter one
+/// if others decode. A guided sequence that has no mask yet sits out; the others go on.
 ///
 /// Where pages run out, the sequence that was admitted last is put back: it waits at the head of
 /// the queue and comes to the same state later. No token changes.

@@ -24,7 +24,7 @@ constexpr int kPollMs = 100;
 
 struct Answer {
   std::vector<int64_t> ids;
-  double last_ms = 0;  // when the last of them came
+  double last_ms = 0;  // when the last of them was drawn
   bool has_ended = false;
 };
 
@@ -44,7 +44,9 @@ class Run {
   void submit();
   /// Waits for events and takes them.
   void step(llm::Stats& stats);
-  void take(const Event& event, double now, llm::Stats& stats);
+  void take(const Event& event, llm::Stats& stats);
+  /// Fills the times that follow from those of all tokens.
+  void finish(llm::Stats& stats) const;
   /// Prints the answers that have ended and come next.
   void print_next(const Tokenizer* tokenizer);
 
@@ -52,7 +54,8 @@ class Run {
   const Flags& flags_;
   const std::vector<Request>& requests_;
   std::vector<Answer> answers_;
-  std::map<uint64_t, size_t> index_;  // request -> its answer
+  std::map<uint64_t, size_t> index_;         // request -> its answer
+  std::vector<double> first_ms_, drawn_ms_;  // of each answer's first token, of all tokens
   size_t ended_ = 0, printed_ = 0;
 };
 
@@ -60,25 +63,26 @@ void Run::submit() {
   for (size_t i = 0; i < requests_.size(); ++i) index_.emplace(engine_.submit(requests_[i]), i);
 }
 
-void Run::take(const Event& event, double now, llm::Stats& stats) {
+void Run::take(const Event& event, llm::Stats& stats) {
   const size_t i = index_.at(event.request_id);
   if (event.end == RequestEnd::kError) {
     throw std::runtime_error(*flags_.prompts_path + ":" + std::to_string(i + 1) + ": " +
                              event.error);
   }
   Answer& answer = answers_[i];
-  for (const int64_t id : event.token_ids) {
+  for (size_t k = 0; k < event.token_ids.size(); ++k) {
+    const double drawn = event.drawn_ms[k];
     if (answer.ids.empty()) {
       stats.num_prompt_tokens += static_cast<int64_t>(requests_[i].prompt_ids.size());
-      stats.batch->first_token_ms.push_back(now - stats.inference_start_ms);
-      stats.prompt_eval_end_ms = now;
+      first_ms_.push_back(drawn);
     } else {
-      stats.batch->between_tokens_ms.push_back(now - answer.last_ms);
+      stats.batch->between_tokens_ms.push_back(drawn - answer.last_ms);
     }
-    answer.ids.push_back(id);
-    answer.last_ms = now;
-    ++stats.num_generated_tokens;
+    answer.ids.push_back(event.token_ids[k]);
+    answer.last_ms = drawn;
+    drawn_ms_.push_back(drawn);
   }
+  stats.num_generated_tokens = static_cast<int64_t>(drawn_ms_.size());
   if (!event.end) return;
   answer.has_ended = true;
   ++ended_;
@@ -87,13 +91,24 @@ void Run::take(const Event& event, double now, llm::Stats& stats) {
 void Run::step(llm::Stats& stats) {
   pollfd events{engine_.fileno(), POLLIN, 0};
   poll(&events, 1, kPollMs);
-  const double now = llm::now_ms();
-  for (const Event& event : engine_.take_events()) take(event, now, stats);
-  // Here, since several events may come at once.
-  if (stats.prompt_eval_end_ms == now) {
-    if (stats.first_token_ms == 0) stats.first_token_ms = now;
-    stats.batch->generated_in_prefill = stats.num_generated_tokens;
+  for (const Event& event : engine_.take_events()) take(event, stats);
+}
+
+void Run::finish(llm::Stats& stats) const {
+  stats.inference_end_ms = stats.model_execution_end_ms = llm::now_ms();
+  // The model works as long as a request is in flight.
+  stats.aggregate_model_execution_time_ms =
+      stats.model_execution_end_ms - stats.model_execution_start_ms;
+  stats.gpu = engine_.gpu_memory();
+  if (first_ms_.empty()) return;
+  for (const double first : first_ms_) {
+    stats.batch->first_token_ms.push_back(first - stats.inference_start_ms);
   }
+  stats.first_token_ms = *std::min_element(first_ms_.begin(), first_ms_.end());
+  stats.prompt_eval_end_ms = *std::max_element(first_ms_.begin(), first_ms_.end());
+  stats.batch->generated_in_prefill =
+      std::count_if(drawn_ms_.begin(), drawn_ms_.end(),
+                    [&stats](double drawn) { return drawn <= stats.prompt_eval_end_ms; });
 }
 
 void Run::print_next(const Tokenizer* tokenizer) {
@@ -123,11 +138,7 @@ void Run::run(llm::Stats& stats, bool is_measured, bool printed, const Tokenizer
       engine_.cancel(entry->first);
     }
   }
-  stats.inference_end_ms = stats.model_execution_end_ms = llm::now_ms();
-  // The model works as long as a request is in flight.
-  stats.aggregate_model_execution_time_ms =
-      stats.model_execution_end_ms - stats.model_execution_start_ms;
-  stats.gpu = engine_.gpu_memory();
+  finish(stats);
 }
 
 std::vector<std::vector<int64_t>> Run::take_ids() {

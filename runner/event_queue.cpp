@@ -34,6 +34,7 @@ void EventQueue::push(Event event) {
   } else {
     Event& waiting = events_[found->second];
     append(waiting.token_ids, std::move(event.token_ids));
+    append(waiting.drawn_ms, std::move(event.drawn_ms));
     append(waiting.logprobs, std::move(event.logprobs));
     if (event.prompt_logprobs) waiting.prompt_logprobs = std::move(event.prompt_logprobs);
     waiting.end = event.end;

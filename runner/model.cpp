@@ -187,7 +187,7 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tok
     session.sampling_ = feeds[i].sampling;
     if (cache_)
       session.tokens_.insert(session.tokens_.end(), rows[i].tokens, rows[i].tokens + count);
-    remember(session, count == 1);
+    if (options.remember) remember(session, count == 1);
     if (run_ahead) ahead_.push_back(&session);
     steps.push_back({session.drawn_, logits});
   }

@@ -100,6 +100,7 @@ struct CallOptions {
   bool logits = false;     // whether the steps have logits
   bool run_ahead = false;  // whether the next call feeds the same sequences the tokens that this
                            // one draws, with the same sampling: a GPU may begin it at once
+  bool remember = true;    // whether the prefix cache, if there is one, is left what was fed so far
 };
 
 /// A `.pte` with its `.ptd`, and the state of the sequences on it. Not thread-safe.

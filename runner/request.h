@@ -75,6 +75,7 @@ struct Event {
   std::optional<RequestEnd> end;
   std::string error;          // with kError
   int64_t cached_tokens = 0;  // of the prompt, taken from the prefix cache; with the first token
+  std::vector<double> drawn_ms{};  // when each token was drawn, by llm::now_ms
 };
 
 }  // namespace et_moe

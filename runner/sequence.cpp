@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "runner/stats.h"
+
 namespace et_moe {
 namespace {
 
@@ -13,6 +15,14 @@ bool contains(const std::vector<int64_t>& ids, int64_t id) {
 }
 
 }  // namespace
+
+size_t bounded_end(size_t begin, size_t end, size_t bound) {
+  const size_t short_piece = bound / 8;
+  if (end - begin <= bound) return end;
+  size_t cut = (begin / bound + 1) * bound;
+  if (cut - begin <= short_piece) cut += bound;
+  return cut + short_piece < end ? cut : end;
+}
 
 Sequence::Sequence(uint64_t id, Request request, Model& model)
     : id_(id), request_(std::move(request)), model_(model) {
@@ -51,20 +61,23 @@ void Sequence::reuse_prefix() {
   if (ids_.empty()) cached_ = count;
 }
 
-size_t Sequence::next_count() const {
-  if (!in_prompt()) return 1;
+size_t Sequence::piece_end() const {
   const auto most = static_cast<size_t>(model_.info().max_prefill_tokens);
   const auto page = static_cast<size_t>(model_.info().page_size);
   const size_t size = request_.prompt_ids.size();
   // Only the last token of a call has logits.
-  if (request_.params.prompt_logprobs) return 1;
+  if (request_.params.prompt_logprobs) return fed_ + 1;
   // Pieces end where they would without a prefix that is reused, at the last full page of a long
   // prompt, and where other prompts have gone other ways.
   size_t end = std::min(size, most % page == 0 ? (fed_ / most + 1) * most : fed_ + most);
   for (const size_t stop : {size >= kLongPrompt ? size / page * page : 0, known_}) {
     if (fed_ < stop && stop < end) end = stop;
   }
-  return end - fed_;
+  return end;
+}
+
+size_t Sequence::next_count() const {
+  return in_prompt() ? bounded_end(fed_, piece_end(), bound_) - fed_ : 1;
 }
 
 size_t Sequence::pages_to_go_on() const {
@@ -82,6 +95,7 @@ Event Sequence::feed_prompt() {
   const bool is_last = fed_ + count == ids.size();
   CallOptions options;
   options.logits = is_last ? wants_logits() : params.prompt_logprobs.has_value();
+  options.remember = fed_ + count == piece_end();
   const Step step = model_.run(*session_, ids.data() + fed_, count, params.sampling, options);
   fed_ += count;
   if (is_last) return advance(step);
@@ -109,6 +123,7 @@ void Sequence::accept(int64_t token, const float* logits, Event& event) {
   if (ids_.empty()) event.cached_tokens = static_cast<int64_t>(cached_);
   ids_.push_back(token);
   event.token_ids.push_back(token);
+  event.drawn_ms.push_back(llm::now_ms());
   if (params.logprobs) {
     event.logprobs.push_back(
         token_logprob(logits, model_.info().vocab_size, token, *params.logprobs));

@@ -13,6 +13,13 @@
 
 namespace et_moe {
 
+/// Where a piece of a prompt ends that begins at token `begin` and would end at `end`, if pieces
+/// are to have about `bound` tokens: at a multiple of it, but for an eighth of it near either end,
+/// so that what was one piece falls into none that is much shorter. Programs compute short pieces
+/// with other kernels, which may round otherwise; which pieces of any other length a prompt is fed
+/// in changes no token.
+size_t bounded_end(size_t begin, size_t end, size_t bound);
+
 /// Serves a request on a session: its prompt piece by piece, then token by token. Not thread-safe.
 ///
 /// A sequence that is put back has no session for a while. It then begins anew, but makes the very
@@ -40,6 +47,9 @@ class Sequence {
   /// Whether it takes part in the next decode call.
   bool decodes() const { return !in_prompt() && logits_.empty(); }
 
+  /// Bounds the pieces in which its prompt is fed, see `bounded_end`.
+  void bound_pieces(size_t bound) { bound_ = bound; }
+
   /// Takes over what the prefix cache has of its tokens; before its first call.
   void reuse_prefix();
 
@@ -66,6 +76,8 @@ class Sequence {
   Event take(const Step& step);
 
  private:
+  /// Where the piece of the prompt that comes next ends, unless it has to be shorter.
+  size_t piece_end() const;
   /// How many tokens the next call feeds.
   size_t next_count() const;
   /// Whether the next call was made before.
@@ -85,6 +97,7 @@ class Sequence {
   int64_t limit_;                   // most tokens to draw
   std::optional<Sampler> sampler_;  // if the op `sample` does not do
   size_t fed_ = 0;                  // tokens of the prompt
+  size_t bound_ = SIZE_MAX;         // of its pieces
   bool looked_up_ = false;          // whether the prefix cache was asked
   size_t known_ = 0;                // tokens that others were fed, too
   size_t cached_ = 0;               // those of the prompt that were not fed again, at the first try

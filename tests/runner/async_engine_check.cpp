@@ -319,6 +319,7 @@ int main(int argc, char** argv) {
       et_moe::AsyncEngineOptions options;
       options.model.max_sequences = sequences;
       options.model.snapshots = snapshots;
+      options.piece_beside_others = 64;  // which changes no token
       if (pages) options.model.pages = std::stoul(pages + 1);
       options.model.device.cuda_graph = std::string(argv[3]) == "1";
       return std::make_unique<Client>(argv[1], argv[2], options);
