@@ -1,6 +1,8 @@
 """The graphs that are lowered, run node by node: interpreted kernels against the references."""
 
 import copy
+import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,18 +81,22 @@ class Side:
         return executor.results
 
 
-@pytest.fixture(params=["int8", "bf16"])
-def sides(request, tmp_path) -> tuple[Side, Side]:
-    """A random fp32 model computed by the references, and computed by the Triton kernels."""
-    make_checkpoint(tmp_path, MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
-    source = QuantizedCheckpoint(Checkpoint(tmp_path), storages("4w", 32, "8w"))
-    precision = Precision(source.storages, request.param, torch.float32)
-    graphs = build_graphs(source.config, precision, Sizes(64, 64, 4))
+def lower(directory: Path, precision: str, dtype: torch.dtype, sizes: Sizes) -> tuple:
+    """The graphs of a random model, its weights, and its weights as kernels take them."""
+    make_checkpoint(directory, MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
+    source = QuantizedCheckpoint(Checkpoint(directory), storages("4w", 32, "8w"))
+    graphs = build_graphs(source.config, Precision(source.storages, precision, dtype), sizes)
     weights = {name: tensor for group in source.groups() for name, tensor in group.items()}
     nodes = graphs["decode"].input_nodes()
     for name in graphs["decode"].weights:
         weights[name] = weights[name].to(nodes[name].meta["val"].dtype)
-    packed = dict(plan_weights(graphs).pack(weights))
+    return graphs, weights, dict(plan_weights(graphs).pack(weights))
+
+
+@pytest.fixture(params=["int8", "bf16"])
+def sides(request, tmp_path) -> tuple[Side, Side]:
+    """A random fp32 model computed by the references, and computed by the Triton kernels."""
+    graphs, weights, packed = lower(tmp_path, request.param, torch.float32, Sizes(64, 64, 4))
     return Side(graphs, weights, {}), Side(graphs, packed, TRITON_OPS)
 
 
@@ -153,3 +159,23 @@ def test_decode_of_several_sequences(sides) -> None:
     }
     where = places([3, 2, 0, 0], [3, 0, 1, 0], [3, 0, 1, 0])
     assert not run_both(sides, "decode_batch", inputs | where, 3)
+
+
+def test_pieces_of_a_prompt_change_no_bit(tmp_path) -> None:
+    """Of state and results, as long as the same kernels compute them: pieces end at pages."""
+    graphs, _, packed = lower(tmp_path, "int8", torch.bfloat16, Sizes(128, 128, 1))
+    tokens = torch.randint(264, (1, 100), generator=torch.Generator().manual_seed(1))
+    made = []
+    for cuts in ((0, 100), (0, 64, 100)):
+        side = Side(graphs, packed, TRITON_OPS)
+        for begin, end in itertools.pairwise(cuts):
+            where = places([begin], [1], [2]) | {"num_tokens": torch.tensor([end - begin])}
+            where["pages"] = torch.tensor([[2, 0]], dtype=torch.int32)
+            results = side.run("prefill", {"tokens": tokens[:, begin:end]} | where)
+        made.append((side.state, results))
+    (whole_state, whole), (state, results) = made
+    for name in whole_state:
+        assert torch.equal(state[name], whole_state[name]), name
+    for name, (value, *_) in results.items():
+        if value.is_floating_point():
+            assert torch.equal(value[-1], whole[name][0][-1]), name
