@@ -17,7 +17,7 @@ bool contains(const std::vector<int64_t>& ids, int64_t id) {
 }  // namespace
 
 size_t bounded_end(size_t begin, size_t end, size_t bound) {
-  const size_t short_piece = bound / 8;
+  const size_t short_piece = bound / 4;
   if (end - begin <= bound) return end;
   size_t cut = (begin / bound + 1) * bound;
   if (cut - begin <= short_piece) cut += bound;

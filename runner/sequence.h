@@ -14,7 +14,7 @@
 namespace et_moe {
 
 /// Where a piece of a prompt ends that begins at token `begin` and would end at `end`, if pieces
-/// are to have about `bound` tokens: at a multiple of it, but for an eighth of it near either end,
+/// are to have about `bound` tokens: at a multiple of it, but for a quarter of it near either end,
 /// so that what was one piece falls into none that is much shorter. Programs compute short pieces
 /// with other kernels, which may round otherwise; which pieces of any other length a prompt is fed
 /// in changes no token.

@@ -26,10 +26,10 @@ TEST(BoundedEnd, CutsAtMultiples) {
 }
 
 TEST(BoundedEnd, LeavesNoShortPieces) {
-  EXPECT_EQ(pieces(0, 1152, 1024), std::vector<size_t>{1152});
-  EXPECT_EQ(pieces(0, 1153, 1024), (std::vector<size_t>{1024, 1153}));
-  EXPECT_EQ(pieces(896, 2048, 1024), std::vector<size_t>{2048});
-  EXPECT_EQ(pieces(895, 2048, 1024), (std::vector<size_t>{1024, 2048}));
+  EXPECT_EQ(pieces(0, 1280, 1024), std::vector<size_t>{1280});
+  EXPECT_EQ(pieces(0, 1281, 1024), (std::vector<size_t>{1024, 1281}));
+  EXPECT_EQ(pieces(768, 2048, 1024), std::vector<size_t>{2048});
+  EXPECT_EQ(pieces(767, 2048, 1024), (std::vector<size_t>{1024, 2048}));
   EXPECT_EQ(pieces(1000, 3072, 1024), (std::vector<size_t>{2048, 3072}));
 }
 
