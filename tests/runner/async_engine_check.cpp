@@ -12,6 +12,8 @@
 //   followed
 //               by a second turn. They give the tokens that they give without a prefix cache, and
 //               all but the first are given what they share.
+//   soak N      N requests of 32 kinds in a row, 64 of them in flight, some cancelled: their tokens
+//               are those they give alone, and after the first tenth memory does not grow.
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
 //   faults STEP Over the fake driver: loads and serves three requests, once for every STEP-th call
@@ -20,9 +22,11 @@
 //               broken or tolerated, and the error.
 
 #include <dlfcn.h>
+#include <malloc.h>
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -143,6 +147,37 @@ void come_and_go(Client& client, size_t count, size_t rounds, bool few_pages) {
   const auto status = client.engine().status();
   expect(!few_pages || status.preemptions > rounds / 4,
          "sequences that are put back, got " + std::to_string(status.preemptions));
+}
+
+/// Bytes that the allocator has given out.
+size_t allocated() { return mallinfo2().uordblks + mallinfo2().hblkhd; }
+
+void soak(Client& client, size_t count) {
+  constexpr size_t kInFlight = 64, kGrowth = 64 << 10;
+  std::mt19937 random(13);
+  const auto [requests, alone] = serve_alone(client, 32, random);
+  std::deque<std::pair<uint64_t, size_t>> in_flight;
+  const auto end_first = [&, &alone = alone] {
+    const auto [id, kind] = in_flight.front();
+    in_flight.pop_front();
+    const Event& event = client.wait(id);
+    expect(event.end == RequestEnd::kCancelled || same(event, alone[kind]), "a request's tokens");
+    client.forget(id);
+  };
+  size_t before = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const size_t kind = random() % requests.size();
+    in_flight.emplace_back(client.engine().submit(requests[kind]), kind);
+    if (random() % 16 == 0) client.engine().cancel(in_flight[random() % in_flight.size()].first);
+    while (in_flight.size() >= (i % (count / 10) ? kInFlight : 1)) end_first();
+    if (i % (count / 10)) continue;
+    client.expect_idle();
+    std::cout << i << " requests: " << allocated() << " bytes\n";
+    if (i == count / 10) before = allocated();
+    expect(!before || allocated() < before + kGrowth, "memory that does not grow");
+  }
+  while (!in_flight.empty()) end_first();
+  client.expect_idle();
 }
 
 /// Serves a conversation of two turns; gives all tokens, and the cached ones of both turns.
@@ -334,6 +369,9 @@ int main(int argc, char** argv) {
       come_and_go(*make(), std::stoul(argv[6]), std::stoul(argv[7]), pages);
     } else if (command == "prefix") {
       prefix(*make(), *make_with(0), std::stoul(argv[6]));
+    } else if (command == "soak") {
+      mallopt(M_ARENA_MAX, 1);  // `allocated` counts but one
+      soak(*make(), std::stoul(argv[6]));
     } else if (command == "cancel") {
       cancel(*make(), sequences);
     } else if (command == "close") {

@@ -53,6 +53,9 @@ class Client {
     }
   }
 
+  /// Forgets the events of a request that has ended.
+  void forget(uint64_t id) { all_.erase(id); }
+
   TokenMask all_tokens() const {
     return TokenMask(static_cast<size_t>(engine_.info().vocab_size + 7) / 8, 0xff);
   }

@@ -1,5 +1,6 @@
 """The engine that serves many callers, driven from C++: see async_engine_check.cpp."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def check(binary: Path, program: Path, sequences: int | str, *command: object) -
         [binary, *files, "0", str(sequences), *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -61,6 +62,12 @@ def test_requests_that_come_and_go(build_dir, paged_program, sequences: str) -> 
     """With few pages some are put back, and begin anew later."""
     binary = build_dir / "tests" / "runner" / "async_engine_check"
     check(binary, paged_program, sequences, "random", 32, 200)
+
+
+def test_memory_is_flat(build_dir, paged_program) -> None:
+    """ET_MOE_SOAK_REQUESTS is how many requests there are in a row; 100,000 take minutes."""
+    binary = build_dir / "tests" / "runner" / "async_engine_check"
+    check(binary, paged_program, "16/20", "soak", os.environ.get("ET_MOE_SOAK_REQUESTS", 1000))
 
 
 def test_requests_that_come_and_go_under_sanitizers(sanitize_dir, paged_program) -> None:

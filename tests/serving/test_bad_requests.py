@@ -7,7 +7,7 @@ import re
 import time
 
 import pytest
-from conftest import running_app
+from served_app import running_app
 
 from et_moe.serving import http_limits
 from et_moe.serving.openai.protocol import MAX_CHOICES

@@ -14,8 +14,8 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import DEMO
 from rich.console import Console
+from served_app import DEMO
 
 from et_moe.serving.engine import AsyncEngine
 from et_moe.serving.served_model import ServedModel
@@ -98,7 +98,7 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(chat, engine)
 TALK = """
 import asyncio, sys
 from fake_engine import FakeEngine
-from conftest import DEMO
+from served_app import DEMO
 from et_moe.runner.python import Tokenizer
 from et_moe.serving.engine import AsyncEngine
 from et_moe.serving.served_model import ServedModel
