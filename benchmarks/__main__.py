@@ -167,11 +167,15 @@ def static(
     ] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     processes: Annotated[int, typer.Option(help="Compiler processes.", min=1)] = 2,
+    changed: Annotated[
+        bool, typer.Option(help="Only kernels that are not recorded, and a sample.")
+    ] = False,
+    record: Annotated[bool, typer.Option(help="Record that all is well, for --changed.")] = False,
 ) -> None:
     """Compile every kernel for every architecture, and check the machine code; without a GPU."""
     from et_moe.benchmarks.static.command import check
 
-    raise typer.Exit(not check(write, compare, processes, only))
+    raise typer.Exit(not check(write, compare, processes, only, changed, record))
 
 
 @app.command()

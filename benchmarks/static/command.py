@@ -13,6 +13,7 @@ from rich.table import Table
 from et_moe.backends.cuda.gpu import ARCHS
 from et_moe.backends.cuda.triton.cases.table import OP_CASES
 from et_moe.benchmarks.result import provenance, write_result
+from et_moe.benchmarks.static import checked
 from et_moe.benchmarks.static.check import faults
 from et_moe.benchmarks.static.collect import Demands, Job, all_entries, collect
 from et_moe.benchmarks.static.compare import compare_rows, describe
@@ -70,12 +71,28 @@ def _print_changes(path: Path, rows: list[dict], only: str) -> bool:
     return any(changes[kind] for kind in ("differ", "gone", "new"))
 
 
-def check(write: Path | None, compare: Path | None, processes: int, only: str) -> bool:
+def _print_table(rows: list[dict]) -> None:
+    table = Table("kernel", "n", *ARCHS, title="registers, KiB of shared memory, MMA instructions")
+    for line in summarize(rows):
+        table.add_row(*cells(line))
+    Console(width=180).print(table)
+
+
+def check(
+    write: Path | None,
+    compare: Path | None,
+    processes: int,
+    only: str,
+    changed: bool = False,
+    record: bool = False,
+) -> bool:
     """Compiles and checks the kernels of the cases whose name contains `only`, and prints a table.
 
     Args:
         write: file for all rows, or None.
         compare: such a file to compare with, or None.
+        changed: compile only what is not recorded, and a sample.
+        record: write the keys of all these kernels, if all is well.
 
     Returns:
         Whether all is well: no kernel is at fault, every tuned configuration is compiled by some
@@ -83,7 +100,14 @@ def check(write: Path | None, compare: Path | None, processes: int, only: str) -
     """
     if triton.knobs.runtime.interpret:
         raise typer.BadParameter("unset TRITON_INTERPRET: nothing is compiled under it")
+    if (changed and (write or compare)) or (record and only):
+        raise typer.BadParameter("--write, --compare and --record are of all kernels")
     jobs, reached = collect([case for case in OP_CASES if only in case.name])
+    keys = checked.keys(jobs)
+    if changed:
+        some = checked.to_compile(keys, checked.read_checked())
+        print(checked.describe(some, list(jobs)))
+        jobs = {job: jobs[job] for job in some}
     rows = make_rows(jobs, processes)
     problems = [
         f"{describe(row)}: {fault}"
@@ -95,14 +119,13 @@ def check(write: Path | None, compare: Path | None, processes: int, only: str) -
             f"tuning/{name}.json: entry {index} of {gpu!r} is reached by no case"
             for name, gpu, index in sorted(all_entries() - reached)
         ]
-    table = Table("kernel", "n", *ARCHS, title="registers, KiB of shared memory, MMA instructions")
-    for line in summarize(rows):
-        table.add_row(*cells(line))
-    Console(width=180).print(table)
+    _print_table(rows)
     if write is not None:
         write_result(write, provenance() | {"rows": rows})
-    changed = compare is not None and _print_changes(compare, rows, only)
+    differs = compare is not None and _print_changes(compare, rows, only)
+    if record and not problems:
+        checked.write_checked(keys.values())
     for problem in problems:
         print(f"FAULT {problem}")
     print(f"{len(rows)} kernels compiled, {len(problems)} faults")
-    return not problems and not changed
+    return not problems and not differs

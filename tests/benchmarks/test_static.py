@@ -8,9 +8,11 @@ import os
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from et_moe.benchmarks.static import checked
 from et_moe.benchmarks.static import compile as compiler
 from et_moe.benchmarks.static import machine_code
 from et_moe.benchmarks.static.check import faults
@@ -22,7 +24,8 @@ from et_moe.benchmarks.static.summary import cells, summarize
 def test_all_kernels_compile_well():
     # Kernels of this process may be interpreted: those to compile need one of their own.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "et_moe.benchmarks", "static"]
+    # Those of checked.txt were compiled before; of them only a sample is.
+    command = [sys.executable, "-m", "et_moe.benchmarks", "static", "--changed"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -66,6 +69,33 @@ def test_faults(change, fault):
     }
     found = faults(job(), demands, row | change)
     assert len(found) == (fault is not None) and (fault is None or fault in found[0])
+
+
+def test_a_key_covers_the_job_and_what_is_asked_of_it(monkeypatch):
+    kernels = {name: SimpleNamespace(cache_key=name) for name in ("k", "other")}
+    monkeypatch.setattr(checked.importlib, "import_module", lambda _: SimpleNamespace(**kernels))
+    jobs = [job(), job("sm_80"), job(options=(("num_warps", 8),)), job(kernel="other")]
+    plain = checked.keys({j: Demands() for j in jobs})
+    demanding = checked.keys({jobs[0]: Demands(tensor_cores=True)})
+    assert len({*plain.values(), *demanding.values()}) == 5
+    assert checked.keys({jobs[0]: Demands(cases={"other"})}) == {jobs[0]: plain[jobs[0]]}
+
+
+def test_what_was_checked_is_compiled_in_turns(tmp_path):
+    path = tmp_path / "checked.txt"
+    assert checked.read_checked(path) == set()
+    found = {job(options=(("n", n),)): f"{n:016x}" for n in range(10 * checked.SAMPLE)}
+    assert checked.to_compile(found, set()) == list(found)
+    new, *old = found.values()
+    checked.write_checked(old, path)
+    some = checked.to_compile(found, checked.read_checked(path))
+    assert next(iter(found)) in some and len(some) in (10, 11)
+    # Another change, another turn.
+    others = [
+        checked.to_compile(found | {job(options=(("n", -n),)): f"-{n}"}, {*found.values(), f"-{n}"})
+        for n in range(20)
+    ]
+    assert len({tuple(found[j] for j in other if j in found) for other in others}) > 5
 
 
 def test_families_leave_no_job_out():
