@@ -12,9 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from et_moe.benchmarks.static import checked
+from et_moe.benchmarks.static import checked, machine_code
 from et_moe.benchmarks.static import compile as compiler
-from et_moe.benchmarks.static import machine_code
 from et_moe.benchmarks.static.check import faults
 from et_moe.benchmarks.static.collect import Demands, Job
 from et_moe.benchmarks.static.compare import compare_rows
@@ -86,7 +85,7 @@ def test_what_was_checked_is_compiled_in_turns(tmp_path):
     assert checked.read_checked(path) == set()
     found = {job(options=(("n", n),)): f"{n:016x}" for n in range(10 * checked.SAMPLE)}
     assert checked.to_compile(found, set()) == list(found)
-    new, *old = found.values()
+    _new, *old = found.values()
     checked.write_checked(old, path)
     some = checked.to_compile(found, checked.read_checked(path))
     assert next(iter(found)) in some and len(some) in (10, 11)
