@@ -107,6 +107,7 @@ def export_model(
     folder: Path,
     model: Model,
     overrides: dict[str, object],
+    max_sequences: int,
     change: Callable[[Path], Path] = lambda checkpoint: checkpoint,
 ) -> None:
     """A random model for the CPU and for CUDA, whose methods take their inputs turned around."""
@@ -118,7 +119,7 @@ def export_model(
             backend=backend,
             dtype=torch.float32,
             max_seq_len=MAX_SEQ_LEN,
-            max_sequences=MAX_SEQUENCES,
+            max_sequences=max_sequences,
             cuda_archs=("sm_90",),
             debug_sidecar=backend == "cuda",
         )
@@ -133,8 +134,10 @@ def main() -> None:
     make_small(folder / "small", {"scores": scores(), "decode": method(Small(), decode=True)})
     make_small(folder / "rows", {"rows": rows()})
     export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
-    export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA)
-    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, quantized_checkpoint)
+    export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA, MAX_SEQUENCES)
+    # Its ranges for more tokens, and for many sequences, would have the same kernels.
+    export.MAX_PREFILL_TOKENS = 4
+    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, 1, quantized_checkpoint)
 
 
 if __name__ == "__main__":

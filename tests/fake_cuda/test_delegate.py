@@ -359,3 +359,15 @@ def test_inspect(programs) -> None:
         assert row in rows
     refused = run(programs / "cpu/model.pte")
     assert refused.returncode == 1 and "not a program for CUDA" in refused.stderr
+
+
+def test_kernels_of_a_batch_start_early(programs) -> None:
+    """The ranges of `decode_batch`; the first kernel may not, since it reads what others write."""
+    kernels = json.loads((programs / "cuda/kernels.json").read_text())["decode_batch"]["sm_90"]
+    state = {"_decode_kernel", "_combine_kernel", "_conv_step_kernel", "_step_kernel"}
+    every = state | {"_choose_kernel", "_block_kernel", "_collect_kernel", "_finish_kernel"}
+    for launched, linear in zip(kernels, ("_w4_rows_kernel", "_w4_gemm_kernel"), strict=True):
+        dependent = {kernel["function"]: kernel["dependent"] for kernel in launched}
+        for name in every | {"quantize_rows_kernel", linear}:
+            assert dependent[name], name
+        assert not dependent["_embedding_kernel"]
