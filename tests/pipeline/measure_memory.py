@@ -1,4 +1,4 @@
-"""Peak resident memory of quantizing and exporting checkpoints of 2 and 8 wide layers.
+"""Peak resident memory of quantizing and exporting checkpoints of 2 and 4 wide layers.
 
 Usage: measure_memory.py DIRECTORY; prints {task: {layers: bytes}} and the bytes of a layer as JSON.
 Each task runs in a fork of this process, so that their peaks do not hide each other.
@@ -23,7 +23,7 @@ from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.quantize import QuantizedCheckpoint
 
-LAYERS = (2, 8)
+LAYERS = (2, 4)
 WIDE = {
     "hidden_size": 512,
     "head_dim": 64,
@@ -68,7 +68,7 @@ def main() -> None:
 
         peaks["quantize"][layers] = peak_memory(quantize)
         peaks["export"][layers] = peak_memory(run_export)
-    layer = (directory / "checkpoint8" / "model-00001-of-00001.safetensors").stat().st_size // 8
+    layer = (directory / "checkpoint4" / "model-00001-of-00001.safetensors").stat().st_size // 4
     print(json.dumps(peaks | {"layer": layer}))
 
 

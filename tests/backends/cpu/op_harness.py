@@ -3,13 +3,15 @@
 import json
 import subprocess
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.passes import MemoryPlanningPass
-from torch.export import Dim, export
+from torch.export import Dim, export, exported_program
 
 from et_moe.backends import ops
 from et_moe.backends.ops.sequences import is_padding
@@ -119,7 +121,11 @@ def build_program(op: str, calls: Sequence[Sequence]) -> bytes:
     specs = tuple(dynamic(i) for i in range(len(shapes[0])))
     largest = max(calls, key=lambda args: sum(t.numel() for t in _tensors(args)))
     program = export(_Call(op, largest), _tensors(largest), dynamic_shapes=(specs,))
-    edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    # There is nothing in it that could be decomposed, and to prepare for that takes torch longest.
+    with mock.patch.object(
+        exported_program, "_override_composite_implicit_decomp", lambda *_, **__: nullcontext()
+    ):
+        edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
     planning = MemoryPlanningPass(alloc_graph_input=False)
     return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
 
