@@ -3,9 +3,10 @@
 #include <executorch/runtime/core/exec_aten/util/scalar_type_util.h>
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <stdexcept>
+
+#include "backends/json.h"
 
 namespace et_moe {
 namespace {
@@ -162,7 +163,7 @@ MethodSpec MethodSpec::parse(const nlohmann::json& method) {
 }
 
 Bindings Bindings::parse(const std::string& text) {
-  const auto json = nlohmann::json::parse(text);
+  const auto json = parse_json(text);
   Bindings bindings;
   for (const auto& [name, method] : json.at("methods").items()) {
     bindings.methods[name] = MethodSpec::parse(method);

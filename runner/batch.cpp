@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <utility>
 
+#include "backends/json.h"
 #include "runner/async_engine.h"
 #include "runner/errors.h"
 #include "runner/files.h"
@@ -164,7 +164,7 @@ void run_all(AsyncEngine& engine, const Flags& f, const std::vector<Request>& re
     if (i + 1 == f.num_iters || interrupted()) print(stats.to_table());
     if (const int signal = interrupted()) throw Interrupted{signal};
   }
-  if (!f.output_ids_path.empty()) write_file(f.output_ids_path, nlohmann::json(ids).dump());
+  if (!f.output_ids_path.empty()) write_file(f.output_ids_path, to_text(ids));
   if (!f.stats_path.empty()) write_file(f.stats_path, json_lines);
 }
 

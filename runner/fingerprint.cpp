@@ -1,8 +1,8 @@
 #include "runner/fingerprint.h"
 
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "backends/json.h"
 #include "backends/messages.h"
 
 namespace et_moe {
@@ -18,7 +18,7 @@ json parse(const Fingerprint& fingerprint) {
   };
   json object;
   try {
-    object = json::parse(fingerprint.text, limited);
+    object = parse_json(fingerprint.text, limited);
   } catch (const std::exception& e) {
     throw std::runtime_error(fingerprint.path + ": its fingerprint cannot be read: " + reason(e));
   }

@@ -7,12 +7,12 @@
 #include <csignal>
 #include <cstdio>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "backends/json.h"
 #include "runner/batch.h"
 #include "runner/engine.h"
 #include "runner/errors.h"
@@ -44,7 +44,7 @@ void score(Engine& engine, const Flags& f) {
     logprobs.push_back(et_moe::log_probability(logits, vocabulary, ids[i]));
   });
   if (logits_file) logits_file->close();
-  if (!f.logprobs_path.empty()) et_moe::write_file(f.logprobs_path, logprobs.dump());
+  if (!f.logprobs_path.empty()) et_moe::write_file(f.logprobs_path, et_moe::to_text(logprobs));
 }
 
 void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer,
@@ -73,7 +73,7 @@ void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer
     if (i + 1 == f.num_iters || et_moe::interrupted()) et_moe::print(stats.to_table());
     if (const int signal = et_moe::interrupted()) throw Interrupted{signal};
   }
-  if (!f.output_ids_path.empty()) et_moe::write_file(f.output_ids_path, nlohmann::json(ids).dump());
+  if (!f.output_ids_path.empty()) et_moe::write_file(f.output_ids_path, et_moe::to_text(ids));
   if (!f.stats_path.empty()) et_moe::write_file(f.stats_path, json_lines);
 }
 

@@ -1,9 +1,9 @@
 #include <algorithm>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
+#include "backends/json.h"
 #include "backends/messages.h"
 #include "runner/model.h"
 
@@ -67,9 +67,8 @@ ModelInfo read_info(const ProgramFile& program) {
                  {},
                  {}};
   const std::string eos_ids = program.text("get_eos_ids");
-  info.eos_ids = in_file(program.path() + ": get_eos_ids", [&] {
-    return nlohmann::json::parse(eos_ids).get<std::vector<int64_t>>();
-  });
+  info.eos_ids = in_file(program.path() + ": get_eos_ids",
+                         [&] { return parse_json(eos_ids).get<std::vector<int64_t>>(); });
   for (const auto& [name, value, least] :
        {std::tuple{"get_max_prefill_tokens", info.max_prefill_tokens, int64_t{2}},
         std::tuple{"get_max_sequences", info.max_sequences, int64_t{1}},
@@ -95,8 +94,8 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Mod
                   static_cast<size_t>(info_.max_prefill_tokens),
                   static_cast<size_t>(info_.max_pages));
   const std::string backend = program_.text("get_backend"), text = program_.text("get_bindings");
-  info_.backend = in_file(pte_path + ": get_backend",
-                          [&] { return nlohmann::json::parse(backend).get<std::string>(); });
+  info_.backend =
+      in_file(pte_path + ": get_backend", [&] { return parse_json(backend).get<std::string>(); });
   device_ = in_file(pte_path, [&] { return make_device(info_.backend, options.device); });
   const Bindings bindings =
       in_file(pte_path + ": get_bindings", [&] { return Bindings::parse(text); });

@@ -4,11 +4,11 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <stdexcept>
 #include <string_view>
 
+#include "backends/json.h"
 #include "runner/errors.h"
 #include "runner/files.h"
 
@@ -24,7 +24,7 @@ constexpr size_t kMostExcerpt = 40;  // bytes of a value that an error shows
 /// A value as an error shows it: on one line, and not all of a long one.
 std::string excerpt(const json& value) {
   if (value.is_structured()) return value.is_array() ? "a list" : "an object";
-  const std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true);
+  const std::string text = to_ascii(value);
   return text.size() > kMostExcerpt ? text.substr(0, kMostExcerpt) + "..." : text;
 }
 
@@ -52,7 +52,7 @@ json parse(std::string_view line) {
   };
   json object;
   try {
-    object = json::parse(line, check);
+    object = parse_json(line, check);
   } catch (const json::parse_error& e) {
     fail("not JSON: wrong at column " + std::to_string(e.byte));
   } catch (const json::exception&) {

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <nlohmann/json.hpp>
+
+#include "backends/json.h"
 
 namespace et_moe::llm {
 namespace {
@@ -86,7 +87,7 @@ std::string Stats::to_json() const {
     }
   }
   json["SCALING_FACTOR_UNITS_PER_SECOND"] = kScalingFactorUnitsPerSecond;
-  return json.dump();
+  return to_text(json);
 }
 
 std::string Stats::to_table() const {

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string_view>
 #include <unordered_set>
 
+#include "backends/json.h"
 #include "backends/messages.h"
 
 namespace et_moe {
@@ -29,7 +29,7 @@ constexpr const char* kWholeTextPattern = R"([\s\S]+)";
 // later, or has no influence on ids). A key may be left out where null is allowed. Flags that only
 // influence offsets into the text may be true or false.
 const json& schema(const char* name) {
-  static const json schemas = json::parse(R"({
+  static const json schemas = parse_json(R"({
     "file": {
       "version": ["1.0"], "truncation": "any", "padding": "any", "added_tokens": "array",
       "normalizer": "any", "pre_tokenizer": "object", "post_processor": "any",
@@ -71,7 +71,7 @@ const json& schema(const char* name) {
 }
 
 std::string excerpt(const json& value) {
-  std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true);
+  std::string text = to_ascii(value);
   if (text.size() > kMaxExcerptBytes) text.replace(kMaxExcerptBytes, std::string::npos, "...");
   return text;
 }
@@ -99,7 +99,7 @@ void check(const json& object, const std::string& key, const char* schema_name) 
     if (allowed) return;
     const std::string problem =
         found == object.end() ? "missing" : excerpt(value) + " not supported";
-    fail(prefix + name, problem + ", expected " + rule.dump());
+    fail(prefix + name, problem + ", expected " + to_text(rule));
   };
   // The type comes first: where it is wrong, so are the other keys.
   if (rules.contains("type")) check_rule("type", rules["type"]);
@@ -174,7 +174,7 @@ json parse_file(const std::string& path) {
   if (text.find('\0') != std::string::npos) fail("file", "not JSON: it has a byte 0");
   if (depth_of(text) > kMaxDepth) fail("file", "JSON nested too deeply");
   try {
-    return json::parse(text);
+    return parse_json(text);
   } catch (const json::exception& exception) {
     fail("file", "not JSON: " + reason(exception));
   }
@@ -300,7 +300,7 @@ void check_post_processor(const json& post_processor) {
     }
     const json text = json::array({{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}});
     if (single != text) {
-      fail(key + ".single", excerpt(single) + " not supported, expected " + text.dump());
+      fail(key + ".single", excerpt(single) + " not supported, expected " + to_text(text));
     }
   }
 }

@@ -20,12 +20,12 @@
 #include <cstring>
 #include <iostream>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "backends/bindings.h"
+#include "backends/json.h"
 
 namespace {
 
@@ -145,14 +145,15 @@ void run(char** argv, int argc) {
   Program program(argv[2], argv[3]);
   program.load(argv[4]);
   for (int i = 5; i < argc; ++i) {
-    std::cout << program.execute(argv[4], Json::parse(argv[i])).dump() << std::endl;
+    std::cout << et_moe::to_text(program.execute(argv[4], et_moe::parse_json(argv[i])))
+              << std::endl;
   }
 }
 
 void programs(char** argv, int argc) {
   constexpr int kCalls = 3;
   const std::string method = argv[3];
-  const Json inputs = Json::parse(argv[4]);
+  const Json inputs = et_moe::parse_json(argv[4]);
   std::vector<std::unique_ptr<Program>> loaded;
   std::vector<Json> outputs(static_cast<size_t>(argc - 5), Json::array());
   for (int i = 5; i < argc; ++i) {
@@ -165,7 +166,7 @@ void programs(char** argv, int argc) {
       if (call == 1) loaded[i]->unload(method);
     }
   }
-  for (const Json& list : outputs) std::cout << list.dump() << "\n";
+  for (const Json& list : outputs) std::cout << et_moe::to_text(list) << "\n";
   loaded.clear();
   auto* live = reinterpret_cast<size_t (*)()>(dlsym(RTLD_DEFAULT, "fake_cuda_live"));
   if (live && live() != 0) throw std::runtime_error(std::to_string(live()) + " things are left");

@@ -8,8 +8,9 @@
 
 #include <cerrno>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
+
+#include "backends/json.h"
 
 namespace et_moe::fake_cuda {
 namespace {
@@ -103,7 +104,7 @@ std::string Interpreter::request(const std::string& line) {
     if (count <= 0) return "the interpreter has ended";
     reply.append(buffer, static_cast<size_t>(count));
   }
-  return nlohmann::json::parse(reply).at("error").get<std::string>();
+  return parse_json(reply).at("error").get<std::string>();
 }
 
 std::string Interpreter::run(const Cubin& module, const Kernel& kernel, const Launch& launch,
@@ -120,7 +121,7 @@ std::string Interpreter::run(const Cubin& module, const Kernel& kernel, const La
   for (const auto& [address, size] : memory.allocations()) {
     message["allocations"].push_back({address, size});
   }
-  return request(message.dump());
+  return request(to_text(message));
 }
 
 }  // namespace et_moe::fake_cuda

@@ -6,9 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "backends/json.h"
 #include "tests/fake_cuda/fake_cuda.h"
 
 namespace et_moe::fake_cuda {
@@ -41,7 +41,7 @@ void write_report(const State& s, const std::vector<std::string>& leaks) {
       {"failed", s.failed.empty() ? nlohmann::json() : nlohmann::json(s.failed)},
       {"violations", s.violations},
       {"leaks", leaks}};
-  std::ofstream(s.config.report) << report.dump(1) << "\n";
+  std::ofstream(s.config.report) << to_text(report) << "\n";
 }
 
 State* instance = nullptr;

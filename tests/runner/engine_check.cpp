@@ -9,11 +9,11 @@
 
 #include <iostream>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "backends/json.h"
 #include "runner/engine.h"
 
 namespace {
@@ -77,7 +77,7 @@ int main(int argc, char** argv) {
     options.device.cuda_graph = argc > 3 && std::string(argv[3]) == "--cuda_graph";
     et_moe::Engine engine(std::make_shared<et_moe::Model>(argv[1], argv[2], options));
     for (std::string line; std::getline(std::cin, line);) {
-      const Json command = Json::parse(line);
+      const Json command = et_moe::parse_json(line);
       Json answer;
       try {
         answer = command.contains("score") ? score(engine, command.at("score").get<Ids>())
@@ -85,7 +85,7 @@ int main(int argc, char** argv) {
       } catch (const std::runtime_error& e) {
         answer = {{"error", e.what()}};
       }
-      std::cout << answer.dump() << std::endl;
+      std::cout << et_moe::to_text(answer) << std::endl;
     }
   } catch (const std::exception& e) {
     std::cerr << "error: " << e.what() << "\n";

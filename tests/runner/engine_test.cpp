@@ -5,8 +5,8 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <nlohmann/json.hpp>
 
+#include "backends/json.h"
 #include "runner/files.h"
 #include "runner/sealed_file.h"
 #include "runner/stats.h"
@@ -43,7 +43,7 @@ TEST(Stats, OfABatchHaveQuantilesOfWhatEachRequestWaitsFor) {
   stats.batch.emplace();
   stats.batch->generated_in_prefill = 51;
   for (int i = 100; i >= 0; --i) stats.batch->first_token_ms.push_back(i);
-  auto json = nlohmann::json::parse(stats.to_json());
+  auto json = parse_json(stats.to_json());
   EXPECT_EQ(json["requests"], 101);
   EXPECT_EQ(json["time_to_first_token_ms_median"], 50.0);
   EXPECT_EQ(json["time_to_first_token_ms_p99"], 99.0);
@@ -52,7 +52,7 @@ TEST(Stats, OfABatchHaveQuantilesOfWhatEachRequestWaitsFor) {
   EXPECT_NEAR(json["output_token_per_sec"], 101 / 1.1, 1e-9);
   EXPECT_EQ(stats.to_table().find("between"), std::string::npos);
   stats.batch->between_tokens_ms = {4, 1, 2, 3};
-  json = nlohmann::json::parse(stats.to_json());
+  json = parse_json(stats.to_json());
   EXPECT_EQ(json["time_between_tokens_ms_median"], 2.5);
   EXPECT_NEAR(json["time_between_tokens_ms_p99"], 3.97, 1e-9);
 }
@@ -65,7 +65,7 @@ TEST(Stats, RatesOfNothingAreZero) {
 }
 
 TEST(Stats, JsonHasTheKeysOfExecuTorch) {
-  const auto json = nlohmann::json::parse(example().to_json());
+  const auto json = parse_json(example().to_json());
   const std::vector<std::string> keys = {"prefill_token_per_sec",
                                          "decode_token_per_sec",
                                          "prompt_tokens",
@@ -89,7 +89,7 @@ TEST(Stats, JsonHasTheKeysOfExecuTorch) {
 TEST(Stats, GpuKeysAppearOnlyWithAGpu) {
   llm::Stats stats = example();
   stats.gpu = llm::GpuMemory{100 << 20, 90 << 20, 40 << 20, 30 << 20};
-  const auto json = nlohmann::json::parse(stats.to_json());
+  const auto json = parse_json(stats.to_json());
   EXPECT_EQ(json.size(), 20u);
   EXPECT_EQ(json["gpu_free_after_load_bytes"], 40 << 20);
   EXPECT_DOUBLE_EQ(json["gpu_peak_usage_mb"], 70);

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <stdexcept>
 #include <utility>
 
 #include "backends/cuda/runtime/alignment.h"
 #include "backends/cuda/runtime/errors.h"
+#include "backends/json.h"
 #include "backends/messages.h"
 
 namespace et_moe::cuda {
@@ -157,10 +157,10 @@ std::vector<size_t> aligned_offsets(const std::vector<TensorSpec>& tensors) {
 MethodInfo MethodInfo::parse(std::string_view text) {
   const std::string where = "the delegate's description of a method: ";
   try {
-    const auto json = nlohmann::json::parse(text);
+    const auto json = parse_json(text);
     if (json.at("format").get<int>() != kFormat) {
       throw DelegateError(Error::DelegateInvalidCompatibility,
-                          where + "format " + json.at("format").dump() + ", this runner reads " +
+                          where + "format " + to_text(json.at("format")) + ", this runner reads " +
                               std::to_string(kFormat) + "; export it again with `et-moe export`");
     }
     return parse_info(json);

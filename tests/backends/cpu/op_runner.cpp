@@ -15,8 +15,9 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
-#include <nlohmann/json.hpp>
 #include <vector>
+
+#include "backends/json.h"
 
 // The wheel ships the pool's library without its header.
 namespace executorch::extension::threadpool {
@@ -87,7 +88,8 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: op_runner MANIFEST\n");
     return 2;
   }
-  const json manifest = json::parse(std::ifstream(argv[1]));
+  std::ifstream file(argv[1]);
+  const json manifest = et_moe::parse_json(std::string(std::istreambuf_iterator<char>(file), {}));
   if (const uint32_t threads = manifest["threads"]; threads > 0) {
     executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
   }

@@ -14,11 +14,11 @@
 //                                      {"error": message}}
 #include <ctime>
 #include <iostream>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "backends/json.h"
 #include "runner/tokenizer/normalizer.h"
 #include "runner/tokenizer/pre_tokenizer.h"
 #include "runner/tokenizer/tokenizer.h"
@@ -28,7 +28,9 @@ namespace {
 using et_moe::Tokenizer;
 using nlohmann::json;
 
-std::string parse_string(const std::string& line) { return json::parse(line).get<std::string>(); }
+std::string parse_string(const std::string& line) {
+  return et_moe::parse_json(line).get<std::string>();
+}
 
 json error_of_file(const std::string& path) {
   try {
@@ -54,7 +56,7 @@ double seconds_since(std::clock_t start) {
 }
 
 json try_file(const std::string& line) {
-  const json request = json::parse(line);
+  const json request = et_moe::parse_json(line);
   const std::clock_t start = std::clock();
   json answer;
   try {
@@ -77,7 +79,7 @@ void for_each_line(const Convert& convert) {
   while (std::getline(std::cin, line)) {
     const json result = convert(line);
     // A message may quote bytes of a malformed file.
-    std::cout << result.dump(-1, ' ', true, json::error_handler_t::replace) << std::endl;
+    std::cout << et_moe::to_ascii(result) << std::endl;
   }
 }
 
@@ -112,7 +114,7 @@ int run(const std::string& subject, const std::string& mode) {
   start = std::clock();
   if (mode == "--decode") {
     for_each_line([&](const std::string& line) {
-      return tokenizer.decode(json::parse(line).get<std::vector<int64_t>>());
+      return tokenizer.decode(et_moe::parse_json(line).get<std::vector<int64_t>>());
     });
   } else if (mode == "--encode" || mode == "--encode-plain") {
     for_each_line([&](const std::string& line) {

@@ -4,9 +4,9 @@
 
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "backends/json.h"
 #include "runner/tokenizer/utf8.h"
 
 namespace et_moe {
@@ -25,7 +25,7 @@ json make_spec() {
   vocab["bc"] = 257;
   vocab["abc"] = 258;
   vocab["ĠĠ"] = 259;
-  json spec = json::parse(R"re({
+  json spec = parse_json(R"re({
     "version": "1.0", "truncation": null, "padding": null, "normalizer": {"type": "NFC"},
     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
       {"type": "Split", "pattern": {"Regex": "\\p{L}+|\\s+|[^\\s\\p{L}]+"}, "behavior": "Isolated",
@@ -55,7 +55,7 @@ Tokenizer load(const std::string& text) {
 
 class TokenizerTest : public testing::Test {
  protected:
-  const Tokenizer tokenizer_ = load(make_spec().dump());
+  const Tokenizer tokenizer_ = load(to_text(make_spec()));
 };
 
 using Ids = std::vector<int64_t>;
@@ -126,7 +126,7 @@ TEST_F(TokenizerTest, RefusesTextThatIsNotUtf8) {
 Tokenizer with_pattern(const std::string& pattern) {
   json spec = make_spec();
   spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern;
-  return load(spec.dump());
+  return load(to_text(spec));
 }
 
 /// Patterns and texts whose matching takes exponential, cubic or quadratic time: in one match, or
@@ -176,7 +176,7 @@ TEST(PreTokenizerTest, TakesLongTextsWithQwensPattern) {
 }
 
 TEST_F(TokenizerTest, RefusesDamagedFiles) {
-  const std::string text = make_spec().dump();
+  const std::string text = to_text(make_spec());
   for (const std::string& damaged :
        {std::string(), text.substr(0, text.size() / 2), text + "x", std::string("[]"),
         std::string(1 << 20, '['), std::string("{\"version\": \"\xFF\"}"), std::string(64, '\0')}) {
