@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from et_moe.backends.atomic_file import atomic_folder
-from et_moe.pipeline.models import Model, Random, parse_config
+from et_moe.pipeline.models import MTP, Model, Random, parse_config
 from et_moe.pipeline.safetensors_stream import SafetensorsWriter
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -100,7 +100,8 @@ def tensor_shapes(model: Model, text: dict[str, Any], prefix: str) -> dict[str, 
     """Name -> shape of every tensor of a checkpoint with this text config."""
     shapes = model.checkpoint_shapes(parse_config(text))
     return {
-        name if name == "lm_head.weight" else prefix + name: shape for name, shape in shapes.items()
+        name if name == "lm_head.weight" or name.startswith(MTP) else prefix + name: shape
+        for name, shape in shapes.items()
     }
 
 
