@@ -53,15 +53,14 @@ class Mtp(nn.Module):
         self.fc_hidden = Linear("mtp.fc_hidden", part, h, h, eps, p)
         self.layers = nn.ModuleList([layer(c, c.num_hidden_layers, p, MTP_LAYER)])
         self.norm = Weight(h, dtype=p.dtype)
-        self.eps = eps
 
     def forward(self, embedded: Tensor, hidden: Tensor, places: Places, state: State) -> Tensor:
-        """The states g_t, `[B R, H]`, of embeddings and hidden states `[B R, H]`."""
+        """What g_t is before the norm, `[B R, H]`, by embeddings and hidden states `[B R, H]`."""
         x = self.fc_embedding(embedded, self.pre_fc_norm_embedding.weight)
         x = self.fc_hidden(hidden, self.pre_fc_norm_hidden.weight, residual=x)
         for layer in self.layers:
             x = layer(x, places, state)
-        return ops.rms_norm(x, self.norm.weight, self.eps)
+        return x
 
 
 class Qwen3_5MoeMtp(Qwen3_5Moe):
@@ -78,7 +77,10 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The states h_t of what `hidden` returns, `[T, H]`: behind the final norm."""
-        return ops.rms_norm(hidden, self.norm.weight, self.config.rms_norm_eps)
+        return self._rms_norm(hidden, self.norm)
+
+    def _rms_norm(self, x: Tensor, norm: Weight) -> Tensor:
+        return ops.rms_norm(x, norm.weight, self.config.rms_norm_eps)
 
     def draft(
         self, hidden: Tensor, tokens: Tensor, places: Places, state: State
@@ -96,7 +98,7 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
             `float32 [B R, V]`. A draft is the greatest of them, the lowest id of equal ones.
         """
         embedded = self.embed_tokens(tokens.view(-1))
-        states = self.mtp(embedded, hidden, places, state)
+        states = self._rms_norm(self.mtp(embedded, hidden, places, state), self.mtp.norm)
         return states, self.lm_head(states.float())
 
 
