@@ -12,8 +12,8 @@ g_t takes the place of h_{t+1} when the head drafts once more, x_{t+3} of g_t an
   behind the head's norm. So it is in vLLM (`qwen3_next_mtp.py`, `qwen3_5_mtp.py`, and `propose` of
   `spec_decode/eagle.py`), in SGLang (`qwen3_5_mtp.py`, whose states come from behind `model.norm`),
   and in llama.cpp since its pull request 24025. Others took the state in front of the final norm
-  (llama.cpp before, ExLlamaV3, vllm-mlx for a while): as the head has a norm for it the drafts look
-  well, and are accepted less often. `docs/speculation.md` has figures.
+  (llama.cpp and LightLLM before, ExLlamaV3): as the head has a norm for it the drafts look well,
+  and are accepted less often. `docs/speculation.md` has figures.
 - The first half of the columns of `fc` takes the embedding, in all of them.
 - Row t lies at position t, as in vLLM; Hugging Face's `MtpModel` counts from t + 1. Only distances
   matter to RoPE, so both compute the same up to rounding.
