@@ -141,6 +141,28 @@ def activations(
 
 
 @app.command()
+def drafts(
+    model_dir: Annotated[
+        Path, typer.Option(help="A checkpoint with an MTP head, or its bundle.", **PATH)
+    ] = REPO / "examples/qwen3_5_moe/demo_checkpoint",
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8; by default heldout.txt of --model-dir.", **PATH)
+    ] = None,
+    out: Out = RESULTS / "drafts.json",
+    sequences: Annotated[int, typer.Option(help="Prompts, from all over the text.", min=1)] = 32,
+    prompt: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 32,
+    new_tokens: NewTokens = 128,
+    temperature: Annotated[float, typer.Option(help="Of what is drawn; 0 is greedy.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+) -> None:
+    """Count how many drafts of the MTP head are accepted, by the eager references."""
+    from et_moe.benchmarks.drafts import Sizes, measure
+
+    sizes = Sizes(sequences, prompt, new_tokens)
+    measure(model_dir, text or model_dir / "heldout.txt", sizes, temperature, seed, out)
+
+
+@app.command()
 def tune(
     tables: Annotated[str, typer.Option(help="Tables to tune, by commas; by default all.")] = "",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens to tune for, by commas.")] = (

@@ -25,6 +25,7 @@ from et_moe.examples.qwen3_5_moe import graph as qwen
 from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.layers import Experts, Linear, StoredModule
+from et_moe.pipeline.models import MTP
 from et_moe.pipeline.quantize import meta_graph
 from et_moe.pipeline.storage import Int4, Precision
 
@@ -113,7 +114,7 @@ class Comparison:
                 hidden = dict.fromkeys(ACTIVATIONS, x)
             elif name.startswith("layers."):
                 yield self._layer(int(name.split(".")[1]), group, hidden)
-            else:
+            elif not name.startswith(MTP):  # that head takes no part in the model's tokens
                 yield self._head(group, hidden)
 
     def _load(self, module: torch.nn.Module, prefix: str, group: Mapping[str, Tensor]):

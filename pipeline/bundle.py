@@ -1,12 +1,13 @@
 """Bundles: quantized weights in a directory that needs nothing else.
 
 A bundle holds `config.json` (Hugging Face's, with an `et_moe` section that names the version and
-the storage of each part of the model), the tokenizer's files, and safetensors shards with the
-parameters of the model's graph by name.
+the storage of each part of the model, and says if there is an MTP head), the tokenizer's files, and
+safetensors shards with the parameters of the model's graph by name.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.models import load_config, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
+    count_groups,
     meta_graph,
     parameter_groups,
     parameter_spec,
@@ -44,6 +46,9 @@ COPIED_FILES = (
 )
 """What bundles and programs take over as it is: text to tokens, conversations to text, and how
 tokens are drawn unless a request says otherwise."""
+MTP_LAYERS = "mtp_num_hidden_layers"
+"""Key of the section: layers of the MTP head in the bundle, 0 if it is not there. Hugging Face's
+own key may promise a head that the checkpoint did not have."""
 DIGESTS = "xxh3_64"
 """Key of the index's metadata: tensor -> `digest` of its bytes."""
 
@@ -59,7 +64,7 @@ class Bundle:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.config = directory, load_config(directory)
+        self.directory, config = directory, load_config(directory)
         file = directory / "config.json"
         section = read_json(file).get("et_moe")
         if not isinstance(section, dict):
@@ -67,6 +72,11 @@ class Bundle:
         if section.get("bundle_version") != BUNDLE_VERSION:
             found = section.get("bundle_version")
             raise ConfigError(f"{file}: bundle_version {found!r}, expected {BUNDLE_VERSION}")
+        mtp = section.get(MTP_LAYERS, 0)
+        if type(mtp) is not int or mtp not in (0, config.mtp_num_hidden_layers):
+            expected = f"expected 0 or that of the model, {config.mtp_num_hidden_layers}"
+            raise ConfigError(f"{file}: et_moe.{MTP_LAYERS} is {mtp!r}, {expected}")
+        self.config = replace(config, mtp_num_hidden_layers=mtp)
         parts = model_of(self.config).parts
         try:
             self.storages = storages_from_json(section.get("storages"), parts)
@@ -118,9 +128,11 @@ def copy_files(source: Path, destination: Path, names: tuple[str, ...]) -> list[
     return copied
 
 
-def bundle_config(source: Path, storages: Storages) -> dict:
+def bundle_config(source: Path, storages: Storages, mtp_num_hidden_layers: int = 0) -> dict:
     """The bundle's `config.json`: the checkpoint's, with the `et_moe` section."""
     section = {"bundle_version": BUNDLE_VERSION, "storages": storages_to_json(storages)}
+    if mtp_num_hidden_layers:
+        section[MTP_LAYERS] = mtp_num_hidden_layers
     return read_json(source / "config.json") | {"et_moe": section}
 
 
@@ -170,7 +182,7 @@ def write_bundle(
 
     Args:
         destination: created; must not hold a bundle or checkpoint already.
-        progress: called after each group (embedding, layers, head).
+        progress: called after each group (embedding, layers, head, MTP head).
 
     Raises:
         ConfigError: the directory is taken, or another process writes to it.
@@ -179,11 +191,12 @@ def write_bundle(
         if (destination / "config.json").exists():
             taken = "already holds a config.json; choose another directory"
             raise ConfigError(f"{destination}: {taken}")
-        shards = _Shards(destination, source.config.num_hidden_layers + 2, progress)
+        shards = _Shards(destination, count_groups(source.config), progress)
         write_behind(enumerate(source.groups(), start=1), shards.write)
         copy_files(source.directory, destination, COPIED_FILES)
         write_json(destination / "model.safetensors.index.json", shards.index())
-        config = bundle_config(source.directory, source.storages)
+        mtp = source.config.mtp_num_hidden_layers
+        config = bundle_config(source.directory, source.storages, mtp)
         write_json(destination / "config.json", config)
 
 

@@ -5,6 +5,7 @@ at one group whatever the checkpoint's size.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from et_moe.pipeline.codes import CODES, dequantize
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.formats import format_for
 from et_moe.pipeline.formats.format import StoredTensor, TensorError
-from et_moe.pipeline.models import JoinError, Parts, load_config, model_of
+from et_moe.pipeline.models import MTP, JoinError, Parts, load_config, model_of
 from et_moe.pipeline.safetensors_file import SafetensorsFile
 from et_moe.pipeline.storage import SCALE_DTYPES, Int4
 
@@ -66,7 +67,8 @@ class Checkpoint:
             `formats.FORMATS`, with names as the model's `Model.checkpoint_shapes` says.
 
     Attributes:
-        config: the model's shape.
+        config: the model's shape; without an MTP head if there are no tensors of one, whatever
+            config.json says.
         skipped: how many tensors were passed over that the graph has no use for.
         kept: part of the model -> storage of its weights that arrive quantized and stay as they
             are.
@@ -84,6 +86,8 @@ class Checkpoint:
         found: dict[str, StoredTensor] = {}
         for path in shard_files(directory):
             self._list(SafetensorsFile(path), found)
+        if not any(name.startswith(MTP) for name in found):
+            self.config = replace(self.config, mtp_num_hidden_layers=0)
         file = directory / "config.json"
         try:
             self._format = format_for(read_json(file), found)
@@ -96,8 +100,11 @@ class Checkpoint:
 
     def _list(self, file: SafetensorsFile, found: dict[str, StoredTensor]) -> None:
         """Adds the tensors of a file, by their names behind the prefix."""
+        skipped = self._model.skipped_prefixes
+        if not self.config.mtp_num_hidden_layers:
+            skipped += (MTP, *(prefix + MTP for prefix in self._model.prefixes))
         for name, entry in file.entries.items():
-            if name.startswith(self._model.skipped_prefixes):
+            if name.startswith(skipped):
                 self.skipped += 1
                 continue
             prefix = next((p for p in self._model.prefixes if name.startswith(p)), "")
@@ -162,7 +169,7 @@ class Checkpoint:
                 raise ConfigError(f"{where} has shape {tensor.shape}, config.json asks {shape}")
 
     def groups(self) -> Iterator[dict[str, Parts]]:
-        """The model's parameters, group by group: the embedding, each layer, norm and head.
+        """The model's parameters, group by group: embedding, each layer, norm and head, MTP head.
 
         Yields:
             Parameter name (as in the model's graph, before quantization) to its parts, on the CPU

@@ -87,7 +87,7 @@ def _open_checkpoint(model_dir: Path | None, model_id: str | None):
         model_dir = download(model_id)
     checkpoint = Checkpoint(model_dir)
     if checkpoint.skipped:
-        console.print(f"skipped {checkpoint.skipped} vision and MTP tensors")
+        console.print(f"skipped {checkpoint.skipped} tensors that are not used, such as vision's")
     return checkpoint
 
 
@@ -105,14 +105,14 @@ def quantize(
 ) -> None:
     """Quantizes a checkpoint to a bundle, layer by layer."""
     from et_moe.pipeline.bundle import write_bundle
-    from et_moe.pipeline.quantize import QuantizedCheckpoint
+    from et_moe.pipeline.quantize import QuantizedCheckpoint, count_groups
 
     _check_one(**{"--model-dir": model_dir, "--model-id": model_id})
     checkpoint = _open_checkpoint(model_dir, model_id)
     storages = _storages(checkpoint.config, qlinear, qlinear_group_size, qembedding)
     source = QuantizedCheckpoint(checkpoint, storages, scale_method.value)
     with _progress() as progress:
-        task = progress.add_task("quantizing", total=source.config.num_hidden_layers + 2)
+        task = progress.add_task("quantizing", total=count_groups(source.config))
         write_bundle(source, output_dir, lambda: progress.advance(task))
     console.print(f"wrote the bundle {output_dir}", soft_wrap=True)
 
@@ -292,6 +292,9 @@ def make_checkpoint(
     model_type: ModelType = None,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the preset has.")] = None,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="With the head for multi-token prediction.")
+    ] = False,
     quantized: Annotated[
         bool, typer.Option("--quantized", help="Write a bundle, as `quantize` would.")
     ] = False,
@@ -302,7 +305,8 @@ def make_checkpoint(
     else:
         from et_moe.pipeline.make_checkpoint import make_checkpoint as run
 
-    run(output_dir, _preset_model(model_type, preset), preset, seed, layers)
+    overrides = {"mtp_num_hidden_layers": int(mtp)}
+    run(output_dir, _preset_model(model_type, preset), preset, seed, layers, overrides)
     console.print(f"wrote {output_dir}", soft_wrap=True)
 
 

@@ -37,6 +37,7 @@ class Config(Protocol):
         vocab_size: rows of the embedding and the head.
         num_hidden_layers: decoder layers.
         max_position_embeddings: the longest context that the model was made for, in tokens.
+        mtp_num_hidden_layers: 1 with a head for multi-token prediction, 0 without.
         eos_token_ids: ids that end a generation.
     """
 
@@ -44,6 +45,7 @@ class Config(Protocol):
     vocab_size: int
     num_hidden_layers: int
     max_position_embeddings: int
+    mtp_num_hidden_layers: int
     eos_token_ids: tuple[int, ...]
 
 

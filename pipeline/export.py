@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -192,8 +192,9 @@ class Target(Protocol):
     storages: Storages
 
 
-_FREE_KEYS = ("eos_token_ids", "max_position_embeddings")
-"""Of a configuration: those that change neither what weights mean nor what is computed."""
+_FREE_KEYS = ("eos_token_ids", "max_position_embeddings", "mtp_num_hidden_layers")
+"""Of a configuration: those that change neither what weights mean nor what is computed. Programs
+have no MTP head."""
 
 
 def fingerprint(target: Target, options: ExportOptions) -> str:
@@ -234,9 +235,10 @@ def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGra
     """The methods' graphs and the constant methods."""
     _check_kernels(target, options.backend)
     precision = Precision(target.storages, options.activation_dtype, options.dtype)
-    sizes = resolve_sizes(target.config, options)
-    graphs = build_graphs(target.config, precision, sizes)
-    constants = constant_methods(target.config, precision, sizes)
+    config = replace(target.config, mtp_num_hidden_layers=0)
+    sizes = resolve_sizes(config, options)
+    graphs = build_graphs(config, precision, sizes)
+    constants = constant_methods(config, precision, sizes)
     return graphs, constants | {"get_fingerprint": fingerprint(target, options)}
 
 
@@ -312,7 +314,9 @@ def write_weights(
     with PtdWriter(output / "model.ptd", plan.spec, texts) as writer:
 
         def packed() -> Iterator[list[tuple[str, Tensor]]]:
-            for names, group in zip(parameter_groups(plan.spec), source.groups(), strict=True):
+            # The MTP head, which comes last, is in no program.
+            wanted = parameter_groups(plan.spec)
+            for names, group in zip(wanted, source.groups(), strict=False):
                 yield list(plan.pack({name: group.pop(name) for name in names}))
 
         def write(tensors: list[tuple[str, Tensor]]) -> None:

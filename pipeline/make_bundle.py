@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -89,7 +90,12 @@ def scale_rms(graph: Graph, stored: Mapping[str, StoredWeight]) -> dict[str, flo
 
 
 def make_bundle(
-    output: Path, model: Model, preset: str, seed: int, layers: int | None = None
+    output: Path,
+    model: Model,
+    preset: str,
+    seed: int,
+    layers: int | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> None:
     """Writes a random bundle in the format of `write_bundle`, two layers in memory.
 
@@ -98,8 +104,9 @@ def make_bundle(
         preset: a key of `model.presets`.
         seed: of all tensors.
         layers: fewer layers than the preset has.
+        overrides: replacements for values of the preset's text config.
     """
-    text = text_config(model, preset, layers)
+    text = text_config(model, preset, layers, overrides)
     smallest = min(text["hidden_size"], text["moe_intermediate_size"])
     storages = choose_storages(model.parts, group_size=min(128, smallest))
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from et_moe.backends.atomic_file import atomic_folder
-from et_moe.pipeline.models import Model, Random, parse_config
+from et_moe.pipeline.models import MTP, Model, Random, parse_config
 from et_moe.pipeline.safetensors_stream import SafetensorsWriter
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -100,7 +100,8 @@ def tensor_shapes(model: Model, text: dict[str, Any], prefix: str) -> dict[str, 
     """Name -> shape of every tensor of a checkpoint with this text config."""
     shapes = model.checkpoint_shapes(parse_config(text))
     return {
-        name if name == "lm_head.weight" else prefix + name: shape for name, shape in shapes.items()
+        name if name == "lm_head.weight" or name.startswith(MTP) else prefix + name: shape
+        for name, shape in shapes.items()
     }
 
 
@@ -172,7 +173,8 @@ def _write_weights(
 
 
 def write_tokenizer(tokenizer: dict[str, Any], directory: Path, max_length: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; the first added token ends a text."""
+    """Writes tokenizer.json, in one line, and tokenizer_config.json; the first added token ends a
+    text."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
@@ -182,9 +184,9 @@ def write_tokenizer(tokenizer: dict[str, Any], directory: Path, max_length: int)
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        (directory / name).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
+    (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    _write_json(directory / "tokenizer_config.json", config)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -26,6 +26,10 @@ MODELS = {
 }
 """`model_type` of a config.json -> module whose `MODEL` it is."""
 
+MTP = "mtp."
+"""What names of the head for multi-token prediction begin with, in checkpoints (whatever prefix the
+others have) and in graphs."""
+
 Shapes = dict[str, tuple[int, ...]]
 Parts = list[Tensor]
 """Tensors that make up one parameter when concatenated along dimension 0."""
@@ -139,7 +143,7 @@ class PresetFiles:
 
     Attributes:
         config: content of config.json. generation: of generation_config.json.
-        prefix: in front of the names of all tensors but the head's.
+        prefix: in front of the names of all tensors but those of the two heads.
         tokenizer: content of tokenizer.json, or None for none.
     """
 
@@ -153,8 +157,8 @@ class Graph(nn.Module):
     """The model's graph, made of `torch.ops.et_moe` ops and a few aten ops.
 
     `forward` takes the inputs of a method by name, and `state`, the tensors of `state_spec`, which
-    it updates in place. Parameters of decoder layer i are named `layers.i.…`; those before the
-    first layer and those behind the last one make up a group each.
+    it updates in place. Parameters of decoder layer i are named `layers.i.…`, those of the MTP head
+    `mtp.…`; each of these, those before the first layer, and those behind the last make up a group.
     """
 
     def state_spec(self) -> dict[str, StateTensor]:
@@ -206,7 +210,7 @@ class Model(Protocol):
     def groups(
         self, config: Any, names: Collection[str], read: Callable[[str], Tensor]
     ) -> Iterator[dict[str, Parts]]:
-        """The model's parameters group by group: embedding, each layer, norm and head.
+        """The model's parameters group by group: embedding, each layer, norm and head, MTP head.
 
         What `read` returns may be floats or codes (`pipeline/codes.py`); either is fused and padded
         with zeros by rows and columns, and joined by `join`.
@@ -218,7 +222,8 @@ class Model(Protocol):
         ...
 
     def build(self, config: Any, precision: Precision) -> Graph:
-        """The graph with its parameters, on the current default device."""
+        """The graph with its parameters, on the current default device; with the MTP head if the
+        configuration has one."""
         ...
 
     def methods(self, config: Any, sizes: Sizes) -> dict[str, Method]:

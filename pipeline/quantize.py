@@ -10,7 +10,7 @@ from torch import Tensor
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import Config, ConfigError, warn
 from et_moe.pipeline.layers import StoredWeight, stored_weights
-from et_moe.pipeline.models import Graph, Parts, model_of
+from et_moe.pipeline.models import MTP, Graph, Parts, model_of
 from et_moe.pipeline.storage import Entry, Int4, Precision, Storages
 
 _CHUNK = 1 << 24
@@ -51,15 +51,21 @@ def parameter_spec(graph: Graph) -> Spec:
 
 
 def parameter_groups(spec: Mapping[str, Entry]) -> list[list[str]]:
-    """Parameter names by group: those before the layers, each layer, and those behind them."""
+    """Parameter names by group: those before the layers, each layer, those behind them, the MTP
+    head's; `count_groups` says how many there are."""
     groups: dict[str, list[str]] = {}
     place = "first"
     for name in spec:
         is_layer = name.startswith("layers.")
-        place = "last" if is_layer else place
+        place = "last" if is_layer else MTP if name.startswith(MTP) else place
         key = ".".join(name.split(".")[:2]) if is_layer else place
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def count_groups(config: Config) -> int:
+    """How many groups the parameters of a model make up, see `parameter_groups`."""
+    return config.num_hidden_layers + 2 + config.mtp_num_hidden_layers
 
 
 def _chunks(parts: Parts) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ import random
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated
@@ -26,7 +26,7 @@ import torch
 import typer
 from tokenizers import Tokenizer
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import load_balancing_loss_func
@@ -172,7 +172,7 @@ def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
         yield from blocks[torch.randperm(count, generator=generator)].split(BATCH)
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], config: Qwen3_5MoeTextConfig) -> Tensor:
+def balance_loss(router_logits: Sequence[Tensor], config: Qwen3_5MoeTextConfig) -> Tensor:
     """The load balancing loss of Switch Transformer (arXiv 2101.03961), averaged over the layers.
 
     Hugging Face's own `aux_loss` sums the layers before it balances, which lets a layer ignore
@@ -183,36 +183,52 @@ def balance_loss(router_logits: tuple[Tensor, ...], config: Qwen3_5MoeTextConfig
     return torch.stack(losses).mean()
 
 
-def train(model: Qwen3_5MoeForCausalLM, tokens: Tensor, steps: int, seed: int) -> None:
-    """Trains with AdamW, a linear warm-up and a cosine decay to 5% of the peak."""
+class Optimizer:
+    """AdamW with a linear warm-up and a cosine decay to 5% of the peak, for so many steps."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self._model = model
+        self._optimizer = _adamw(model)
+        warmup = min(WARMUP_STEPS, max(1, steps // 10))
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            progress = (step - warmup) / max(1, steps - warmup)
+            return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, scale)
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of a loss."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+
+
+def _adamw(model: nn.Module) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         lr=PEAK_LR,
         betas=(0.9, 0.95),
         fused=True,
     )
-    warmup = min(WARMUP_STEPS, max(1, steps // 10))
 
-    def scale(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+def train(model: Qwen3_5MoeForCausalLM, tokens: Tensor, steps: int, seed: int) -> None:
+    """Trains a model on batches of `tokens`, int64 [n]."""
+    optimizer = Optimizer(model, steps)
     model.train()
     start = time.monotonic()
     for step, batch in zip(range(steps), batches(tokens, seed), strict=False):
         output = model(input_ids=batch, output_router_logits=True, use_cache=False)
         loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         balance = balance_loss(output.router_logits, model.config)
-        (loss + BALANCE_COEFFICIENT * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        optimizer.step(loss + BALANCE_COEFFICIENT * balance)
         if step % 50 == 0 or step == steps - 1:
             typer.echo(
                 f"step {step} loss {loss.item():.3f} balance {balance.item():.3f} "

@@ -218,6 +218,27 @@ COMPRESSED_TENSORS = {
 }
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 16]}
+_FP8_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
+_FP8_WEIGHTS += ("gate_proj", "up_proj", "down_proj")
+
+
+def to_fp8(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The tensors as Qwen stores them in FP8, each expert by itself, and what they stand for."""
+    stored, meant = {}, {}
+    for name, weight in per_expert(tensors).items():
+        if not name.endswith(tuple(f"{q}.weight" for q in _FP8_WEIGHTS)):
+            stored[name] = meant[name] = weight
+            continue
+        n, k = weight.shape
+        scale = torch.rand(-(-n // 32), -(-k // 16)).bfloat16() + 0.5
+        stored[name] = (weight * 4).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale
+        blocks = scale.float().repeat_interleave(32, 0)[:n].repeat_interleave(16, 1)[:, :k]
+        meant[name] = stored[name].float() * blocks
+    return stored, meant
+
+
 def renamed(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
     """The same model with another prefix in place of `model.`."""
     return {

@@ -41,6 +41,7 @@ _ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
+    "mtp_use_dedicated_embeddings": False,
 }
 MAX_CONV_KERNEL_DIM = 16
 """Taps of the causal convolution that the kernels of every backend take."""
@@ -48,7 +49,12 @@ MAX_CONV_KERNEL_DIM = 16
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The text model's shape; field names are those of Hugging Face's `Qwen3_5MoeTextConfig`."""
+    """The text model's shape; field names are those of Hugging Face's `Qwen3_5MoeTextConfig`.
+
+    Attributes:
+        mtp_num_hidden_layers: decoder layers of the head for multi-token prediction (see `mtp.py`),
+            0 without one. Hugging Face's class does not know it, config.json has it all the same.
+    """
 
     model_type: ClassVar[str] = "qwen3_5_moe"
 
@@ -75,6 +81,11 @@ class ModelConfig:
     partial_rotary_factor: float
     yarn: Yarn | None
     eos_token_ids: tuple[int, ...]
+    mtp_num_hidden_layers: int
+
+    def layer_type(self, layer: int) -> str:
+        """The kind of a decoder layer; that of the MTP head counts as the one behind the last."""
+        return self.layer_types[layer] if layer < self.num_hidden_layers else LAYER_TYPES[1]
 
     @property
     def rotary_dim(self) -> int:
@@ -140,9 +151,18 @@ def parse_config(
         **further,
         layer_types=read_layer_types(raw, values["num_hidden_layers"], LAYER_TYPES, where),
         eos_token_ids=read_eos_token_ids(raw, config, generation, vocab_size, where),
+        mtp_num_hidden_layers=_read_mtp_num_hidden_layers(raw, where),
     )
     _check(model, where)
     return model
+
+
+def _read_mtp_num_hidden_layers(raw: Mapping[str, Any], where: str) -> int:
+    value = raw.get("mtp_num_hidden_layers", 0)
+    if type(value) is not int or value not in (0, 1):
+        expected = "only 0 (no head) and 1 are supported"
+        raise ConfigError(f"{where}: mtp_num_hidden_layers is {value!r}, {expected}")
+    return value
 
 
 def text_config(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -133,13 +133,18 @@ class SparseMoe(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A mixer (linear or full attention) and an MLP, each with its norm in front and a residual."""
+    """A mixer (linear or full attention) and an MLP, each with its norm in front and a residual.
 
-    def __init__(self, c: ModelConfig, index: int, p: Precision) -> None:
+    Args:
+        index: of the layer in the model; see `ModelConfig.layer_type`.
+        name: of the module in the graph; `layers.<index>` if none is given.
+    """
+
+    def __init__(self, c: ModelConfig, index: int, p: Precision, name: str | None = None) -> None:
         super().__init__()
-        name = f"layers.{index}"
+        name = name or f"layers.{index}"
         self.input_layernorm = Weight(c.hidden_size, dtype=p.dtype)
-        if c.layer_types[index] == "linear_attention":
+        if c.layer_type(index) == "linear_attention":
             self.linear_attn = GatedDeltaNet(c, f"{name}.linear_attn", p)
         else:
             self.self_attn = Attention(c, f"{name}.self_attn", p)
@@ -181,17 +186,27 @@ class Qwen3_5Moe(Graph):
         c, spec = self.config, {}
         heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
         conv = (c.linear_conv_kernel_dim - 1, c.conv_channels)
-        cache = (c.num_key_value_heads, PAGE_SIZE, c.head_dim)
         for i, kind in enumerate(c.layer_types):
             if kind == "linear_attention":
                 name = f"layers.{i}.linear_attn"
                 spec[f"{name}.conv_state"] = StateTensor(self.dtype, SLOTS, conv)
                 spec[f"{name}.recurrent_state"] = StateTensor(torch.float32, SLOTS, heads)
             else:
-                name = f"layers.{i}.self_attn"
-                spec[f"{name}.k_cache"] = StateTensor(self.dtype, PAGES, cache)
-                spec[f"{name}.v_cache"] = StateTensor(self.dtype, PAGES, cache)
+                spec |= self.kv_cache(f"layers.{i}.self_attn")
         return spec
+
+    def kv_cache(self, name: str) -> dict[str, StateTensor]:
+        """The state of a full attention layer that is called `name`."""
+        c = self.config
+        cache = StateTensor(self.dtype, PAGES, (c.num_key_value_heads, PAGE_SIZE, c.head_dim))
+        return {f"{name}.k_cache": cache, f"{name}.v_cache": cache}
+
+    def hidden(self, tokens: Tensor, places: Places, state: State) -> Tensor:
+        """What comes out of the last layer, before the final norm: `[B R, H]`; see `forward`."""
+        x = self.embed_tokens(tokens.view(-1))
+        for layer in self.layers:
+            x = layer(x, places, state)
+        return x
 
     def forward(
         self,
@@ -218,10 +233,7 @@ class Qwen3_5Moe(Graph):
         Returns:
             The next tokens `int64 [B, 1]` and their logits `float32 [B, V]`.
         """
-        x = self.embed_tokens(tokens.view(-1))
-        places = Places(positions, slots, pages, num_tokens)
-        for layer in self.layers:
-            x = layer(x, places, state)
+        x = self.hidden(tokens, Places(positions, slots, pages, num_tokens), state)
         if tokens.shape[1] != 1 and num_tokens is not None:
             x, positions = x.index_select(0, num_tokens - 1), positions + (num_tokens - 1)
         # fp32 here keeps logits from being rounded to bfloat16.

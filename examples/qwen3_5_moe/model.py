@@ -8,7 +8,8 @@ from torch import Tensor
 
 from et_moe.backends.method_graph import HandOver
 from et_moe.examples.qwen3_5_moe.config import DEFAULTS, ModelConfig, parse_config
-from et_moe.examples.qwen3_5_moe.graph import Qwen3_5Moe
+from et_moe.examples.qwen3_5_moe.graph import DecoderLayer
+from et_moe.examples.qwen3_5_moe.mtp import build
 from et_moe.examples.qwen3_5_moe.presets import PRESETS, preset_files
 from et_moe.examples.qwen3_5_moe.tensors import Tensors, inverse_frequencies, random_values
 from et_moe.pipeline.models import (
@@ -57,7 +58,7 @@ class Qwen3_5MoeModel:
     }
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     prefixes = ("model.language_model.", "model.")
-    skipped_prefixes = ("model.visual.", "visual.", "model.mtp.", "mtp.")
+    skipped_prefixes = ("model.visual.", "visual.")
     tensors = Tensors()
 
     def parse_config(
@@ -80,7 +81,7 @@ class Qwen3_5MoeModel:
         return inverse_frequencies(config) if name.endswith(".inv_freq") else None
 
     def build(self, config: ModelConfig, precision: Precision) -> Graph:
-        return Qwen3_5Moe(config, precision)
+        return build(config, precision, DecoderLayer)
 
     def methods(self, config: ModelConfig, sizes: Sizes) -> dict[str, Method]:
         outputs, next_call = ("token", "logits"), HandOver("token", "tokens", "positions")

@@ -29,6 +29,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_cache": True,
     "full_attention_interval": 4,
+    "mtp_num_hidden_layers": 0,
     "rope_parameters": ROPE,
 }
 

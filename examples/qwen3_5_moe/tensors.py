@@ -2,7 +2,8 @@
 
 The fused parameters are: `in_proj` [qkv | z | b | a] and `qkv_proj` [q | k | v] by rows, `mlp.gate`
 with the shared expert's gate as last row, and the tables of experts `w13` [gate | up] and `w2`, in
-which the shared expert fills the last slots.
+which the shared expert fills the last slots. The MTP head's `fc` becomes two matrices: the columns
+that take the embedding, and those that take the hidden state.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
-from et_moe.pipeline.models import Parts, Random, Shapes, join
+from et_moe.pipeline.models import MTP, Parts, Random, Shapes, join
 
 Read = Callable[[str], Tensor]
 """Reads a tensor of the checkpoint by its name behind the prefix."""
@@ -81,6 +82,10 @@ def sparse_moe_shapes(c: ModelConfig, fused_experts: bool) -> Shapes:
 
 HEAD = "lm_head.weight"
 
+MTP_NORMS = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+MTP_LAYER = f"{MTP}layers.0"
+"""The decoder layer of the MTP head."""
+
 PARTS = {
     ".mlp.experts.": "experts",
     ".mlp.shared_expert.": "experts",
@@ -90,14 +95,16 @@ PARTS = {
     ".self_attn.k_proj.": "attention",
     ".self_attn.v_proj.": "attention",
     ".self_attn.o_proj.": "attention",
+    f"{MTP}fc.": "attention",
 }
-"""What names of weights in decoder layers have in them -> the part of the model."""
+"""What names of weights in layers and the MTP head have in them -> the part of the model."""
 
 
-def are_fused(names: Collection[str]) -> bool:
-    """Whether a checkpoint with these tensors has one table of all experts a layer; so it is
-    assumed where there are no names."""
-    return not names or any(n.endswith("mlp.experts.gate_up_proj") for n in names)
+def are_fused(names: Collection[str], mtp: bool = False) -> bool:
+    """Whether a checkpoint with these tensors has one table of all experts in a layer of the model,
+    or in the MTP head's, which may differ; so it is assumed where there are no names."""
+    fused = "mlp.experts.gate_up_proj"
+    return not names or any(n.endswith(fused) and n.startswith(MTP) == mtp for n in names)
 
 
 def has_head(c: ModelConfig, names: Collection[str]) -> bool:
@@ -118,17 +125,25 @@ class Tensors:
         if has_head(c, names):
             shapes[HEAD] = (c.vocab_size, h)
         for layer in range(c.num_hidden_layers):
-            name = f"layers.{layer}"
-            shapes[f"{name}.input_layernorm.weight"] = (h,)
-            shapes[f"{name}.post_attention_layernorm.weight"] = (h,)
-            if c.layer_types[layer] == "linear_attention":
-                mixer, inside = "linear_attn", self.linear_attention_shapes(c)
-            else:
-                mixer, inside = "self_attn", _self_attention_shapes(c)
-            shapes |= {f"{name}.{mixer}.{n}": s for n, s in inside.items()}
-            inside = self.mlp_shapes(c, layer, fused_experts)
-            shapes |= {f"{name}.mlp.{n}": s for n, s in inside.items()}
+            shapes |= self._layer_shapes(c, layer, f"layers.{layer}", fused_experts)
+        if c.mtp_num_hidden_layers:
+            fused_experts = are_fused(names, mtp=True)
+            shapes[f"{MTP}fc.weight"] = (h, 2 * h)
+            shapes |= {f"{MTP}{norm}.weight": (h,) for norm in MTP_NORMS}
+            shapes |= self._layer_shapes(c, c.num_hidden_layers, MTP_LAYER, fused_experts)
         return shapes
+
+    def _layer_shapes(self, c: ModelConfig, layer: int, name: str, fused_experts: bool) -> Shapes:
+        """Tensors of a decoder layer that is called `name`."""
+        norms = ("input_layernorm", "post_attention_layernorm")
+        shapes: Shapes = {f"{name}.{norm}.weight": (c.hidden_size,) for norm in norms}
+        if c.layer_type(layer) == "linear_attention":
+            mixer, inside = "linear_attn", self.linear_attention_shapes(c)
+        else:
+            mixer, inside = "self_attn", _self_attention_shapes(c)
+        shapes |= {f"{name}.{mixer}.{n}": s for n, s in inside.items()}
+        inside = self.mlp_shapes(c, layer, fused_experts)
+        return shapes | {f"{name}.mlp.{n}": s for n, s in inside.items()}
 
     def part(self, name: str) -> str | None:
         """See `pipeline.models.Model`."""
@@ -151,25 +166,36 @@ class Tensors:
         fused_experts = are_fused(names)  # goes through all names
         yield {"embed_tokens.weight": [read("embed_tokens.weight")]}
         for layer in range(c.num_hidden_layers):
-            yield self._layer(c, layer, fused_experts, read)
+            yield self._layer(c, layer, f"layers.{layer}", fused_experts, read)
         head = HEAD if has_head(c, names) else "embed_tokens.weight"
         yield {"norm.weight": [read("norm.weight")], HEAD: [read(head)]}
+        if c.mtp_num_hidden_layers:
+            yield self._mtp(c, are_fused(names, mtp=True), read)
+
+    def _mtp(self, c: ModelConfig, fused_experts: bool, read: Read) -> dict[str, Parts]:
+        fc = read(f"{MTP}fc.weight")
+        group = {f"{MTP}{norm}.weight": [read(f"{MTP}{norm}.weight")] for norm in MTP_NORMS}
+        for name, columns in zip(("fc_embedding", "fc_hidden"), fc.chunk(2, dim=1), strict=True):
+            group[f"{MTP}{name}.weight"] = [columns]
+        return group | self._layer(c, c.num_hidden_layers, MTP_LAYER, fused_experts, read)
 
     def _layer(
-        self, c: ModelConfig, layer: int, fused_experts: bool, read: Read
+        self, c: ModelConfig, layer: int, name: str, fused_experts: bool, read: Read
     ) -> dict[str, Parts]:
-        def inside(name: str) -> Tensor:
-            return read(f"layers.{layer}.{name}")
+        """The parameters of a decoder layer that is called `name`."""
+
+        def inside(tensor: str) -> Tensor:
+            return read(f"{name}.{tensor}")
 
         group = {"input_layernorm.weight": [inside("input_layernorm.weight")]}
-        if c.layer_types[layer] == "linear_attention":
+        if c.layer_type(layer) == "linear_attention":
             group |= self._linear_attention(c, lambda n: inside(f"linear_attn.{n}"))
         else:
             group |= _self_attention(c, lambda n: inside(f"self_attn.{n}"))
         group["post_attention_layernorm.weight"] = [inside("post_attention_layernorm.weight")]
         mlp = self.mlp_parts(c, layer, fused_experts, lambda n: inside(f"mlp.{n}"))
-        group |= {f"mlp.{name}": parts for name, parts in mlp.items()}
-        return {f"layers.{layer}.{name}": parts for name, parts in group.items()}
+        group |= {f"mlp.{tensor}": parts for tensor, parts in mlp.items()}
+        return {f"{name}.{tensor}": parts for tensor, parts in group.items()}
 
     def _linear_attention(self, c: ModelConfig, read: Read) -> dict[str, Parts]:
         parts = {
@@ -290,7 +316,8 @@ def random_values(name: str, shape: tuple[int, ...], std: float) -> Random:
         return Random(mean=1.0, std=0.0)
     if name.endswith("linear_attn.norm.weight"):
         return Random(mean=1.0, std=0.05)
-    if name.endswith("norm.weight"):  # zero-centred: the layer multiplies by 1 + weight
+    if name.endswith("norm.weight") or ".pre_fc_norm_" in name:
+        # Zero-centred: the layer multiplies by 1 + weight.
         return Random(std=0.05)
     if name.endswith(".conv1d.weight"):  # keeps the scale of its input, as trained ones do
         return Random(std=shape[-1] ** -0.5)

@@ -37,7 +37,9 @@ class ModelConfig(qwen3_5_moe.ModelConfig):
     mlp_only_layers: tuple[int, ...]
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has a mixture of experts, not a dense MLP."""
+        """Whether a layer has a mixture of experts, not a dense MLP; that of the MTP head has."""
+        if layer == self.num_hidden_layers:
+            return True
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 

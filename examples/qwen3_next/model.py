@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from et_moe.examples.qwen3_5_moe.graph import Qwen3_5Moe
 from et_moe.examples.qwen3_5_moe.model import Qwen3_5MoeModel
+from et_moe.examples.qwen3_5_moe.mtp import build
 from et_moe.examples.qwen3_next.config import ModelConfig, parse_config
 from et_moe.examples.qwen3_next.graph import Qwen3NextLayer
 from et_moe.examples.qwen3_next.presets import PRESETS, preset_files
@@ -19,7 +19,7 @@ class Qwen3NextModel(Qwen3_5MoeModel):
     parts: ClassVar[dict[str, str]] = Qwen3_5MoeModel.parts | {"dense_mlp": "linear"}
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     prefixes = ("model.",)
-    skipped_prefixes = ("model.mtp.", "mtp.")
+    skipped_prefixes = ()
     tensors = Qwen3NextTensors()
 
     def parse_config(
@@ -28,7 +28,7 @@ class Qwen3NextModel(Qwen3_5MoeModel):
         return parse_config(config, generation, where)
 
     def build(self, config: ModelConfig, precision: Precision) -> Graph:
-        return Qwen3_5Moe(config, precision, Qwen3NextLayer)
+        return build(config, precision, Qwen3NextLayer)
 
     def preset_files(self, preset: str, text: dict[str, Any]) -> PresetFiles:
         return preset_files(preset, text)

@@ -5,31 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import assert_equal, make_small, parameters, per_expert, storages, write
+from checkpoints import FP8, assert_equal, make_small, parameters, storages, to_fp8, write
 
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.quantize import QuantizedCheckpoint
-
-FP8 = {"quant_method": "fp8", "weight_block_size": [32, 16]}
-QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
-QUANTIZED += ("gate_proj", "up_proj", "down_proj")
-
-
-def to_fp8(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """The tensors as Qwen stores them in FP8, each expert by itself, and what they stand for."""
-    stored, meant = {}, {}
-    for name, weight in per_expert(tensors).items():
-        if not name.endswith(tuple(f"{q}.weight" for q in QUANTIZED)):
-            stored[name] = meant[name] = weight
-            continue
-        n, k = weight.shape
-        scale = torch.rand(-(-n // 32), -(-k // 16)).bfloat16() + 0.5
-        stored[name] = (weight * 4).to(torch.float8_e4m3fn)
-        stored[f"{name}_scale_inv"] = scale
-        blocks = scale.float().repeat_interleave(32, 0)[:n].repeat_interleave(16, 1)[:, :k]
-        meant[name] = stored[name].float() * blocks
-    return stored, meant
 
 
 def test_block_fp8_is_the_product(tmp_path: Path) -> None:

@@ -46,12 +46,13 @@ TEXT = {
     },
 }
 RENAMED = ("yarn", "layer_types", "rope_theta", "partial_rotary_factor", "eos_token_ids")
+NOT_THEIRS = ("mtp_num_hidden_layers",)  # Hugging Face has no MTP head for this model
 
 
 def assert_same(config: ModelConfig, expected: Qwen3_5MoeTextConfig) -> None:
     """Every field, under Hugging Face's name or found in its rope_parameters."""
     for field in vars(config):
-        if field not in RENAMED:
+        if field not in RENAMED + NOT_THEIRS:
             assert getattr(config, field) == getattr(expected, field), field
     assert list(config.layer_types) == expected.layer_types
     assert config.rope_theta == expected.rope_parameters["rope_theta"]
@@ -118,6 +119,17 @@ def test_end_of_sequence_ids(tmp_path: Path) -> None:
     assert parse_config(outer | {"text_config": inner}).eos_token_ids == (5,)
 
 
+def test_layers_of_the_mtp_head() -> None:
+    config = TEXT | {"model_type": "qwen3_5_moe_text"}
+    assert parse_config(config).mtp_num_hidden_layers == 0
+    for layers in (0, 1):
+        told = parse_config(config | {"mtp_num_hidden_layers": layers})
+        assert told.mtp_num_hidden_layers == layers
+        assert [told.layer_type(i) for i in range(4)] == [*TEXT["layer_types"], "full_attention"]
+    outer = {"model_type": "qwen3_5_moe", "text_config": TEXT | {"mtp_num_hidden_layers": 1}}
+    assert parse_config(outer).mtp_num_hidden_layers == 1
+
+
 def test_derived_widths() -> None:
     config = parse_config(TEXT | {"model_type": "qwen3_5_moe_text"})
     assert config.rotary_dim == 16
@@ -150,6 +162,12 @@ REFUSED = [
     (put("hidden_act", "gelu"), ["hidden_act = 'gelu' is not supported", "'silu'"]),
     (put("attention_bias", True), ["attention_bias = True is not supported", "False"]),
     (put("attention_dropout", 0.1), ["attention_dropout = 0.1 is not supported", "0.0"]),
+    (put("mtp_use_dedicated_embeddings", True), ["mtp_use_dedicated_embeddings = True is not sup"]),
+    (put("mtp_num_hidden_layers", 2), ["mtp_num_hidden_layers is 2, only 0 (no head) and 1 are"]),
+    (put("mtp_num_hidden_layers", -1), ["mtp_num_hidden_layers is -1, only 0"]),
+    (put("mtp_num_hidden_layers", True), ["mtp_num_hidden_layers is True, only 0"]),
+    (put("mtp_num_hidden_layers", "1"), ["mtp_num_hidden_layers is '1', only 0"]),
+    (put("mtp_num_hidden_layers", [1]), ["mtp_num_hidden_layers is [1], only 0"]),
     (put("rope_parameters", "x"), ["rope_parameters", "must be an object"]),
     (put("rope_parameters", 0), ["rope_parameters", "must be an object"]),
     (put_rope("rope_type", "longrope"), ["rope_parameters.rope_type 'longrope' is not supported"]),
