@@ -12,7 +12,7 @@ from torch import Tensor
 from et_moe.pipeline.codes import CODES, dequantize
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.formats import format_for
-from et_moe.pipeline.formats.format import StoredTensor, TensorError
+from et_moe.pipeline.formats.format import Contents, HeaderError, StoredTensor, TensorError
 from et_moe.pipeline.models import JoinError, Parts, load_config, model_of
 from et_moe.pipeline.safetensors_file import SafetensorsFile
 from et_moe.pipeline.storage import SCALE_DTYPES, Int4
@@ -81,21 +81,27 @@ class Checkpoint:
         self._model = model_of(self.config)
         self._files: dict[str, SafetensorsFile] = {}
         self._names: dict[str, str] = {}
+        self._metadata: dict[str, str] = {}
         found: dict[str, StoredTensor] = {}
         for path in shard_files(directory):
             self._list(SafetensorsFile(path), found)
         file = directory / "config.json"
         try:
-            self._format = format_for(read_json(file), found)
-        except TensorError as e:
+            self._format = format_for(
+                Contents(directory, read_json(file), found, self._metadata, self._read_stored)
+            )
+        except (TensorError, HeaderError) as e:
             raise self._located(e) from None
         except ConfigError as e:
             raise ConfigError(f"{file}: {e}") from None
+        for name in self._format.skipped:
+            del found[name]
         self._check(found)
         self.kept = self._kept_storages()
 
     def _list(self, file: SafetensorsFile, found: dict[str, StoredTensor]) -> None:
         """Adds the tensors of a file, by their names behind the prefix."""
+        self._metadata |= file.metadata
         for name, entry in file.entries.items():
             if name.startswith(self._model.skipped_prefixes):
                 self.skipped += 1
@@ -107,7 +113,12 @@ class Checkpoint:
             found[short] = StoredTensor((entry.dtype,), entry.shape)
             self._files[short], self._names[short] = file, name
 
-    def _located(self, error: TensorError) -> ConfigError:
+    def _located(self, error: TensorError | HeaderError) -> ConfigError:
+        if isinstance(error, HeaderError):
+            # Formats that describe their weights in a header have one file.
+            files = {file.path.name for file in self._files.values() if file.metadata}
+            where = self.directory / min(files, default=SINGLE)
+            return ConfigError(f"{where}: metadata of the header: {error}")
         file = self._files[error.tensor].path
         return ConfigError(f"{file}: {self._names[error.tensor]} {error.problem}")
 
@@ -119,9 +130,10 @@ class Checkpoint:
         return part, storage
 
     def others(self, part: str) -> list[str]:
-        """The weights of a part that are not kept, by their names in the files."""
+        """The weights of a part that are not kept, by their names in the files if these have them
+        one by one."""
         return [
-            self._names[name]
+            self._names.get(name, name)
             for name in self._format.names
             if self._model.part(name) == part and self._format.kept(name) is None
         ]
@@ -145,7 +157,7 @@ class Checkpoint:
             shapes = self._model.checkpoint_shapes(self.config, self._format.names)
             for name, shape in shapes.items():
                 expected |= self._format.stored(name, shape)
-        except TensorError as e:
+        except (TensorError, HeaderError) as e:
             raise self._located(e) from None
         missing = [n for n in expected if n not in found]
         unexpected = [self._names[n] for n in found if n not in expected]
