@@ -148,10 +148,13 @@ class Int4(Storage):
 
 @dataclass(frozen=True)
 class Int8PerRow(Storage):
-    """Symmetric INT8 with a scale per row, see `ops.quantize_w8`; for embeddings."""
+    """Symmetric INT8 with a scale per row, see `ops.quantize_w8`.
+
+    Activations in front of the products are INT8 (W8A8) or stay in the model's dtype (W8A16).
+    """
 
     kind: ClassVar[str] = "int8_per_row"
-    stores: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
     cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
@@ -163,6 +166,10 @@ class Int8PerRow(Storage):
 
     def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
         return ops.quantize_w8(weight)
+
+    def linear(self, x, weight, activation_dtype, norm, eps, residual):
+        op = et.linear_w8a8 if activation_dtype == "int8" else et.linear_w8a16
+        return op(x, *weight, norm, eps, residual)
 
     def embedding(self, ids, weight, dtype):
         return et.embedding_w8(ids, *weight, dtype)
@@ -263,8 +270,8 @@ class Precision:
 
     Attributes:
         storages: how the weights of each part are stored.
-        activation_dtype: "int8" quantizes activations in front of INT4 weights, "bf16" leaves them
-            in `dtype`. It belongs to a program, not to a bundle.
+        activation_dtype: "int8" quantizes activations in front of INT4 and INT8 weights, "bf16"
+            leaves them in `dtype`. It belongs to a program, not to a bundle.
         dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
     """
 

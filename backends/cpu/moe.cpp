@@ -276,10 +276,11 @@ void moe(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w2, const Ten
 void moe_w4a8(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scale, const Tensor& w2,
               const Tensor& w2_scale, const Tensor& topk_weights, const Tensor& topk_ids,
               int64_t group_size, const OptionalTensor& residual, Tensor& out) {
-  using Up = Int4Int8Weights<kActivationTile>;
+  using Up = IntegerWeights<Int4Rows, kActivationTile>;
   // expert_activation_tile of the op contracts.
   const bool narrow = w13.dim() == 3 && w13.size(1) <= 2 * 128;
-  const auto run = narrow ? run_int4<Up, Int4Int8Weights<32>> : run_int4<Up, Int4Int8Weights<64>>;
+  const auto run =
+      narrow ? run_int4<Up, IntegerWeights<Int4Rows, 32>> : run_int4<Up, IntegerWeights<Int4Rows, 64>>;
   run(op, x, w13, w13_scale, w2, w2_scale, {topk_weights, topk_ids}, group_size, false, residual,
       out);
 }

@@ -143,6 +143,11 @@ def quantize_w8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.to(torch.int8), scale
 
 
+def dequantize_w8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Inverse of `quantize_w8` up to rounding: `float32 [V, H]`."""
+    return weight.float() * scale.float()
+
+
 def _quantize_int8_fake(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
     scales = x.new_empty((rows, (columns + tile - 1) // tile), dtype=torch.float32)
@@ -212,3 +217,27 @@ def matmul_w4a8(
         scales = scale[:, k // tile, None] * weight_scale[:, k // group_size].float()
         out += (a[:, i] @ w[:, i].T) * scales
     return out
+
+
+def matmul_w8a8(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    tile: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+) -> torch.Tensor:
+    """The arithmetic that every W8A8 kernel implements: `float32 [M, N]`.
+
+    weight_scale[n] * (sum over tiles of scale[m, tile] * an integer dot product). The integer sums
+    over a tile fit fp32 exactly; the order of the fp32 operations is left to the kernel.
+
+    Args:
+        q, scale, tile: as from `quantize_int8`, tile at most 1024: `int8 [M, K]`,
+            `float32 [M, ceil(K/tile)]`.
+        weight, weight_scale: as from `quantize_w8`, `int8 [N, K]` and `[N, 1]`.
+    """
+    out = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.float32, device=q.device)
+    columns = zip(q.float().split(tile, 1), weight.float().split(tile, 1), strict=True)
+    for i, (a, w) in enumerate(columns):
+        out += (a @ w.T) * scale[:, i, None]
+    return out * weight_scale.float().T

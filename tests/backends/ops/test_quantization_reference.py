@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from et_moe.backends import ops
-from et_moe.backends.ops.quantization import matmul_w4a8
+from et_moe.backends.ops.quantization import matmul_w4a8, matmul_w8a8
 
 ROWS = 2000
 GROUPS = pytest.mark.parametrize("group_size", ops.GROUP_SIZES)
@@ -256,4 +256,15 @@ def test_matmul_w4a8_is_the_product_of_the_dequantized(group_size: int, tile: in
     activations = q.double() * scale.double().repeat_interleave(tile, dim=1)
     expected = activations @ ops.dequantize_w4(*weight, group_size).double().T
     actual = matmul_w4a8(q, scale, tile, *weight, group_size).double()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [128, 200])
+@pytest.mark.parametrize("tile", [32, 128])
+def test_matmul_w8a8_is_the_product_of_the_dequantized(columns: int, tile: int) -> None:
+    weight = ops.quantize_w8(torch.randn(24, columns, generator=rng(8)))
+    q, scale = ops.quantize_int8(torch.randn(7, columns, generator=rng(9)), tile)
+    activations = q.double() * scale.double().repeat_interleave(tile, dim=1)[:, :columns]
+    expected = activations @ ops.dequantize_w8(*weight).double().T
+    actual = matmul_w8a8(q, scale, tile, *weight).double()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
