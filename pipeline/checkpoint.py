@@ -15,7 +15,7 @@ from et_moe.pipeline.formats import format_for
 from et_moe.pipeline.formats.format import Contents, HeaderError, StoredTensor, TensorError
 from et_moe.pipeline.models import JoinError, Parts, load_config, model_of
 from et_moe.pipeline.safetensors_file import SafetensorsFile
-from et_moe.pipeline.storage import SCALE_DTYPES, Int4
+from et_moe.pipeline.storage import SCALE_DTYPES, Int4, Storages
 
 
 def _list_names(names: list[str], limit: int = 8) -> str:
@@ -173,15 +173,18 @@ class Checkpoint:
             if tensor.shape != shape:
                 raise ConfigError(f"{where} has shape {tensor.shape}, config.json asks {shape}")
 
-    def groups(self) -> Iterator[dict[str, Parts]]:
+    def groups(self, storages: Storages) -> Iterator[dict[str, Parts]]:
         """The model's parameters, group by group: the embedding, each layer, norm and head.
+
+        Args:
+            storages: of the model's parts, on which it depends which parameters there are.
 
         Yields:
             Parameter name (as in the model's graph, before quantization) to its parts, on the CPU
             in the checkpoint's dtype, or codes (`pipeline/codes.py`) of weights that are kept.
         """
         try:
-            yield from self._model.groups(self.config, self._format.names, self._read)
+            yield from self._model.groups(self.config, self._format.names, self._read, storages)
         except JoinError as e:
             raise ConfigError(f"{self.directory}: {self._latest}: {e}") from None
 

@@ -89,7 +89,12 @@ def scale_rms(graph: Graph, stored: Mapping[str, StoredWeight]) -> dict[str, flo
 
 
 def make_bundle(
-    output: Path, model: Model, preset: str, seed: int, layers: int | None = None
+    output: Path,
+    model: Model,
+    preset: str,
+    seed: int,
+    layers: int | None = None,
+    recipe: str = "4w",
 ) -> None:
     """Writes a random bundle in the format of `write_bundle`, two layers in memory.
 
@@ -98,10 +103,11 @@ def make_bundle(
         preset: a key of `model.presets`.
         seed: of all tensors.
         layers: fewer layers than the preset has.
+        recipe: how the parts are stored, one of `storage.RECIPES`.
     """
     text = text_config(model, preset, layers)
     smallest = min(text["hidden_size"], text["moe_intermediate_size"])
-    storages = choose_storages(model.parts, group_size=min(128, smallest))
+    storages = choose_storages(model.parts, group_size=min(128, smallest), recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", text)
         config = parse_config(text, where=f"preset {preset}")

@@ -11,7 +11,7 @@ from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import Config, ConfigError, warn
 from et_moe.pipeline.layers import StoredWeight, stored_weights
 from et_moe.pipeline.models import Graph, Parts, model_of
-from et_moe.pipeline.storage import Entry, Int4, Precision, Storages
+from et_moe.pipeline.storage import Entry, Int4, Precision, Storage, Storages
 
 _CHUNK = 1 << 24
 """Weights quantized at a time: bounds the fp32 temporaries."""
@@ -84,6 +84,16 @@ def quantize_parameter(
     return dict(zip(stored.tensors, map(torch.cat, zip(*chunks, strict=True)), strict=True))
 
 
+def _join(storages: dict[str, Storage], checkpoint: Checkpoint) -> dict[str, Storage]:
+    """The storages, but for INT4 parts that can go into INT4 tables of another part (`joined` of a
+    `Model`), which may have arrived with other groups or other scales: these are stored alike."""
+    for part, tables in model_of(checkpoint.config).joined.items():
+        both = isinstance(storages[part], Int4) and isinstance(storages[tables], Int4)
+        if both and part not in checkpoint.kept:
+            storages[part] = storages[tables]
+    return storages
+
+
 class QuantizedCheckpoint:
     """A checkpoint whose parameters are quantized as they are read (a `WeightSource`).
 
@@ -97,7 +107,8 @@ class QuantizedCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint, storages: Storages, method: str = "mse") -> None:
-        self.directory, self.storages = checkpoint.directory, {**storages, **checkpoint.kept}
+        self.directory = checkpoint.directory
+        self.storages = _join({**storages, **checkpoint.kept}, checkpoint)
         self.config, self._checkpoint, self._method = checkpoint.config, checkpoint, method
         for part in checkpoint.kept:
             others = checkpoint.others(part)
@@ -110,7 +121,7 @@ class QuantizedCheckpoint:
         self._stored = stored_weights(meta_graph(self.config, Precision(self.storages)))
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
-        for group in self._checkpoint.groups():
+        for group in self._checkpoint.groups(self.storages):
             kept: dict[str, Tensor] = {}
             for name in list(group):
                 stored = self._stored.get(name)

@@ -7,6 +7,7 @@ has which is a table, `Storages`. A new storage is a class here and a line in `S
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -207,32 +208,57 @@ Storages = Mapping[str, Storage]
 """Part of a model ("experts", "head", …) -> its storage."""
 
 
+RECIPES = {
+    "4w": {"experts": "4w", "linear": "4w", "embedding": "8w"},
+    "mixed": {"experts": "4w", "linear": "8w", "embedding": "8w"},
+    "dense": {"experts": "none", "linear": "none", "embedding": "none"},
+}
+"""Name of a recipe -> what a part is -> the value that a flag would have."""
+
+
+def flag_of(part: str) -> str:
+    """The flag of the command line for a part."""
+    return f"--q{part.replace('_', '-')}"
+
+
 def choose_storages(
-    parts: Mapping[str, str], qlinear: str = "4w", group_size: int = 128, qembedding: str = "8w"
+    parts: Mapping[str, str],
+    qlinear: str | None = None,
+    group_size: int = 128,
+    qembedding: str | None = None,
+    recipe: str = "4w",
+    by_part: Mapping[str, str | None] = MappingProxyType({}),
 ) -> dict[str, Storage]:
     """The storage of each part of a model by the flags of the command line.
 
+    A value is "4w" for INT4, "8w" for INT8 with a scale per row, or "none" to keep weights as they
+    are; None leaves the choice to what comes next.
+
     Args:
         parts: `Model.parts`, name -> "embedding", "linear" or "experts".
-        qlinear: "4w" for INT4 linear layers and experts, "none" to keep them as they are.
+        qlinear: value of all linear layers and experts, in place of the recipe's.
         group_size: weights per INT4 scale.
-        qembedding: "8w" for an INT8 embedding with a scale per row, or "none".
+        qembedding: value of the embedding, in place of the recipe's.
+        recipe: one of `RECIPES`.
+        by_part: values of single parts, in place of all others.
 
     Raises:
         ValueError: names the flag's value and what was expected.
     """
-    linear = {"4w": Int4(group_size), "none": Dense()}
-    embedding = {"8w": Int8PerRow(), "none": Dense()}
-    for name, value, allowed in (
-        ("qlinear", qlinear, linear),
-        ("qembedding", qembedding, embedding),
-    ):
+    storages = {"4w": Int4(group_size), "8w": Int8PerRow(), "none": Dense()}
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r}: expected one of {tuple(RECIPES)}")
+    chosen = {}
+    for part, kind in parts.items():
+        general = ("qembedding", qembedding) if kind == "embedding" else ("qlinear", qlinear)
+        flags = ((flag_of(part).lstrip("-"), by_part.get(part)), general)
+        default = ("recipe", RECIPES[recipe][kind])
+        flag, value = next((f for f in flags if f[1] is not None), default)
+        allowed = [v for v, storage in storages.items() if kind in storage.stores]
         if value not in allowed:
-            raise ValueError(f"{name} {value!r}: expected one of {tuple(allowed)}")
-    return {
-        part: embedding[qembedding] if kind == "embedding" else linear[qlinear]
-        for part, kind in parts.items()
-    }
+            raise ValueError(f"{flag} {value!r}: expected one of {allowed} for {part}")
+        chosen[part] = storages[value]
+    return chosen
 
 
 def storages_to_json(storages: Storages) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import executorch_bundles as bundles
 import pytest
 import torch
-from checkpoints import assert_mutations_are_survived, make_small, storages, write
+from checkpoints import assert_mutations_are_survived, make_small, parameters, storages, write
 from test_formats_int4 import WIDE, dense, floats
 
 from et_moe.pipeline.checkpoint import Checkpoint
@@ -89,10 +89,10 @@ def copy(bundle: Path, folder: Path, change) -> Path:
     [
         ("4w", {"experts"}),
         ("8w", {"experts"}),
-        ("8da4w", {"experts", "attention", "linear_attention", "head"}),
+        ("8da4w", {"experts", "shared_expert", "attention", "linear_attention", "head"}),
         ("embedding", set()),
         ("mlx", set()),
-        ("mlx_symmetric", {"experts", "attention", "linear_attention", "head"}),
+        ("mlx_symmetric", {"experts", "shared_expert", "attention", "linear_attention", "head"}),
     ],
 )
 @pytest.mark.filterwarnings("ignore::et_moe.pipeline.config.ConfigWarning")
@@ -101,11 +101,12 @@ def test_every_weight_has_its_value(tmp_path: Path, made, kind: str, kept: set[s
     actual = Checkpoint(bundle)
     assert actual.kept == dict.fromkeys(kept, KEPT)
     config = json.loads((bundle / "config.json").read_text())
-    meant = dense(as_checkpoint(tmp_path / "meant", config, weights))
-    found = dense(actual)
-    for name, tensor in meant.items():
-        rows = slice(0, 3) if ".experts." in name and "experts" in kept else slice(None)
-        assert torch.equal(found[name][rows], tensor[rows]), name
+    source = QuantizedCheckpoint(actual, storages("none", 32, "none"))
+    found = floats(source)
+    for group in parameters(as_checkpoint(tmp_path, config, weights).groups(source.storages)):
+        for name, tensor in group.items():
+            assert torch.equal(found.pop(name), tensor.float()), name
+    assert all(name.endswith("scale") for name in found)
 
 
 def test_what_is_dequantized_is_said(tmp_path: Path, made) -> None:
