@@ -188,8 +188,7 @@ class Dense(Storage):
         return {name: (dtype, tuple(shape))}
 
     def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
-        if not torch.isfinite(weight).all():
-            raise ValueError("the weight has entries that are not finite")
+        ops.check_finite(weight)
         return (weight,)
 
     def linear(self, x, weight, activation_dtype, norm, eps, residual):
