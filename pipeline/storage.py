@@ -156,7 +156,7 @@ class Int8PerRow(Storage):
 
     kind: ClassVar[str] = "int8_per_row"
     stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
-    cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    cuda: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         *rows, k = shape
@@ -182,7 +182,7 @@ class Dense(Storage):
 
     kind: ClassVar[str] = "dense"
     stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear", "experts"})
-    cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    cuda: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         return {name: (dtype, tuple(shape))}

@@ -50,6 +50,9 @@ WEIGHTS = {
     "router": (BF16, (9, HEADS * DIM)),
     "linear": (torch.uint8, (64, HEADS * DIM // 2)),
     "linear_scale": (BF16, (64, HEADS * DIM // 128)),
+    "int8": (torch.int8, (64, HEADS * DIM)),
+    "int8_scale": (BF16, (64, 1)),
+    "dense": (BF16, (64, HEADS * DIM)),
 }
 
 
@@ -65,7 +68,9 @@ class Batch(torch.nn.Module):
         y = et.gated_delta_net(projected, *net, slots, 1e-6, num_tokens)
         _, weights, ids = et.moe_router(x, w["norm"], w["router"], 2, 1, 1e-6, num_tokens)
         z = et.linear_w4a8(x, w["linear"], w["linear_scale"], 128, w["norm"])
-        return et.sample(x.float(), *options, positions), y, weights, ids, z
+        z8 = et.linear_w8a8(x, w["int8"], w["int8_scale"], w["norm"])
+        z16 = et.linear(x, w["dense"], w["norm"])
+        return et.sample(x.float(), *options, positions), y, weights, ids, z, z8, z16
 
 
 def make_method() -> MethodGraph:
@@ -84,7 +89,7 @@ def make_method() -> MethodGraph:
         inputs=list(INPUTS),
         state={name: "slots" if name in ("conv", "recurrent") else "pages" for name in STATE},
         weights=[f"w.{name}" for name in WEIGHTS],
-        outputs=["token", "net", "weights", "ids", "linear"],
+        outputs=["token", "net", "weights", "ids", "linear", "int8", "dense"],
     )
 
 

@@ -19,8 +19,12 @@ def test_a_batch_compiles(tmp_path):
     assert list(got) == ["4", "16"]
     state = {"_decode_kernel", "_combine_kernel", "_conv_step_kernel", "_step_kernel"}
     kernels = state | {"_choose_kernel", "_block_kernel", "_collect_kernel", "_finish_kernel"}
-    for longest, linear in (("4", "_w4_rows_kernel"), ("16", "_w4_gemm_kernel")):
-        dependent, expected = got[longest], kernels | {"quantize_rows_kernel", linear}
+    kernels |= {"quantize_rows_kernel", "_norm_rows_kernel"}
+    for longest, linear in (
+        ("4", {"_rows_kernel", "_dense_rows_kernel"}),
+        ("16", {"_gemm_kernel", "_dense_gemm_kernel"}),
+    ):
+        dependent, expected = got[longest], kernels | linear
         assert expected <= set(dependent)
         # The first kernel of a method may not start early; those behind it read nothing too early.
         assert all(dependent[name] for name in expected - {"_decode_kernel"})

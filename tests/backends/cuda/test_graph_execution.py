@@ -16,7 +16,7 @@ from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.models import Sizes
 from et_moe.pipeline.quantize import QuantizedCheckpoint
-from et_moe.pipeline.storage import Precision
+from et_moe.pipeline.storage import Dense, Int4, Int8PerRow, Precision
 
 SAMPLING = {
     "temperature": torch.zeros(1),
@@ -79,12 +79,19 @@ class Side:
         return executor.results
 
 
-@pytest.fixture(params=["int8", "bf16"])
+STORED = {"4w": Int4(32), "8w": Int8PerRow(), "dense": Dense()}
+"""How linear layers are stored; experts are INT4 in any case."""
+
+
+@pytest.fixture(params=[("4w", "int8"), ("4w", "bf16"), ("8w", "int8"), ("dense", "bf16")], ids=str)
 def sides(request, tmp_path) -> tuple[Side, Side]:
     """A random fp32 model computed by the references, and computed by the Triton kernels."""
+    stored, activation_dtype = request.param
     make_checkpoint(tmp_path, MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
-    source = QuantizedCheckpoint(Checkpoint(tmp_path), storages("4w", 32, "8w"))
-    precision = Precision(source.storages, request.param, torch.float32)
+    parts = storages("4w", 32, "8w")
+    linear = {part: STORED[stored] for part, kind in MODEL.parts.items() if kind == "linear"}
+    source = QuantizedCheckpoint(Checkpoint(tmp_path), parts | linear)
+    precision = Precision(source.storages, activation_dtype, torch.float32)
     graphs = build_graphs(source.config, precision, Sizes(64, 64, 4))
     weights = {name: tensor for group in source.groups() for name, tensor in group.items()}
     nodes = graphs["decode"].input_nodes()
@@ -130,7 +137,7 @@ def places(positions: list[int], slots: list[int], pages: list[int]) -> dict[str
     }
 
 
-def test_prefill_with_padding_then_decode(sides) -> None:
+def test_prefill_with_padding_then_decode(sides, request) -> None:
     tokens = torch.tensor([[5, 77, 130, 200, 9, 31, 64, 0, 0, 0]])
     one = places([0], [1], [2]) | {"num_tokens": torch.tensor([7])}
     assert not run_both(sides, "prefill", {"tokens": tokens} | one, 7)
@@ -138,8 +145,10 @@ def test_prefill_with_padding_then_decode(sides) -> None:
     for i, token in enumerate((8, 250)):
         inputs = {"tokens": torch.tensor([[token]])} | places([7 + i], [1], [2])
         fused |= run_both(sides, "decode", inputs, None)
-    # The one fusion is in decode: the projection of the only gated delta net.
-    assert len(fused) == 1 and fused.pop().startswith("linear_w4a")
+    # The one fusion is in decode: the quantized projection of the only gated delta net.
+    assert all(name.startswith("linear_w") for name in fused)
+    stored, _ = request.node.callspec.params["sides"]
+    assert len(fused) == (0 if stored == "dense" else 1)
 
 
 def test_decode_of_several_sequences(sides) -> None:
