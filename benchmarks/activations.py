@@ -95,8 +95,10 @@ class Comparison:
     packed: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bundle.storages["experts"], Int4):
-            raise ConfigError(f"{self.bundle.directory}: not quantized: nothing to compare")
+        for part, storage in self.bundle.storages.items():
+            if part != "embedding" and not isinstance(storage, Int4):
+                where = f"{self.bundle.directory}: {part} is stored as {storage.kind}"
+                raise ConfigError(f"{where}, not quantized to int4: nothing to compare")
         precision = Precision(self.bundle.storages, dtype=self.dtype)
         self.model = meta_graph(self.bundle.config, precision)
 

@@ -1,6 +1,6 @@
 """Fills `backends/cuda/triton/tuning/*.json` for the GPU at hand.
 
-    python -m et_moe.benchmarks tune --tables linear_w4a8,linear_gemv
+    python -m et_moe.benchmarks tune --tables linear_w4a8,linear_w4_gemv
 
 For every table, and every size by which the cases of its ops look it up, each candidate (and the
 configuration in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are

@@ -36,7 +36,7 @@ from et_moe.pipeline.storage import (
     storages_to_json,
 )
 
-BUNDLE_VERSION = 2
+BUNDLE_VERSION = 3
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -13,10 +13,10 @@ from torch import Tensor
 from et_moe.pipeline.codes import CODES, dequantize
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.formats import format_for
-from et_moe.pipeline.formats.format import StoredTensor, TensorError
+from et_moe.pipeline.formats.format import Contents, HeaderError, StoredTensor, TensorError
 from et_moe.pipeline.models import MTP, JoinError, Parts, load_config, model_of
 from et_moe.pipeline.safetensors_file import SafetensorsFile
-from et_moe.pipeline.storage import SCALE_DTYPES, Int4
+from et_moe.pipeline.storage import SCALE_DTYPES, Int4, Storages
 
 
 def _list_names(names: list[str], limit: int = 8) -> str:
@@ -83,6 +83,7 @@ class Checkpoint:
         self._model = model_of(self.config)
         self._files: dict[str, SafetensorsFile] = {}
         self._names: dict[str, str] = {}
+        self._metadata: dict[str, str] = {}
         found: dict[str, StoredTensor] = {}
         for path in shard_files(directory):
             self._list(SafetensorsFile(path), found)
@@ -90,16 +91,21 @@ class Checkpoint:
             self.config = replace(self.config, mtp_num_hidden_layers=0)
         file = directory / "config.json"
         try:
-            self._format = format_for(read_json(file), found)
-        except TensorError as e:
+            self._format = format_for(
+                Contents(directory, read_json(file), found, self._metadata, self._read_stored)
+            )
+        except (TensorError, HeaderError) as e:
             raise self._located(e) from None
         except ConfigError as e:
             raise ConfigError(f"{file}: {e}") from None
+        for name in self._format.skipped:
+            del found[name]
         self._check(found)
         self.kept = self._kept_storages()
 
     def _list(self, file: SafetensorsFile, found: dict[str, StoredTensor]) -> None:
         """Adds the tensors of a file, by their names behind the prefix."""
+        self._metadata |= file.metadata
         skipped = self._model.skipped_prefixes
         if not self.config.mtp_num_hidden_layers:
             skipped += (MTP, *(prefix + MTP for prefix in self._model.prefixes))
@@ -114,7 +120,12 @@ class Checkpoint:
             found[short] = StoredTensor((entry.dtype,), entry.shape)
             self._files[short], self._names[short] = file, name
 
-    def _located(self, error: TensorError) -> ConfigError:
+    def _located(self, error: TensorError | HeaderError) -> ConfigError:
+        if isinstance(error, HeaderError):
+            # Formats that describe their weights in a header have one file.
+            files = {file.path.name for file in self._files.values() if file.metadata}
+            where = self.directory / min(files, default=SINGLE)
+            return ConfigError(f"{where}: metadata of the header: {error}")
         file = self._files[error.tensor].path
         return ConfigError(f"{file}: {self._names[error.tensor]} {error.problem}")
 
@@ -126,9 +137,10 @@ class Checkpoint:
         return part, storage
 
     def others(self, part: str) -> list[str]:
-        """The weights of a part that are not kept, by their names in the files."""
+        """The weights of a part that are not kept, by their names in the files if these have them
+        one by one."""
         return [
-            self._names[name]
+            self._names.get(name, name)
             for name in self._format.names
             if self._model.part(name) == part and self._format.kept(name) is None
         ]
@@ -152,7 +164,7 @@ class Checkpoint:
             shapes = self._model.checkpoint_shapes(self.config, self._format.names)
             for name, shape in shapes.items():
                 expected |= self._format.stored(name, shape)
-        except TensorError as e:
+        except (TensorError, HeaderError) as e:
             raise self._located(e) from None
         missing = [n for n in expected if n not in found]
         unexpected = [self._names[n] for n in found if n not in expected]
@@ -168,15 +180,18 @@ class Checkpoint:
             if tensor.shape != shape:
                 raise ConfigError(f"{where} has shape {tensor.shape}, config.json asks {shape}")
 
-    def groups(self) -> Iterator[dict[str, Parts]]:
+    def groups(self, storages: Storages) -> Iterator[dict[str, Parts]]:
         """The model's parameters, group by group: embedding, each layer, norm and head, MTP head.
+
+        Args:
+            storages: of the model's parts, on which it depends which parameters there are.
 
         Yields:
             Parameter name (as in the model's graph, before quantization) to its parts, on the CPU
             in the checkpoint's dtype, or codes (`pipeline/codes.py`) of weights that are kept.
         """
         try:
-            yield from self._model.groups(self.config, self._format.names, self._read)
+            yield from self._model.groups(self.config, self._format.names, self._read, storages)
         except JoinError as e:
             raise ConfigError(f"{self.directory}: {self._latest}: {e}") from None
 

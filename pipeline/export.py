@@ -18,6 +18,7 @@ from et_moe.backends.sealed_file import FINGERPRINT, LAYOUT, PtdWriter, write_se
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
+from et_moe.pipeline.footprint import footprint
 from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.models import Graph, Input, Sizes, model_of
 from et_moe.pipeline.quantize import (
@@ -26,7 +27,13 @@ from et_moe.pipeline.quantize import (
     parameter_groups,
     parameter_spec,
 )
-from et_moe.pipeline.storage import STORAGES, Precision, Storages, storages_to_json
+from et_moe.pipeline.storage import (
+    STORAGES,
+    Precision,
+    Storages,
+    flag_of,
+    storages_to_json,
+)
 from et_moe.pipeline.tokenizer import check_tokenizer
 
 FORMAT_VERSION = 4
@@ -126,6 +133,7 @@ def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
 def constant_methods(config: Config, precision: Precision, sizes: Sizes) -> dict[str, object]:
     """Methods without inputs that tell a runner about the model (ExecuTorch's names)."""
     quantization = storages_to_json(precision.storages)
+    taken = footprint(meta_graph(config, precision))
     return {
         "get_max_seq_len": sizes.max_seq_len,
         "get_max_prefill_tokens": sizes.max_prefill_tokens,
@@ -139,6 +147,8 @@ def constant_methods(config: Config, precision: Precision, sizes: Sizes) -> dict
         "get_format_version": FORMAT_VERSION,
         "get_quantization": json.dumps(quantization),
         "get_activation_dtype": json.dumps(precision.activation_dtype),
+        "get_bits_per_weight": taken.bits_per_weight,
+        "get_bytes_per_token": taken.bytes_per_token,
     }
 
 
@@ -227,7 +237,7 @@ def _check_kernels(target: Target, backend: str) -> None:
             have = [s.kind for s in STORAGES.values() if kind in s.cuda]
             raise ConfigError(
                 f"{part} is stored as {storage.kind}, for which the CUDA backend has no kernels: "
-                f"expected one of {have} (--qlinear 4w)"
+                f"expected one of {have} ({flag_of(part)})"
             )
 
 

@@ -4,6 +4,7 @@ Parameters carry the names of a bundle. None of them is trained.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,17 @@ class StoredModule(nn.Module):
     Attributes:
         storage: of all its weights.
         stored: names of its weights -> the names of the tensors kept of each.
+        shapes: names of its weights -> their shapes.
         precision: of the model.
+        read: the fraction of its weights that a decoded token needs.
     """
 
-    def __init__(self, part: str, precision: Precision) -> None:
+    def __init__(self, part: str, precision: Precision, read: Fraction = Fraction(1)) -> None:
         super().__init__()
         self.storage: Storage = precision.storages[part]
         self.stored: dict[str, tuple[str, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.read = read
         self.precision = precision
 
     def _store(self, module: str, weight: str, *shape: int) -> None:
@@ -44,6 +49,7 @@ class StoredModule(nn.Module):
         entries = self.storage.tensors(f"{module}.{weight}", shape, self.precision.dtype)
         for name, (dtype, sizes) in entries.items():
             setattr(self, name.rpartition(".")[2], parameter(*sizes, dtype=dtype))
+        self.shapes[weight] = shape
         self.stored[weight] = tuple(name.rpartition(".")[2] for name in entries)
 
     def _tensors(self, weight: str) -> list[Tensor]:
@@ -68,11 +74,38 @@ class Linear(StoredModule):
         return self.storage.linear(x, self._tensors("weight"), dtype, norm, self.eps, residual)
 
 
+class GatedMlp(nn.Module):
+    """down(silu(gate) * up), every column for every token, of a part of its own."""
+
+    def __init__(
+        self, name: str, part: str, hidden: int, inner: int, eps: float, precision: Precision
+    ) -> None:
+        super().__init__()
+        sizes = hidden, 2 * inner, eps, precision
+        self.gate_up_proj = Linear(f"{name}.gate_up_proj", part, *sizes)
+        self.down_proj = Linear(f"{name}.down_proj", part, inner, hidden, eps, precision)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Args: x and residual `[T, hidden]`; norm `[hidden]`, in front; scale float32 `[T, 1]` of
+        the result. Returns `[T, hidden]`."""
+        gate, up = self.gate_up_proj(x, norm).chunk(2, dim=-1)
+        inner = nn.functional.silu(gate) * up
+        if scale is not None:
+            inner = (inner * scale).to(x.dtype)
+        return self.down_proj(inner, residual=residual)
+
+
 class Embedding(StoredModule):
     """A table of `rows` vectors of `width` columns."""
 
     def __init__(self, name: str, part: str, rows: int, width: int, precision: Precision) -> None:
-        super().__init__(part, precision)
+        super().__init__(part, precision, Fraction(1, rows))
         self._store(name, "weight", rows, width)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -81,12 +114,20 @@ class Embedding(StoredModule):
 
 
 class Experts(StoredModule):
-    """Tables of expert MLPs: `count` experts that map `hidden` to `hidden` by way of `inner`."""
+    """Tables of expert MLPs: `count` experts that map `hidden` to `hidden` by way of `inner`, of
+    which a token needs `chosen`."""
 
     def __init__(
-        self, name: str, part: str, count: int, hidden: int, inner: int, precision: Precision
+        self,
+        name: str,
+        part: str,
+        count: int,
+        chosen: int,
+        hidden: int,
+        inner: int,
+        precision: Precision,
     ) -> None:
-        super().__init__(part, precision)
+        super().__init__(part, precision, Fraction(chosen, count))
         self._store(name, "w13", count, 2 * inner, hidden)
         self._store(name, "w2", count, hidden, inner)
 

@@ -95,6 +95,7 @@ def make_bundle(
     preset: str,
     seed: int,
     layers: int | None = None,
+    recipe: str = "4w",
     overrides: dict[str, Any] | None = None,
 ) -> None:
     """Writes a random bundle in the format of `write_bundle`, two layers in memory.
@@ -104,11 +105,12 @@ def make_bundle(
         preset: a key of `model.presets`.
         seed: of all tensors.
         layers: fewer layers than the preset has.
+        recipe: how the parts are stored, one of `storage.RECIPES`.
         overrides: replacements for values of the preset's text config.
     """
     text = text_config(model, preset, layers, overrides)
     smallest = min(text["hidden_size"], text["moe_intermediate_size"])
-    storages = choose_storages(model.parts, group_size=min(128, smallest))
+    storages = choose_storages(model.parts, group_size=min(128, smallest), recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", text)
         config = parse_config(text, where=f"preset {preset}")

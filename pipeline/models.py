@@ -17,7 +17,7 @@ from et_moe.backends.method_graph import HandOver
 from et_moe.backends.ops import PAGE_SIZE
 from et_moe.pipeline.codes import CODES
 from et_moe.pipeline.config import Config, ConfigError, end_of_turn, read_json, warn
-from et_moe.pipeline.storage import Precision
+from et_moe.pipeline.storage import Precision, Storages
 
 MODELS = {
     "qwen3_5_moe": "et_moe.examples.qwen3_5_moe.model",
@@ -181,12 +181,14 @@ class Model(Protocol):
     Attributes:
         parts: name of each part of the model that has a storage of its own -> what it is:
             "embedding", "linear" or "experts".
+        joined: part -> the part into whose tables it goes where both are stored alike.
         presets: name -> text configuration of random checkpoints; `layer_types` may be left out.
         prefixes: that names of tensors may have, the longest first.
         skipped_prefixes: of tensors that are passed over.
     """
 
     parts: Mapping[str, str]
+    joined: Mapping[str, str]
     presets: Mapping[str, dict[str, Any]]
     prefixes: tuple[str, ...]
     skipped_prefixes: tuple[str, ...]
@@ -208,9 +210,14 @@ class Model(Protocol):
         ...
 
     def groups(
-        self, config: Any, names: Collection[str], read: Callable[[str], Tensor]
+        self,
+        config: Any,
+        names: Collection[str],
+        read: Callable[[str], Tensor],
+        storages: Storages,
     ) -> Iterator[dict[str, Parts]]:
-        """The model's parameters group by group: embedding, each layer, norm and head, MTP head.
+        """The model's parameters group by group: embedding, each layer, norm and head, MTP head;
+        those of a graph with these storages.
 
         What `read` returns may be floats or codes (`pipeline/codes.py`); either is fused and padded
         with zeros by rows and columns, and joined by `join`.

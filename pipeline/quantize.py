@@ -1,20 +1,23 @@
 """Weights on their way from a checkpoint: quantized group by group as they are read."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from et_moe.backends.threads import worker_threads
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import Config, ConfigError, warn
 from et_moe.pipeline.layers import StoredWeight, stored_weights
 from et_moe.pipeline.models import MTP, Graph, Parts, model_of
-from et_moe.pipeline.storage import Entry, Int4, Precision, Storages
+from et_moe.pipeline.storage import Dense, Entry, Int4, Precision, Storage, Storages
 
-_CHUNK = 1 << 24
-"""Weights quantized at a time: bounds the fp32 temporaries."""
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Weights quantized at a time: on a CPU by one core, whose cache the fp32 temporaries fit in."""
 
 Spec = dict[str, Entry]
 """Name -> dtype and shape."""
@@ -68,14 +71,26 @@ def count_groups(config: Config) -> int:
     return config.num_hidden_layers + 2 + config.mtp_num_hidden_layers
 
 
-def _chunks(parts: Parts) -> Iterator[Tensor]:
-    for part in parts:
-        rows = max(1, _CHUNK // max(1, part[0].numel()))
-        yield from part.split(rows)
+def _quantize(
+    rows: Tensor, kept: Sequence[Tensor], storage: Storage, method: str, pool: Executor
+) -> None:
+    """Quantizes rows `[R, K]` of a weight into the same rows of the tensors that are kept of it,
+    on a GPU if there is one: the bits are the same."""
+    gains = rows.is_floating_point() and not isinstance(storage, Dense)
+    device = "cuda" if gains and torch.cuda.is_available() else "cpu"
+
+    def run(pieces: tuple[Tensor, ...]) -> None:
+        piece, *targets = pieces
+        for target, tensor in zip(targets, storage.quantize(piece.to(device), method), strict=True):
+            target.copy_(tensor)
+
+    count = max(1, _CHUNK[device] // max(1, rows.shape[1]))
+    pieces = zip(rows.split(count), *(tensor.split(count) for tensor in kept), strict=True)
+    list(pool.map(run, pieces) if device == "cpu" else map(run, pieces))
 
 
 def quantize_parameter(
-    name: str, parts: Parts, stored: StoredWeight | None, method: str = "mse"
+    name: str, parts: Parts, stored: StoredWeight | None, method: str, pool: Executor
 ) -> dict[str, Tensor]:
     """One parameter as it is kept: as it is, or the tensors that its storage makes of it."""
     if stored is None:
@@ -84,10 +99,28 @@ def quantize_parameter(
             raise ConfigError(f"{name}: the tensor has entries that are not finite")
         return {name: tensor}
     try:
-        chunks = [stored.storage.quantize(chunk, method) for chunk in _chunks(parts)]
+        floats = [part.dtype for part in parts if part.is_floating_point()]
+        dtype = functools.reduce(torch.promote_types, floats, torch.bfloat16)
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        entries = stored.storage.tensors(name, shape, dtype).values()
+        kept = [torch.empty(sizes, dtype=kind) for kind, sizes in entries]
+        counts = [part[..., 0].numel() for part in parts]
+        targets = zip(*(tensor.flatten(0, -2).split(counts) for tensor in kept), strict=True)
+        for part, target in zip(parts, targets, strict=True):
+            _quantize(part.flatten(0, -2), target, stored.storage, method, pool)
     except ValueError as e:
         raise ConfigError(f"{name}: {e}") from None
-    return dict(zip(stored.tensors, map(torch.cat, zip(*chunks, strict=True)), strict=True))
+    return dict(zip(stored.tensors, kept, strict=True))
+
+
+def _join(storages: dict[str, Storage], checkpoint: Checkpoint) -> dict[str, Storage]:
+    """The storages, but for INT4 parts that can go into INT4 tables of another part (`joined` of a
+    `Model`), which may have arrived with other groups or other scales: these are stored alike."""
+    for part, tables in model_of(checkpoint.config).joined.items():
+        both = isinstance(storages[part], Int4) and isinstance(storages[tables], Int4)
+        if both and part not in checkpoint.kept:
+            storages[part] = storages[tables]
+    return storages
 
 
 class QuantizedCheckpoint:
@@ -103,7 +136,8 @@ class QuantizedCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint, storages: Storages, method: str = "mse") -> None:
-        self.directory, self.storages = checkpoint.directory, {**storages, **checkpoint.kept}
+        self.directory = checkpoint.directory
+        self.storages = _join({**storages, **checkpoint.kept}, checkpoint)
         self.config, self._checkpoint, self._method = checkpoint.config, checkpoint, method
         for part in checkpoint.kept:
             others = checkpoint.others(part)
@@ -116,12 +150,17 @@ class QuantizedCheckpoint:
         self._stored = stored_weights(meta_graph(self.config, Precision(self.storages)))
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
-        for group in self._checkpoint.groups():
-            kept: dict[str, Tensor] = {}
-            for name in list(group):
-                stored = self._stored.get(name)
-                try:
-                    kept |= quantize_parameter(name, group.pop(name), stored, self._method)
-                except ConfigError as e:
-                    raise ConfigError(f"{self.directory}: {e}") from None
-            yield kept
+        with worker_threads() as pool:
+            for group in self._checkpoint.groups(self.storages):
+                yield self._quantize(group, pool)
+
+    def _quantize(self, group: dict[str, Parts], pool: Executor) -> dict[str, Tensor]:
+        """A group as it is kept; what has been quantized is not held any longer."""
+        kept: dict[str, Tensor] = {}
+        for name in list(group):
+            stored = self._stored.get(name)
+            try:
+                kept |= quantize_parameter(name, group.pop(name), stored, self._method, pool)
+            except ConfigError as e:
+                raise ConfigError(f"{self.directory}: {e}") from None
+        return kept

@@ -52,6 +52,7 @@ class SafetensorsFile:
 
     Attributes:
         entries: the tensors by name, in the order of the header.
+        metadata: of the header.
 
     Raises:
         ConfigError: the file is missing or malformed; names it and what is wrong.
@@ -67,6 +68,7 @@ class SafetensorsFile:
                     raise ValueError(f"a header of {length} bytes in a file of {size}")
                 header = json.loads(file.read(length), object_pairs_hook=_unique)
             self.entries = _entries(header, 8 + length, size)
+            self.metadata = _metadata(header)
         except (OSError, ValueError, RecursionError) as e:
             raise ConfigError(f"{path}: not a valid safetensors file: {e}") from None
 
@@ -112,6 +114,14 @@ def _entries(header: object, start: int, size: int) -> dict[str, TensorEntry]:
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     return entries
+
+
+def _metadata(header: dict) -> dict[str, str]:
+    metadata = header.get("__metadata__") or {}
+    valid = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not valid:
+        raise ValueError("__metadata__ of its header must map keys to texts")
+    return metadata
 
 
 def _entry(name: str, value: object, start: int) -> TensorEntry:

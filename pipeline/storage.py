@@ -7,6 +7,7 @@ has which is a table, `Storages`. A new storage is a class here and a line in `S
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -148,11 +149,14 @@ class Int4(Storage):
 
 @dataclass(frozen=True)
 class Int8PerRow(Storage):
-    """Symmetric INT8 with a scale per row, see `ops.quantize_w8`; for embeddings."""
+    """Symmetric INT8 with a scale per row, see `ops.quantize_w8`.
+
+    Activations in front of the products are INT8 (W8A8) or stay in the model's dtype (W8A16).
+    """
 
     kind: ClassVar[str] = "int8_per_row"
-    stores: ClassVar[frozenset[str]] = frozenset({"embedding"})
-    cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
+    cuda: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         *rows, k = shape
@@ -164,6 +168,10 @@ class Int8PerRow(Storage):
     def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
         return ops.quantize_w8(weight)
 
+    def linear(self, x, weight, activation_dtype, norm, eps, residual):
+        op = et.linear_w8a8 if activation_dtype == "int8" else et.linear_w8a16
+        return op(x, *weight, norm, eps, residual)
+
     def embedding(self, ids, weight, dtype):
         return et.embedding_w8(ids, *weight, dtype)
 
@@ -174,14 +182,13 @@ class Dense(Storage):
 
     kind: ClassVar[str] = "dense"
     stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear", "experts"})
-    cuda: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    cuda: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         return {name: (dtype, tuple(shape))}
 
     def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
-        if not torch.isfinite(weight).all():
-            raise ValueError("the weight has entries that are not finite")
+        ops.check_finite(weight)
         return (weight,)
 
     def linear(self, x, weight, activation_dtype, norm, eps, residual):
@@ -200,32 +207,57 @@ Storages = Mapping[str, Storage]
 """Part of a model ("experts", "head", …) -> its storage."""
 
 
+RECIPES = {
+    "4w": {"experts": "4w", "linear": "4w", "embedding": "8w"},
+    "mixed": {"experts": "4w", "linear": "8w", "embedding": "8w"},
+    "dense": {"experts": "none", "linear": "none", "embedding": "none"},
+}
+"""Name of a recipe -> what a part is -> the value that a flag would have."""
+
+
+def flag_of(part: str) -> str:
+    """The flag of the command line for a part."""
+    return f"--q{part.replace('_', '-')}"
+
+
 def choose_storages(
-    parts: Mapping[str, str], qlinear: str = "4w", group_size: int = 128, qembedding: str = "8w"
+    parts: Mapping[str, str],
+    qlinear: str | None = None,
+    group_size: int = 128,
+    qembedding: str | None = None,
+    recipe: str = "4w",
+    by_part: Mapping[str, str | None] = MappingProxyType({}),
 ) -> dict[str, Storage]:
     """The storage of each part of a model by the flags of the command line.
 
+    A value is "4w" for INT4, "8w" for INT8 with a scale per row, or "none" to keep weights as they
+    are; None leaves the choice to what comes next.
+
     Args:
         parts: `Model.parts`, name -> "embedding", "linear" or "experts".
-        qlinear: "4w" for INT4 linear layers and experts, "none" to keep them as they are.
+        qlinear: value of all linear layers and experts, in place of the recipe's.
         group_size: weights per INT4 scale.
-        qembedding: "8w" for an INT8 embedding with a scale per row, or "none".
+        qembedding: value of the embedding, in place of the recipe's.
+        recipe: one of `RECIPES`.
+        by_part: values of single parts, in place of all others.
 
     Raises:
         ValueError: names the flag's value and what was expected.
     """
-    linear = {"4w": Int4(group_size), "none": Dense()}
-    embedding = {"8w": Int8PerRow(), "none": Dense()}
-    for name, value, allowed in (
-        ("qlinear", qlinear, linear),
-        ("qembedding", qembedding, embedding),
-    ):
+    storages = {"4w": Int4(group_size), "8w": Int8PerRow(), "none": Dense()}
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r}: expected one of {tuple(RECIPES)}")
+    chosen = {}
+    for part, kind in parts.items():
+        general = ("qembedding", qembedding) if kind == "embedding" else ("qlinear", qlinear)
+        flags = ((flag_of(part).lstrip("-"), by_part.get(part)), general)
+        default = ("recipe", RECIPES[recipe][kind])
+        flag, value = next((f for f in flags if f[1] is not None), default)
+        allowed = [v for v, storage in storages.items() if kind in storage.stores]
         if value not in allowed:
-            raise ValueError(f"{name} {value!r}: expected one of {tuple(allowed)}")
-    return {
-        part: embedding[qembedding] if kind == "embedding" else linear[qlinear]
-        for part, kind in parts.items()
-    }
+            raise ValueError(f"{flag} {value!r}: expected one of {allowed} for {part}")
+        chosen[part] = storages[value]
+    return chosen
 
 
 def storages_to_json(storages: Storages) -> dict[str, dict[str, Any]]:
@@ -263,8 +295,8 @@ class Precision:
 
     Attributes:
         storages: how the weights of each part are stored.
-        activation_dtype: "int8" quantizes activations in front of INT4 weights, "bf16" leaves them
-            in `dtype`. It belongs to a program, not to a bundle.
+        activation_dtype: "int8" quantizes activations in front of INT4 and INT8 weights, "bf16"
+            leaves them in `dtype`. It belongs to a program, not to a bundle.
         dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
     """
 

@@ -1,5 +1,6 @@
 // 256-bit vectors for dot_kernel.h: a chunk is two halves of 64 columns. `Multiply` adds products
-// of u8 and s8, four neighbours each, to int32 lanes.
+// of weights and activations, four neighbours each, to int32 lanes: add() of unpacked nibbles, with
+// the bias, and add_int8() of signed weights.
 #pragma once
 
 #include "backends/cpu/dot_kernel.h"
@@ -14,19 +15,25 @@ struct Isa256 {
   struct Lanes {
     __m256 half[2];
   };
-  struct Nibbles {
-    __m256i low[2], high[2];
+  struct Bytes {
+    __m256i first[2], second[2];
   };
 
-  static Nibbles unpack(const uint8_t* packed) {
+  static Bytes unpack(const uint8_t* packed) {
     const __m256i mask = _mm256_set1_epi8(0xF);
-    Nibbles nibbles;
+    Bytes nibbles;
     for (int h = 0; h < 2; ++h) {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed) + h);
-      nibbles.low[h] = _mm256_and_si256(bytes, mask);
-      nibbles.high[h] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+      nibbles.first[h] = _mm256_and_si256(bytes, mask);
+      nibbles.second[h] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
     }
     return nibbles;
+  }
+
+  static Bytes load(const int8_t* values) {
+    const auto* source = reinterpret_cast<const __m256i*>(values);
+    return {{_mm256_loadu_si256(source), _mm256_loadu_si256(source + 1)},
+            {_mm256_loadu_si256(source + 2), _mm256_loadu_si256(source + 3)}};
   }
 
   template <ScaleType kType, int kGroup>
@@ -44,12 +51,14 @@ struct Isa256 {
     }
   }
 
-  static void accumulate(Lanes& lanes, const Nibbles& w, const Int8Chunk& x, const Lanes& scales) {
+  template <bool kInt8>
+  static void accumulate(Lanes& lanes, const Bytes& w, const Int8Chunk& x, const Lanes& scales) {
+    constexpr auto kAdd = kInt8 ? Multiply::add_int8 : Multiply::add;
     for (int h = 0; h < 2; ++h) {
-      const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.even) + h);
-      const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.odd) + h);
+      const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.first) + h);
+      const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.second) + h);
       const __m256i bias = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.bias) + h);
-      const __m256 total = _mm256_cvtepi32_ps(Multiply::add(bias, w.low[h], even, w.high[h], odd));
+      const __m256 total = _mm256_cvtepi32_ps(kAdd(bias, w.first[h], first, w.second[h], second));
       const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(x.scale + 8 * h), scales.half[h]);
       lanes.half[h] = _mm256_fmadd_ps(total, scale, lanes.half[h]);
     }

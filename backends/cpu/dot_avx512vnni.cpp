@@ -10,14 +10,21 @@ struct Avx512Vnni {
   struct Lanes {
     __m512 all;
   };
-  struct Nibbles {
-    __m512i low, high;
+  struct Bytes {
+    __m512i first, second;
   };
 
-  static Nibbles unpack(const uint8_t* packed) {
+  static Bytes unpack(const uint8_t* packed) {
     const __m512i mask = _mm512_set1_epi8(0xF);
     const __m512i bytes = _mm512_loadu_si512(packed);
     return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
+  }
+
+  // Flipping the sign bit adds 128.
+  static Bytes load(const int8_t* values) {
+    const __m512i sign = _mm512_set1_epi8(-128);
+    return {_mm512_xor_si512(_mm512_loadu_si512(values), sign),
+            _mm512_xor_si512(_mm512_loadu_si512(values + 64), sign)};
   }
 
   template <ScaleType kType, int kGroup>
@@ -34,10 +41,11 @@ struct Avx512Vnni {
     }
   }
 
-  static void accumulate(Lanes& lanes, const Nibbles& w, const Int8Chunk& x, const Lanes& scales) {
+  template <bool kInt8>
+  static void accumulate(Lanes& lanes, const Bytes& w, const Int8Chunk& x, const Lanes& scales) {
     __m512i total = _mm512_loadu_si512(x.bias);
-    total = _mm512_dpbusd_epi32(total, w.low, _mm512_loadu_si512(x.even));
-    total = _mm512_dpbusd_epi32(total, w.high, _mm512_loadu_si512(x.odd));
+    total = _mm512_dpbusd_epi32(total, w.first, _mm512_loadu_si512(x.first));
+    total = _mm512_dpbusd_epi32(total, w.second, _mm512_loadu_si512(x.second));
     const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(x.scale), scales.all);
     lanes.all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scale, lanes.all);
   }
@@ -52,9 +60,6 @@ struct Avx512Vnni {
 
 }  // namespace
 
-void dot_avx512vnni(const Int4Rows& weights, int64_t rows, const Int8Chunk* const* x,
-                    int64_t tokens, float* out, int64_t stride) {
-  dot<Avx512Vnni>(weights, rows, x, tokens, out, stride);
-}
+const DotFunctions dot_avx512vnni = kDotFunctions<Avx512Vnni>;
 
 }  // namespace et_moe::cpu

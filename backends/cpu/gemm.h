@@ -7,6 +7,8 @@
 // A result depends on its row and its token only, not on what it is computed together with.
 #pragma once
 
+#include <type_traits>
+
 #include "backends/cpu/activations.h"
 
 namespace et_moe::cpu {
@@ -15,7 +17,7 @@ namespace et_moe::cpu {
 inline constexpr int64_t kTileTokens = 64;
 inline constexpr int64_t kTileRows = 32;
 
-// One row of float weights, read 16 columns at a time.
+// One row of float weights, or of INT8 weights without their scale, read 16 columns at a time.
 template <class T>
 struct DenseRow {
   const T* data;
@@ -105,7 +107,7 @@ inline void float_multiply(const RowAt& row_at, int64_t rows, const float* const
   }
 }
 
-// Float weights [rows, columns].
+// Float weights [rows, columns], or INT8 weights without their scales.
 template <class T>
 class DenseWeights {
  public:
@@ -128,6 +130,33 @@ class DenseWeights {
  private:
   const T* data_;
   int64_t columns_;
+};
+
+// INT8 weights and float activations, which are rounded to bfloat16 first if the model's are.
+class Int8Weights {
+ public:
+  using Element = float;
+  explicit Int8Weights(Int8Rows rows)
+      : values_(rows.values, rows.columns), scale_(reinterpret_cast<const bf16*>(rows.scale)) {}
+
+  int64_t row_elements() const { return values_.row_elements(); }
+
+  template <class Source>
+  void pack(const Source& source, float* row) const {
+    values_.pack(source, row);
+  }
+
+  void multiply(int64_t first, int64_t rows, const float* const* x, int64_t tokens, float* out,
+                int64_t stride) const {
+    values_.multiply(first, rows, x, tokens, out, stride);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t r = 0; r < rows; ++r) out[t * stride + r] *= to_float(scale_[first + r]);
+    }
+  }
+
+ private:
+  DenseWeights<int8_t> values_;
+  const bf16* scale_;
 };
 
 // INT4 weights and float activations, which are rounded to bfloat16 first if the model's are.
@@ -172,30 +201,42 @@ class Int4Weights {
   int group_shift_;
 };
 
-// INT4 weights and INT8 activations, in tiles of kTile columns.
-template <int kTile>
-class Int4Int8Weights {
+inline Int4Rows rows_from(Int4Rows rows, int64_t first) {
+  rows.packed += first * (rows.columns / 2);
+  rows.scale += first * (rows.columns / rows.group_size);
+  return rows;
+}
+
+inline Int8Rows rows_from(Int8Rows rows, int64_t first) {
+  rows.values += first * rows.columns;
+  rows.scale += first;
+  return rows;
+}
+
+inline DotFunction<Int4Rows> best_dot_of(const Int4Rows&) { return best_dot().int4; }
+inline DotFunction<Int8Rows> best_dot_of(const Int8Rows&) { return best_dot().int8; }
+
+// INT4 or INT8 weights and INT8 activations, in tiles of kTile columns.
+template <class Rows, int kTile>
+class IntegerWeights {
  public:
   using Element = Int8Chunk;
-  explicit Int4Int8Weights(Int4Rows rows) : rows_(rows) {}
+  explicit IntegerWeights(Rows rows) : rows_(rows) {}
 
   int64_t row_elements() const { return int8_chunks(rows_.columns); }
 
   template <class Source>
   void pack(const Source& source, Int8Chunk* row) const {
-    pack_int8<kTile>(source, rows_.columns, row);
+    pack_int8<kTile, std::is_same_v<Rows, Int4Rows>>(source, rows_.columns, row);
   }
 
   void multiply(int64_t first, int64_t rows, const Int8Chunk* const* x, int64_t tokens, float* out,
                 int64_t stride) const {
-    Int4Rows block = rows_;
-    block.packed += first * (rows_.columns / 2);
-    block.scale += first * (rows_.columns / rows_.group_size);
-    dot_w4a8()(block, rows, x, tokens, out, stride);
+    best_dot_of(rows_)(rows_from(rows_, first), rows, x, tokens, out, stride);
   }
 
  private:
-  Int4Rows rows_;
+  Rows rows_;
 };
 
 inline Int4Rows int4_rows(const Tensor& weight, const Tensor& scale, int64_t columns,

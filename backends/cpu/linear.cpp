@@ -74,6 +74,19 @@ void run_int4(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale
   run(op, Weights(int4_rows(weight, scale, x.size(1), group_size)), x, fusion, out);
 }
 
+template <class Weights>
+void run_int8(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+              const Fusion& fusion, Tensor& out) {
+  if (!op.check("x", x, kFloats, {kAny, kAny}) ||
+      !op.check("weight", weight, {ScalarType::Char}, {kAny, x.size(1)}) ||
+      !op.check("scale", scale, {ScalarType::BFloat16}, {weight.size(0), 1}) ||
+      !check_arguments(op, x, weight.size(0), fusion, out)) {
+    return;
+  }
+  const auto* bits = static_cast<const uint16_t*>(scale.const_data_ptr());
+  run(op, Weights(Int8Rows{weight.const_data_ptr<int8_t>(), bits, x.size(1)}), x, fusion, out);
+}
+
 }  // namespace
 
 void linear(Op& op, const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
@@ -94,14 +107,27 @@ void linear(Op& op, const Tensor& x, const Tensor& weight, const OptionalTensor&
 void linear_w4a8(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
                  int64_t group_size, const OptionalTensor& norm_weight, double eps,
                  const OptionalTensor& residual, Tensor& out) {
-  run_int4<Int4Int8Weights<kActivationTile>>(op, x, weight, scale, group_size,
-                                             {norm_weight, eps, residual}, out);
+  run_int4<IntegerWeights<Int4Rows, kActivationTile>>(op, x, weight, scale, group_size,
+                                                      {norm_weight, eps, residual}, out);
 }
 
 void linear_w4a16(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
                   int64_t group_size, const OptionalTensor& norm_weight, double eps,
                   const OptionalTensor& residual, Tensor& out) {
   run_int4<Int4Weights>(op, x, weight, scale, group_size, {norm_weight, eps, residual}, out);
+}
+
+void linear_w8a8(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                 const OptionalTensor& norm_weight, double eps, const OptionalTensor& residual,
+                 Tensor& out) {
+  run_int8<IntegerWeights<Int8Rows, kActivationTile>>(op, x, weight, scale,
+                                                      {norm_weight, eps, residual}, out);
+}
+
+void linear_w8a16(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                  const OptionalTensor& norm_weight, double eps, const OptionalTensor& residual,
+                  Tensor& out) {
+  run_int8<Int8Weights>(op, x, weight, scale, {norm_weight, eps, residual}, out);
 }
 
 void embedding_w8(Op& op, const Tensor& ids, const Tensor& weight, const Tensor& scale,
@@ -131,10 +157,7 @@ void embedding_w8(Op& op, const Tensor& ids, const Tensor& weight, const Tensor&
     const int8_t* row = table + id[t] * columns;
     const float row_scale = scales[id[t]];
     for_lanes(columns, [&](int64_t i, int64_t count) {
-      i8x8 values = {};
-      std::memcpy(&values, row + i, count);
-      const f32x8 y = __builtin_convertvector(__builtin_convertvector(values, i32x8), f32x8);
-      output.store(t * columns + i, y * row_scale, count);
+      output.store(t * columns + i, load(row + i, count) * row_scale, count);
     });
   }
 }

@@ -21,6 +21,14 @@ void linear_w4a16(Op& op, const Tensor& x, const Tensor& weight, const Tensor& s
                   int64_t group_size, const OptionalTensor& norm_weight, double eps,
                   const OptionalTensor& residual, Tensor& out);
 
+void linear_w8a8(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                 const OptionalTensor& norm_weight, double eps, const OptionalTensor& residual,
+                 Tensor& out);
+
+void linear_w8a16(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                  const OptionalTensor& norm_weight, double eps, const OptionalTensor& residual,
+                  Tensor& out);
+
 void embedding_w8(Op& op, const Tensor& ids, const Tensor& weight, const Tensor& scale,
                   int64_t dtype, Tensor& out);
 

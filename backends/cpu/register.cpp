@@ -36,7 +36,8 @@ bool processor_supported() {
 const Kernel kKernels[] = {
     ET_MOE_KERNEL(quantize_int8),   ET_MOE_KERNEL(silu_quantize_int8),
     ET_MOE_KERNEL(linear),          ET_MOE_KERNEL(linear_w4a8),
-    ET_MOE_KERNEL(linear_w4a16),    ET_MOE_KERNEL(embedding_w8),
+    ET_MOE_KERNEL(linear_w4a16),    ET_MOE_KERNEL(linear_w8a8),
+    ET_MOE_KERNEL(linear_w8a16),    ET_MOE_KERNEL(embedding_w8),
     ET_MOE_KERNEL(moe_router),      ET_MOE_KERNEL(moe),
     ET_MOE_KERNEL(moe_w4a8),        ET_MOE_KERNEL(moe_w4a16),
     ET_MOE_KERNEL(causal_conv1d),   ET_MOE_KERNEL(gated_delta_rule),

@@ -50,6 +50,7 @@ inline f32x8 splat(float value) {
 inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 inline i32x8 widen(u16x8 v) { return (i32x8)_mm256_cvtepu16_epi32((__m128i)v); }
 inline i32x8 widen(u8x8 v) { return (i32x8)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
+inline i32x8 widen(i8x8 v) { return (i32x8)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
 inline u16x8 narrow(u32x8 v) {
   const __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);
   return (u16x8)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000));
@@ -58,6 +59,7 @@ inline u16x8 narrow(u32x8 v) {
 inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return a * b + c; }
 inline i32x8 widen(u16x8 v) { return __builtin_convertvector(v, i32x8); }
 inline i32x8 widen(u8x8 v) { return __builtin_convertvector(v, i32x8); }
+inline i32x8 widen(i8x8 v) { return __builtin_convertvector(v, i32x8); }
 inline u16x8 narrow(u32x8 v) { return __builtin_convertvector(v, u16x8); }
 #endif
 
@@ -79,6 +81,9 @@ inline float to_float(fp16 value) {
 inline f32x8 load(const float* source) { return load_vector<f32x8>(source); }
 inline f32x8 load(const bf16* source) {
   return bits_as<f32x8>(widen(load_vector<u16x8>(source)) << 16);
+}
+inline f32x8 load(const int8_t* source) {
+  return __builtin_convertvector(widen(load_vector<i8x8>(source)), f32x8);
 }
 
 // The first `count` (at most 8) lanes; the others are 0.

@@ -7,7 +7,7 @@ from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net_projected
 from et_moe.backends.cuda.triton.linear.decode import supports_k
 
-PLANES = {"linear_w4a8": 1, "linear_w4a16": 2}
+PLANES = {"linear_w4a8": 1, "linear_w4a16": 2, "linear_w8a8": 1, "linear_w8a16": 2}
 """INT8 planes that the activations of a linear op are quantized to."""
 
 
@@ -47,7 +47,8 @@ def fuse(graph: Graph) -> None:
         del arguments["projected"], arguments["num_tokens"]
         del given["residual"]
         planes = PLANES[_op_name(linear)]
+        group = {"group_size": given.pop("group_size", None)}
         norm = {"input_norm_weight": given.pop("norm_weight"), "input_eps": given.pop("eps")}
         net.target = gated_delta_net_projected
-        net.args, net.kwargs = (), {**given, **norm, "planes": planes, **arguments}
+        net.args, net.kwargs = (), {**given, **group, **norm, "planes": planes, **arguments}
         graph.erase_node(linear)

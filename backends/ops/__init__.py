@@ -5,13 +5,23 @@
 
 from et_moe.backends.ops.attention import attention
 from et_moe.backends.ops.gated_delta_net import causal_conv1d, gated_delta_net, gated_delta_rule
-from et_moe.backends.ops.linear import embedding_w8, linear, linear_w4a8, linear_w4a16, rms_norm
+from et_moe.backends.ops.linear import (
+    embedding_w8,
+    linear,
+    linear_w4a8,
+    linear_w4a16,
+    linear_w8a8,
+    linear_w8a16,
+    rms_norm,
+)
 from et_moe.backends.ops.moe import moe, moe_router, moe_w4a8, moe_w4a16
 from et_moe.backends.ops.quantization import (
     ACTIVATION_TILE,
     GROUP_SIZES,
     SCALE_DTYPES,
+    check_finite,
     dequantize_w4,
+    dequantize_w8,
     expert_activation_tile,
     pack_int4,
     quantize_int8,
@@ -30,7 +40,9 @@ __all__ = [
     "SCALE_DTYPES",
     "attention",
     "causal_conv1d",
+    "check_finite",
     "dequantize_w4",
+    "dequantize_w8",
     "embedding_w8",
     "expert_activation_tile",
     "gated_delta_net",
@@ -38,6 +50,8 @@ __all__ = [
     "linear",
     "linear_w4a8",
     "linear_w4a16",
+    "linear_w8a8",
+    "linear_w8a16",
     "moe",
     "moe_router",
     "moe_w4a8",

@@ -10,7 +10,9 @@ from et_moe.backends.ops.library import declare
 from et_moe.backends.ops.quantization import (
     ACTIVATION_TILE,
     dequantize_w4,
+    dequantize_w8,
     matmul_w4a8,
+    matmul_w8a8,
     quantize_int8,
 )
 
@@ -103,6 +105,47 @@ def linear_w4a16(
 ) -> torch.Tensor:
     """`linear_w4a8` with activations left in x's dtype."""
     y = _prologue(x, norm_weight, eps).float() @ dequantize_w4(weight, scale, group_size).T
+    return _epilogue(y, x, residual)
+
+
+def _linear_w8_fake(x, weight, scale, norm_weight=None, eps=1e-6, residual=None):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@declare(_linear_w8_fake)
+def linear_w8a8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer with INT8 weights and INT8 activations (tiles of `ACTIVATION_TILE`).
+
+    Args:
+        x: float `[T, K]`.
+        weight: `int8 [N, K]`, scale: `bfloat16 [N, 1]`, as from `quantize_w8`.
+        norm_weight, eps, residual: as in `linear`.
+
+    Returns:
+        `[T, N]` in x's dtype; see `matmul_w8a8` for the arithmetic.
+    """
+    q, q_scale = quantize_int8(_prologue(x, norm_weight, eps), ACTIVATION_TILE)
+    return _epilogue(matmul_w8a8(q, q_scale, ACTIVATION_TILE, weight, scale), x, residual)
+
+
+@declare(_linear_w8_fake)
+def linear_w8a16(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear_w8a8` with activations left in x's dtype."""
+    y = _prologue(x, norm_weight, eps).float() @ dequantize_w8(weight, scale).T
     return _epilogue(y, x, residual)
 
 

@@ -2,7 +2,8 @@
 
 An expert e computes w2[e] (silu(gate) * up) with [gate | up] = w13[e] x. The shared expert rides
 along as further experts (ids E, E+1, ...) of the same width, weighted by its sigmoid gate, so one
-grouped GEMM serves all.
+grouped GEMM serves all. Where it is stored in another way the tables end at E, its slots are
+skipped, and it is computed of its own.
 """
 
 import torch
@@ -80,11 +81,12 @@ def moe_router(
     return normed, weights, ids.to(torch.int32)
 
 
-def _sum_experts(x, topk_weights, topk_ids, residual, expert) -> torch.Tensor:
-    """Sums weight * expert(rows, id) over each row's slots in fp32; ids below 0 are skipped."""
+def _sum_experts(x, topk_weights, topk_ids, residual, experts, expert) -> torch.Tensor:
+    """Sums weight * expert(rows, id) over each row's slots in fp32; ids outside of 0..experts-1
+    are skipped."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in topk_ids.unique().tolist():
-        if e < 0:
+        if not 0 <= e < experts:
             continue
         rows, slots = (topk_ids == e).nonzero(as_tuple=True)
         out.index_add_(0, rows, expert(rows, e) * topk_weights[rows, slots, None].float())
@@ -109,7 +111,8 @@ def moe(
     Args:
         x: float `[T, H]`, normed.
         w13: float `[E, 2I, H]`, rows [gate | up]; w2: float `[E, H, I]`.
-        topk_weights: float `[T, S]`; topk_ids: int32 or int64 `[T, S]`, -1 for a slot to skip.
+        topk_weights: float `[T, S]`; topk_ids: int32 or int64 `[T, S]`. A slot whose id is outside
+            of 0..E-1 is skipped.
         residual: `[T, H]` or None.
 
     Returns:
@@ -120,7 +123,7 @@ def moe(
         gate, up = (x[rows].float() @ w13[e].float().T).chunk(2, dim=-1)
         return (torch.nn.functional.silu(gate) * up) @ w2[e].float().T
 
-    return _sum_experts(x, topk_weights, topk_ids, residual, expert)
+    return _sum_experts(x, topk_weights, topk_ids, residual, len(w13), expert)
 
 
 def _moe_w4_fake(
@@ -167,7 +170,7 @@ def moe_w4a8(
         inner, inner_scale = quantize_int8(activated, inner_tile)
         return matmul_w4a8(inner, inner_scale, inner_tile, w2[e], w2_scale[e], group_size)
 
-    return _sum_experts(x, topk_weights, topk_ids, residual, expert)
+    return _sum_experts(x, topk_weights, topk_ids, residual, len(w13), expert)
 
 
 @declare(_moe_w4_fake)
@@ -190,4 +193,4 @@ def moe_w4a16(
         activated = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
         return activated @ dequantize_w4(w2[e], w2_scale[e], group_size).T
 
-    return _sum_experts(x, topk_weights, topk_ids, residual, expert)
+    return _sum_experts(x, topk_weights, topk_ids, residual, len(w13), expert)

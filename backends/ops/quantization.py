@@ -28,8 +28,9 @@ have float16, which keep their values."""
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
     """Packs -8..7 `[..., K]` to `uint8 [..., K/2]`: value + 8, even k in the low nibble."""
-    nibbles = (values + 8).to(torch.uint8)
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    pairs = (values + 8).to(torch.uint8).contiguous().view(torch.int16)
+    # The even value is the lower byte; what is above the lowest byte is cut off.
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
@@ -43,41 +44,83 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale.abs() < torch.finfo(torch.float32).tiny, 0.0, 1.0 / scale)
 
 
-def _check_finite(weight: torch.Tensor) -> None:
-    if not torch.isfinite(weight).all():
+def check_finite(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest entry along the last dimension, which they keep as one.
+
+    Raises:
+        ValueError: an entry is not finite, which shows in these.
+    """
+    low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise ValueError("the weight has entries that are not finite")
+    return low, high
 
 
-def _round_to_scale(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (groups * _inverse(scale)).round_().clamp_(-8, 7)
+def sum_groups(values: torch.Tensor) -> torch.Tensor:
+    """The sum of each group, float32 `[..., G, 1]` of `[..., G, group size]`, in one order.
+
+    Torch sums on a CPU with AVX2 in this order. Elsewhere it is written out, so that a weight is
+    quantized to the same bits on every device: four rows of eight columns each are added up in
+    turns, then these four, then the eight columns.
+    """
+    if values.device.type == "cpu":
+        return values.sum(-1, keepdim=True)
+    return sum_groups_in_order(values)
 
 
-def _squared_error(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    residual = _round_to_scale(groups, scale).mul_(scale).sub_(groups)
-    return residual.square_().sum(-1, keepdim=True)
+def sum_groups_in_order(values: torch.Tensor) -> torch.Tensor:
+    """`sum_groups`, one addition after the other."""
+    total = values.unflatten(-1, (-1, 4, 8))
+    for dim in (-3, -2, -1):
+        first, *others = total.unbind(dim)
+        for other in others:
+            first = first + other
+        total = first
+    return total.unsqueeze(-1)
 
 
-def _minmax_scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return groups.abs().amax(-1, keepdim=True).div_(7).to(dtype).float()
+def _divide(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """The quotient, rounded once: by a number, CUDA multiplies with its reciprocal."""
+    return values / torch.tensor(divisor, dtype=values.dtype, device=values.device)
 
 
-def _mse_scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _round_to_scale(
+    groups: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    return torch.mul(groups, _inverse(scale), out=out).round_().clamp_(-8, 7)
+
+
+def _squared_error(groups: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    residual = _round_to_scale(groups, scale, out).mul_(scale).sub_(groups)
+    return sum_groups(residual.square_())
+
+
+def _minmax_scale(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return _divide(torch.maximum(low.abs(), high.abs()), 7).to(dtype).float()
+
+
+def _mse_scale(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """The candidate with the least squared error per group.
 
     Candidates are the min-max scale, and scales that put the entry of largest magnitude on -8 (the
     longer side of the INT4 range; the scale may be negative for that), on 7, or clip it. These are
     refined once: for fixed integers q the best scale is sum(w q) / sum(q q).
     """
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     extreme = torch.where(high > -low, high, low)
-    best_scale = _minmax_scale(groups, dtype)
-    best_error = _squared_error(groups, best_scale)
+    q, product = torch.empty_like(groups), torch.empty_like(groups)
+    best_scale = _minmax_scale(groups, low, high, dtype)
+    best_error = _squared_error(groups, best_scale, q)
     for divisor in (-8.0, -8.8, -9.8, 7.0):
-        q = _round_to_scale(groups, extreme / divisor)
-        norm = (q * q).sum(-1, keepdim=True)
-        scale = torch.where(norm > 0, (groups * q).sum(-1, keepdim=True) / norm, 0.0)
+        _round_to_scale(groups, _divide(extreme, divisor), q)
+        sum_wq = sum_groups(torch.mul(groups, q, out=product))
+        norm = sum_groups(q.square_())
+        scale = torch.where(norm > 0, sum_wq / norm, 0.0)
         scale = scale.to(dtype).float()
-        error = _squared_error(groups, scale)
+        error = _squared_error(groups, scale, q)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
@@ -117,8 +160,7 @@ def quantize_w4(
     if method not in SCALE_METHODS:
         raise ValueError(f"scale method {method!r}: expected one of {sorted(SCALE_METHODS)}")
     groups = weight.float().unflatten(-1, (-1, group_size))
-    _check_finite(groups)
-    scale = SCALE_METHODS[method](groups, scale_dtype)
+    scale = SCALE_METHODS[method](groups, *check_finite(groups), scale_dtype)
     if not torch.isfinite(scale).all():
         raise ValueError(f"the weight is too large for scales in {scale_dtype}")
     packed = pack_int4(_round_to_scale(groups, scale).to(torch.int8).flatten(-2))
@@ -137,10 +179,16 @@ def quantize_w8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: non-finite weights.
     """
-    _check_finite(weight)
-    scale = (weight.float().abs().amax(-1, keepdim=True) / 127).bfloat16()
-    values = (weight.float() * _inverse(scale.float())).round_().clamp_(-127, 127)
+    rows = weight.float()
+    low, high = check_finite(rows)
+    scale = _divide(torch.maximum(low.abs(), high.abs()), 127).bfloat16()
+    values = (rows * _inverse(scale.float())).round_().clamp_(-127, 127)
     return values.to(torch.int8), scale
+
+
+def dequantize_w8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Inverse of `quantize_w8` up to rounding: `float32 [V, H]`."""
+    return weight.float() * scale.float()
 
 
 def _quantize_int8_fake(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,3 +260,27 @@ def matmul_w4a8(
         scales = scale[:, k // tile, None] * weight_scale[:, k // group_size].float()
         out += (a[:, i] @ w[:, i].T) * scales
     return out
+
+
+def matmul_w8a8(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    tile: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+) -> torch.Tensor:
+    """The arithmetic that every W8A8 kernel implements: `float32 [M, N]`.
+
+    weight_scale[n] * (sum over tiles of scale[m, tile] * an integer dot product). The integer sums
+    over a tile fit fp32 exactly; the order of the fp32 operations is left to the kernel.
+
+    Args:
+        q, scale, tile: as from `quantize_int8`, tile at most 1024: `int8 [M, K]`,
+            `float32 [M, ceil(K/tile)]`.
+        weight, weight_scale: as from `quantize_w8`, `int8 [N, K]` and `[N, 1]`.
+    """
+    out = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.float32, device=q.device)
+    columns = zip(q.float().split(tile, 1), weight.float().split(tile, 1), strict=True)
+    for i, (a, w) in enumerate(columns):
+        out += (a @ w.T) * scale[:, i, None]
+    return out * weight_scale.float().T

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from et_moe.backends.method_graph import PAGES, SLOTS
 from et_moe.backends.ops import PAGE_SIZE
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
-from et_moe.pipeline.layers import Embedding, Experts, Linear, Weight, parameter
+from et_moe.pipeline.layers import Embedding, Experts, GatedMlp, Linear, Weight, parameter
 from et_moe.pipeline.models import Graph, StateTensor
-from et_moe.pipeline.storage import Precision
+from et_moe.pipeline.storage import Precision, Storages
 
 et = torch.ops.et_moe
 
@@ -100,8 +100,14 @@ class Attention(nn.Module):
         return self.o_proj(core, residual=x)
 
 
+def is_joined(storages: Storages) -> bool:
+    """Whether the shared expert fills the last slots of the experts' tables."""
+    return storages["shared_expert"] == storages["experts"]
+
+
 class SparseMoe(nn.Module):
-    """A mixture of experts; the shared expert fills the last slots of the tables.
+    """A mixture of experts. The shared expert fills the last slots of the tables if it is stored
+    as the others are; else it is an MLP of its own.
 
     Args:
         normalize: whether the chosen experts' weights are made to add up to 1.
@@ -110,13 +116,20 @@ class SparseMoe(nn.Module):
     def __init__(self, c: ModelConfig, name: str, p: Precision, normalize: bool = True) -> None:
         super().__init__()
         self.normalize = normalize
-        self.top_k, self.shared, self.eps = c.num_experts_per_tok, c.shared_experts, c.rms_norm_eps
+        self.top_k, self.eps = c.num_experts_per_tok, c.rms_norm_eps
+        self.joined = is_joined(p.storages)
+        shared = c.shared_experts if self.joined else 0
+        # Of the router's results: a column of gates is all that a shared expert apart needs.
+        self.shared = max(shared, 1)
         # Rows of the router, and last the shared expert's gate.
         self.gate = Weight(c.num_experts + 1, c.hidden_size, dtype=p.dtype)
-        slots = c.num_experts + c.shared_experts
+        counts = c.num_experts + shared, self.top_k + shared
         self.experts = Experts(
-            f"{name}.experts", "experts", slots, c.hidden_size, c.moe_intermediate_size, p
+            f"{name}.experts", "experts", *counts, c.hidden_size, c.moe_intermediate_size, p
         )
+        if not self.joined:
+            sizes = c.hidden_size, c.shared_expert_intermediate_size, self.eps, p
+            self.shared_expert = GatedMlp(f"{name}.shared_expert", "shared_expert", *sizes)
 
     def forward(self, x: Tensor, norm: Tensor, num_tokens: Tensor | None) -> Tensor:
         normed, weights, ids = et.moe_router(
@@ -129,6 +142,10 @@ class SparseMoe(nn.Module):
             num_tokens,
             self.normalize,
         )
+        if not self.joined:
+            # Its slot is outside of the tables, where the experts skip it.
+            _, gate = weights.split((self.top_k, self.shared), dim=-1)
+            x = self.shared_expert(normed, residual=x, scale=gate)
         return self.experts(normed, weights, ids, residual=x)
 
 
@@ -166,8 +183,8 @@ class Qwen3_5Moe(Graph):
 
     Args:
         c: the shape.
-        p: storages of the parts "embedding", "attention", "linear_attention", "experts" and
-            "head", and the dtypes.
+        p: storages of the parts "embedding", "attention", "linear_attention", "experts",
+            "shared_expert" and "head", and the dtypes.
         layer: makes decoder layers.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from et_moe.backends.method_graph import HandOver
 from et_moe.examples.qwen3_5_moe.config import DEFAULTS, ModelConfig, parse_config
-from et_moe.examples.qwen3_5_moe.graph import DecoderLayer
+from et_moe.examples.qwen3_5_moe.graph import DecoderLayer, is_joined
 from et_moe.examples.qwen3_5_moe.mtp import build
 from et_moe.examples.qwen3_5_moe.presets import PRESETS, preset_files
 from et_moe.examples.qwen3_5_moe.tensors import Tensors, inverse_frequencies, random_values
@@ -23,7 +23,7 @@ from et_moe.pipeline.models import (
     Shapes,
     Sizes,
 )
-from et_moe.pipeline.storage import Precision
+from et_moe.pipeline.storage import Precision, Storages
 
 
 def make_inputs(sequences: int | Range, rows: int | Range, sizes: Sizes) -> tuple[Input, ...]:
@@ -54,8 +54,10 @@ class Qwen3_5MoeModel:
         "attention": "linear",
         "linear_attention": "linear",
         "experts": "experts",
+        "shared_expert": "linear",
         "head": "linear",
     }
+    joined: ClassVar[dict[str, str]] = {"shared_expert": "experts"}
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     prefixes = ("model.language_model.", "model.")
     skipped_prefixes = ("model.visual.", "visual.")
@@ -73,9 +75,13 @@ class Qwen3_5MoeModel:
         return self.tensors.part(name)
 
     def groups(
-        self, config: ModelConfig, names: Collection[str], read: Callable[[str], Tensor]
+        self,
+        config: ModelConfig,
+        names: Collection[str],
+        read: Callable[[str], Tensor],
+        storages: Storages,
     ) -> Iterator[dict[str, Parts]]:
-        return self.tensors.groups(config, names, read)
+        return self.tensors.groups(config, names, read, is_joined(storages))
 
     def computed(self, config: ModelConfig, name: str) -> Tensor | None:
         return inverse_frequencies(config) if name.endswith(".inv_freq") else None

@@ -2,8 +2,9 @@
 
 The fused parameters are: `in_proj` [qkv | z | b | a] and `qkv_proj` [q | k | v] by rows, `mlp.gate`
 with the shared expert's gate as last row, and the tables of experts `w13` [gate | up] and `w2`, in
-which the shared expert fills the last slots. The MTP head's `fc` becomes two matrices: the columns
-that take the embedding, and those that take the hidden state.
+which the shared expert fills the last slots, unless it has a `gate_up_proj` and a `down_proj` of
+its own. The MTP head's `fc` becomes two matrices: the columns that take the embedding, and those
+that take the hidden state.
 """
 
 import math
@@ -88,7 +89,7 @@ MTP_LAYER = f"{MTP}layers.0"
 
 PARTS = {
     ".mlp.experts.": "experts",
-    ".mlp.shared_expert.": "experts",
+    ".mlp.shared_expert.": "shared_expert",
     ".linear_attn.in_proj": "linear_attention",
     ".linear_attn.out_proj.": "linear_attention",
     ".self_attn.q_proj.": "attention",
@@ -160,27 +161,37 @@ class Tensors:
         return sparse_moe_shapes(c, fused_experts)
 
     def groups(
-        self, c: ModelConfig, names: Collection[str], read: Read
+        self, c: ModelConfig, names: Collection[str], read: Read, joined: bool
     ) -> Iterator[dict[str, Parts]]:
-        """The parameters of the graph, group by group; see `pipeline.models.Model`."""
+        """The parameters of the graph, group by group; see `pipeline.models.Model`. `joined` says
+        whether the shared expert is in the tables of the others."""
         fused_experts = are_fused(names)  # goes through all names
         yield {"embed_tokens.weight": [read("embed_tokens.weight")]}
         for layer in range(c.num_hidden_layers):
-            yield self._layer(c, layer, f"layers.{layer}", fused_experts, read)
+            yield self._layer(c, layer, f"layers.{layer}", fused_experts, read, joined)
         head = HEAD if has_head(c, names) else "embed_tokens.weight"
         yield {"norm.weight": [read("norm.weight")], HEAD: [read(head)]}
         if c.mtp_num_hidden_layers:
-            yield self._mtp(c, are_fused(names, mtp=True), read)
+            yield self._mtp(c, are_fused(names, mtp=True), read, joined)
 
-    def _mtp(self, c: ModelConfig, fused_experts: bool, read: Read) -> dict[str, Parts]:
+    def _mtp(
+        self, c: ModelConfig, fused_experts: bool, read: Read, joined: bool
+    ) -> dict[str, Parts]:
         fc = read(f"{MTP}fc.weight")
         group = {f"{MTP}{norm}.weight": [read(f"{MTP}{norm}.weight")] for norm in MTP_NORMS}
         for name, columns in zip(("fc_embedding", "fc_hidden"), fc.chunk(2, dim=1), strict=True):
             group[f"{MTP}{name}.weight"] = [columns]
-        return group | self._layer(c, c.num_hidden_layers, MTP_LAYER, fused_experts, read)
+        layer = c.num_hidden_layers
+        return group | self._layer(c, layer, MTP_LAYER, fused_experts, read, joined)
 
     def _layer(
-        self, c: ModelConfig, layer: int, name: str, fused_experts: bool, read: Read
+        self,
+        c: ModelConfig,
+        layer: int,
+        name: str,
+        fused_experts: bool,
+        read: Read,
+        joined: bool,
     ) -> dict[str, Parts]:
         """The parameters of a decoder layer that is called `name`."""
 
@@ -193,7 +204,7 @@ class Tensors:
         else:
             group |= _self_attention(c, lambda n: inside(f"self_attn.{n}"))
         group["post_attention_layernorm.weight"] = [inside("post_attention_layernorm.weight")]
-        mlp = self.mlp_parts(c, layer, fused_experts, lambda n: inside(f"mlp.{n}"))
+        mlp = self.mlp_parts(c, layer, fused_experts, lambda n: inside(f"mlp.{n}"), joined)
         group |= {f"mlp.{tensor}": parts for tensor, parts in mlp.items()}
         return {f"{name}.{tensor}": parts for tensor, parts in group.items()}
 
@@ -213,13 +224,22 @@ class Tensors:
         return [read(f"in_proj_{p}.weight") for p in ("qkv", "z", "b", "a")]
 
     def mlp_parts(
-        self, c: ModelConfig, layer: int, fused_experts: bool, read: Read
+        self, c: ModelConfig, layer: int, fused_experts: bool, read: Read, joined: bool
     ) -> dict[str, Parts]:
         """The parameters of a layer's MLP, by their names in `mlp`."""
-        return {
+        parts = {
             "gate.weight": [read("gate.weight"), read("shared_expert_gate.weight")],
-            "experts.w13": [*_experts(c, fused_experts, read, "gate", "up"), _shared_w13(c, read)],
-            "experts.w2": [*_experts(c, fused_experts, read, "down"), _shared_w2(c, read)],
+            "experts.w13": _experts(c, fused_experts, read, "gate", "up"),
+            "experts.w2": _experts(c, fused_experts, read, "down"),
+        }
+        if joined:
+            parts["experts.w13"].append(_shared_w13(c, read))
+            parts["experts.w2"].append(_shared_w2(c, read))
+            return parts
+        shared = {p: read(f"shared_expert.{p}_proj.weight") for p in ("gate", "up", "down")}
+        return parts | {
+            "shared_expert.gate_up_proj.weight": [shared["gate"], shared["up"]],
+            "shared_expert.down_proj.weight": [shared["down"]],
         }
 
 

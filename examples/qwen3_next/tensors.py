@@ -49,9 +49,9 @@ class Qwen3NextTensors(Tensors):
         return {f"{name}.weight": shape for name, shape in zip(DENSE, shapes, strict=True)}
 
     def mlp_parts(
-        self, c: ModelConfig, layer: int, fused_experts: bool, read: Read
+        self, c: ModelConfig, layer: int, fused_experts: bool, read: Read, joined: bool
     ) -> dict[str, Parts]:
         if c.is_sparse(layer):
-            return super().mlp_parts(c, layer, fused_experts, read)
+            return super().mlp_parts(c, layer, fused_experts, read, joined)
         gate, up, down = (read(f"{name}.weight") for name in DENSE)
         return {"gate_up_proj.weight": [join((gate, up))], "down_proj.weight": [down]}

@@ -6,15 +6,14 @@ and `weight_shape` int64 `[2]`. Symmetric weights have no `weight_zero_point`. W
 quantized is told by what is in the files.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from et_moe.pipeline.codes import encode
 from et_moe.pipeline.config import ConfigError
-from et_moe.pipeline.formats.format import StoredTensor
+from et_moe.pipeline.formats.format import Contents, StoredTensor
 from et_moe.pipeline.formats.int4 import SCALES, Int4Format, check_section
 from et_moe.pipeline.storage import Int4
 
@@ -25,8 +24,8 @@ class CompressedTensors(Int4Format):
     VALUES, SCALE = "weight_packed", "weight_scale"
     FURTHER = OPTIONAL = ("weight_g_idx", "weight_shape", "weight_zero_point")
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-        section = config["quantization_config"]
+    def __init__(self, contents: Contents) -> None:
+        section = contents.config["quantization_config"]
         check_section(section, {"format": ("pack-quantized",)}, "compressed-tensors")
         groups = section.get("config_groups")
         for name, group in (groups if isinstance(groups, dict) else {}).items():
@@ -36,17 +35,19 @@ class CompressedTensors(Int4Format):
                 raise ConfigError(f"{where} is {weights!r}, expected an object")
             expected = {"num_bits": (4,), "type": ("int",), "symmetric": (True,)}
             check_section(weights, expected, f"compressed-tensors ({name})")
-        super().__init__(tensors)
-        for tensor in tensors:
+        super().__init__(contents.tensors)
+        for tensor in contents.tensors:
             module, _, suffix = tensor.rpartition(".")
             if suffix == "weight_zero_point" and self._has(module, self.VALUES):
                 raise self._fail(module, suffix, "makes the weights asymmetric")
 
     @staticmethod
-    def matches(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
-        section = config.get("quantization_config")
+    def matches(contents: Contents) -> bool:
+        section = contents.config.get("quantization_config")
         method = section.get("quant_method") if isinstance(section, dict) else None
-        return method == "compressed-tensors" and any(n.endswith(".weight_packed") for n in tensors)
+        return method == "compressed-tensors" and any(
+            n.endswith(".weight_packed") for n in contents.tensors
+        )
 
     def _columns(self, shape: tuple[int, ...]) -> int:
         return 8 * shape[1]

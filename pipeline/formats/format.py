@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -30,26 +31,56 @@ class TensorError(ConfigError):
         self.tensor, self.problem = tensor, problem
 
 
+class HeaderError(ConfigError):
+    """What is wrong with an entry of the metadata in the header of a file; the reader adds it.
+
+    Attributes:
+        key: of the metadata, or the name of a weight that it describes.
+        problem: what is said behind the key.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key} {problem}")
+        self.key, self.problem = key, problem
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, by which its format is told.
+
+    Attributes:
+        directory: of the checkpoint.
+        config: content of config.json.
+        tensors: the stored tensors by name, without the model's prefix; each with its one dtype.
+        metadata: of the headers of all files.
+        read: a stored tensor by name. What is read to tell a format must be small.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    read: Callable[[str], Tensor]
+
+
 class Format(Protocol):
     """How the weights of a checkpoint are stored.
 
-    Args:
-        config: content of config.json.
-        tensors: the stored tensors by name, without the model's prefix; each with its one dtype.
-
     Attributes:
         names: of the weights, quantized or not.
+        skipped: stored tensors that are of no use.
 
     Raises:
         ConfigError: a variant that is not supported; says what to use instead. From all methods.
     """
 
     names: Collection[str]
+    skipped: Collection[str]
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None: ...
+    def __init__(self, contents: Contents) -> None: ...
 
     @staticmethod
-    def matches(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
+    def matches(contents: Contents) -> bool:
         """Whether a checkpoint is of this format."""
         ...
 

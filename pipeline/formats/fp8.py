@@ -6,13 +6,12 @@ name with `_scale_inv` behind, a scale for each block of 128 by 128 weights,
 by what is in the files: norms, convolutions, router, embedding and head stay as they were trained.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from et_moe.pipeline.config import ConfigError
-from et_moe.pipeline.formats.format import StoredTensor
+from et_moe.pipeline.formats.format import Contents, StoredTensor
 from et_moe.pipeline.formats.unquantized import DTYPES, Floats
 
 SUFFIX = "_scale_inv"
@@ -21,8 +20,8 @@ SUFFIX = "_scale_inv"
 class BlockFp8(Floats):
     """FP8 weights with a scale a block; they are dequantized to float32, which is exact."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-        section = config["quantization_config"]
+    def __init__(self, contents: Contents) -> None:
+        section = contents.config["quantization_config"]
         block = section.get("weight_block_size")
         valid = isinstance(block, list) and len(block) == 2
         if not valid or any(type(size) is not int or size < 1 for size in block):
@@ -31,12 +30,12 @@ class BlockFp8(Floats):
                 "a scale per tensor or channel is not supported, use the bf16 checkpoint"
             )
         self._block = tuple(block)
-        self._scaled = {n.removesuffix(SUFFIX) for n in tensors if n.endswith(SUFFIX)}
-        super().__init__(tensors)
+        self._scaled = {n.removesuffix(SUFFIX) for n in contents.tensors if n.endswith(SUFFIX)}
+        super().__init__(contents.tensors)
 
     @staticmethod
-    def matches(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
-        section = config.get("quantization_config")
+    def matches(contents: Contents) -> bool:
+        section = contents.config.get("quantization_config")
         return isinstance(section, dict) and section.get("quant_method") == "fp8"
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:

@@ -7,14 +7,13 @@ weights have the zero 8 everywhere; the checkpoint format "gptq" stores 1 less, 
 Which matrices are quantized is told by what is in the files.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from et_moe.pipeline.codes import encode
-from et_moe.pipeline.formats.format import StoredTensor
+from et_moe.pipeline.formats.format import Contents, StoredTensor
 from et_moe.pipeline.formats.int4 import SCALES, Int4Format, check_section
 from et_moe.pipeline.storage import Int4
 
@@ -29,8 +28,8 @@ class Gptq(Int4Format):
 
     VALUES, SCALE, FURTHER, OPTIONAL = "qweight", "scales", ("qzeros", "g_idx"), ("g_idx",)
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-        section = config["quantization_config"]
+    def __init__(self, contents: Contents) -> None:
+        section = contents.config["quantization_config"]
         auto_round = section["quant_method"] != "gptq"
         if auto_round:
             check_section(section, {"packing_format": (_AUTO_ROUND,)}, "AutoRound")
@@ -41,17 +40,17 @@ class Gptq(Int4Format):
             "AutoRound" if auto_round else "GPTQ",
         )
         self._zeros = _ZEROS[section.get("checkpoint_format") or "gptq"]
-        super().__init__(tensors)
+        super().__init__(contents.tensors)
 
     @staticmethod
-    def matches(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
-        section = config.get("quantization_config")
+    def matches(contents: Contents) -> bool:
+        section = contents.config.get("quantization_config")
         method = section.get("quant_method") if isinstance(section, dict) else None
         awq = method == "auto-round" and "awq" in str(section.get("packing_format"))
         return (
             method in ("gptq", "auto-round")
             and not awq
-            and any(name.endswith(".qweight") for name in tensors)
+            and any(name.endswith(".qweight") for name in contents.tensors)
         )
 
     def _columns(self, shape: tuple[int, ...]) -> int:

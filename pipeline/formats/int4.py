@@ -31,7 +31,7 @@ class Int4Format:
     OPTIONAL: tuple[str, ...]
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self._tensors = tensors
+        self._tensors, self.skipped = tensors, ()
         ends = tuple(f".{suffix}" for suffix in (self.VALUES, self.SCALE, *self.FURTHER))
         # A list, not a set: the order decides which of two tensors at odds a message names first.
         modules = [n.removesuffix(ends[0]) for n in tensors if n.endswith(ends[0])]

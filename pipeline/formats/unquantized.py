@@ -1,12 +1,11 @@
 """Weights as they were trained: bf16, fp16 or fp32, one tensor each."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from et_moe.pipeline.config import ConfigError
-from et_moe.pipeline.formats.format import StoredTensor
+from et_moe.pipeline.formats.format import Contents, StoredTensor
 from et_moe.pipeline.storage import Int4
 
 DTYPES = ("BF16", "F16", "F32")
@@ -33,7 +32,7 @@ class Floats:
     """What formats have in common whose weights are floats once they are read."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self.names = tensors
+        self.names, self.skipped = tensors, ()
 
     def kept(self, name: str) -> Int4 | None:
         return None
@@ -43,12 +42,12 @@ class Unquantized(Floats):
     """A tensor a weight, under its own name. A `quantization_config` that was left in a
     configuration over such tensors is of no account."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-        super().__init__(tensors)
-        quantized = next((name for name in tensors if name.endswith(_QUANTIZED)), None)
+    def __init__(self, contents: Contents) -> None:
+        super().__init__(contents.tensors)
+        quantized = next((name for name in contents.tensors if name.endswith(_QUANTIZED)), None)
         if quantized is None:
             return
-        section = config.get("quantization_config")
+        section = contents.config.get("quantization_config")
         method = section.get("quant_method") if isinstance(section, dict) else None
         what = "quantized" if method is None else f"quantized by {method}"
         raise ConfigError(
@@ -57,7 +56,7 @@ class Unquantized(Floats):
         )
 
     @staticmethod
-    def matches(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
+    def matches(contents: Contents) -> bool:
         return True
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:

@@ -15,7 +15,7 @@ def test_tables_are_written_as_they_are_read(name):
 
 
 def test_save_changes_one_gpu(tmp_path, monkeypatch):
-    name, gpu = "linear_gemv", "NVIDIA B200"
+    name, gpu = "linear_w4_gemv", "NVIDIA B200"
     before = tuning.read_table(name)
     (tmp_path / "table").write_text(tune.format_table(before))
     (tmp_path / f"{name}.json").symlink_to("table")  # the link must be followed
@@ -31,13 +31,13 @@ def test_save_changes_one_gpu(tmp_path, monkeypatch):
 
 
 def test_a_table_is_tuned_for_the_sizes_that_it_is_looked_up_by():
-    assert set(tune.uses("linear_gemv", [1])) == {12352, 9216, 2048, 248320}
+    assert set(tune.uses("linear_w4_gemv", [1])) == {12352, 9216, 2048, 248320}
     assert set(tune.uses("attention_decode", [1])) == {4096}
     assert set(tune.uses("router_prefill", [1, 16, 17, 4095])) == {17, 4095}
 
 
 def test_a_configuration_that_is_tried_is_the_only_one():
-    with tune.configured("linear_gemv", {"SPAN": 8}):
-        assert tuning.find_config("linear_gemv", out_features=1) == {"SPAN": 8}
+    with tune.configured("linear_w4_gemv", {"SPAN": 8}):
+        assert tuning.find_config("linear_w4_gemv", out_features=1) == {"SPAN": 8}
         assert tuning.find_config("causal_conv1d", tokens=1) != {"SPAN": 8}
-    assert tuning.find_config("linear_gemv", out_features=1) != {"SPAN": 8}
+    assert tuning.find_config("linear_w4_gemv", out_features=1) != {"SPAN": 8}

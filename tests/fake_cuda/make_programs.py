@@ -6,9 +6,9 @@ It runs in a process of its own, as tests interpret kernels in theirs, and needs
 FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activations, FOLDER/cuda
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
 it. FOLDER/next gets the same of a small Qwen3-Next, whose experts and attention come from a GPTQ
-checkpoint, with float16 scales. FOLDER/small gets programs with two methods of
-`lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and
-kernels.json; FOLDER/rows the same with its method `rows`.
+checkpoint, with float16 scales, and whose other parts are INT8 with a scale per row. FOLDER/small
+gets programs with two methods of `lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for
+each, such as cuda.0.ptd, and kernels.json; FOLDER/rows the same with its method `rows`.
 """
 
 import json
@@ -108,12 +108,15 @@ def export_model(
     model: Model,
     overrides: dict[str, object],
     max_sequences: int,
+    recipe: str = "4w",
     change: Callable[[Path], Path] = lambda checkpoint: checkpoint,
 ) -> None:
     """A random model for the CPU and for CUDA, whose methods take their inputs turned around."""
     make_checkpoint(folder / "checkpoint", model, "tiny", seed=3, overrides=overrides)
     checkpoint = Checkpoint(change(folder / "checkpoint"))
-    source = QuantizedCheckpoint(checkpoint, choose_storages(model.parts, group_size=32))
+    source = QuantizedCheckpoint(
+        checkpoint, choose_storages(model.parts, group_size=32, recipe=recipe)
+    )
     for backend in ("cpu", "cuda"):
         options = export.ExportOptions(
             backend=backend,
@@ -137,7 +140,7 @@ def main() -> None:
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA, MAX_SEQUENCES)
     # Its ranges for more tokens, and for many sequences, would have the same kernels.
     export.MAX_PREFILL_TOKENS = 4
-    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, 1, quantized_checkpoint)
+    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, 1, "mixed", quantized_checkpoint)
 
 
 if __name__ == "__main__":

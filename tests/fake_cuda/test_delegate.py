@@ -366,7 +366,7 @@ def test_kernels_of_a_batch_start_early(programs) -> None:
     kernels = json.loads((programs / "cuda/kernels.json").read_text())["decode_batch"]["sm_90"]
     state = {"_decode_kernel", "_combine_kernel", "_conv_step_kernel", "_step_kernel"}
     every = state | {"_choose_kernel", "_block_kernel", "_collect_kernel", "_finish_kernel"}
-    for launched, linear in zip(kernels, ("_w4_rows_kernel", "_w4_gemm_kernel"), strict=True):
+    for launched, linear in zip(kernels, ("_rows_kernel", "_gemm_kernel"), strict=True):
         dependent = {kernel["function"]: kernel["dependent"] for kernel in launched}
         for name in every | {"quantize_rows_kernel", linear}:
             assert dependent[name], name

@@ -69,6 +69,7 @@ def test_files_of_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
             "attention": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
             "linear_attention": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
             "experts": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
+            "shared_expert": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
             "head": {"storage": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
         },
     }
@@ -91,7 +92,7 @@ def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"qlinear": "8w"}, "qlinear '8w': expected one of "),
+        ({"qlinear": "3w"}, "qlinear '3w': expected one of "),
         ({"group_size": 48}, "qlinear group size 48: expected one of "),
         ({"group_size": 32.0}, "qlinear group size 32.0: expected one of "),
         ({"qembedding": "4w"}, "qembedding '4w': expected one of "),
@@ -160,8 +161,8 @@ SHARD = "model-00002-of-00004.safetensors"
 REFUSED = [
     (edit_config(lambda c: c.pop("et_moe")), ["config.json: no et_moe section"]),
     (edit_config(lambda c: c.update(et_moe=[])), ["config.json: no et_moe section"]),
-    (section(bundle_version=1), ["config.json: bundle_version 1, expected 2"]),
-    (section(bundle_version=None), ["config.json: bundle_version None, expected 2"]),
+    (section(bundle_version=1), ["config.json: bundle_version 1, expected 3"]),
+    (section(bundle_version=None), ["config.json: bundle_version None, expected 3"]),
     (section(storages=None), ["config.json: et_moe.storages: found None, expected an object"]),
     (section(storages={"head": {}}), ["config.json: et_moe.storages: found ['head'], expected"]),
     (storage("head"), ["et_moe.storages: head.storage is None, expected one of ('int4', "]),
@@ -179,7 +180,7 @@ REFUSED = [
         storage("experts", storage="int4", group_size=64),
         ["group size 64 does not divide the 32 inputs of layers.0.mlp.experts.w13"],
     ),
-    (storage("experts", storage="dense"), ["unexpected tensor"]),
+    (storage("head", storage="dense"), ["unexpected tensor"]),
     (storage("embedding", storage="int4"), ["embedding cannot be stored as int4"]),
     (edit_config(lambda c: c.update(hidden_size=64)), [SHARD.replace("2", "1", 1), "expected"]),
     (

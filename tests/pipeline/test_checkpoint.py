@@ -44,7 +44,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def expected(small):
     """Its parameters as read, which `test_parameters` compares with the tensors themselves."""
-    return parameters(Checkpoint(small[0]).groups())
+    return parameters(Checkpoint(small[0]).groups(storages()))
 
 
 def test_parameters(small, expected) -> None:
@@ -95,7 +95,7 @@ def test_the_shared_expert_fills_slots_of_the_routed_width(tmp_path: Path, width
     """It computes the same in slots of width 32, whether it is narrower or wider than a slot."""
     make_small(tmp_path / "c", shared_expert_intermediate_size=width)
     _, tensors = make_small(tmp_path / "d", shared_expert_intermediate_size=width)
-    group = parameters(Checkpoint(tmp_path / "c").groups())[1]
+    group = parameters(Checkpoint(tmp_path / "c").groups(storages()))[1]
     w13, w2 = (group[f"layers.0.mlp.experts.{w}"].float() for w in ("w13", "w2"))
     assert torch.equal(w13[:3], tensors[f"{MLP}.experts.gate_up_proj"].float())
     assert torch.equal(w2[:3], tensors[f"{MLP}.experts.down_proj"].float())
@@ -129,7 +129,7 @@ def test_forms(small, expected, tmp_path: Path, prefix: str, fused: bool, shards
     form = renamed(tensors if fused else per_expert(tensors), prefix)
     pieces = [dict(list(form.items())[i::shards]) for i in range(shards)]
     checkpoint = Checkpoint(write(tmp_path / "c", config, *pieces))
-    assert_equal(parameters(checkpoint.groups()), expected)
+    assert_equal(parameters(checkpoint.groups(storages())), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -140,7 +140,7 @@ def test_dtypes(small, expected, tmp_path: Path, dtype: torch.dtype) -> None:
         {n: t if n.endswith("inv_freq") else t.to(dtype) for n, t in group.items()}
         for group in expected
     ]
-    assert_equal(parameters(Checkpoint(tmp_path / "c").groups()), wanted)
+    assert_equal(parameters(Checkpoint(tmp_path / "c").groups(storages())), wanted)
 
 
 def test_vision_and_mtp_tensors_are_skipped_and_counted(small, expected, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_vision_and_mtp_tensors_are_skipped_and_counted(small, expected, tmp_pat
     }
     checkpoint = Checkpoint(write(tmp_path / "c", config, tensors, extra))
     assert checkpoint.skipped == 8
-    assert_equal(parameters(checkpoint.groups()), expected)
+    assert_equal(parameters(checkpoint.groups(storages())), expected)
 
 
 @pytest.mark.parametrize("head_in_file", [True, False])
@@ -164,7 +164,7 @@ def test_tied_embeddings(small, tmp_path: Path, head_in_file: bool) -> None:
     if not head_in_file:
         tensors = {n: t for n, t in tensors.items() if n != "lm_head.weight"}
     write(tmp_path / "c", config | {"tie_word_embeddings": True}, tensors)
-    groups = parameters(Checkpoint(tmp_path / "c").groups())
+    groups = parameters(Checkpoint(tmp_path / "c").groups(storages()))
     source = "lm_head.weight" if head_in_file else "model.embed_tokens.weight"
     assert torch.equal(groups[-1]["lm_head.weight"], tensors[source])
     theirs = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path / "c").lm_head.weight

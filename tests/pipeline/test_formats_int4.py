@@ -75,12 +75,13 @@ def test_values_and_scales_are_kept_whatever_the_flags(
 ) -> None:
     actual, expected = quantized(tmp_path, kind, ROUTED + SHARED + ATTENTION)
     kept = Int4(32, FORMATS[kind][2])
-    assert actual.kept == {"experts": kept, "attention": kept}
+    assert actual.kept == {"experts": kept, "shared_expert": kept, "attention": kept}
     source = QuantizedCheckpoint(actual, storages(qlinear, 64, "none"))
     chosen = storages(qlinear, 64)["head"]
     assert source.storages == {
         "embedding": Dense(),
         "experts": kept,
+        "shared_expert": kept,
         "attention": kept,
         "linear_attention": chosen,
         "head": chosen,
@@ -108,27 +109,43 @@ def test_float16_scales_are_not_rounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_dense_weights_of_a_part_join_the_others(tmp_path: Path, kind: str) -> None:
-    """The routed experts alone are quantized, as in Qwen's checkpoints, and so are the projections
-    of linear attention except for those of the gates."""
-    actual, expected = quantized(tmp_path, kind, ROUTED + LINEAR)
-    with pytest.warns(ConfigWarning) as caught:
+    """The projections of linear attention are quantized, except for those of the gates."""
+    actual, expected = quantized(tmp_path, kind, LINEAR)
+    said = (
+        "linear_attention arrives quantized, but for model.layers.0.lin.* and 1 more .* become INT4"
+    )
+    with pytest.warns(ConfigWarning, match=said):
         found = floats(QuantizedCheckpoint(actual, storages("none", 32, "none")))
-    messages = sorted(str(w.message) for w in caught)
-    assert "experts arrives quantized, but for model.layers.0.mlp.shared_expert." in messages[0]
-    assert "and 5 more weights" in messages[0] and "become INT4" in messages[0]
-    assert "linear_attention arrives quantized, but for model.layers.0.lin" in messages[1]
     meant = dense(expected)
-    for name, rows in (("mlp.experts.w13", 3), ("mlp.experts.w2", 3)):
-        name = f"layers.0.{name}"
-        assert torch.equal(found[name][:rows], meant[name][:rows])
-        error = (found[name] - meant[name]).norm() / meant[name][rows:].norm()
-        assert 0.01 < error < 0.2
     name, rows = "layers.0.linear_attn.in_proj.weight", -8
     assert torch.equal(found[name][:rows], meant[name][:rows])
     assert not torch.equal(found[name][rows:], meant[name][rows:])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         QuantizedCheckpoint(actual, storages("4w", 32))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_shared_expert_beside_quantized_experts(tmp_path: Path, kind: str) -> None:
+    """The routed experts alone are quantized, as in Qwen's checkpoints. The shared one follows the
+    flags; as INT4 it joins the tables, with the groups and the scales that they have."""
+    actual, expected = quantized(tmp_path, kind, ROUTED)
+    meant = dense(expected)
+    source = QuantizedCheckpoint(actual, storages("4w", 64, "none"))
+    assert source.storages["shared_expert"] == source.storages["experts"] == actual.kept["experts"]
+    joined = floats(source)
+    for name in ("layers.0.mlp.experts.w13", "layers.0.mlp.experts.w2"):
+        assert torch.equal(joined[name][:3], meant[name][:3])
+        error = (joined[name] - meant[name]).norm() / meant[name][3:].norm()
+        assert 0.01 < error < 0.2
+    apart = floats(QuantizedCheckpoint(actual, storages("none", 32, "none")))
+    assert torch.equal(apart["layers.0.mlp.experts.w13"], meant["layers.0.mlp.experts.w13"][:3])
+    down = apart["layers.0.mlp.shared_expert.down_proj.weight"]
+    assert torch.equal(down[:, :64], meant["layers.0.mlp.experts.w2"][3])
+    assert torch.equal(down[:, 64:], meant["layers.0.mlp.experts.w2"][4, :, :32])
+    gate_up = apart["layers.0.mlp.shared_expert.gate_up_proj.weight"]
+    gate, up = meant["layers.0.mlp.experts.w13"][3:].unflatten(1, (2, 64)).transpose(0, 1)
+    assert torch.equal(gate_up, torch.cat((gate.flatten(0, 1)[:96], up.flatten(0, 1)[:96])))
 
 
 def test_weights_that_no_storage_keeps_become_floats(tmp_path: Path) -> None:

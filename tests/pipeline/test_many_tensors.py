@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from checkpoints import GPTQ, SMALL, make_small
+from checkpoints import GPTQ, SMALL, make_small, storages
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import safetensors_file
@@ -119,7 +119,7 @@ def test_a_layer_takes_one_read_a_tensor(write_official, monkeypatch) -> None:
         return tensor
 
     monkeypatch.setattr(safetensors_file.SafetensorsFile, "read", counted)
-    groups = checkpoint.groups()
+    groups = checkpoint.groups(storages())
     assert list(next(groups)) == ["embed_tokens.weight"] and read.total() == 1
     read.clear()
     next(groups)

@@ -6,7 +6,13 @@ from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
 from et_moe.backends.cuda.triton.embedding.op import embedding_w8
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net, gated_delta_rule
-from et_moe.backends.cuda.triton.linear.op import linear_w4a8, linear_w4a16
+from et_moe.backends.cuda.triton.linear.dense import linear
+from et_moe.backends.cuda.triton.linear.op import (
+    linear_w4a8,
+    linear_w4a16,
+    linear_w8a8,
+    linear_w8a16,
+)
 from et_moe.backends.cuda.triton.moe.op import moe_w4a8, moe_w4a16
 from et_moe.backends.cuda.triton.quantization.op import quantize_int8, silu_quantize_int8
 from et_moe.backends.cuda.triton.router.op import moe_router
@@ -18,8 +24,11 @@ TRITON_OPS: dict[str, Callable] = {
     "embedding_w8": embedding_w8,
     "gated_delta_net": gated_delta_net,
     "gated_delta_rule": gated_delta_rule,
+    "linear": linear,
     "linear_w4a8": linear_w4a8,
     "linear_w4a16": linear_w4a16,
+    "linear_w8a8": linear_w8a8,
+    "linear_w8a16": linear_w8a16,
     "moe_router": moe_router,
     "moe_w4a8": moe_w4a8,
     "moe_w4a16": moe_w4a16,

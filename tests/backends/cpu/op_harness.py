@@ -18,6 +18,7 @@ from et_moe.backends.ops.sequences import is_padding
 
 TOKENS = (1, 2, 3, 15, 16, 17, 65)
 DTYPES = (torch.float32, torch.bfloat16)
+LINEAR_OPS = ("linear", "linear_w4a8", "linear_w4a16", "linear_w8a8", "linear_w8a16")
 INVALID_ARGUMENT = 0x12
 
 _SCALAR_TYPES = {
@@ -41,6 +42,15 @@ def quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """INT4 weights and scales, some of them negative."""
     return ops.quantize_w4(weight, group_size, scale_dtype=scale_dtype)
+
+
+def linear_weights(op: str, weight: torch.Tensor, group_size: int = 64) -> list:
+    """The arguments of a linear op that stand for a float weight."""
+    if op == "linear":
+        return [weight]
+    if op.startswith("linear_w8"):
+        return [*ops.quantize_w8(weight)]
+    return [*quantized(weight, group_size), group_size]
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ class Harness:
 
 def _rounds(op: str, args: Sequence) -> bool:
     """Whether the op rounds an intermediate result to INT8 or bfloat16."""
-    return op in ("linear_w4a8", "moe_w4a8", "silu_quantize_int8") or any(
+    return op in ("linear_w4a8", "linear_w8a8", "moe_w4a8", "silu_quantize_int8") or any(
         t.dtype == torch.bfloat16 for t in _tensors(args)[:1]
     )
 

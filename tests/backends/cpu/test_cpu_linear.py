@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_harness import TOKENS, Harness, normal, quantized
+from op_harness import LINEAR_OPS, TOKENS, Harness, linear_weights, normal, quantized
 
 from et_moe.backends import ops
 
@@ -40,11 +40,11 @@ def test_linear_with_weights_of_another_dtype(harness: Harness, dtype: torch.dty
     harness.compare("linear", [args])
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_w4a8", "linear_w4a16"])
+@pytest.mark.parametrize("op", LINEAR_OPS)
 def test_norm_and_residual(harness: Harness, op: str, dtype: torch.dtype) -> None:
     columns = 192
     weight = normal(40, columns, dtype=dtype, seed=1)
-    weights = [weight] if op == "linear" else [*quantized(weight, 64), 64]
+    weights = linear_weights(op, weight)
     for norm, add in ((True, False), (False, True), (True, True)):
         calls = [
             [
@@ -80,11 +80,22 @@ def test_float16_scales(harness: Harness, op: str, columns: int, group: int) -> 
     harness.compare(op, [[normal(t, columns, seed=t), *weights] for t in TOKENS])
 
 
-def test_linear_int4_large_enough_for_threads(harness: Harness) -> None:
-    weights = [*quantized(normal(2083, 512, seed=1), 128), 128]
-    calls = [[normal(t, 512, seed=t), *weights] for t in (1, 67, 131)]
-    harness.compare("linear_w4a8", calls)
-    harness.compare("linear_w4a16", calls)
+@pytest.mark.parametrize("op", ["linear_w8a8", "linear_w8a16"])
+@pytest.mark.parametrize("columns", [40, 96, 192, 256, 301])
+def test_linear_int8(harness: Harness, op: str, columns: int, dtype: torch.dtype) -> None:
+    """One row of the weight is zero, and one has a scale that is subnormal."""
+    weight = normal(75, columns, seed=1)
+    weight[2], weight[3] = 0.0, weight[3] * 1e-37
+    weights = linear_weights(op, weight)
+    assert 0 < weights[1][3] < torch.finfo(torch.bfloat16).tiny
+    calls = [[normal(t, columns, dtype=dtype, seed=t), *weights] for t in TOKENS]
+    harness.compare(op, [*calls, [_extremes(5, columns, dtype), *weights]])
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS[1:])
+def test_linear_large_enough_for_threads(harness: Harness, op: str) -> None:
+    weights = linear_weights(op, normal(2083, 512, seed=1), 128)
+    harness.compare(op, [[normal(t, 512, seed=t), *weights] for t in (1, 67, 131)])
 
 
 @pytest.mark.parametrize("op", ["quantize_int8", "silu_quantize_int8"])
@@ -117,11 +128,12 @@ def test_embedding_refuses_tokens_outside_the_table(harness: Harness, bad: int) 
     )
 
 
+@pytest.mark.parametrize("op", ["linear_w4a8", "linear_w8a8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_activations_stay_visible(harness: Harness, value: float) -> None:
+def test_broken_activations_stay_visible(harness: Harness, op: str, value: float) -> None:
     x = normal(2, 128, seed=1)
     x[1, 70] = value
-    args = [x, *quantized(normal(8, 128, seed=2), 32), 32]
-    result = harness.run("linear_w4a8", [args])[0][0]
-    torch.testing.assert_close(result.tensors[0][0], ops.linear_w4a8(*args)[0])
+    args = [x, *linear_weights(op, normal(8, 128, seed=2), 32)]
+    result = harness.run(op, [args])[0][0]
+    torch.testing.assert_close(result.tensors[0][0], getattr(ops, op)(*args)[0])
     assert not result.tensors[0][1].isfinite().any()

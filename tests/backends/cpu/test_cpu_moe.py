@@ -72,6 +72,8 @@ def test_moe_with_uneven_routing(harness: Harness, op: str, dtype: torch.dtype) 
     _, some = _route(tokens, 2)
     some[::3] = -1
     some[1::3, 0] = -7
+    some[2::3, 1] = EXPERTS
+    some[5::9, 0] = 2**31 - 1
     values, _ = _route(tokens, 2)
     routings = [one, some, torch.full_like(one, 3), torch.full_like(one, -1)]
     calls = [_call(op, tokens, (values, ids), weights, 32, dtype) for ids in routings]
@@ -92,19 +94,6 @@ def test_moe_large_enough_for_threads(harness: Harness) -> None:
         _call("moe_w4a8", t, _route(t, 4, seed=t), weights, 64, torch.float32) for t in (1, 3, 90)
     ]
     harness.compare("moe_w4a8", calls)
-
-
-@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
-@pytest.mark.parametrize("bad", [EXPERTS, 2**31 - 1])
-def test_moe_refuses_experts_outside_the_table(harness: Harness, op: str, bad: int) -> None:
-    weights = _weights(op, 64, 32, 32, torch.float32)
-    values, ids = _route(3, 2)
-    ids[1, 1] = bad
-    harness.refuse(
-        op,
-        _call(op, 3, (values, ids), weights, 32, torch.float32),
-        f"et_moe::{op}: topk_ids: expert {bad} of token 1 is outside 0..5",
-    )
 
 
 @pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 1), (8, 2), (9, 1)])

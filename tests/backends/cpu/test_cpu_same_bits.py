@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from op_harness import Harness, normal, quantized
+from op_harness import LINEAR_OPS, Harness, linear_weights, normal, quantized
 from test_cpu_attention import attention_call
 from test_cpu_gated_delta_net import conv_call, net_call, rule_call
 from torch import Tensor
@@ -84,11 +84,11 @@ def _check(harness: Harness, op: str, args: Sequence, *arguments) -> None:
             choice.check(result.tensors, together)
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_w4a8", "linear_w4a16"])
+@pytest.mark.parametrize("op", LINEAR_OPS)
 @pytest.mark.parametrize("columns", [192, 256])
 def test_linear(harness: Harness, op: str, columns: int, dtype: torch.dtype) -> None:
     weight = normal(75, columns, dtype=dtype, seed=1)
-    weights = [weight] if op == "linear" else [*quantized(weight, 64), 64]
+    weights = linear_weights(op, weight)
     norm, residual = normal(columns, dtype=dtype, seed=2), normal(COUNT, 75, dtype=dtype, seed=3)
     x = normal(COUNT, columns, dtype=dtype, seed=4)
     args = [x, *weights, norm, 1e-6, residual]

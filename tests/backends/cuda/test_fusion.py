@@ -23,7 +23,7 @@ class Net(nn.Module):
 
     def forward(self, x, residual, num_tokens, linear, net, state):
         op = getattr(torch.ops.et_moe, self.op)
-        weights = linear[:1] if self.op == "linear" else (*linear, GROUP)
+        weights = {"linear": linear[:1], "linear_w8a8": linear}.get(self.op, (*linear, GROUP))
         y = op(x, *weights, eps=1e-5, residual=residual if self.residual else None)
         out = torch.ops.et_moe.gated_delta_net(y, *net, *state, 1e-4, num_tokens)
         return out, y.sum() if self.shared else None
@@ -33,14 +33,16 @@ def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, d
     """The targets of the graph's nodes, and the keyword arguments of the fused node if there is
     one."""
     with FakeTensorMode():
-        weight = torch.empty((WIDTH, k // 2), dtype=torch.uint8)
+        weight, scale = torch.empty((WIDTH, k // 2), dtype=torch.uint8), (WIDTH, k // GROUP)
         if model.op == "linear":
             weight = torch.empty((WIDTH, k))
+        elif model.op == "linear_w8a8":
+            weight, scale = torch.empty((WIDTH, k), dtype=torch.int8), (WIDTH, 1)
         arguments = (
             torch.empty(tokens, k),
             torch.empty(tokens, WIDTH),
             torch.empty(1, dtype=torch.int64) if num_tokens else None,
-            (weight, torch.empty((WIDTH, k // GROUP), dtype=torch.bfloat16)),
+            (weight, torch.empty(scale, dtype=torch.bfloat16)),
             (torch.empty(CHANNELS, TAPS), torch.empty(HEADS), torch.empty(HEADS), torch.empty(DIM)),
             (
                 torch.empty(1, TAPS - 1, CHANNELS),
@@ -57,11 +59,14 @@ def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, d
     return next((n.kwargs for n in calls if n.target is gated_delta_net_projected), None), calls
 
 
-@pytest.mark.parametrize(("op", "planes"), [("linear_w4a8", 1), ("linear_w4a16", 2)])
-def test_one_token(op, planes):
+@pytest.mark.parametrize(
+    ("op", "planes", "group"),
+    [("linear_w4a8", 1, GROUP), ("linear_w4a16", 2, GROUP), ("linear_w8a8", 1, None)],
+)
+def test_one_token(op, planes, group):
     kwargs, calls = fused(Net(op))
     assert len(calls) == 1
-    assert kwargs["planes"] == planes and kwargs["group_size"] == GROUP
+    assert kwargs["planes"] == planes and kwargs["group_size"] == group
     assert kwargs["input_norm_weight"] is None
     assert (kwargs["input_eps"], kwargs["eps"]) == (1e-5, 1e-4)
     assert kwargs["slots"].meta["val"].dtype == torch.int32

@@ -18,7 +18,7 @@ from et_moe.pipeline.export import build_graphs
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.models import Sizes
 from et_moe.pipeline.quantize import QuantizedCheckpoint
-from et_moe.pipeline.storage import Precision
+from et_moe.pipeline.storage import Dense, Int4, Int8PerRow, Precision
 
 SAMPLING = {
     "temperature": torch.zeros(1),
@@ -81,10 +81,29 @@ class Side:
         return executor.results
 
 
-def lower(directory: Path, precision: str, dtype: torch.dtype, sizes: Sizes) -> tuple:
+STORED = {
+    "4w": {"shared_expert": Int4(32)},
+    "others": {
+        "attention": Dense(),
+        "linear_attention": Int8PerRow(),
+        "shared_expert": Dense(),
+        "head": Int8PerRow(),
+    },
+}
+"""How parts are stored, if not as INT4."""
+
+
+def lower(
+    directory: Path,
+    precision: str,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    stored: str = "4w",
+) -> tuple:
     """The graphs of a random model, its weights, and its weights as kernels take them."""
     make_checkpoint(directory, MODEL, "tiny", seed=3, overrides=SMALL_FOR_CUDA)
-    source = QuantizedCheckpoint(Checkpoint(directory), storages("4w", 32, "8w"))
+    parts = storages("4w", 32, "8w") | STORED[stored]
+    source = QuantizedCheckpoint(Checkpoint(directory), parts)
     graphs = build_graphs(source.config, Precision(source.storages, precision, dtype), sizes)
     weights = {name: tensor for group in source.groups() for name, tensor in group.items()}
     nodes = graphs["decode"].input_nodes()
@@ -93,10 +112,12 @@ def lower(directory: Path, precision: str, dtype: torch.dtype, sizes: Sizes) -> 
     return graphs, weights, dict(plan_weights(graphs).pack(weights))
 
 
-@pytest.fixture(params=["int8", "bf16"])
+@pytest.fixture(params=[("4w", "int8"), ("4w", "bf16"), ("others", "int8")], ids="-".join)
 def sides(request, tmp_path) -> tuple[Side, Side]:
     """A random fp32 model computed by the references, and computed by the Triton kernels."""
-    graphs, weights, packed = lower(tmp_path, request.param, torch.float32, Sizes(64, 64, 4))
+    graphs, weights, packed = lower(
+        tmp_path, request.param[1], torch.float32, Sizes(64, 64, 4), request.param[0]
+    )
     return Side(graphs, weights, {}), Side(graphs, packed, TRITON_OPS)
 
 
@@ -144,8 +165,8 @@ def test_prefill_with_padding_then_decode(sides) -> None:
     for i, token in enumerate((8, 250)):
         inputs = {"tokens": torch.tensor([[token]])} | places([7 + i], [1], [2])
         fused |= run_both(sides, "decode", inputs, None)
-    # The one fusion is in decode: the projection of the only gated delta net.
-    assert len(fused) == 1 and fused.pop().startswith("linear_w4a")
+    # The one fusion is in decode: the quantized projection of the only gated delta net.
+    assert len(fused) == 1 and fused.pop().startswith("linear_w")
 
 
 def test_decode_of_several_sequences(sides) -> None:

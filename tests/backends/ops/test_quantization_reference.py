@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from et_moe.backends import ops
-from et_moe.backends.ops.quantization import matmul_w4a8
+from et_moe.backends.ops.quantization import (
+    matmul_w4a8,
+    matmul_w8a8,
+    sum_groups,
+    sum_groups_in_order,
+)
 
 ROWS = 2000
 GROUPS = pytest.mark.parametrize("group_size", ops.GROUP_SIZES)
@@ -257,3 +262,33 @@ def test_matmul_w4a8_is_the_product_of_the_dequantized(group_size: int, tile: in
     expected = activations @ ops.dequantize_w4(*weight, group_size).double().T
     actual = matmul_w4a8(q, scale, tile, *weight, group_size).double()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [128, 200])
+@pytest.mark.parametrize("tile", [32, 128])
+def test_matmul_w8a8_is_the_product_of_the_dequantized(columns: int, tile: int) -> None:
+    weight = ops.quantize_w8(torch.randn(24, columns, generator=rng(8)))
+    q, scale = ops.quantize_int8(torch.randn(7, columns, generator=rng(9)), tile)
+    activations = q.double() * scale.double().repeat_interleave(tile, dim=1)[:, :columns]
+    expected = activations @ ops.dequantize_w8(*weight).double().T
+    actual = matmul_w8a8(q, scale, tile, *weight).double()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@GROUPS
+def test_groups_are_summed_in_the_order_that_is_written_out(group_size: int) -> None:
+    """So a GPU, which sums in its own order, quantizes to the bits of a CPU."""
+    for _, weight in distributions(4 * group_size):
+        values = weight.unflatten(-1, (4, group_size))
+        assert torch.equal(sum_groups_in_order(values), sum_groups(values))
+    values = torch.randn(ROWS, 4, group_size, generator=rng())
+    assert not torch.equal(values.flip(-1).sum(-1, keepdim=True), sum_groups(values))
+
+
+@METHODS
+def test_the_bits_do_not_depend_on_how_rows_are_shared_out(method: str) -> None:
+    weight = torch.randn(3, 40, 256, generator=rng()).bfloat16()
+    packed, scale = ops.quantize_w4(weight, 64, method)
+    rows = [ops.quantize_w4(row, 64, method) for row in weight.flatten(0, 1).split(7)]
+    assert torch.equal(torch.cat([r[0] for r in rows]), packed.flatten(0, 1))
+    assert torch.equal(torch.cat([r[1] for r in rows]), scale.flatten(0, 1))

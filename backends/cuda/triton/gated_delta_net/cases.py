@@ -65,7 +65,7 @@ def _batch_case(name: str, *shape) -> OpCase:
 _QWEN3_5_35B = (torch.bfloat16, 16, 32, 128)
 
 
-def _projected_case(planes: int) -> OpCase:
+def _projected_case(planes: int, bits: int) -> OpCase:
     hidden = 2048
 
     def arguments(m, device):
@@ -74,7 +74,7 @@ def _projected_case(planes: int) -> OpCase:
         del given["num_tokens"]
         return given | {
             "x": random_tensor(m, hidden, device=device),
-            **example_weight(n, hidden, device),
+            **({"group_size": None} | example_weight(n, hidden, device, bits)),
             "input_norm_weight": random_tensor(hidden, device=device),
             "input_eps": 1e-6,
             "planes": planes,
@@ -82,12 +82,12 @@ def _projected_case(planes: int) -> OpCase:
         }
 
     return OpCase(
-        f"gated_delta_net_projected/w4a{8 * planes}",
+        f"gated_delta_net_projected/w{bits}a{8 * planes}",
         gated_delta_net_projected,
         arguments,
-        tables=("linear_gemv", "gated_delta_step"),
+        tables=(f"linear_w{bits}_gemv", "gated_delta_step"),
         tokens=(1,),
-        streams={"_w4_gemv_kernel": ("weight",), **_STREAMS},
+        streams={"_gemv_kernel": ("weight",), **_STREAMS},
     )
 
 
@@ -105,8 +105,9 @@ def _rule_arguments(m: int, device: torch.device) -> dict:
 
 
 CASES = [
-    _projected_case(1),
-    _projected_case(2),
+    _projected_case(1, bits=4),
+    _projected_case(2, bits=4),
+    _projected_case(1, bits=8),
     OpCase(
         "gated_delta_rule",
         gated_delta_rule,

@@ -87,7 +87,7 @@ def gated_delta_net_projected(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
-    group_size: int,
+    group_size: int | None,
     input_norm_weight: torch.Tensor | None,
     input_eps: float,
     planes: int,
@@ -107,7 +107,8 @@ def gated_delta_net_projected(
 
     Args:
         x, weight, scale, group_size, input_norm_weight, input_eps: as `linear_w4a8` takes them for
-            planes 1, or `linear_w4a16` for planes 2; x is `[1, K]` with K as in `supports_k`.
+            planes 1, or `linear_w4a16` for planes 2; with group_size None, as `linear_w8a8` and
+            `linear_w8a16` take them. x is `[1, K]` with K as in `supports_k`.
         conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, slots, eps: as
             `gated_delta_net` takes them.
 

@@ -4,11 +4,24 @@ import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
 from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
-from et_moe.backends.cuda.triton.linear.op import linear_w4a8, linear_w4a16
+from et_moe.backends.cuda.triton.linear.dense import linear
+from et_moe.backends.cuda.triton.linear.op import (
+    linear_w4a8,
+    linear_w4a16,
+    linear_w8a8,
+    linear_w8a16,
+)
 
 
-def example_weight(n: int, k: int, device: torch.device) -> dict:
-    """Weight, scale and group_size of a linear layer, k a multiple of 256, as keyword arguments."""
+def example_weight(n: int, k: int, device: torch.device, bits: int = 4) -> dict:
+    """A weight of a linear layer, k a multiple of 256, as keyword arguments."""
+    if bits == 16:
+        return {"weight": random_tensor(n, k, device=device)}
+    if bits == 8:
+        return {
+            "weight": torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device),
+            "scale": torch.full((n, 1), 2.0**-7, dtype=torch.bfloat16, device=device),
+        }
     return {
         "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
         # Two bf16 of 2^-7 in an int32.
@@ -17,11 +30,11 @@ def example_weight(n: int, k: int, device: torch.device) -> dict:
     }
 
 
-def _arguments(n: int, k: int, norm: bool, residual: bool, dtype: torch.dtype = torch.bfloat16):
+def _arguments(n: int, k: int, norm: bool, residual: bool, bits: int, dtype=torch.bfloat16):
     def arguments(m, device):
         return {
             "x": random_tensor(m, k, device=device, dtype=dtype),
-            **example_weight(n, k, device),
+            **example_weight(n, k, device, bits),
             "norm_weight": random_tensor(k, device=device) if norm else None,
             "residual": random_tensor(m, n, device=device) if residual else None,
         }
@@ -36,26 +49,55 @@ _SHAPES = {
 }
 
 
-def _cases(op) -> list[OpCase]:
-    def case(name, arguments, tokens, *kernels, tables=(op.__name__, "linear_gemv", "linear_rows")):
-        gemms = frozenset(kernels) & {"_w4_gemm_kernel"}
+_KERNELS = ("_gemv_kernel", "_rows_kernel", "_gemm_kernel")
+
+
+def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
+    gemv, few = f"linear_w{bits}_gemv", f"linear_w{bits}_rows"
+
+    def case(name, arguments, tokens, *kernels, tables=(op.__name__, gemv, few)):
+        gemms = frozenset(kernels) & {"_gemm_kernel"}
         streams = {kernel: ("weight",) for kernel in kernels}
         return OpCase(f"{op.__name__}/{name}", op, arguments, tables, tokens, gemms, streams)
 
-    kernels = ("_w4_gemv_kernel", "_w4_rows_kernel", "_w4_gemm_kernel")
-    lm_head = _arguments(248320, 2048, True, False, torch.float32)
-    rows = (LINEAR_ROWS,)
-    return [
-        *(
-            case(name, _arguments(*shape), (1, LINEAR_ROWS, PREFILL_TOKENS), *kernels)
-            for name, shape in _SHAPES.items()
-        ),
-        case("lm_head", lm_head, (1,), kernels[0], tables=("linear_gemv",)),
-        case("lm_head_of_a_batch", lm_head, rows, kernels[1], tables=("linear_rows",)),
+    found = [
+        case(name, _arguments(*shape, bits), (1, LINEAR_ROWS, PREFILL_TOKENS), *_KERNELS)
+        for name, shape in shapes.items()
     ]
+    lm_head = _arguments(248320, 2048, True, False, bits, torch.float32)
+    if head:
+        found += [
+            case("lm_head", lm_head, (1,), _KERNELS[0], tables=(gemv,)),
+            case("lm_head_of_a_batch", lm_head, (LINEAR_ROWS,), _KERNELS[1], tables=(few,)),
+        ]
+    return found
 
 
-CASES = [*_cases(linear_w4a8), *_cases(linear_w4a16)]
+# Of INT8 weights the shapes that differ in what is fused.
+_TWO = {name: _SHAPES[name] for name in ("in_proj", "out_proj")}
+
+CASES = [
+    *_cases(linear_w4a8, 4, _SHAPES),
+    *_cases(linear_w4a16, 4, _SHAPES),
+    *_cases(linear_w8a8, 8, _TWO),
+    *_cases(linear_w8a16, 8, {"in_proj": _SHAPES["in_proj"]}, head=False),
+    OpCase(
+        "linear/in_proj",
+        linear,
+        _arguments(*_SHAPES["in_proj"], 16),
+        ("linear_dense", "linear_dense_rows"),
+        (1, LINEAR_ROWS, PREFILL_TOKENS),
+        streams={"_dense_rows_kernel": ("weight",), "_dense_gemm_kernel": ("weight",)},
+    ),
+    OpCase("linear/out_proj", linear, _arguments(*_SHAPES["out_proj"], 16), tokens=(LINEAR_ROWS,)),
+    OpCase(
+        "linear/lm_head",
+        linear,
+        _arguments(248320, 2048, True, False, 16, torch.float32),
+        ("linear_dense_fp32", "linear_dense_rows"),
+        (1, PREFILL_TOKENS),
+    ),
+]
 
 _FEW = ((16, 16, 2), (16, 32, 2), (16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4))
 _SOME = ((32, 64, 4), (64, 64, 4))
@@ -79,9 +121,20 @@ _ROWS = [
     for rows, warps in ((64, 2), (128, 2), (64, 4), (128, 4), (256, 4), (128, 8), (256, 8))
 ]
 
+# A row of an INT8 weight has twice the blocks of an INT4 one.
+_GEMV_INT8 = [config | {"SPAN": 2 * config["SPAN"]} for config in _GEMV]
+_DENSE_ROWS = [{"BLOCK_N": n, "num_warps": w} for n, w in ((2, 2), (4, 4), (8, 4), (8, 8))]
+
 CANDIDATES = {
+    "linear_dense": [config | {"BLOCK_K": 64} for config in _GEMM],
+    "linear_dense_fp32": [config | {"BLOCK_K": 32} for config in _GEMM],
+    "linear_dense_rows": _DENSE_ROWS,
     "linear_w4a8": _GEMM,
     "linear_w4a16": _GEMM,
-    "linear_gemv": _GEMV,
-    "linear_rows": _ROWS,
+    "linear_w8a8": _GEMM,
+    "linear_w8a16": _GEMM,
+    "linear_w4_gemv": _GEMV,
+    "linear_w4_rows": _ROWS,
+    "linear_w8_gemv": _GEMV_INT8,
+    "linear_w8_rows": _ROWS,
 }

@@ -1,4 +1,4 @@
-"""A linear layer with INT4 weights on one row, in one launch, perhaps with a convolution behind it.
+"""A linear layer with INT4 or INT8 weights on one row, in one launch, perhaps with a convolution.
 
 What counts is the time from the row's arrival to the result. The weights are on their way earlier,
 into the registers in which they are used. The matrix unit would need them in shared memory, behind
@@ -12,17 +12,17 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.causal_conv1d.decode import load_conv_window, store_convolved
 from et_moe.backends.cuda.triton.common.dependent_launch import prefetch, wait_for_previous
-from et_moe.backends.cuda.triton.common.int4 import (
-    NIBBLE_SCALE,
-    UPPER_NIBBLES,
-    dot_words,
-    pack_bytes,
-)
+from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, pack_bytes
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.rms_norm import apply_rms_norm
 from et_moe.backends.cuda.triton.common.store_once import store_once
 from et_moe.backends.cuda.triton.linear.layout import point_to_scale_pairs, split_scale_pair
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_tiles, take_plane
+from et_moe.backends.cuda.triton.linear.words import (
+    multiply_apart,
+    multiply_parts,
+    unpack_words,
+)
 from et_moe.backends.cuda.triton.tuning import find_config
 
 
@@ -38,26 +38,59 @@ def _split_every_fourth(words):
 
 @triton.jit
 def _split_row(
-    r, PLANE: tl.constexpr, PLANES: tl.constexpr, RUNS: tl.constexpr, SPAN: tl.constexpr
+    r,
+    PLANE: tl.constexpr,
+    PLANES: tl.constexpr,
+    RUNS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """Brings a plane of the row into the order of the weights that it is multiplied with.
 
     Args:
-        r: the row as from `quantize_tiles`, `[2 RUNS SPAN, 128]`.
+        r: the row as from `quantize_tiles`, `[8 / BITS RUNS SPAN, 128]`.
 
     Returns:
-        The bytes for the low and for the high nibbles, four to an int32, each as from
+        The bytes for each part of the weights (`unpack_words`), four to an int32, each as from
         `_split_every_fourth`: four `[RUNS, 1, 8 SPAN]`.
     """
-    bytes4 = _split_every_fourth(tl.reshape(take_plane(r, PLANE, PLANES), (2, RUNS * SPAN, 128)))
+    shape: tl.constexpr = (8 // BITS, RUNS * SPAN, 128)
+    bytes4 = _split_every_fourth(tl.reshape(take_plane(r, PLANE, PLANES), shape))
     words = pack_bytes(bytes4[0], bytes4[1], bytes4[2], bytes4[3])
-    words = tl.reshape(words, (RUNS, SPAN, 2, 32)).permute(0, 1, 3, 2)
-    low, high = tl.reshape(words, (RUNS, 1, 32 * SPAN, 2)).split()
-    return _split_every_fourth(low), _split_every_fourth(high)
+    if BITS == 8:
+        return (_split_every_fourth(tl.reshape(words, (RUNS, 1, 32 * SPAN))),)
+    else:
+        words = tl.reshape(words, (RUNS, SPAN, 2, 32)).permute(0, 1, 3, 2)
+        low, high = tl.reshape(words, (RUNS, 1, 32 * SPAN, 2)).split()
+        return _split_every_fourth(low), _split_every_fourth(high)
 
 
 @triton.jit
-def _w4_gemv_kernel(
+def _split_scales(scale, RUNS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr):
+    """The scales of the row's tiles for the pieces of each part of the weights.
+
+    Args:
+        scale: as from `quantize_tiles`, `[8 / BITS RUNS SPAN]`.
+
+    Returns:
+        fp32 `[RUNS, 1, 8 SPAN]` of each part.
+    """
+    if BITS == 8:
+        # Neighbours lie in different threads, and bringing them together takes the tensor into
+        # another layout. In its own, the compiler would bring the products of all weights to the
+        # few threads that have the scales.
+        even, odd = tl.reshape(scale, (RUNS * SPAN // 2, 2)).split()
+        scale = tl.reshape(tl.join(even, odd), (RUNS, SPAN, 1))
+        scale = tl.broadcast_to(scale, (RUNS, SPAN, 8))
+        return (tl.reshape(scale, (RUNS, 1, 8 * SPAN)),)
+    else:
+        scale = tl.reshape(scale * NIBBLE_SCALE, (RUNS, SPAN, 1, 2))
+        scale = tl.broadcast_to(scale, (RUNS, SPAN, 8, 2))
+        return tl.reshape(scale, (RUNS, 1, 8 * SPAN, 2)).split()
+
+
+@triton.jit
+def _gemv_kernel(
     x,
     norm_weight,
     weight,
@@ -74,22 +107,25 @@ def _w4_gemv_kernel(
     BLOCKS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     REPEAT: tl.constexpr,
 ):
     """RMSNorm, quantization, product and residual of one row, and perhaps a convolution.
 
-    K is BLOCKS blocks of 256 columns, and a row of the weight is RUNS runs of SPAN blocks. A thread
-    has pieces of 16 bytes: 16 columns of the first half of a block in the low nibbles, and 16 of
-    the second half in the high ones. Threads lie along a run first, then along N, then along the
-    runs. If BLOCK_N runs have at least as many pieces as there are threads, no result needs more
-    than one warp, and a thread uses 32 columns of x per run. So a small SPAN takes few shuffles and
-    many registers. A program computes REPEAT times BLOCK_N results.
+    A row of the weight is BLOCKS blocks of 128 bytes, and RUNS runs of SPAN blocks. A thread has
+    pieces of 16 bytes. Of INT8 weights these are 16 columns; of INT4 weights, 16 columns of the
+    first half of a block's 256 in the low nibbles, and 16 of the second half in the high ones.
+    Threads lie along a run first, then along N, then along the runs. If BLOCK_N runs have at least
+    as many pieces as there are threads, no result needs more than one warp, and a thread uses 16 or
+    32 columns of x per run. So a small SPAN takes few shuffles and many registers. A program
+    computes REPEAT times BLOCK_N results.
 
     With conv_weight the row is one token, whose first CHANNELS results are convolved over time.
     """
     HALF: tl.constexpr = 128
+    TILES: tl.constexpr = BLOCKS * 8 // BITS
     RUNS: tl.constexpr = BLOCKS // SPAN
     PIECES: tl.constexpr = SPAN * (HALF // 16)
     WORDS: tl.constexpr = BLOCK_N * BLOCKS * (HALF // 4)
@@ -103,13 +139,17 @@ def _w4_gemv_kernel(
     if REPEAT > 1:
         prefetch(weight + WORDS, 4 * WORDS)
     weight += (row * RUNS + run) * (4 * PIECES) + word
-    part = (run * PIECES + piece) * 16 // GROUP
     # The scales are contiguous along N; without the hint they would be loaded in another layout
     # than the weights.
     SCALE_TYPE: tl.constexpr = weight_scale.dtype.element_ty
-    weight_scale = point_to_scale_pairs(weight_scale)
-    weight_scale = tl.max_contiguous(weight_scale + (part * N + (first_n + row)), (1, 1, 1))
-    at = tl.arange(0, 2 * BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    if BITS == 4:
+        group = (run * PIECES + piece) * 16 // GROUP
+        weight_scale = point_to_scale_pairs(weight_scale)
+        weight_scale = tl.max_contiguous(weight_scale + (group * N + (first_n + row)), (1, 1, 1))
+    else:
+        copies = tl.broadcast_to(row, (1, BLOCK_N, PIECES))
+        weight_scale = tl.max_contiguous(weight_scale + (first_n + copies), (1, 1, 1))
+    at = tl.arange(0, TILES)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     # All loads are on their way before the first value is needed, and those of the weights before x
     # exists. The weights are read once; the L2 cache shall keep what kernels hand on instead.
     w, scales = tl.load(weight, eviction_policy="evict_first"), tl.load(weight_scale)
@@ -124,29 +164,28 @@ def _w4_gemv_kernel(
     if residual is not None:
         addend = tl.load(residual + n)
     if norm_weight is not None:
-        squares = tl.sum(tl.reshape(value * value, (BLOCKS * 2 * HALF,)), axis=0)
-        value = apply_rms_norm(value, gain, squares / (BLOCKS * 2 * HALF), eps, x.dtype.element_ty)
+        squares = tl.sum(tl.reshape(value * value, (TILES * HALF,)), axis=0)
+        value = apply_rms_norm(value, gain, squares / (TILES * HALF), eps, x.dtype.element_ty)
     r, x_scale = quantize_tiles(value, PLANES)
-    x_scale = tl.reshape(x_scale * NIBBLE_SCALE, (RUNS, SPAN, 1, 2))
-    x_scale = tl.broadcast_to(x_scale, (RUNS, SPAN, PIECES // SPAN, 2))
-    low_scale, high_scale = tl.reshape(x_scale, (RUNS, 1, PIECES, 2)).split()
-    q_low, q_high = _split_row(r, 0, PLANES, RUNS, SPAN)
-    if PLANES == 2:
-        q0_low, q0_high = _split_row(r, 1, PLANES, RUNS, SPAN)
+    x_scales = _split_scales(x_scale, RUNS, SPAN, BITS)
+    q = _split_row(r, 0, PLANES, RUNS, SPAN, BITS)
+    q0 = _split_row(r, 1, PLANES, RUNS, SPAN, BITS) if PLANES == 2 else q
 
     for i in tl.static_range(REPEAT):
         if i + 1 < REPEAT:
             next_w = tl.load(weight + (i + 1) * WORDS, eviction_policy="evict_first")
             next_scales = tl.load(weight_scale + (i + 1) * BLOCK_N)
         zero = tl.zeros((RUNS, BLOCK_N, PIECES), tl.int32)
-        w_low = _split_every_fourth((w << 4) & UPPER_NIBBLES)
-        w_high = _split_every_fourth(w & UPPER_NIBBLES)
-        low, high = dot_words(w_low, q_low, zero), dot_words(w_high, q_high, zero)
-        if PLANES == 2:
-            low, high = dot_words(w_low, q0_low, low << 7), dot_words(w_high, q0_high, high << 7)
-        low_group, high_group = split_scale_pair(scales, SCALE_TYPE)
-        y = low.to(tl.float32) * (low_group * low_scale)
-        y += high.to(tl.float32) * (high_group * high_scale)
+        words = ()
+        for part in tl.static_range(8 // BITS):
+            words += (_split_every_fourth(unpack_words(w, part, BITS)),)
+        sums = multiply_parts(words, q, q0, zero, PLANES)
+        if BITS == 4:
+            low_group, high_group = split_scale_pair(scales, SCALE_TYPE)
+            y = sums[0].to(tl.float32) * (low_group * x_scales[0])
+            y += sums[1].to(tl.float32) * (high_group * x_scales[1])
+        else:
+            y = multiply_apart(sums[0].to(tl.float32), scales.to(tl.float32) * x_scales[0])
         y = tl.sum(tl.sum(y, axis=0), axis=1)
         if residual is not None:
             y += addend.to(tl.float32)
@@ -177,16 +216,17 @@ def linear_decode(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
-    group_size: int,
+    group_size: int | None,
     norm_weight: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
     planes: int,
     conv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`linear_w4a8` (one plane) or `linear_w4a16` (two) of x `[1, K]`, K as in `supports_k`.
+    """A linear layer (`op.py`) on x `[1, K]`, K as in `supports_k`.
 
     Args:
+        group_size: None for INT8 weights; planes: INT8 planes of the activations.
         conv: weight `[C, W]`, state `[S, W - 1, C]`, updated in place, and slots `int32 [1]` of a
             `causal_conv1d` whose result takes the place of the first C columns; or None.
 
@@ -194,14 +234,15 @@ def linear_decode(
         `[1, N]` in x's dtype.
     """
     n, blocks = weight.shape[0], weight.shape[1] // 128
-    config = find_config("linear_gemv", out_features=n)
+    bits = 8 if group_size is None else 4
+    config = find_config(f"linear_w{bits}_gemv", out_features=n)
     block_n = min(config.pop("BLOCK_ROWS") // blocks, floor_power_of_two(n))
     repeat = min(config.pop("REPEAT"), floor_power_of_two(n // block_n))
     conv_weight, conv_state, conv_slots = (None, None, None) if conv is None else conv
     channels, taps = (0, 1) if conv_weight is None else conv_weight.shape
     out = x.new_empty((1, n))
     launch(
-        _w4_gemv_kernel,
+        _gemv_kernel,
         (cdiv(n, block_n * repeat),),
         x,
         norm_weight,
@@ -219,6 +260,7 @@ def linear_decode(
         BLOCKS=blocks,
         SPAN=min(config.pop("SPAN"), blocks),
         GROUP=group_size,
+        BITS=bits,
         PLANES=planes,
         BLOCK_N=block_n,
         REPEAT=repeat,

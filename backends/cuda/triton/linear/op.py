@@ -1,8 +1,8 @@
-"""Linear layers with INT4 weights.
+"""Linear layers with INT4 or INT8 weights.
 
-W4A8 and W4A16 are the same integer arithmetic, rescaled into fp32 once per step along K. Per tile
-of 128 columns (`ACTIVATION_TILE`), W4A8 quantizes a row to INT8 and W4A16 to 15 bits, which are two
-INT8 planes (`row_quantization.py`).
+Activations of 8 and of 16 bits take part in the same integer arithmetic, rescaled into fp32 once
+per step along K. Per tile of 128 columns (`ACTIVATION_TILE`), a row is quantized to INT8, or to 15
+bits, which are two INT8 planes (`row_quantization.py`).
 """
 
 import torch
@@ -17,18 +17,28 @@ from et_moe.backends.cuda.triton.tuning import find_largest
 from et_moe.backends.ops import GROUP_SIZES
 
 
-def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
-    """Raises ValueError unless the arguments of `linear_w4a8` or `linear_w4a16` fit each other."""
-    (n, packed), k = weight.shape, x.shape[1]
+def _check_weight(weight, scale, group_size, k: int) -> None:
+    (n, row_bytes), shape = weight.shape, tuple(scale.shape)
+    found = f"weight {tuple(weight.shape)} and scale {shape} are not what"
+    if group_size is None:
+        if row_bytes != k or shape != (n, 1):
+            raise ValueError(f"{found} quantize_w8 makes for x of {k} columns")
+        return
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, expected one of {GROUP_SIZES}")
-    steps = packed // min(nibble_distance(2 * packed), group_size)
+    steps = row_bytes // min(nibble_distance(2 * row_bytes), group_size)
     pairs = (steps, n, 2) if scale.dtype == torch.float16 else (steps, n)
-    if 2 * packed != k + -k % 64 or tuple(scale.shape) != pairs:
+    if 2 * row_bytes != k + -k % 64 or shape != pairs:
         raise ValueError(
-            f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} are not what "
-            f"prepack_linear makes for x of {k} columns and group_size {group_size}"
+            f"{found} prepack_linear makes for x of {k} columns and group_size {group_size}"
         )
+
+
+def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
+    """Raises ValueError unless the arguments of a linear op fit each other; group_size is None for
+    INT8 weights."""
+    n, k = weight.shape[0], x.shape[1]
+    _check_weight(weight, scale, group_size, k)
     if norm_weight is not None and tuple(norm_weight.shape) != (k,):
         raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)}, expected {(k,)}")
     if residual is not None and residual.shape[1] != n:
@@ -40,8 +50,8 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
     arguments = (x.contiguous(), weight, scale, group_size, norm_weight, eps, residual, planes)
     if is_one(x.shape[0]) and supports_k(x.shape[1]):
         return linear_decode(*arguments)
-    rows = find_largest(x.shape[0])
-    if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1]):
+    rows, bits = find_largest(x.shape[0]), 8 if group_size is None else 4
+    if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], bits):
         return linear_decode_rows(*arguments, rows)
     return linear_prefill(*arguments)
 
@@ -85,3 +95,41 @@ def linear_w4a16(
     Activations take part with 15 bits per tile of 128 columns.
     """
     return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=2)
+
+
+def linear_w8a8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.linear_w8a8` in one launch for a single row with K as in `supports_k`, else in two.
+
+    Args:
+        x: `[T, K]`, bf16 or fp32; norm_weight `[K]`, and residual `[T, N]` contiguous.
+        weight, scale: `int8 [N, K]` and `bfloat16 [N, 1]`, as in a bundle.
+
+    Returns:
+        `[T, N]` in x's dtype.
+
+    Raises:
+        ValueError: the arguments do not fit each other.
+    """
+    return _linear(x, weight, scale, None, norm_weight, eps, residual, planes=1)
+
+
+def linear_w8a16(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.linear_w8a16` with the arguments, result and errors of `linear_w8a8`.
+
+    Activations take part with 15 bits per tile of 128 columns.
+    """
+    return _linear(x, weight, scale, None, norm_weight, eps, residual, planes=2)

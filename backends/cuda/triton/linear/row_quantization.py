@@ -42,6 +42,53 @@ def take_plane(r, PLANE: tl.constexpr, PLANES: tl.constexpr):
 
 
 @triton.jit
+def _load_normed_row(
+    x,
+    norm_weight,
+    eps,
+    row,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A row of x `[M, K]` after RMSNorm, if norm_weight is given, and the columns that it has.
+
+    Returns:
+        fp32 `[TILES, TILE]`, rounded to x's dtype and zero from column K on, and int32 of the same
+        shape.
+    """
+    WHOLE: tl.constexpr = K == TILES * TILE
+    column = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    x += row.to(tl.int64) * K
+    inside = None if WHOLE else column < K
+    other = None if WHOLE else 0.0
+    value = tl.load(x + column, mask=inside, other=other).to(tl.float32)
+    if norm_weight is not None:
+        squares = tl.sum(tl.reshape(value * value, (TILES * TILE,)), axis=0)
+        gain = tl.load(norm_weight + column, mask=inside, other=other)
+        value = apply_rms_norm(value, gain, squares / K, eps, x.dtype.element_ty)
+    return value, column
+
+
+@triton.jit
+def _norm_rows_kernel(
+    x,
+    norm_weight,
+    out,
+    eps,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """RMSNorm of one row of x `[M, K]` per program, rounded to x's dtype."""
+    wait_for_previous()
+    row = tl.program_id(0)
+    value, column = _load_normed_row(x, norm_weight, eps, row, K, TILES, TILE)
+    target = out + row.to(tl.int64) * K + column
+    tl.store(target, value.to(out.dtype.element_ty), mask=column < K)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x,
     norm_weight,
@@ -64,22 +111,13 @@ def quantize_rows_kernel(
     SCALE_FACTOR, of a row every ROW_STRIDE and of its tiles every TILE_STRIDE. Rows from M on are
     not written.
 
-    Where K is a power of two, loads and sums have the layout of `_w4_gemv_kernel` with as many
+    Where K is a power of two, loads and sums have the layout of `_gemv_kernel` with as many
     warps, and results the same bits.
     """
     wait_for_previous()
-    WHOLE: tl.constexpr = K == TILES * TILE
     row = tl.program_id(0)
     tile = tl.arange(0, TILES)
-    column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    x += row.to(tl.int64) * K
-    inside = None if WHOLE else column < K
-    other = None if WHOLE else 0.0
-    value = tl.load(x + column, mask=inside, other=other).to(tl.float32)
-    if norm_weight is not None:
-        squares = tl.sum(tl.reshape(value * value, (TILES * TILE,)), axis=0)
-        gain = tl.load(norm_weight + column, mask=inside, other=other)
-        value = apply_rms_norm(value, gain, squares / K, eps, x.dtype.element_ty)
+    value, column = _load_normed_row(x, norm_weight, eps, row, K, TILES, TILE)
     r, tile_scale = quantize_tiles(value, PLANES)
     # A thread stores the columns that it has loaded: 16 bytes of x.
     COLUMNS: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
@@ -91,6 +129,15 @@ def quantize_rows_kernel(
     tl.store(at, tile_scale * SCALE_FACTOR, mask=tile * TILE < PADDED_K)
 
 
+def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of the rows of x `[T, K]`, in x's dtype."""
+    (m, k), out = x.shape, torch.empty_like(x)
+    tiles = triton.next_power_of_2(cdiv(k, ACTIVATION_TILE))
+    sizes = {"K": k, "TILES": tiles, "TILE": ACTIVATION_TILE}
+    launch(_norm_rows_kernel, (m,), x, norm_weight, out, eps, **sizes, num_warps=4)
+    return out
+
+
 def quantize_rows(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -100,16 +147,18 @@ def quantize_rows(
     padded_m: int,
     scales_by_row: bool,
     num_warps: int,
+    bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm, if norm_weight is given, and quantization of the rows of x `[T, K]`.
 
     Args:
         padded_k, padded_m: of the results; columns from K on are zero, rows from T on undefined.
         scales_by_row: whether the scales of a row stand side by side, else those of a tile.
+        bits: of the weights, 4 or 8.
 
     Returns:
-        int8 `[planes, padded_m, padded_k]` and the scales, times `NIBBLE_SCALE`, fp32
-        `[padded_m, tiles]` or `[tiles, padded_m]`.
+        int8 `[planes, padded_m, padded_k]` and the scales, fp32 `[padded_m, tiles]` or
+        `[tiles, padded_m]`; for INT4 weights times `NIBBLE_SCALE`.
     """
     (m, k), tiles = x.shape, cdiv(padded_k, ACTIVATION_TILE)
     q = x.new_empty((planes, padded_m, padded_k), dtype=torch.int8)
@@ -131,7 +180,7 @@ def quantize_rows(
         TILES=triton.next_power_of_2(tiles),
         TILE=ACTIVATION_TILE,
         PLANES=planes,
-        SCALE_FACTOR=NIBBLE_SCALE.value,
+        SCALE_FACTOR=NIBBLE_SCALE.value if bits == 4 else 1.0,
         num_warps=num_warps,
     )
     return q, scale

@@ -1,4 +1,4 @@
-"""Dense linear kernels against their eager references."""
+"""Kernels of linear layers with INT4 and INT8 weights against their eager references."""
 
 import pytest
 import torch
@@ -9,11 +9,13 @@ from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode_rows import supports_rows
 from et_moe.backends.cuda.triton.linear.layout import prepack_linear
-from et_moe.backends.cuda.triton.linear.op import linear_w4a8
+from et_moe.backends.cuda.triton.linear.op import linear_w4a8, linear_w8a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 # The relative L2 error that is allowed against the reference with fp32 activations.
-TOLERANCE = {"linear_w4a8": 1e-5, "linear_w4a16": 2e-4}
+TOLERANCE = {"linear_w4a8": 1e-5, "linear_w4a16": 2e-4, "linear_w8a8": 1e-5, "linear_w8a16": 2e-4}
+INT4 = ["linear_w4a8", "linear_w4a16"]
+INT8 = ["linear_w8a8", "linear_w8a16"]
 ROWS = [1, 2, 3, 15, 16, 17, 31, 64, 65, 129]
 
 
@@ -22,19 +24,24 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
-def weights(n: int, k: int, group: int, device: torch.device, dtype=torch.bfloat16):
-    """A weight with scales of `dtype` as a bundle has it, and the same as the kernels take it."""
-    packed, scale = ops.quantize_w4(torch.randn(n, k), group, scale_dtype=dtype)
+def weights(name, n, k, group, device, dtype=torch.bfloat16, size=1.0):
+    """What an op takes as its weight: as a bundle has it, with INT4 scales of `dtype`, and as the
+    kernels take it."""
+    weight = torch.randn(n, k) * (size + size * torch.rand(n, 1))
+    if name in INT8:
+        bundle = tuple(t.to(device) for t in ops.quantize_w8(weight))
+        return bundle, bundle
+    packed, scale = ops.quantize_w4(weight, group, scale_dtype=dtype)
     packed, scale = packed.to(device), scale.to(device)
-    return (packed, scale), prepack_linear(packed, scale, group)
+    return (packed, scale, group), (*prepack_linear(packed, scale, group), group)
 
 
 def run(name, x, n, group, device, scale_dtype=torch.bfloat16, **options):
     """The result of an op's kernel, and that of its reference."""
-    bundle, prepacked = weights(n, x.shape[1], group, device, scale_dtype)
-    got = TRITON_OPS[name](x, *prepacked, group, **options)
+    bundle, prepacked = weights(name, n, x.shape[1], group, device, scale_dtype)
+    got = TRITON_OPS[name](x, *prepacked, **options)
     assert got.dtype == x.dtype
-    return got, getattr(ops, name)(x, *bundle, group, **options)
+    return got, getattr(ops, name)(x, *bundle, **options)
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
@@ -50,7 +57,17 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("k", [40, 96, 128, 200, 256, 301, 384, 1024])
+@pytest.mark.parametrize("m", [1, 3])
+def test_columns_of_int8(name, m, k, device):
+    x = torch.randn(m, k, device=device)
+    norm, residual = torch.randn(k, device=device), torch.randn(m, 40, device=device)
+    got, expected = run(name, x, 40, None, device, norm_weight=norm, eps=1e-5, residual=residual)
+    assert relative_error(got, expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("name", INT4)
 @pytest.mark.parametrize("k,group", SHAPES)
 @pytest.mark.parametrize("m", [1, 3])
 def test_columns_and_groups(name, m, k, group, device):
@@ -60,7 +77,7 @@ def test_columns_and_groups(name, m, k, group, device):
     assert relative_error(got, expected) < TOLERANCE[name]
 
 
-@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("name", INT4)
 @pytest.mark.parametrize("k,group", [(96, 32), (256, 32), (256, 64), (512, 128)])
 @pytest.mark.parametrize("m", [1, 3])
 def test_float16_scales(m, k, group, name, device):
@@ -87,26 +104,29 @@ def test_float16_scales_of_all_magnitudes(m, device):
 
 @pytest.mark.parametrize("n", [1, 2, 15, 33, 127, 129, 200])
 @pytest.mark.parametrize("m", [1, 2])
-def test_outputs(m, n, device):
+@pytest.mark.parametrize("name", ["linear_w4a8", "linear_w8a8"])
+def test_outputs(name, m, n, device):
     """The last block of outputs overlaps its neighbor, and a small N takes smaller blocks."""
     x, residual = torch.randn(m, 256, device=device), torch.randn(m, n, device=device)
-    got, expected = run("linear_w4a8", x, n, 64, device, residual=residual)
-    assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
+    got, expected = run(name, x, n, 64, device, residual=residual)
+    assert relative_error(got, expected) < TOLERANCE[name]
 
 
-@pytest.mark.parametrize("name", TOLERANCE)
-@pytest.mark.parametrize("group", ops.GROUP_SIZES)
+@pytest.mark.parametrize(
+    "name,group", [(name, group) for name in INT4 for group in ops.GROUP_SIZES] + [(INT8[0], None)]
+)
 @pytest.mark.parametrize("span", [1, 2, 4])
 def test_several_blocks_per_program(span, group, name, reconfigure, device):
-    reconfigure("linear_gemv", BLOCK_ROWS=32, SPAN=span, REPEAT=4, num_warps=4)
+    reconfigure("_gemv", BLOCK_ROWS=32, SPAN=span, REPEAT=4, num_warps=4)
     got, expected = run(name, torch.randn(1, 1024, device=device), 150, group, device)
     assert relative_error(got, expected) < TOLERANCE[name]
 
 
 @pytest.mark.parametrize("k", [256, 8192])
-def test_shortest_and_longest_row(k, device):
+@pytest.mark.parametrize("name", ["linear_w4a8", "linear_w8a8"])
+def test_shortest_and_longest_row(name, k, device):
     x, norm = torch.randn(1, k, device=device).bfloat16(), torch.randn(k, device=device).bfloat16()
-    got, expected = run("linear_w4a8", x, 24, 128, device, norm_weight=norm, eps=1e-5)
+    got, expected = run(name, x, 24, 128, device, norm_weight=norm, eps=1e-5)
     assert relative_error(got, expected) < 4e-3
 
 
@@ -146,9 +166,9 @@ def test_w4a16_is_within_its_bound_of_an_outlier(device):
 @pytest.mark.parametrize("name", TOLERANCE)
 @pytest.mark.parametrize("m", [1, 3, 20])
 def test_runs_repeat(name, m, device):
-    packed = weights(64, 256, 128, device)[1]
+    packed = weights(name, 64, 256, 128, device)[1]
     x = torch.randn(m, 256, device=device)
-    results = [TRITON_OPS[name](x, *packed, 128) for _ in range(2)]
+    results = [TRITON_OPS[name](x, *packed) for _ in range(2)]
     assert torch.equal(*results)
 
 
@@ -167,12 +187,12 @@ def check_rows_alone(name, x, n, group, **options):
     if torch.cuda.is_available() and triton.__version__ != "3.7.1":
         # Triton 3.6 fuses other products of the two kernels with their sums.
         pytest.skip("bits are those of the Triton that programs are compiled with")
-    packed = weights(n, x.shape[1], group, x.device)[1]
+    packed = weights(name, n, x.shape[1], group, x.device)[1]
     residual = options.pop("residual", None)
 
     def run(rows):
         given = None if residual is None else residual[rows]
-        return TRITON_OPS[name](x[rows], *packed, group, residual=given, **options)
+        return TRITON_OPS[name](x[rows], *packed, residual=given, **options)
 
     alone = torch.cat([run([row]) for row in range(len(x))])
     for count in range(2, len(x) + 1):
@@ -195,7 +215,7 @@ def check_rows_alone(name, x, n, group, **options):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_others(dtype, n, k, group, span, name, reconfigure, device):
-    reconfigure("linear_gemv", SPAN=span)
+    reconfigure("_gemv", SPAN=span)
     x = torch.randn(LINEAR_ROWS, k, device=device).to(dtype)
     x[1], x[2, :128] = x[1] * 1e4, 0.0
     norm, residual = torch.randn(k).to(x), torch.randn(LINEAR_ROWS, n).to(x)
@@ -207,24 +227,25 @@ def test_rows_do_not_depend_on_others(dtype, n, k, group, span, name, reconfigur
 def test_rows_of_a_gemm_do_not_depend_on_others(block_m, block_n, name, reconfigure, device):
     """All configurations add up the blocks of a row in the same order, however many rows there
     are."""
-    packed = weights(50, 512, 128, device)[1]
+    packed = weights(name, 50, 512, 128, device)[1]
     x, residual = torch.randn(70, 512, device=device), torch.randn(70, 50, device=device)
-    expected = TRITON_OPS[name](x, *packed, 128, residual=residual)
-    reconfigure("linear_w4a", BLOCK_M=block_m, BLOCK_N=block_n)
+    expected = TRITON_OPS[name](x, *packed, residual=residual)
+    reconfigure("linear_w", BLOCK_M=block_m, BLOCK_N=block_n)
     for count in (LINEAR_ROWS + 1, 17, 70):
         rows = torch.randperm(70)[:count].tolist()
-        got = TRITON_OPS[name](x[rows], *packed, 128, residual=residual[rows])
+        got = TRITON_OPS[name](x[rows], *packed, residual=residual[rows])
         assert torch.equal(got, expected[rows])
 
 
 @pytest.mark.parametrize("rows,warps", [(16, 1), (64, 2), (256, 4), (512, 8)])
-def test_configurations_of_a_few_rows_give_the_same_bits(rows, warps, reconfigure, device):
-    reconfigure("linear_rows", BLOCK_ROWS=rows, num_warps=warps)
-    check_rows_alone("linear_w4a8", torch.randn(2, 512, device=device), 150, 128)
+@pytest.mark.parametrize("name", ["linear_w4a8", "linear_w8a8"])
+def test_configurations_of_a_few_rows_give_the_same_bits(name, rows, warps, reconfigure, device):
+    reconfigure("_rows", BLOCK_ROWS=rows, num_warps=warps)
+    check_rows_alone(name, torch.randn(2, 512, device=device), 150, 128)
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
-@pytest.mark.parametrize("rows,launched", [(2, "_w4_rows_kernel"), (5, "_w4_gemm_kernel")])
+@pytest.mark.parametrize("rows,launched", [(2, "_rows_kernel"), (5, "_gemm_kernel")])
 def test_kernel_of_a_few_rows(rows, launched, name, device):
     with record_launches() as launches:
         run(name, torch.randn(rows, 256, device=device), 48, 128, device)
@@ -262,18 +283,23 @@ def test_prepack(k, group, dtype, device):
             assert torch.equal(pair[:, high].float(), expected.float())
 
 
-@pytest.mark.parametrize("change", ["group_size", "weight", "scale", "norm_weight", "residual"])
-def test_wrong_arguments(change, device):
-    packed, scale = weights(64, 256, 128, device)[1]
+@pytest.mark.parametrize(
+    "op,change",
+    [
+        *((linear_w4a8, c) for c in ("group_size", "weight", "scale", "norm_weight", "residual")),
+        *((linear_w8a8, c) for c in ("weight", "scale")),
+    ],
+)
+def test_wrong_arguments(op, change, device):
+    names = ["weight", "scale", "group_size"]
+    values = weights(op.__name__, 64, 256, 128, device)[1]
     arguments = {
         "x": torch.randn(2, 256, device=device),
-        "weight": packed,
-        "scale": scale,
-        "group_size": 128,
+        **dict(zip(names, values, strict=False)),
         "norm_weight": torch.randn(256, device=device),
         "residual": torch.randn(2, 64, device=device),
     }
     value = arguments[change]
     arguments[change] = 16 if change == "group_size" else value.narrow(-1, 0, value.shape[-1] - 1)
     with pytest.raises(ValueError, match=change):
-        linear_w4a8(**arguments)
+        op(**arguments)
