@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import storages
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import Qwen3_5MoeForCausalLM
@@ -70,6 +71,6 @@ def test_training_repeats_learns_and_leaves_the_model_alone(
     for name, tensor in new.items():
         assert torch.equal(tensor, old[name]) == (not name.startswith("mtp.")), name
     assert {file.name for file in directory.iterdir()} == {file.name for file in DEMO.iterdir()}
-    *_, head = Checkpoint(directory).groups()
+    *_, head = Checkpoint(directory).groups(storages())
     fc = torch.cat([*head["mtp.fc_embedding.weight"], *head["mtp.fc_hidden.weight"]], 1)
     assert torch.equal(fc, first["eh_proj.weight"].to(torch.bfloat16))

@@ -48,7 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def expected(small):
     """The groups of its parameters; `test_parameters` compares the head's with the tensors."""
-    return parameters(Checkpoint(small[0]).groups())
+    return parameters(Checkpoint(small[0]).groups(storages()))
 
 
 def head_of(tensors: dict) -> dict:
@@ -100,7 +100,7 @@ def test_parameters(small, expected) -> None:
     assert torch.equal(head[f"{LAYER}.self_attn.inv_freq"], trunk[2]["layers.1.self_attn.inv_freq"])
     without = make_small(directory.with_name("without"))
     assert trunk_of(tensors).keys() == without[1].keys()
-    assert_equal(trunk, parameters(Checkpoint(directory.with_name("without")).groups()))
+    assert_equal(trunk, parameters(Checkpoint(directory.with_name("without")).groups(storages())))
 
 
 def test_the_graph_has_these_parameters(small, expected) -> None:
@@ -127,7 +127,7 @@ def test_forms(small, expected, tmp_path: Path, prefix: str, fused: tuple[bool, 
     head = {prefix + name.removeprefix("mtp."): tensor for name, tensor in head.items()}
     checkpoint = Checkpoint(write(tmp_path / "c", config, trunk, head))
     assert checkpoint.skipped == 0
-    assert_equal(parameters(checkpoint.groups()), expected)
+    assert_equal(parameters(checkpoint.groups(storages())), expected)
 
 
 def test_a_head_in_block_fp8_is_the_product(small, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_head_in_block_fp8_is_the_product(small, tmp_path: Path) -> None:
     section = {"quantization_config": FP8}
     actual = Checkpoint(write(tmp_path / "fp8", config | section, stored))
     wanted = Checkpoint(write(tmp_path / "float", config, meant))
-    assert_equal(parameters(actual.groups()), parameters(wanted.groups()))
+    assert_equal(parameters(actual.groups(storages())), parameters(wanted.groups(storages())))
 
 
 @pytest.mark.filterwarnings("ignore:.*become INT4, too")
@@ -180,7 +180,7 @@ def test_a_checkpoint_without_a_head(small, expected, tmp_path: Path) -> None:
     assert (promised.skipped, denied.skipped, silent.skipped) == (0, 19, 19)
     for checkpoint in (promised, denied, silent):
         assert checkpoint.config.mtp_num_hidden_layers == 0
-        assert_equal(parameters(checkpoint.groups()), expected[:-1])
+        assert_equal(parameters(checkpoint.groups(storages())), expected[:-1])
     write_bundle(quantized(tmp_path / "promised"), tmp_path / "bundle")
     bundle = Bundle(tmp_path / "bundle")
     assert bundle.config == promised.config
@@ -328,7 +328,7 @@ def test_a_random_head_is_made_and_read(tmp_path: Path, model) -> None:
     assert tensors["mtp.pre_fc_norm_hidden.weight"].float().std() > 0.03
     config = json.loads((tmp_path / "with" / "config.json").read_text())
     assert config["mtp_num_hidden_layers"] == 1
-    *_, head = Checkpoint(tmp_path / "with").groups()
+    *_, head = Checkpoint(tmp_path / "with").groups(storages())
     assert f"{LAYER}.mlp.experts.w13" in head
 
 
