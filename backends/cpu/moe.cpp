@@ -279,8 +279,8 @@ void moe_w4a8(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scal
   using Up = IntegerWeights<Int4Rows, kActivationTile>;
   // expert_activation_tile of the op contracts.
   const bool narrow = w13.dim() == 3 && w13.size(1) <= 2 * 128;
-  const auto run =
-      narrow ? run_int4<Up, IntegerWeights<Int4Rows, 32>> : run_int4<Up, IntegerWeights<Int4Rows, 64>>;
+  const auto run = narrow ? run_int4<Up, IntegerWeights<Int4Rows, 32>>
+                          : run_int4<Up, IntegerWeights<Int4Rows, 64>>;
   run(op, x, w13, w13_scale, w2, w2_scale, {topk_weights, topk_ids}, group_size, false, residual,
       out);
 }
