@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from et_moe.serving.http_limits import HttpLimits
-from et_moe.serving.openai.chat import Chat, template_messages
+from et_moe.serving.openai.chat import Chat
 from et_moe.serving.openai.completions import Completion
+from et_moe.serving.openai.conversation import template_messages
 from et_moe.serving.openai.errors import KNOWN, APIError, api_error, bad_request, refusals
 from et_moe.serving.openai.events import EventStream, primed, with_errors
 from et_moe.serving.openai.protocol import (
