@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from et_moe.serving.generation import Step, in_turn
 from et_moe.serving.openai.conversation import Answer, Conversation
-from et_moe.serving.openai.events import Head, event, usage
+from et_moe.serving.openai.events import Head, Streamed, event, usage
 from et_moe.serving.openai.logprobs import chat_logprobs
 from et_moe.serving.openai.protocol import ChatRequest
 from et_moe.serving.output_parser import Content, Reasoning
@@ -71,7 +71,7 @@ class _Choice(Answer):
         }
 
 
-class Chat:
+class Chat(Streamed):
     """A request that the engine has accepted; to be made by `start` and left by `close`."""
 
     def __init__(self, request: ChatRequest, model: ServedModel, started: Conversation) -> None:

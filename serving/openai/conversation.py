@@ -4,6 +4,7 @@ grammar of its answers, and the parts of each answer as they come."""
 import asyncio
 from dataclasses import dataclass
 
+from et_moe.serving.chat_template import ChatTemplateError
 from et_moe.serving.generation import Generation, Step
 from et_moe.serving.grammars import json_grammar, tool_grammar
 from et_moe.serving.guidance import GrammarError, Guide
@@ -32,9 +33,10 @@ def template_messages(messages: list[Message]) -> list[dict]:
 
 def render(request: ChatRequest, model: ServedModel) -> str:
     """The prompt of a conversation."""
+    place = request.place("messages")
     if model.template is None:
         message = f"the model {model.name!r} has no chat template: use /v1/completions"
-        raise bad_request(message, "messages")
+        raise bad_request(message, place)
     options = {}
     if request.reasoning_effort is not None:
         options["reasoning_effort"] = request.reasoning_effort
@@ -44,12 +46,15 @@ def render(request: ChatRequest, model: ServedModel) -> str:
     for name in ("messages", "tools", "add_generation_prompt"):
         if name in options:
             raise bad_request(f"chat_template_kwargs: {name} is not for here", name)
-    text = model.template.render(template_messages(request.messages), tools, **options)
+    try:
+        text = model.template.render(template_messages(request.messages), tools, **options)
+    except ChatTemplateError as error:
+        raise bad_request(str(error), place) from None
     try:
         text.encode()
     except UnicodeEncodeError:
-        message = "messages: a lone surrogate (\\ud800 to \\udfff), which is no character"
-        raise bad_request(message, "messages") from None
+        message = f"{place}: a lone surrogate (\\ud800 to \\udfff), which is no character"
+        raise bad_request(message, place) from None
     return text
 
 
@@ -109,7 +114,7 @@ class Conversation:
 
     @classmethod
     async def start(cls, request: ChatRequest, model: ServedModel) -> "Conversation":
-        """Raises APIError, ChatTemplateError, and as `Engine.submit`."""
+        """Raises APIError, and as `Engine.submit`."""
         check_places(request, 1, model)
         prompt, prompt_ids = await asyncio.to_thread(_encode, request, model)
         thinking = opens_reasoning(prompt)
@@ -144,7 +149,7 @@ async def _guides(request: ChatRequest, model: ServedModel, thinking: bool) -> l
         build = lambda: tool_grammar(tools, thinking, several)  # noqa: E731
     elif form is not None and form.type != "text":
         schema = form.json_schema.json_schema if form.json_schema else {"type": "object"}
-        param = "response_format"
+        param = request.place("response_format")
         build = lambda: json_grammar(schema, thinking)  # noqa: E731
     else:
         return None
