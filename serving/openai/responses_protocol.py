@@ -40,11 +40,11 @@ of tools and inputs that no request can have, or, as with reasoning, there in pl
 NOT_KEPT = "responses are not kept by this server: send the whole conversation as input"
 
 
-def _refused(why: str) -> BeforeValidator:
+def _refused(why: str, default: str | None = None) -> BeforeValidator:
     """For a field that cannot be honoured: only what asks for nothing passes."""
 
     def check(value: object) -> None:
-        if value not in (None, False):
+        if value not in (None, False, default):
             raise ValueError(f"not supported: {why}")
 
     return BeforeValidator(check)
@@ -123,29 +123,52 @@ def _item(value: object) -> Item:
 
 
 def _items(value: object) -> object:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise ValueError("expected a text or a list of items")
+    return value
 
 
 def _joined(items: list[Item]) -> list[Message]:
-    """The messages of items; what an assistant thinks, says and calls in a row is one."""
-    messages: list[Message] = []
-    for item in items:
-        message, last = item.message(), messages[-1] if messages else None
-        if message.role != "assistant" or last is None or last.role != "assistant":
-            messages.append(message)
-        elif last.content is not None and not message.tool_calls:
-            messages.append(message)  # What was said is not followed by more of the same message.
+    """The messages of items. What an assistant thinks, says and calls in a row is one, as it was
+    when the model wrote it; after something said only calls belong to the same message."""
+    groups: list[list[Message]] = []
+    said = False
+    for message in (item.message() for item in items):
+        last = groups[-1][0].role if groups else None
+        if last == message.role == "assistant" and (message.tool_calls or not said):
+            groups[-1].append(message)
         else:
-            last.content = message.content if last.content is None else last.content
-            last.tool_calls = [*(last.tool_calls or ()), *(message.tool_calls or ())] or None
-            thoughts = (last.reasoning_content or "") + (message.reasoning_content or "")
-            last.reasoning_content = thoughts or None
-    return messages
+            groups.append([message])
+            said = False
+        said = said or message.content is not None
+    return [group[0] if len(group) == 1 else _one(group) for group in groups]
+
+
+def _one(messages: list[Message]) -> Message:
+    """The message of an assistant, of which each of `messages` has a part."""
+    calls = [call for message in messages for call in message.tool_calls or ()]
+    thoughts = "".join(message.reasoning_content or "" for message in messages)
+    return Message(
+        role="assistant",
+        reasoning_content=thoughts or None,
+        content=next((m.content for m in messages if m.content is not None), None),
+        tool_calls=calls or None,
+    )
 
 
 class FunctionTool(Function):
     type: Literal["function"]
     strict: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: object) -> object:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if kind != "function":
+            raise ValueError(f"tools of type {kind!r} are not supported, expected 'function'")
+        return data
 
     def nested(self) -> dict[str, Any]:
         """In the form of chat completions."""
@@ -224,7 +247,7 @@ class ResponsesRequest(SamplingRequest):
     metadata: dict[Key, Value] | None = Field(None, max_length=16)
     user: str | None = None
     store: bool | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Annotated[None, _refused("the input is not cut, use 'disabled'", "disabled")] = None
     previous_response_id: Annotated[None, _refused(NOT_KEPT)] = None
     conversation: Annotated[None, _refused(NOT_KEPT)] = None
     background: Annotated[None, _refused("nothing runs on when a client has left")] = None

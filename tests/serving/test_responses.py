@@ -369,3 +369,13 @@ def test_a_failure_before_the_first_token(ask, engine, streamed: bool) -> None:
     engine.fail_next = "no luck"
     answer = ask("/v1/responses", {"input": "Hi", "stream": streamed})
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "generation_failed"
+
+
+def test_the_openai_package_names_the_fault(use) -> None:
+    with pytest.raises(openai.BadRequestError, match="responses are not kept") as caught:
+        use(
+            lambda client: client.responses.create(
+                model="demo", input="Hi", previous_response_id="resp_1"
+            )
+        )
+    assert caught.value.param == "previous_response_id"
