@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from et_moe.serving.http_limits import HttpLimits
-from et_moe.serving.openai.chat import Chat, template_messages
+from et_moe.serving.openai.chat import Chat
 from et_moe.serving.openai.completions import Completion
+from et_moe.serving.openai.conversation import template_messages
 from et_moe.serving.openai.errors import KNOWN, APIError, api_error, bad_request, refusals
 from et_moe.serving.openai.events import EventStream, primed, with_errors
 from et_moe.serving.openai.protocol import (
@@ -21,6 +22,8 @@ from et_moe.serving.openai.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from et_moe.serving.openai.responses import ModelResponse
+from et_moe.serving.openai.responses_protocol import ResponsesRequest
 from et_moe.serving.page import PAGE_PATHS, add_page
 from et_moe.serving.served_model import ServedModel
 
@@ -117,13 +120,13 @@ async def _unless_left(request: Request, work: Awaitable[T]) -> T:
 
 
 async def _answer(request: Request, kind, body) -> Response:
-    """Starts a request of a kind (`Chat` or `Completion`) and gives its answer."""
+    """Starts a request of a kind (`Chat`, `Completion` or `ModelResponse`) and gives its answer."""
 
     async def work() -> Response:
         answer = await kind.start(body, request.app.state.model)
         if not body.stream:
             return JSONResponse(await answer.whole())
-        return EventStream(with_errors(await primed(answer.chunks())))
+        return EventStream(with_errors(answer, await primed(answer.chunks())))
 
     return await _unless_left(request, work())
 
@@ -146,6 +149,10 @@ def _add_openai(app: FastAPI) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _answer(request, Completion, await _parse(CompletionRequest, request))
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await _answer(request, ModelResponse, await _parse(ResponsesRequest, request))
 
 
 def _card(model: ServedModel) -> dict:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from et_moe.serving.generation import Generation, Step, in_turn
 from et_moe.serving.openai.errors import refusals
-from et_moe.serving.openai.events import Head, event, usage
+from et_moe.serving.openai.events import Head, Streamed, event, usage
 from et_moe.serving.openai.logprobs import CompletionLogprobs
 from et_moe.serving.openai.protocol import CompletionRequest
 from et_moe.serving.openai.sampling import check_places, sampling_params
@@ -70,7 +70,7 @@ class _Choice:
         }
 
 
-class Completion:
+class Completion(Streamed):
     """A request that the engine has accepted; to be made by `start`."""
 
     def __init__(self, request: CompletionRequest, model: ServedModel, prompt_tokens, choices):

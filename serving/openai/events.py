@@ -14,9 +14,11 @@ from et_moe.serving.openai.errors import APIError, api_error
 DONE = b"data: [DONE]\n\n"
 
 
-def event(payload: dict) -> bytes:
+def event(payload: dict, name: str | None = None) -> bytes:
+    """One event of a stream, which may have a name besides its data."""
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {text}\n\n".encode()
 
 
 class Head:
@@ -61,18 +63,29 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-async def with_errors(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Ends a stream that has begun and fails with an event that says so."""
+class Streamed:
+    """What kinds of answers have in common that can be streamed."""
+
+    END = DONE
+    """The last bytes of a stream."""
+
+    def failed(self, error: APIError) -> bytes:
+        """The event that says that a stream has failed after it had begun."""
+        return event(error.envelope())
+
+
+async def with_errors(answer: Streamed, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The stream of an answer with its end, which says so if the stream fails."""
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
             known = api_error(error)
-            yield event((known or APIError(500, "internal error")).envelope())
+            yield answer.failed(known or APIError(500, "internal error"))
             if known is None:
                 raise
-        yield DONE
+        yield answer.END
 
 
 async def primed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

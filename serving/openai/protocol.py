@@ -5,7 +5,7 @@ cannot be honoured are refused.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -36,10 +36,11 @@ def _content(value: object) -> object:
     return "".join(texts)
 
 
-class _Model(BaseModel):
+class Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, BeforeValidator(_content)]
@@ -50,18 +51,31 @@ Stops = Annotated[
 ]
 
 
-class FunctionCall(_Model):
+class FunctionCall(Model):
     name: str
     arguments: str | dict[str, Any] = ""
 
 
-class ToolCall(_Model):
+class ToolCall(Model):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
+    def template(self) -> dict[str, Any]:
+        """As chat templates want it: the arguments as a mapping."""
+        name, arguments = self.function.name, self.function.arguments or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError(f"arguments of the tool call {name!r}: expected an object")
+        function = {"name": name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
-class Message(_Model):
+
+class Message(Model):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: str | None = None
@@ -87,49 +101,36 @@ class Message(_Model):
         if (thinking := self.reasoning_content or self.reasoning) is not None:
             message["reasoning_content"] = thinking
         if self.tool_calls:
-            message["tool_calls"] = [_call(call) for call in self.tool_calls]
+            message["tool_calls"] = [call.template() for call in self.tool_calls]
         return message
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    arguments = call.function.arguments or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"arguments of the tool call {call.function.name!r}: expected an object")
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
-
-
-class Function(_Model):
+class Function(Model):
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
 
-class Tool(_Model):
+class Tool(Model):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Model):
+class NamedFunction(Model):
     name: str
 
 
-class NamedTool(_Model):
+class NamedTool(Model):
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(_Model):
+class JsonSchema(Model):
     name: str = ""
     json_schema: dict[str, Any] = Field(alias="schema", default_factory=dict)
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(Model):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -140,11 +141,11 @@ class ResponseFormat(_Model):
         return self
 
 
-class StreamOptions(_Model):
+class StreamOptions(Model):
     include_usage: bool = False
 
 
-class SamplingRequest(_Model):
+class SamplingRequest(Model):
     """What all requests for text have in common."""
 
     model: str | None = None
@@ -183,6 +184,9 @@ _REFUSED = {
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions"""
 
+    names: ClassVar[dict[str, str]] = {}
+    """Of fields that clients know by another name, since the request came in another form."""
+
     messages: list[Message] = Field(min_length=1)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -192,7 +196,7 @@ class ChatRequest(SamplingRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="before")
@@ -216,6 +220,10 @@ class ChatRequest(SamplingRequest):
         for message in self.messages:
             message.template()
         return self
+
+    def place(self, field: str) -> str:
+        """The name of a field, for errors."""
+        return self.names.get(field, field)
 
     def tool_schemas(self) -> dict[str, dict[str, Any]]:
         """Name of each function -> JSON schema of its parameters."""
@@ -251,7 +259,7 @@ class CompletionRequest(SamplingRequest):
         return list(self.prompt)
 
 
-class TokenizeRequest(_Model):
+class TokenizeRequest(Model):
     """POST /tokenize, in vLLM's form: a prompt or messages."""
 
     model: str | None = None
@@ -269,7 +277,7 @@ class TokenizeRequest(_Model):
         return self
 
 
-class DetokenizeRequest(_Model):
+class DetokenizeRequest(Model):
     """POST /detokenize"""
 
     model: str | None = None

@@ -114,6 +114,19 @@ def test_the_openai_package(server) -> None:
         client.chat.completions.create(model="demo", messages=[])
     completion = client.completions.create(model="demo", prompt="say 2")
     assert completion.choices[0].text == "</think>\n\n word word"
+    response = client.responses.create(model="demo", input="say 3")
+    assert response.output_text == "word word word" and response.usage.output_tokens > 3
+    events = list(client.responses.create(model="demo", input="say 3", stream=True))
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert text == "word word word" and events[-1].response.output_text == text
+
+
+def test_a_client_that_leaves_a_response_frees_its_place(server) -> None:
+    with server.stream("", "/v1/responses", input="say 5000") as response:
+        lines = response.iter_lines()
+        assert next(lines) == "event: response.created"
+        server.wait_for("et_moe_requests_running", 1)
+    server.wait_for("et_moe_requests_running", 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
