@@ -48,8 +48,9 @@ def load(build_dir: Path, tmp_path: Path):
             at = paths[len(answers)] if len(answers) < len(paths) else "the end"
             pytest.fail(f"{at}: exit code {done.returncode}: {done.stderr[-4000:]}")
         for path, answer in zip(paths, answers, strict=True):
-            named = f"error: {path}: " in answer or f".ptd: is not the .ptd of {path}: " in answer
-            assert answer.startswith("ok") or named, answer
+            other = program / ("model.ptd" if kind == "pte" else "model.pte")
+            both = f"{path} with {other}" if kind == "pte" else f"{other} with {path}"
+            assert answer.startswith(("ok", f"error: {path}: ", f"error: {both}: ")), answer
             path.unlink()
         return sum(answer.startswith("error") for answer in answers)
 
