@@ -70,6 +70,16 @@ void LoadedMethod::fail_with_data(const std::string& what) const {
   throw std::runtime_error(files + ": method " + name_ + " " + what);
 }
 
+template <typename Body>
+auto LoadedMethod::checked(const Body& body, const char* what) const {
+  try {
+    const AbortsThrow scope;
+    return body();
+  } catch (const std::runtime_error& e) {
+    fail_with_data(what + std::string(e.what()));
+  }
+}
+
 void LoadedMethod::check(const MethodMeta& meta, const std::vector<TensorSpec>& bound) const {
   const size_t given = spec_.inputs.size();
   if (meta.num_inputs() != given + bound.size()) {
@@ -119,7 +129,8 @@ std::vector<const void*> LoadedMethod::run(const Call& call) {
     set_argument(i, spec.name, given->dtype, given->shape, given->data);
   }
   Method& method = *memory_->method;
-  if (const Error error = method.execute(); error != Error::Ok) {
+  const Error error = checked([&] { return method.execute(); }, "failed: ");
+  if (error != Error::Ok) {
     fail_with_data(std::string("failed: ") + executorch::runtime::to_string(error) + take_log());
   }
   std::vector<const void*> outputs;
@@ -168,7 +179,9 @@ std::unique_ptr<LoadedMethod> ProgramFile::load(const std::string& name, const N
       Span<Span<uint8_t>>(memory.spans.data(), memory.spans.size()));
   memory.manager = std::make_unique<MemoryManager>(&memory.allocator, memory.hierarchical.get(),
                                                    &memory.temporary);
-  auto method = program_->load_method(name.c_str(), memory.manager.get(), nullptr, data);
+  auto method = loaded->checked(
+      [&] { return program_->load_method(name.c_str(), memory.manager.get(), nullptr, data); },
+      "cannot be loaded: ");
   if (!method.ok()) {
     loaded->fail_with_data(std::string("cannot be loaded: ") +
                            executorch::runtime::to_string(method.error()) + take_log());
@@ -193,7 +206,8 @@ std::pair<std::unique_ptr<LoadedMethod>, EValue> ProgramFile::constant(
     const std::string& name) const {
   auto loaded = load(name);
   Method& method = *loaded->memory_->method;
-  if (method.outputs_size() != 1 || method.execute() != Error::Ok) {
+  const auto execute = [&method] { return method.execute(); };
+  if (method.outputs_size() != 1 || loaded->checked(execute, "failed: ") != Error::Ok) {
     throw std::runtime_error(path_ + ": " + name + " is not a constant method");
   }
   EValue value = method.get_output(0);

@@ -44,6 +44,10 @@ class LoadedMethod {
              const std::vector<TensorSpec>& bound) const;
   [[noreturn]] void fail(const std::string& what) const;
   [[noreturn]] void fail_with_data(const std::string& what) const;
+  /// What `body` returns; a check of ExecuTorch that fails in it is an error that begins with
+  /// `what`.
+  template <typename Body>
+  auto checked(const Body& body, const char* what) const;
 
   std::string path_, data_path_, name_;
   MethodSpec spec_;

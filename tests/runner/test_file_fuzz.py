@@ -21,7 +21,7 @@ from mutations import SEED, fuzz_count
 COUNT = fuzz_count(300)
 BATCH = 200  # files that one process is given
 CRASHES = json.loads(Path(__file__).with_name("crashes.json").read_text())
-"""Changes with which ExecuTorch's readers once crashed, of every place of a kind."""
+"""Changes that once crashed a reader or a kernel, of every place of a kind, by program."""
 
 
 @pytest.fixture
@@ -80,12 +80,15 @@ def test_random_files(load, program: Path, kind: str) -> None:
         assert refused < COUNT
 
 
-@pytest.mark.parametrize("program", ["model"], indirect=True)
-@pytest.mark.parametrize("kind", CRASHES)
-def test_what_once_crashed(load, program: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "kind", "entries"),
+    [(program, kind, entries) for program in CRASHES for kind, entries in CRASHES[program].items()],
+    indirect=["program"],
+)
+def test_what_once_crashed(load, program: Path, kind: str, entries: list[dict]) -> None:
     fuzzer = FileFuzzer(kind, (program / f"model.{kind}").read_bytes())
     assert load(program, kind, {"undamaged": fuzzer.seal(fuzzer.data)}) == 0
-    for entry in CRASHES[kind]:
+    for entry in entries:
         changed = fuzzer.each(entry["role"], entry["what"], entry["to"])
         files = {f"{entry['what']} {i}": data for i, data in enumerate(changed)}
         assert load(program, kind, files) > 0, entry
