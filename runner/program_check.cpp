@@ -37,10 +37,15 @@ void require(bool holds, const char* what) {
   if (!holds) fail(what);
 }
 
+/// Bytes of the file.
+struct Extent {
+  uint64_t begin, size;
+};
+
 /// What all methods of a program share.
 struct Data {
-  std::vector<uint64_t> segments;   // sizes
-  std::vector<uint64_t> constants;  // bytes there are from the start of each
+  std::vector<Extent> segments;
+  std::vector<Extent> constants;  // to the end of their segment
 };
 
 class MethodCheck {
@@ -141,11 +146,15 @@ class MethodCheck {
     require(dynamism == 0 || dynamism == 1, "a tensor without a largest shape");
     bytes_[i] = bytes;
     dtypes_[i] = dtype;
-    place_tensor(i, t, bytes);
+    place_tensor(i, t);
   }
 
   /// A tensor is an input, or has planned memory, or is a constant, or a view of another one.
-  void place_tensor(size_t i, const Table& t, size_t bytes) {
+  void place_tensor(size_t i, const Table& t) {
+    const size_t bytes = bytes_[i];
+    const auto is_aligned = [width = executorch::runtime::elementSize(dtypes_[i])](uint64_t at) {
+      return at % width == 0;
+    };
     const auto constant = t.scalar<uint32_t>(tensor::kConstant);
     if (const auto place = t.find_table(tensor::kAllocation)) {
       require(constant == 0, "a tensor that has memory and is a constant");
@@ -155,6 +164,7 @@ class MethodCheck {
       uint64_t end = 0;
       require(!__builtin_add_overflow(begin, bytes, &end), "a tensor outside of its memory");
       require(memory >= 1, "a tensor in no memory");
+      require(is_aligned(begin), "a tensor that is not aligned");
       if (ends_.size() <= memory) {
         require(memory < method_.scalars<int64_t>(plan::kBufferSizes).size(),
                 "a tensor in no memory");
@@ -162,8 +172,9 @@ class MethodCheck {
       }
       ends_[memory] = std::max(ends_[memory], end);
     } else if (constant != 0) {
-      require(constant < data_.constants.size() && bytes <= data_.constants[constant],
+      require(constant < data_.constants.size() && bytes <= data_.constants[constant].size,
               "a constant outside of the program");
+      require(is_aligned(data_.constants[constant].begin), "a constant that is not aligned");
     } else {
       return;
     }
@@ -276,7 +287,7 @@ class MethodCheck {
   std::vector<uint64_t> ends_;  // of the tensors in each planned memory
 };
 
-/// Sizes of the segments, all of which must lie behind the program and end in the file.
+/// The segments, all of which must lie behind the program and end in the file.
 void check_segments(const Table& root, size_t size, const Header& header, Data& data) {
   const Tables segments = root.tables(program::kSegments);
   const bool behind = header.segment_base >= header.program_size && header.segment_base <= size;
@@ -286,7 +297,7 @@ void check_segments(const Table& root, size_t size, const Header& header, Data& 
     const auto length = segments[i].scalar<uint64_t>(segment::kSize);
     require(behind || length == 0, "its data begins outside of it");
     require(begin <= room && length <= room - begin, "data that ends behind its end");
-    data.segments.push_back(length);
+    data.segments.push_back({header.segment_base + begin, length});
   }
   const Tables named = root.tables(program::kNamedData);
   std::set<std::string_view> names;
@@ -308,8 +319,9 @@ void check_constants(const Table& root, Data& data) {
   const auto index = constants->scalar<uint32_t>(subsegments::kSegment);
   require(index < data.segments.size(), "constants in no segment");
   for (size_t i = 0; i < offsets.size(); ++i) {
-    require(offsets[i] <= data.segments[index], "a constant outside of the program");
-    data.constants.push_back(data.segments[index] - offsets[i]);
+    const Extent& segment = data.segments[index];
+    require(offsets[i] <= segment.size, "a constant outside of the program");
+    data.constants.push_back({segment.begin + offsets[i], segment.size - offsets[i]});
   }
 }
 
