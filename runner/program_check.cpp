@@ -80,6 +80,7 @@ class MethodCheck {
     for (size_t i = 0; i < values_.size(); ++i)
       kinds_.push_back(values_[i].scalar<uint8_t>(kFirst));
     has_memory_.resize(kinds_.size());
+    is_planned_.resize(kinds_.size());
     bytes_.resize(kinds_.size());
     dtypes_.resize(kinds_.size());
     for (int slot : {plan::kInputs, plan::kOutputs}) {
@@ -171,6 +172,7 @@ class MethodCheck {
         ends_.resize(memory + 1);
       }
       ends_[memory] = std::max(ends_[memory], end);
+      is_planned_[i] = true;
     } else if (constant != 0) {
       require(constant < data_.constants.size() && bytes <= data_.constants[constant].size,
               "a constant outside of the program");
@@ -232,7 +234,11 @@ class MethodCheck {
     } else {
       require(index < method_.tables(plan::kDelegates).size(), "a call of no delegate");
     }
-    if (name == kView) check_view(static_cast<size_t>(arguments[0]), arguments[2]);
+    if (name == kView) {
+      check_view(static_cast<size_t>(arguments[0]), arguments[2]);
+    } else if (type == kKernelCall) {
+      check_results(arguments);
+    }
     for (size_t i = 0; i < arguments.size(); ++i) require_memory(arguments[i]);
   }
 
@@ -241,6 +247,28 @@ class MethodCheck {
     require(has_memory_[from] && bytes_[from] == bytes_[i] && dtypes_[from] == dtypes_[i],
             "a view of another tensor's size");
     has_memory_[i] = true;
+  }
+
+  /// A kernel returns what it was given to write to, a tensor, several, or a list of them: planned
+  /// memory, since constants and weights cannot be written to.
+  void check_results(const Vector<int32_t>& arguments) const {
+    const size_t last = arguments.size() - 1;
+    require(arguments.size() >= 2, "a kernel without results");
+    std::vector<int32_t> results = {arguments[last]};
+    if (kind(arguments[last]) == kTensors) {
+      const auto items = values_[static_cast<size_t>(arguments[last])].table(kSecond);
+      const auto list = items.scalars<int32_t>(kFirst);
+      results.clear();
+      for (size_t i = 0; i < list.size(); ++i) results.push_back(list[i]);
+    }
+    const bool is_list = arguments[last - 1] == arguments[last];
+    require(is_list || results.size() <= last, "a kernel that returns what it is not given");
+    for (size_t i = 0; i < results.size(); ++i) {
+      require(kind(results[i]) == kTensor && is_planned_[static_cast<size_t>(results[i])],
+              "a result that is not in planned memory");
+      require(is_list || arguments[last - results.size() + i] == results[i],
+              "a kernel that returns what it is not given");
+    }
   }
 
   void check_arguments(const std::string& name, const Vector<int32_t>& arguments) const {
@@ -281,7 +309,7 @@ class MethodCheck {
   Tables values_;
   // By value; the last three of tensors.
   std::vector<uint8_t> kinds_;
-  std::vector<bool> has_memory_;
+  std::vector<bool> has_memory_, is_planned_;
   std::vector<size_t> bytes_;  // of the largest shape
   std::vector<ScalarType> dtypes_;
   std::vector<uint64_t> ends_;  // of the tensors in each planned memory
