@@ -249,25 +249,30 @@ class MethodCheck {
     has_memory_[i] = true;
   }
 
-  /// A kernel returns what it was given to write to, a tensor, several, or a list of them: planned
-  /// memory, since constants and weights cannot be written to.
+  /// The tensor that is a value, or those of a list.
+  std::vector<int32_t> tensors_of(int32_t value) const {
+    if (kind(value) != kTensors) return {value};
+    const auto items = values_[static_cast<size_t>(value)].table(kSecond).scalars<int32_t>(kFirst);
+    std::vector<int32_t> tensors;
+    for (size_t i = 0; i < items.size(); ++i) tensors.push_back(items[i]);
+    return tensors;
+  }
+
+  /// A kernel returns what it was given to write to, one by one or as a list: planned memory, since
+  /// constants and weights cannot be written to.
   void check_results(const Vector<int32_t>& arguments) const {
-    const size_t last = arguments.size() - 1;
     require(arguments.size() >= 2, "a kernel without results");
-    std::vector<int32_t> results = {arguments[last]};
-    if (kind(arguments[last]) == kTensors) {
-      const auto items = values_[static_cast<size_t>(arguments[last])].table(kSecond);
-      const auto list = items.scalars<int32_t>(kFirst);
-      results.clear();
-      for (size_t i = 0; i < list.size(); ++i) results.push_back(list[i]);
+    const size_t last = arguments.size() - 1;
+    const std::vector<int32_t> results = tensors_of(arguments[last]);
+    std::vector<int32_t> given = tensors_of(arguments[last - 1]);
+    if (kind(arguments[last - 1]) != kTensors && results.size() <= last) {
+      given.clear();
+      for (size_t i = last - results.size(); i < last; ++i) given.push_back(arguments[i]);
     }
-    const bool is_list = arguments[last - 1] == arguments[last];
-    require(is_list || results.size() <= last, "a kernel that returns what it is not given");
-    for (size_t i = 0; i < results.size(); ++i) {
-      require(kind(results[i]) == kTensor && is_planned_[static_cast<size_t>(results[i])],
+    require(given == results, "a kernel that returns what it is not given");
+    for (const int32_t value : results) {
+      require(kind(value) == kTensor && is_planned_[static_cast<size_t>(value)],
               "a result that is not in planned memory");
-      require(is_list || arguments[last - results.size() + i] == results[i],
-              "a kernel that returns what it is not given");
     }
   }
 
