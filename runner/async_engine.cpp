@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <functional>
+#include <stdexcept>
+#include <system_error>
 #include <utility>
 
 namespace et_moe {
@@ -14,7 +16,12 @@ AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_pat
   }
   std::promise<ModelInfo> loaded;
   auto info = loaded.get_future();
-  thread_ = std::thread(&AsyncEngine::run, this, pte_path, ptd_path, std::move(loaded));
+  try {
+    thread_ = std::thread(&AsyncEngine::run, this, pte_path, ptd_path, std::move(loaded));
+  } catch (const std::system_error& e) {
+    throw std::runtime_error(pte_path +
+                             ": the engine's thread cannot be started: " + e.code().message());
+  }
   try {
     info_ = info.get();
   } catch (...) {

@@ -172,8 +172,7 @@ void run_all(AsyncEngine& engine, const Flags& f, const std::vector<Request>& re
 
 void generate_batch(const Flags& f, const Tokenizer* tokenizer) {
   const ModelInfo info = read_info(ProgramFile(f.model_path));
-  const std::vector<Request> requests =
-      read_prompts(*f.prompts_path, f.generation, tokenizer, f.parse_special, info);
+  const std::vector<Request> requests = read_prompts(f, tokenizer, info);
   needing_memory(f.model_path, [&] {
     const size_t most = std::min(requests.size(), static_cast<size_t>(info.max_sequences));
     llm::Stats stats;

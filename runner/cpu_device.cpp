@@ -16,7 +16,7 @@ void CpuDevice::load(const ProgramFile& program, const Bindings& bindings, const
   std::vector<TensorSpec> bound(bindings.state.begin(), bindings.state.end());
   bound.insert(bound.end(), bindings.weights.begin(), bindings.weights.end());
   for (const auto& [name, spec] : bindings.methods) {
-    auto method = program.load_method(name, spec, bound);
+    auto method = program.load_method(name, spec, bound, weights.path());
     const size_t first = spec.inputs.size() + state_.size();
     for (size_t i = 0; i < bindings.weights.size(); ++i) {
       const TensorSpec& weight = bindings.weights[i];

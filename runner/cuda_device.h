@@ -26,6 +26,7 @@ class CudaDevice final : public Device {
   std::optional<llm::GpuMemory> memory() const override;
 
  private:
+  std::string files_;  // program and weights, for messages
   std::shared_ptr<cuda::Context> context_;
   std::map<std::string, std::unique_ptr<LoadedMethod>> methods_;
   std::unique_ptr<cuda::Session> session_;  // which has the state

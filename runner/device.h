@@ -15,8 +15,8 @@
 namespace et_moe {
 
 /// Runs the methods of one program, and has the state of all sequences: KV cache, convolution and
-/// recurrent state. Not thread-safe. Everything throws std::runtime_error with the program's file
-/// and what went wrong.
+/// recurrent state. Not thread-safe. Everything throws std::runtime_error that names the files, but
+/// `allocate`, whose caller knows them, and says what went wrong.
 class Device {
  public:
   virtual ~Device() = default;

@@ -8,6 +8,12 @@
 
 namespace et_moe {
 
+/// How the message of an error begins whose cause can be in a program or in its weights, or in its
+/// tokenizer: they do not fit each other, or what is computed of both is no result.
+inline std::string both_files(const std::string& program, const std::string& other) {
+  return program + " with " + other;
+}
+
 /// What `body` returns. Where it runs out of memory, std::runtime_error says so of `where`, a file
 /// or a flag.
 template <typename Body>

@@ -4,6 +4,7 @@
 
 #include "backends/json.h"
 #include "backends/messages.h"
+#include "runner/errors.h"
 
 namespace et_moe {
 namespace {
@@ -48,9 +49,9 @@ void check_same(const Fingerprint& program, const Fingerprint& weights) {
   for (const auto& [key, value] : both.items()) {
     const auto found = ours.find(key), other = theirs.find(key);
     if (found != ours.end() && other != theirs.end() && *found == *other) continue;
-    throw std::runtime_error(weights.path + ": is not the .ptd of " + program.path + ": " + key +
-                             " is " + describe(theirs, key) + ", the program has " +
-                             describe(ours, key));
+    throw std::runtime_error(
+        both_files(program.path, weights.path) + ": they do not fit each other: " + key + " is " +
+        describe(theirs, key) + " in the weights, the program has " + describe(ours, key));
   }
 }
 

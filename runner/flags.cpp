@@ -15,6 +15,7 @@
 #include "backends/messages.h"
 #include "runner/errors.h"
 #include "runner/files.h"
+#include "runner/request.h"
 
 namespace et_moe {
 namespace {
@@ -206,14 +207,21 @@ PromptSource read_prompt_source(const Flags& f) {
   return f.prompt ? *f.prompt : read_file(*f.prompt_file);
 }
 
-std::vector<int64_t> read_prompt(const Flags& f, const PromptSource& source,
-                                 const Tokenizer* tokenizer) {
-  if (const auto* ids = std::get_if<std::vector<int64_t>>(&source)) return *ids;
+std::vector<int64_t> encode(const Flags& f, const Tokenizer* tokenizer, const std::string& text,
+                            int64_t vocab_size) {
   if (!tokenizer) throw std::runtime_error("--tokenizer_path is needed to read a text prompt");
+  std::vector<int64_t> ids = tokenizer->encode(text, f.parse_special);
+  check_ids(ids, vocab_size, both_files(f.model_path, f.tokenizer_path) + ": ");
+  return ids;
+}
+
+std::vector<int64_t> read_prompt(const Flags& f, const PromptSource& source,
+                                 const Tokenizer* tokenizer, int64_t vocab_size) {
+  if (const auto* ids = std::get_if<std::vector<int64_t>>(&source)) return *ids;
   return in_context(f.prompt ? "--prompt" : *f.prompt_file, [&] {
     const std::string& text = std::get<std::string>(source);
     if (text.empty()) throw std::runtime_error("the prompt is empty");
-    return tokenizer->encode(text, f.parse_special);
+    return encode(f, tokenizer, text, vocab_size);
   });
 }
 

@@ -42,9 +42,15 @@ using PromptSource = std::variant<std::string, std::vector<int64_t>>;
 /// at fault.
 PromptSource read_prompt_source(const Flags& flags);
 
-/// The ids of a prompt, those of a text by the tokenizer, which may be null. Throws
-/// std::runtime_error that names the flag or the file at fault.
+/// The ids of a text by the tokenizer, which may be null. Throws std::runtime_error: there is none,
+/// it refuses the text, or it gives an id that a program with so large a vocabulary does not take;
+/// that names both files.
+std::vector<int64_t> encode(const Flags& flags, const Tokenizer* tokenizer, const std::string& text,
+                            int64_t vocab_size);
+
+/// The ids of a prompt, those of a text by `encode`. Throws std::runtime_error that names the flag
+/// or the file at fault.
 std::vector<int64_t> read_prompt(const Flags& flags, const PromptSource& source,
-                                 const Tokenizer* tokenizer);
+                                 const Tokenizer* tokenizer, int64_t vocab_size);
 
 }  // namespace et_moe

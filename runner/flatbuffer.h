@@ -118,7 +118,10 @@ class Tables {
   Tables() = default;
   Tables(const Buffer& buffer, size_t at) : buffer_(&buffer), offsets_(buffer, at) {}
   size_t size() const { return offsets_.size(); }
-  Table operator[](size_t i) const { return {*buffer_, offsets_.offset(i) + offsets_[i]}; }
+  Table operator[](size_t i) const {
+    const size_t at = offsets_.offset(i) + offsets_[i];  // throws where there is no buffer
+    return {*buffer_, at};
+  }
 
  private:
   const Buffer* buffer_ = nullptr;

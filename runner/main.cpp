@@ -56,7 +56,8 @@ void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer
     const bool show = i == 0;
     Stats stats = loaded;
     stats.inference_start_ms = et_moe::llm::now_ms();
-    const std::vector<int64_t> prompt = et_moe::read_prompt(f, source, tokenizer);
+    const std::vector<int64_t> prompt =
+        et_moe::read_prompt(f, source, tokenizer, engine.model().info().vocab_size);
     et_moe::Printer printer(tokenizer);
     // Before the first measured token there are no stats that would be worth waiting for.
     const auto on_token = [&](int64_t id) {

@@ -1,7 +1,10 @@
 #include "runner/model.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
+
+#include "runner/errors.h"
 
 namespace et_moe {
 namespace {
@@ -128,11 +131,39 @@ void Model::settle() {
   }
 }
 
-void Model::check_overtaken(const Session& session, int64_t token, const Sampling& sampling) const {
-  if (!session.overtaken_ || (token == session.drawn_ && sampling == session.sampling_)) return;
-  throw std::runtime_error(
-      "the session has gone on from the token it drew, as it was asked to: reset it before another "
-      "call");
+void Model::check_drawn(const int64_t* tokens, size_t count) const {
+  for (size_t i = 0; i < count; ++i) {
+    if (static_cast<uint64_t>(tokens[i]) < static_cast<uint64_t>(info_.vocab_size)) continue;
+    throw std::runtime_error(both_files(program_.path(), weights_->path()) + ": the token " +
+                             std::to_string(tokens[i]) + " is drawn, expected 0 to " +
+                             std::to_string(info_.vocab_size - 1));
+  }
+}
+
+void Model::check_logits(const float* logits, size_t sequences) const {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const auto size = static_cast<size_t>(info_.vocab_size);
+  for (const float* row = logits; row != logits + sequences * size; row += size) {
+    int broken = 0;  // no search: this is what a compiler makes vectors of
+    for (size_t i = 0; i < size; ++i) broken |= !(row[i] < kInfinity);
+    if (broken == 0) continue;
+    const float* first = std::find_if(row, row + size, [](float v) { return !(v < kInfinity); });
+    throw std::runtime_error(both_files(program_.path(), weights_->path()) +
+                             ": the logit of token " + std::to_string(first - row) + " is " +
+                             std::to_string(*first));
+  }
+}
+
+void Model::check_overtaken(Session& session, int64_t token, const Sampling& sampling) const {
+  if (!session.overtaken_) return;
+  if (token != session.drawn_ || !(sampling == session.sampling_)) {
+    throw std::runtime_error(
+        "the session has gone on from the token it drew, as it was asked to: reset it before "
+        "another call");
+  }
+  session.failed_ = true;
+  check_drawn(&*session.overtaken_, 1);
+  session.failed_ = false;
 }
 
 void Model::take_overtaken(Session& session) {
@@ -142,9 +173,12 @@ void Model::take_overtaken(Session& session) {
   ++session.position_;
 }
 
-std::vector<const void*> Model::run_or_settle(const Call& call) {
+std::vector<const void*> Model::run_or_settle(const Call& call, size_t sequences) {
   try {
-    return device_->run(call);
+    std::vector<const void*> outputs = device_->run(call);
+    check_drawn(static_cast<const int64_t*>(outputs[0]), sequences);
+    if (outputs.size() > 1) check_logits(static_cast<const float*>(outputs[1]), sequences);
+    return outputs;
   } catch (...) {
     try {
       device_->settle();  // the call that failed may have been followed by another
@@ -174,7 +208,8 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tok
   for (const Feed& feed : feeds) feed.session->failed_ = true;
   ahead_.clear();
   const std::vector<const void*> outputs = run_or_settle(
-      {method, inputs_->inputs(), options.logits ? with_logits : token_only, run_ahead});
+      {method, inputs_->inputs(), options.logits ? with_logits : token_only, run_ahead},
+      feeds.size());
   std::vector<Step> steps;
   for (size_t i = 0; i < feeds.size(); ++i) {
     const auto row = static_cast<std::ptrdiff_t>(i);

@@ -88,8 +88,8 @@ struct Feed {
 };
 
 /// The next token, and the logits it was drawn from if they were asked for: vocab_size floats in
-/// host memory, valid until the model runs again. Else null, as it is for a token that was drawn
-/// ahead of a call that was not the one expected.
+/// host memory, none of them NaN or +infinity, valid until the model runs again. Else null, as it
+/// is for a token that was drawn ahead of a call that was not the one expected.
 struct Step {
   int64_t token;
   const float* logits;
@@ -143,8 +143,8 @@ class Model {
   ///
   /// Throws std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the
   /// vocabulary, more tokens than max_seq_len, another token than the one that a session that ran
-  /// ahead was fed, or a failure of the program; OutOfPages. After a failure the session has to be
-  /// reset.
+  /// ahead was fed, or a failure of the program, which names the files: it says so, or what it
+  /// returns are no tokens and logits; OutOfPages. After a failure the session has to be reset.
   Step run(Session& session, const int64_t* tokens, size_t count, const Sampling& sampling,
            const CallOptions& options = {});
 
@@ -165,8 +165,14 @@ class Model {
   /// How many pages there are to be. Throws std::runtime_error if one sequence takes more.
   size_t choose_pages(const ModelOptions& options, const Bindings& bindings) const;
   void check_call(const Session& session, const int64_t* tokens, size_t count) const;
-  /// Throws std::runtime_error unless this token, drawn like this, is what the session was fed.
-  void check_overtaken(const Session& session, int64_t token, const Sampling& sampling) const;
+  /// Throws std::runtime_error, with the files, unless tokens that were drawn are of the
+  /// vocabulary.
+  void check_drawn(const int64_t* tokens, size_t count) const;
+  /// Throws std::runtime_error, with the files, for NaN and +infinity.
+  void check_logits(const float* logits, size_t sequences) const;
+  /// Throws std::runtime_error unless this token, drawn like this, is what the session was fed, and
+  /// what that drew in turn is a token. If it is none, the session has failed.
+  void check_overtaken(Session& session, int64_t token, const Sampling& sampling) const;
   /// Makes the token that was fed ahead of its call count as fed.
   void take_overtaken(Session& session);
   /// Takes pages for so many more tokens of each session, and for some more if there are any and
@@ -178,8 +184,9 @@ class Model {
   bool is_ahead(const std::vector<Feed>& feeds) const;
   /// Ends running ahead: its sessions keep the tokens that were drawn.
   void settle();
-  /// A call of the device; if it fails nothing runs ahead any more.
-  std::vector<const void*> run_or_settle(const Call& call);
+  /// A call of the device whose outputs are tokens, of so many sequences, and perhaps logits; if it
+  /// fails nothing runs ahead any more.
+  std::vector<const void*> run_or_settle(const Call& call, size_t sequences);
   /// One call of sessions whose pages are there: `count` tokens of one, or one of each.
   std::vector<Step> call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
                          const CallOptions& options);

@@ -129,7 +129,10 @@ size_t Model::choose_pages(const ModelOptions& options, const Bindings& bindings
   std::string why;
   if (options.memory_fraction && !options.pages) {
     const auto memory = device_->memory();
-    if (!memory) throw std::runtime_error("memory_fraction: a CPU program has no GPU memory");
+    if (!memory) {
+      throw std::runtime_error("memory_fraction: " + program_.path() +
+                               " is a program for the CPU, which has no GPU memory");
+    }
     size_t slots = 0, page = 0;
     for (const StateSpec& state : bindings.state) {
       const bool in_pages = state.pool == Pool::kPages;
@@ -169,7 +172,7 @@ void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
   try {
     device_->allocate(pool_->sizes);
   } catch (const std::runtime_error& e) {
-    throw std::runtime_error("there is no memory for the state of " +
+    throw std::runtime_error(program_.path() + ": there is no memory for the state of " +
                              std::to_string(options.max_sequences) + " sequences with " +
                              std::to_string(pages) + " pages of the KV cache: " + e.what());
   }

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "runner/errors.h"
 #include "runner/log.h"
 #include "runner/program_check.h"
 #include "runner/sealed_file.h"
@@ -64,6 +65,21 @@ void LoadedMethod::fail(const std::string& what) const {
   throw std::runtime_error(path_ + ": method " + name_ + " " + what);
 }
 
+void LoadedMethod::fail_with_data(const std::string& what) const {
+  const std::string files = data_path_.empty() ? path_ : both_files(path_, data_path_);
+  throw std::runtime_error(files + ": method " + name_ + " " + what);
+}
+
+template <typename Body>
+auto LoadedMethod::checked(const Body& body, const char* what) const {
+  try {
+    const AbortsThrow scope;
+    return body();
+  } catch (const std::runtime_error& e) {
+    fail_with_data(what + std::string(e.what()));
+  }
+}
+
 void LoadedMethod::check(const MethodMeta& meta, const std::vector<TensorSpec>& bound) const {
   const size_t given = spec_.inputs.size();
   if (meta.num_inputs() != given + bound.size()) {
@@ -113,8 +129,9 @@ std::vector<const void*> LoadedMethod::run(const Call& call) {
     set_argument(i, spec.name, given->dtype, given->shape, given->data);
   }
   Method& method = *memory_->method;
-  if (const Error error = method.execute(); error != Error::Ok) {
-    fail(std::string("failed: ") + executorch::runtime::to_string(error) + take_log());
+  const Error error = checked([&] { return method.execute(); }, "failed: ");
+  if (error != Error::Ok) {
+    fail_with_data(std::string("failed: ") + executorch::runtime::to_string(error) + take_log());
   }
   std::vector<const void*> outputs;
   for (const std::string& name : call.outputs) {
@@ -145,12 +162,13 @@ ProgramFile::ProgramFile(const std::string& path) : path_(path), file_(path) {
 
 ProgramFile::~ProgramFile() = default;
 
-std::unique_ptr<LoadedMethod> ProgramFile::load(const std::string& name,
-                                                const NamedDataMap* data) const {
+std::unique_ptr<LoadedMethod> ProgramFile::load(const std::string& name, const NamedDataMap* data,
+                                                const std::string& data_path) const {
   const auto meta = program_->method_meta(name.c_str());
   if (!meta.ok()) throw std::runtime_error(path_ + ": has no method " + name);
   std::unique_ptr<LoadedMethod> loaded(new LoadedMethod());
   loaded->path_ = path_;
+  loaded->data_path_ = data_path;
   loaded->name_ = name;
   auto& memory = *loaded->memory_;
   for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
@@ -161,10 +179,12 @@ std::unique_ptr<LoadedMethod> ProgramFile::load(const std::string& name,
       Span<Span<uint8_t>>(memory.spans.data(), memory.spans.size()));
   memory.manager = std::make_unique<MemoryManager>(&memory.allocator, memory.hierarchical.get(),
                                                    &memory.temporary);
-  auto method = program_->load_method(name.c_str(), memory.manager.get(), nullptr, data);
+  auto method = loaded->checked(
+      [&] { return program_->load_method(name.c_str(), memory.manager.get(), nullptr, data); },
+      "cannot be loaded: ");
   if (!method.ok()) {
-    loaded->fail(std::string("cannot be loaded: ") +
-                 executorch::runtime::to_string(method.error()) + take_log());
+    loaded->fail_with_data(std::string("cannot be loaded: ") +
+                           executorch::runtime::to_string(method.error()) + take_log());
   }
   memory.method.emplace(std::move(*method));
   memory.arguments.resize(memory.method->inputs_size());
@@ -174,8 +194,9 @@ std::unique_ptr<LoadedMethod> ProgramFile::load(const std::string& name,
 std::unique_ptr<LoadedMethod> ProgramFile::load_method(const std::string& name,
                                                        const MethodSpec& spec,
                                                        const std::vector<TensorSpec>& bound,
+                                                       const std::string& data_path,
                                                        const NamedDataMap* data) const {
-  auto loaded = load(name, data);
+  auto loaded = load(name, data, data_path);
   loaded->spec_ = spec;
   loaded->check(*program_->method_meta(name.c_str()), bound);
   return loaded;
@@ -183,9 +204,10 @@ std::unique_ptr<LoadedMethod> ProgramFile::load_method(const std::string& name,
 
 std::pair<std::unique_ptr<LoadedMethod>, EValue> ProgramFile::constant(
     const std::string& name) const {
-  auto loaded = load(name, nullptr);
+  auto loaded = load(name);
   Method& method = *loaded->memory_->method;
-  if (method.outputs_size() != 1 || method.execute() != Error::Ok) {
+  const auto execute = [&method] { return method.execute(); };
+  if (method.outputs_size() != 1 || loaded->checked(execute, "failed: ") != Error::Ok) {
     throw std::runtime_error(path_ + ": " + name + " is not a constant method");
   }
   EValue value = method.get_output(0);

@@ -32,7 +32,7 @@ class LoadedMethod {
   /// Runs the method on the inputs that it takes. Returns where the wanted outputs are, in the
   /// order of `call.outputs`; they are there until the next run.
   /// Throws std::runtime_error: an input or output that the call lacks or that does not fit, or
-  /// what the program says of its failure.
+  /// what the program says of its failure, with both files: what it computes with comes from both.
   std::vector<const void*> run(const Call& call);
 
  private:
@@ -43,8 +43,13 @@ class LoadedMethod {
   void check(const executorch::runtime::MethodMeta& meta,
              const std::vector<TensorSpec>& bound) const;
   [[noreturn]] void fail(const std::string& what) const;
+  [[noreturn]] void fail_with_data(const std::string& what) const;
+  /// What `body` returns; a check of ExecuTorch that fails in it is an error that begins with
+  /// `what`.
+  template <typename Body>
+  auto checked(const Body& body, const char* what) const;
 
-  std::string path_, name_;
+  std::string path_, data_path_, name_;
   MethodSpec spec_;
   std::unique_ptr<Memory> memory_;
 };
@@ -64,18 +69,20 @@ class ProgramFile {
   std::string text(const std::string& name) const;
 
   /// Loads a method that takes the inputs of `spec` and, behind them, the tensors `bound`. It must
-  /// go before the program and before `data`, the weights as a delegate takes them.
+  /// go before the program and before `data`, the weights as a delegate takes them, if it does.
+  /// `data_path` is where the weights come from, for messages.
   /// Throws std::runtime_error that names method and tensor.
   std::unique_ptr<LoadedMethod> load_method(
       const std::string& name, const MethodSpec& spec, const std::vector<TensorSpec>& bound,
-      const executorch::runtime::NamedDataMap* data = nullptr) const;
+      const std::string& data_path, const executorch::runtime::NamedDataMap* data = nullptr) const;
 
  private:
   /// The value that a constant method returns, and the method that owns it.
   std::pair<std::unique_ptr<LoadedMethod>, executorch::runtime::EValue> constant(
       const std::string& name) const;
   std::unique_ptr<LoadedMethod> load(const std::string& name,
-                                     const executorch::runtime::NamedDataMap* data) const;
+                                     const executorch::runtime::NamedDataMap* data = nullptr,
+                                     const std::string& data_path = "") const;
 
   std::string path_;
   MappedFile file_;  // what was checked is what is run, whatever becomes of the path

@@ -37,10 +37,15 @@ void require(bool holds, const char* what) {
   if (!holds) fail(what);
 }
 
+/// Bytes of the file.
+struct Extent {
+  uint64_t begin, size;
+};
+
 /// What all methods of a program share.
 struct Data {
-  std::vector<uint64_t> segments;   // sizes
-  std::vector<uint64_t> constants;  // bytes there are from the start of each
+  std::vector<Extent> segments;
+  std::vector<Extent> constants;  // to the end of their segment
 };
 
 class MethodCheck {
@@ -75,6 +80,7 @@ class MethodCheck {
     for (size_t i = 0; i < values_.size(); ++i)
       kinds_.push_back(values_[i].scalar<uint8_t>(kFirst));
     has_memory_.resize(kinds_.size());
+    is_planned_.resize(kinds_.size());
     bytes_.resize(kinds_.size());
     dtypes_.resize(kinds_.size());
     for (int slot : {plan::kInputs, plan::kOutputs}) {
@@ -141,11 +147,15 @@ class MethodCheck {
     require(dynamism == 0 || dynamism == 1, "a tensor without a largest shape");
     bytes_[i] = bytes;
     dtypes_[i] = dtype;
-    place_tensor(i, t, bytes);
+    place_tensor(i, t);
   }
 
   /// A tensor is an input, or has planned memory, or is a constant, or a view of another one.
-  void place_tensor(size_t i, const Table& t, size_t bytes) {
+  void place_tensor(size_t i, const Table& t) {
+    const size_t bytes = bytes_[i];
+    const auto is_aligned = [width = executorch::runtime::elementSize(dtypes_[i])](uint64_t at) {
+      return at % width == 0;
+    };
     const auto constant = t.scalar<uint32_t>(tensor::kConstant);
     if (const auto place = t.find_table(tensor::kAllocation)) {
       require(constant == 0, "a tensor that has memory and is a constant");
@@ -155,15 +165,18 @@ class MethodCheck {
       uint64_t end = 0;
       require(!__builtin_add_overflow(begin, bytes, &end), "a tensor outside of its memory");
       require(memory >= 1, "a tensor in no memory");
+      require(is_aligned(begin), "a tensor that is not aligned");
       if (ends_.size() <= memory) {
         require(memory < method_.scalars<int64_t>(plan::kBufferSizes).size(),
                 "a tensor in no memory");
         ends_.resize(memory + 1);
       }
       ends_[memory] = std::max(ends_[memory], end);
+      is_planned_[i] = true;
     } else if (constant != 0) {
-      require(constant < data_.constants.size() && bytes <= data_.constants[constant],
+      require(constant < data_.constants.size() && bytes <= data_.constants[constant].size,
               "a constant outside of the program");
+      require(is_aligned(data_.constants[constant].begin), "a constant that is not aligned");
     } else {
       return;
     }
@@ -221,7 +234,11 @@ class MethodCheck {
     } else {
       require(index < method_.tables(plan::kDelegates).size(), "a call of no delegate");
     }
-    if (name == kView) check_view(static_cast<size_t>(arguments[0]), arguments[2]);
+    if (name == kView) {
+      check_view(static_cast<size_t>(arguments[0]), arguments[2]);
+    } else if (type == kKernelCall) {
+      check_results(arguments);
+    }
     for (size_t i = 0; i < arguments.size(); ++i) require_memory(arguments[i]);
   }
 
@@ -230,6 +247,33 @@ class MethodCheck {
     require(has_memory_[from] && bytes_[from] == bytes_[i] && dtypes_[from] == dtypes_[i],
             "a view of another tensor's size");
     has_memory_[i] = true;
+  }
+
+  /// The tensor that is a value, or those of a list.
+  std::vector<int32_t> tensors_of(int32_t value) const {
+    if (kind(value) != kTensors) return {value};
+    const auto items = values_[static_cast<size_t>(value)].table(kSecond).scalars<int32_t>(kFirst);
+    std::vector<int32_t> tensors;
+    for (size_t i = 0; i < items.size(); ++i) tensors.push_back(items[i]);
+    return tensors;
+  }
+
+  /// A kernel returns what it was given to write to, one by one or as a list: planned memory, since
+  /// constants and weights cannot be written to.
+  void check_results(const Vector<int32_t>& arguments) const {
+    require(arguments.size() >= 2, "a kernel without results");
+    const size_t last = arguments.size() - 1;
+    const std::vector<int32_t> results = tensors_of(arguments[last]);
+    std::vector<int32_t> given = tensors_of(arguments[last - 1]);
+    if (kind(arguments[last - 1]) != kTensors && results.size() <= last) {
+      given.clear();
+      for (size_t i = last - results.size(); i < last; ++i) given.push_back(arguments[i]);
+    }
+    require(given == results, "a kernel that returns what it is not given");
+    for (const int32_t value : results) {
+      require(kind(value) == kTensor && is_planned_[static_cast<size_t>(value)],
+              "a result that is not in planned memory");
+    }
   }
 
   void check_arguments(const std::string& name, const Vector<int32_t>& arguments) const {
@@ -270,13 +314,13 @@ class MethodCheck {
   Tables values_;
   // By value; the last three of tensors.
   std::vector<uint8_t> kinds_;
-  std::vector<bool> has_memory_;
+  std::vector<bool> has_memory_, is_planned_;
   std::vector<size_t> bytes_;  // of the largest shape
   std::vector<ScalarType> dtypes_;
   std::vector<uint64_t> ends_;  // of the tensors in each planned memory
 };
 
-/// Sizes of the segments, all of which must lie behind the program and end in the file.
+/// The segments, all of which must lie behind the program and end in the file.
 void check_segments(const Table& root, size_t size, const Header& header, Data& data) {
   const Tables segments = root.tables(program::kSegments);
   const bool behind = header.segment_base >= header.program_size && header.segment_base <= size;
@@ -286,7 +330,7 @@ void check_segments(const Table& root, size_t size, const Header& header, Data& 
     const auto length = segments[i].scalar<uint64_t>(segment::kSize);
     require(behind || length == 0, "its data begins outside of it");
     require(begin <= room && length <= room - begin, "data that ends behind its end");
-    data.segments.push_back(length);
+    data.segments.push_back({header.segment_base + begin, length});
   }
   const Tables named = root.tables(program::kNamedData);
   std::set<std::string_view> names;
@@ -308,8 +352,9 @@ void check_constants(const Table& root, Data& data) {
   const auto index = constants->scalar<uint32_t>(subsegments::kSegment);
   require(index < data.segments.size(), "constants in no segment");
   for (size_t i = 0; i < offsets.size(); ++i) {
-    require(offsets[i] <= data.segments[index], "a constant outside of the program");
-    data.constants.push_back(data.segments[index] - offsets[i]);
+    const Extent& segment = data.segments[index];
+    require(offsets[i] <= segment.size, "a constant outside of the program");
+    data.constants.push_back({segment.begin + offsets[i], segment.size - offsets[i]});
   }
 }
 

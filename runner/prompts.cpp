@@ -91,11 +91,11 @@ std::vector<int64_t> ids_of(const json& value) {
   return ids;
 }
 
-std::vector<int64_t> encode(const json& value, const Tokenizer* tokenizer, bool parse_special) {
+std::vector<int64_t> ids_of_text(const Flags& f, const Tokenizer* tokenizer, const json& value,
+                                 int64_t vocab_size) {
   if (!value.is_string()) expect("prompt", "a text", value);
-  if (!tokenizer) fail("--tokenizer_path is needed to read a text prompt");
   return in_context("prompt", [&] {
-    return tokenizer->encode(value.get_ref<const std::string&>(), parse_special);
+    return encode(f, tokenizer, value.get_ref<const std::string&>(), vocab_size);
   });
 }
 
@@ -140,9 +140,10 @@ void check_request(const Request& request, const ModelInfo& info) {
 
 }  // namespace
 
-std::vector<Request> read_prompts(const std::string& path, const GenerationConfig& defaults,
-                                  const Tokenizer* tokenizer, bool parse_special,
+std::vector<Request> read_prompts(const Flags& f, const Tokenizer* tokenizer,
                                   const ModelInfo& info) {
+  const std::string& path = *f.prompts_path;
+  const GenerationConfig& defaults = f.generation;
   check_limit(defaults.max_new_tokens);
   check(defaults.sampling);
   const std::string text = read_file(path);
@@ -160,7 +161,7 @@ std::vector<Request> read_prompts(const std::string& path, const GenerationConfi
       request.params.sampling = defaults.sampling;
       for (const auto& [key, value] : object.items()) {
         if (key == "prompt") {
-          request.prompt_ids = encode(value, tokenizer, parse_special);
+          request.prompt_ids = ids_of_text(f, tokenizer, value, info.vocab_size);
         } else if (key == "prompt_ids") {
           request.prompt_ids = ids_of(value);
         } else {

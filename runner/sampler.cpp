@@ -83,12 +83,6 @@ int64_t Sampler::draw_with_noise(int64_t position) {
 
 int64_t Sampler::draw(const float* logits, int64_t position, const TokenMask* mask) {
   values_.assign(logits, logits + values_.size());
-  for (size_t i = 0; i < values_.size(); ++i) {
-    if (std::isnan(values_[i]) || values_[i] == -kLowest) {
-      throw std::runtime_error("the logit of token " + std::to_string(i) + " is " +
-                               std::to_string(values_[i]));
-    }
-  }
   change(mask);
   const int64_t likeliest = first_max(values_);
   if (mask && values_[static_cast<size_t>(likeliest)] == kLowest) {

@@ -23,9 +23,9 @@ class Sampler {
   /// `prompt_ids` count as seen, not as generated.
   Sampler(const SamplingParams& params, int64_t vocab_size, const std::vector<int64_t>& prompt_ids);
 
-  /// The next token. `position` is that of the token before it, `logits` has vocab_size floats; no
-  /// `mask` allows all tokens. Throws std::runtime_error: a logit is NaN or infinite, or no token
-  /// is left.
+  /// The next token. `position` is that of the token before it, `logits` has vocab_size floats,
+  /// none of them NaN or +infinity; no `mask` allows all tokens. Throws std::runtime_error if no
+  /// token is left.
   int64_t draw(const float* logits, int64_t position, const TokenMask* mask);
 
   /// Counts a token as generated.

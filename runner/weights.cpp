@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "backends/threads.h"
+#include "runner/errors.h"
 #include "runner/sealed_file.h"
 
 namespace et_moe {
@@ -47,42 +48,42 @@ FlatTensorMap Weights::read(const MappedFile& file, const std::string& path) {
 
 Weights::Weights(const std::string& path, const std::vector<TensorSpec>& specs,
                  const Fingerprint& program)
-    : file_(path), tensors_(read(file_, path)) {
+    : path_(path), file_(path), tensors_(read(file_, path)) {
+  const std::string differs = both_files(program.path, path) + ": they do not fit each other: ";
   for (const TensorSpec& spec : specs) {
     const auto found = tensors_.entries().find(spec.name);
     if (found == tensors_.entries().end() || !found->second.is_tensor) {
-      throw std::runtime_error(path + ": has no tensor " + spec.name +
-                               "; is it the .ptd of another model?");
+      throw std::runtime_error(differs + "the weights have no tensor " + spec.name);
     }
     const auto& [data, size, is_tensor, dtype, sizes, order] = found->second;
     if (!spec.accepts(dtype, sizes.data(), sizes.size())) {
-      throw std::runtime_error(
-          path + ": " + spec.name + " is " + TensorSpec{spec.name, dtype, sizes, sizes}.describe() +
-          ", the program takes " + spec.describe() + "; is it the .ptd of another model?");
+      throw std::runtime_error(differs + "the weights have " + spec.name + " as " +
+                               TensorSpec{spec.name, dtype, sizes, sizes}.describe() +
+                               ", the program takes " + spec.describe());
     }
     data_.push_back(data);
   }
-  check_fingerprint(path, program);
-  verify_checksums(path);
+  check_fingerprint(program);
+  verify_checksums();
 }
 
-void Weights::check_fingerprint(const std::string& path, const Fingerprint& program) const {
+void Weights::check_fingerprint(const Fingerprint& program) const {
   const auto found = tensors_.entries().find(kFingerprint);
   if (found == tensors_.entries().end()) {
-    throw std::runtime_error(path +
+    throw std::runtime_error(path_ +
                              ": has no fingerprint of its model; export it again with "
                              "`et-moe export`");
   }
   const auto* text = reinterpret_cast<const char*>(found->second.data);
-  check_same(program, {path, std::string(text, found->second.size)});
+  check_same(program, {path_, std::string(text, found->second.size)});
 }
 
-void Weights::verify_checksums(const std::string& path) const {
+void Weights::verify_checksums() const {
   const auto& entries = tensors_.entries();
   const auto checksums = entries.find(kChecksums);
   // Every entry but the checksums' own has one, in the order of the names.
   if (checksums == entries.end() || checksums->second.size != 8 * (entries.size() - 1)) {
-    throw std::runtime_error(path + ": has no checksums of its tensors");
+    throw std::runtime_error(path_ + ": has no checksums of its tensors");
   }
   std::vector<decltype(entries.begin())> tensors;
   for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
@@ -96,7 +97,7 @@ void Weights::verify_checksums(const std::string& path) const {
   });
   const auto bad = std::find(valid.begin(), valid.end(), 0);
   if (bad != valid.end()) {
-    throw std::runtime_error(path + ": damaged: checksum mismatch of tensor " +
+    throw std::runtime_error(path_ + ": damaged: checksum mismatch of tensor " +
                              tensors[static_cast<size_t>(bad - valid.begin())]->first);
   }
 }

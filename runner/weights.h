@@ -16,9 +16,12 @@ namespace et_moe {
 /// backends/sealed_file.py for the format).
 class Weights {
  public:
-  /// Throws std::runtime_error that names the file and the tensor at fault.
+  /// Throws std::runtime_error that names the file and the tensor at fault, and the program, too,
+  /// where both disagree.
   Weights(const std::string& path, const std::vector<TensorSpec>& specs,
           const Fingerprint& program);
+
+  const std::string& path() const { return path_; }
 
   /// The bytes of `specs[i]`; valid as long as this object lives.
   const void* data(size_t i) const { return data_[i]; }
@@ -30,9 +33,10 @@ class Weights {
   /// What the file holds; throws std::runtime_error with its name unless its seal covers all of
   /// its header and nothing is behind its data.
   static FlatTensorMap read(const MappedFile& file, const std::string& path);
-  void check_fingerprint(const std::string& path, const Fingerprint& program) const;
-  void verify_checksums(const std::string& path) const;
+  void check_fingerprint(const Fingerprint& program) const;
+  void verify_checksums() const;
 
+  std::string path_;
   MappedFile file_;
   FlatTensorMap tensors_;
   std::vector<const void*> data_;

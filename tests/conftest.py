@@ -26,6 +26,9 @@ if not torch.cuda.is_available():
 # namespaces: most of the time of a small export. Tests define no such operators.
 torch_export._materialize_cpp_cia_ops = functools.cache(torch_export._materialize_cpp_cia_ops)
 
+# Without this UBSan prints what it finds, and the program goes on and succeeds.
+os.environ.setdefault("UBSAN_OPTIONS", "halt_on_error=1:print_stacktrace=1")
+
 # A test run that was started in the background may ignore signals, and so would what tests start.
 for number, usual in (
     (signal.SIGHUP, signal.SIG_DFL),

@@ -68,6 +68,11 @@ TEST_F(ContainerTest, NothingIsLeftOfARunThatFails) {
   EXPECT_EQ(live(), 0u);
 }
 
+TEST_F(ContainerTest, NothingIsLeftOfARunThatThrows) {
+  EXPECT_EQ(failure(4, 2), "the code decode failed: expected 3 inputs");
+  EXPECT_EQ(live(), 0u);
+}
+
 TEST_F(ContainerTest, NothingIsLeftOfOutputsThatAreTooFew) {
   EXPECT_EQ(failure(1, 2), "the code decode returns fewer than its outputs: out of luck");
   EXPECT_EQ(live(), 0u);

@@ -20,6 +20,8 @@
 //   ET_MOE_FAKE_CUDA_FAIL     the call that fails: N (the N-th of all, from 1) or NAME:N
 //   ET_MOE_FAKE_CUDA_ERROR    what it fails with, such as cudaErrorLaunchFailure (the default
 //                             depends on the function)
+//   ET_MOE_FAKE_CUDA_DRAW     N:TOKEN, where launches are not executed: from the N-th run (from 1)
+//                             of the kernel that hands tokens over on, calls draw this token
 //   ET_MOE_FAKE_CUDA_REPORT   file for a report at exit, JSON: calls (number of all calls),
 //                             calls_by_name, launches (by kernel, as they ran), failed (the name
 //                             of the call that was made to fail, or null), violations and leaks

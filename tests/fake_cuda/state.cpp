@@ -78,6 +78,11 @@ Config Config::from_environment() {
   config.devices = static_cast<int>(number("ET_MOE_FAKE_CUDA_DEVICES", 1));
   config.sidecar = variable("ET_MOE_FAKE_CUDA_EXECUTE");
   config.report = variable("ET_MOE_FAKE_CUDA_REPORT");
+  const std::string draw = variable("ET_MOE_FAKE_CUDA_DRAW");
+  if (const size_t colon = draw.find(':'); colon != std::string::npos) {
+    config.first_draw = number("ET_MOE_FAKE_CUDA_DRAW", draw.substr(0, colon), 0);
+    config.draw = std::atoll(draw.c_str() + colon + 1);
+  }
   return config;
 }
 

@@ -27,6 +27,8 @@ struct Config {
   int driver_version = 13000;
   int devices = 1;
   std::string sidecar, report;  // paths, which are empty if there is no such file
+  uint64_t first_draw = 0;      // the hand-over from which on `draw` is drawn, 0 for none
+  int64_t draw = 0;
 
   static Config from_environment();
   /// What new memory is filled with: NaN and -1 if launches are executed, else zeros, which are

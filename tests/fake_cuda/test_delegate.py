@@ -322,7 +322,7 @@ def test_a_program_that_was_tampered_with(fake, programs, tmp_path, kind: str) -
 
 def test_weights_that_do_not_fit(fake, programs, tmp_path) -> None:
     program = programs / "cuda"
-    refused(fake, program, "cpu/model.ptd", "another model", ptd=programs / "cpu/model.ptd")
+    refused(fake, program, "cpu/model.ptd", "do not fit each other", ptd=programs / "cpu/model.ptd")
     refused(fake, program, "missing.ptd", ptd=tmp_path / "missing.ptd")
     data = (program / "model.ptd").read_bytes()
     assert data.count(b"experts-") == 1 and MAGIC in data

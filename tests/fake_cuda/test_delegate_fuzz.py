@@ -37,7 +37,9 @@ def test_random_descriptions(sanitized, programs: Path, tmp_path: Path) -> None:
         report = sanitized.report()
         assert not report["violations"] and not report["leaks"], report
         for path, answer in zip(paths, answers[1:], strict=True):
-            assert answer.startswith("ok") or answer.startswith(f"error: {path}: "), answer
+            assert answer.startswith(("ok", f"error: {path}: ", f"error: {path} with {ptd}: ")), (
+                answer
+            )
             path.unlink()
         refused += sum(answer.startswith("error") for answer in answers)
     assert 0.3 * COUNT < refused < COUNT
@@ -109,6 +111,8 @@ def test_descriptions_that_do_not_fit(fake, programs, tmp_path, edit, message: s
     pte = tmp_path / "model.pte"
     original = (programs / "cuda/model.pte").read_bytes()
     pte.write_bytes(changed_delegate(random.Random(0), original, edit))
-    done = fake.runner(tmp_path, "--prompt_ids=1,2", ptd=programs / "cuda/model.ptd")
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {pte}: "), done.stderr
+    ptd = programs / "cuda/model.ptd"
+    done = fake.runner(tmp_path, "--prompt_ids=1,2", ptd=ptd)
+    assert done.returncode == 1
+    assert done.stderr.startswith((f"error: {pte}: ", f"error: {pte} with {ptd}: ")), done.stderr
     assert message in done.stderr, done.stderr

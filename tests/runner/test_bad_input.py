@@ -141,27 +141,28 @@ def write_ptd(source: WeightSource, path: Path, dtype: torch.dtype = torch.float
     return path
 
 
-def test_weights_of_another_model(refused, tiny_checkpoint, tiny_bundle, tmp_path: Path) -> None:
+def test_weights_of_another_model(refused, tiny_program, tiny_bundle, tmp_path: Path) -> None:
     def other(quantization: dict[str, Storage], **overrides) -> WeightSource:
         directory = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         make_small(directory, **overrides)
         return QuantizedCheckpoint(Checkpoint(directory), quantization)
 
     same = storages("4w", 32, "8w")
-    path, question = tmp_path / "other.ptd", "is it the .ptd of another model?"
+    path = tmp_path / "other.ptd"
+    pte = tiny_program / "model.pte"
+    both = f"error: {pte} with {path}: they do not fit each other: the weights have"
     for source, message in (
-        (other(same, vocab_size=272), "embed_tokens.weight is Char [272, 32], the program takes"),
-        (other(same, num_experts=5), "layers.0.mlp.gate.weight is Float [6, 32], the program"),
-        (other(storages("none", 32, "8w")), "layers.0.linear_attn.in_proj.weight is Float ["),
-        (other(storages("4w", 32, "none")), "embed_tokens.weight is Float [264, 32], the "),
-        (other(same, layer_types=["linear_attention"]), "has no tensor layers.1.input_layernorm"),
+        (other(same, vocab_size=272), "embed_tokens.weight as Char [272, 32], the program takes"),
+        (other(same, num_experts=5), "layers.0.mlp.gate.weight as Float [6, 32], the program"),
+        (other(storages("none", 32, "8w")), "layers.0.linear_attn.in_proj.weight as Float ["),
+        (other(storages("4w", 32, "none")), "embed_tokens.weight as Float [264, 32], the "),
+        (other(same, layer_types=["linear_attention"]), "no tensor layers.1.input_layernorm"),
     ):
         write_ptd(source, path)
-        parts = [f"error: {path}: {message}", question]
-        refused("--prompt_ids=1", parts=parts, data_path=path)
+        refused("--prompt_ids=1", parts=[f"{both} {message}"], data_path=path)
     write_ptd(Bundle(tiny_bundle), path, torch.bfloat16)
-    parts = [f"{path}: layers.0.input_layernorm.weight is BFloat16 [32], the program takes Float"]
-    refused("--prompt_ids=1", parts=[*parts, question], data_path=path)
+    message = "layers.0.input_layernorm.weight as BFloat16 [32], the program takes Float"
+    refused("--prompt_ids=1", parts=[f"{both} {message}"], data_path=path)
 
 
 def test_weights_of_another_group_size(refused, tmp_path: Path) -> None:
@@ -174,11 +175,12 @@ def test_weights_of_another_group_size(refused, tmp_path: Path) -> None:
         ExportOptions(max_seq_len=CONTEXT),
     )
     other = write_ptd(QuantizedCheckpoint(checkpoint, storages("4w", 32)), tmp_path / "other.ptd")
-    message = "layers.0.linear_attn.in_proj.scale is BFloat16 [168, 2], the program takes BFloat16"
-    parts = [f"error: {other}: {message} [168, 1]; is it the .ptd of another model?"]
-    refused(
-        "--prompt_ids=1", parts=parts, model_path=tmp_path / "program/model.pte", data_path=other
-    )
+    pte = tmp_path / "program/model.pte"
+    parts = [
+        f"error: {pte} with {other}: they do not fit each other: the weights have layers.0.linear_"
+        "attn.in_proj.scale as BFloat16 [168, 2], the program takes BFloat16 [168, 1]"
+    ]
+    refused("--prompt_ids=1", parts=parts, model_path=pte, data_path=other)
 
 
 def test_prompts_that_do_not_fit(refused, tiny_program: Path, tmp_path: Path) -> None:
@@ -213,12 +215,17 @@ def test_prompt_ids_that_are_no_ids(refused, text: str) -> None:
     refused(f"--prompt_ids={text}", parts=["--prompt_ids: ", "is not a token id"])
 
 
-def test_a_tokenizer_of_another_model(refused, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model(refused, tiny_program: Path, tmp_path: Path) -> None:
     """Its ids may be beyond the program's vocabulary."""
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(tokenizer_json([(c, c) for c in "abcdefghij"])))
-    message = f"token id 268 is outside the vocabulary of {VOCABULARY}"
-    refused("--prompt=x<|im_end|>", parts=[message], tokenizer_path=path)
+    both = f"{tiny_program / 'model.pte'} with {path}"
+    message = f"{both}: token id 268 is outside the vocabulary of {VOCABULARY}"
+    text, prompts = "x<|im_end|>", tmp_path / "prompts"
+    refused(f"--prompt={text}", parts=[f"error: --prompt: {message}"], tokenizer_path=path)
+    prompts.write_text(json.dumps({"prompt": text}))
+    parts = [f"error: {prompts}:1: prompt: {message}"]
+    refused(f"--prompts_path={prompts}", parts=parts, tokenizer_path=path)
 
 
 def test_empty_prompts(refused, tiny_program: Path, tmp_path: Path) -> None:

@@ -120,7 +120,14 @@ FLAGS = {
     "model.ptd": "data_path",
     "tokenizer.json": "tokenizer_path",
     "ids.json": "score_ids_path",
+    "prompts": "prompts_path",
 }
+PROMPTS = {"prompt_ids": [1, 20, 262], "top_p": 0.5, "seed": 7}, {"prompt": "a b", "min_p": 0.1}
+OWN = {
+    "ids.json": b"[1, 20, 30, 4, 0, 262]",
+    "prompts": "\n".join(json.dumps(line | {"max_new_tokens": 2}) for line in PROMPTS).encode(),
+}
+"""Files that no program folder has."""
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -128,16 +135,17 @@ def test_mutated_files_through_the_runner(
     runner, tiny_program: Path, tmp_path: Path, name: str
 ) -> None:
     """It ends with exit code 0 and all output, or with a message that names the file and none."""
-    original = b"[1, 20, 30, 4, 0, 262]"
-    if name != "ids.json":
-        original = (tiny_program / name).read_bytes()
+    original = OWN[name] if name in OWN else (tiny_program / name).read_bytes()
     (tmp_path / "out").mkdir()
     output = tmp_path / "out" / "output.json"
-    for path in mutated_files(tmp_path, original, 30, seed=4):
+    for path in mutated_files(tmp_path, original, fuzz_count(30), seed=4):
         flags = {n: f"--{FLAGS[n]}={tiny_program / n}" for n in ("model.pte", "model.ptd")}
         flags[name] = f"--{FLAGS[name]}={path}"
         if name == "ids.json":
             flags["output"] = f"--logprobs_path={output}"
+        elif name == "prompts":
+            flags["output"] = f"--output_ids_path={output}"
+            flags["tokenizer"] = f"--tokenizer_path={tiny_program / 'tokenizer.json'}"
         else:
             flags |= {"output": f"--output_ids_path={output}", "prompt": "--prompt_ids=1,2"}
         done = subprocess.run(
@@ -148,6 +156,6 @@ def test_mutated_files_through_the_runner(
             assert json.loads(output.read_text())
             output.unlink()
         else:
-            assert done.stderr.startswith("error: ")
+            assert done.stderr.splitlines()[-1].startswith("error: ")
             assert str(path) in done.stderr or "token" in done.stderr, done.stderr
         assert not list(output.parent.iterdir())

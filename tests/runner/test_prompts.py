@@ -216,7 +216,7 @@ def test_a_file_that_is_refused(runner, tiny_program: Path, tmp_path: Path) -> N
     assert said == f"error: {path}: is empty, expected a JSON object on each line\n"
     write(path, {"prompt": "x"})
     said = refusal(runner, tiny_program, f"--prompts_path={path}")
-    assert said == f"error: {path}:1: --tokenizer_path is needed to read a text prompt\n"
+    assert said == f"error: {path}:1: prompt: --tokenizer_path is needed to read a text prompt\n"
     said = refusal(runner, tiny_program, f"--prompts_path={tmp_path / 'missing'}")
     assert said == f"error: {tmp_path / 'missing'}: cannot be opened: No such file or directory\n"
     # What a line does not say is not the line's fault.
@@ -243,7 +243,7 @@ FLAGS = {
     "--memory_fraction=0": "--memory_fraction: Value 0: expected more than 0 and at most 1",
     "--memory_fraction=nan": "--memory_fraction: Value nan: expected more than 0 and at most 1",
     "--memory_fraction=1.1": "--memory_fraction: Value 1.1: expected more than 0 and at most 1",
-    "--memory_fraction=0.9": "memory_fraction: a CPU program has no GPU memory",
+    "--memory_fraction=0.9": "model.pte is a program for the CPU, which has no GPU memory",
     "--prompt_ids=1": "Exactly 1 option from",
 }
 
@@ -259,7 +259,8 @@ def test_flags_of_single_prompts(runner, tiny_program: Path) -> None:
     done = runner.run(tiny_program, "--prompt_ids=1", "--max_sequences=2", check=False)
     assert done.returncode > 0 and "--max_sequences requires --prompts_path" in done.stderr
     done = runner.run(tiny_program, "--prompt_ids=1", "--memory_fraction=0.5", check=False)
-    assert "error: memory_fraction: a CPU program has no GPU memory" in done.stderr
+    message = "is a program for the CPU, which has no GPU memory"
+    assert f"error: memory_fraction: {tiny_program / 'model.pte'} {message}" in done.stderr
 
 
 def test_a_long_prompt_from_a_file(runner, long_program: Path, tmp_path: Path) -> None:

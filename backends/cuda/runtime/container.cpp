@@ -1,6 +1,8 @@
 #include "backends/cuda/runtime/container.h"
 
 #include <memory>
+#include <stdexcept>
+#include <utility>
 
 #include "backends/cuda/runtime/cuda.h"
 #include "backends/cuda/runtime/errors.h"
@@ -15,6 +17,18 @@ Error code_of_driver_error(const std::string& text) {
   if (has("CUDA_ERROR_NO_BINARY_FOR_GPU")) return Error::NotSupported;
   return Error::Internal;
 }
+
+/// Tensors as the code takes and gives them.
+struct Handles {
+  explicit Handles(size_t count) : tensors(count) {}
+  ~Handles() {
+    for (Tensor* tensor : tensors) delete tensor;
+  }
+  Handles(const Handles&) = delete;
+  Handles& operator=(const Handles&) = delete;
+
+  std::vector<Tensor*> tensors;
+};
 
 }  // namespace
 
@@ -49,14 +63,19 @@ void Container::fail(const std::string& what) const {
 
 std::vector<std::unique_ptr<Tensor>> Container::run(std::vector<std::unique_ptr<Tensor>> inputs,
                                                     size_t count, cudaStream_t stream) const {
-  std::vector<Tensor*> handles(inputs.size()), results(count);
+  // The code makes null those that it takes over, and gives some outputs, too, if it fails.
+  Handles handles(inputs.size()), results(count);
   std::vector<std::unique_ptr<Tensor>> outputs(count);
-  for (size_t i = 0; i < inputs.size(); ++i) handles[i] = inputs[i].release();
+  for (size_t i = 0; i < inputs.size(); ++i) handles.tensors[i] = inputs[i].release();
   const KernelScope scope(kernels_);
-  const int32_t status =
-      run_(handle_, handles.data(), handles.size(), results.data(), count, stream, nullptr);
-  for (Tensor* handle : handles) delete handle;  // the code made null those that it took over
-  for (size_t i = 0; i < count; ++i) outputs[i].reset(results[i]);  // some, too, if it failed
+  int32_t status = 0;
+  try {
+    status = run_(handle_, handles.tensors.data(), inputs.size(), results.tensors.data(), count,
+                  stream, nullptr);
+  } catch (const std::runtime_error& e) {  // another number of tensors than it takes
+    throw DelegateError(Error::InvalidProgram, "the code " + name_ + " failed: " + e.what());
+  }
+  for (size_t i = 0; i < count; ++i) outputs[i].reset(std::exchange(results.tensors[i], nullptr));
   if (status != 0) fail("the code " + name_ + " failed");
   for (const auto& output : outputs) {
     if (!output) fail("the code " + name_ + " returns fewer than its outputs");
