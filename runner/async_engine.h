@@ -37,8 +37,8 @@ class EngineBroken : public std::runtime_error {
 };
 
 struct AsyncEngineOptions {
-  ModelOptions model;        // max_sequences: how many are served at once
-  size_t max_waiting = 256;  // requests that wait for their turn
+  ModelOptions model;                 // max_sequences: how many are served at once
+  size_t max_waiting = 256;           // requests that wait for their turn
   size_t piece_beside_others = 1024;  // about how many tokens of a prompt are fed at once while
                                       // others decode, who wait for it; see `bounded_end`
 };
