@@ -70,7 +70,8 @@ ModelInfo read_info(const ProgramFile& program) {
   info.eos_ids = in_file(program.path() + ": get_eos_ids",
                          [&] { return parse_json(eos_ids).get<std::vector<int64_t>>(); });
   for (const auto& [name, value, least] :
-       {std::tuple{"get_max_prefill_tokens", info.max_prefill_tokens, int64_t{2}},
+       {std::tuple{"get_max_seq_len", info.max_seq_len, int64_t{1}},
+        std::tuple{"get_max_prefill_tokens", info.max_prefill_tokens, int64_t{2}},
         std::tuple{"get_max_sequences", info.max_sequences, int64_t{1}},
         std::tuple{"get_page_size", info.page_size, int64_t{1}}}) {
     if (value < least) {

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "backends/threads.h"
 #include "runner/errors.h"
@@ -63,6 +64,7 @@ Weights::Weights(const std::string& path, const std::vector<TensorSpec>& specs,
     }
     data_.push_back(data);
   }
+  verify_checksums(kFingerprint);  // what is damaged does not fit either
   check_fingerprint(program);
   verify_checksums();
 }
@@ -78,27 +80,31 @@ void Weights::check_fingerprint(const Fingerprint& program) const {
   check_same(program, {path_, std::string(text, found->second.size)});
 }
 
-void Weights::verify_checksums() const {
+void Weights::verify_checksums(const std::string& only) const {
   const auto& entries = tensors_.entries();
   const auto checksums = entries.find(kChecksums);
   // Every entry but the checksums' own has one, in the order of the names.
   if (checksums == entries.end() || checksums->second.size != 8 * (entries.size() - 1)) {
     throw std::runtime_error(path_ + ": has no checksums of its tensors");
   }
-  std::vector<decltype(entries.begin())> tensors;
+  std::vector<std::pair<decltype(entries.begin()), const uint8_t*>> tensors;
+  const uint8_t* checksum = checksums->second.data;
   for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
-    if (entry != checksums) tensors.push_back(entry);
+    if (entry == checksums) continue;
+    if (only.empty() || entry->first == only) tensors.emplace_back(entry, checksum);
+    checksum += 8;
   }
   std::vector<char> valid(tensors.size());
   parallel(tensors.size(), [&](size_t i) {
     uint64_t expected = 0;
-    std::memcpy(&expected, checksums->second.data + 8 * i, 8);
-    valid[i] = XXH3_64bits(tensors[i]->second.data, tensors[i]->second.size) == expected;
+    const auto& [entry, checksum] = tensors[i];
+    std::memcpy(&expected, checksum, 8);
+    valid[i] = XXH3_64bits(entry->second.data, entry->second.size) == expected;
   });
   const auto bad = std::find(valid.begin(), valid.end(), 0);
   if (bad != valid.end()) {
     throw std::runtime_error(path_ + ": damaged: checksum mismatch of tensor " +
-                             tensors[static_cast<size_t>(bad - valid.begin())]->first);
+                             tensors[static_cast<size_t>(bad - valid.begin())].first->first);
   }
 }
 

@@ -34,7 +34,8 @@ class Weights {
   /// its header and nothing is behind its data.
   static FlatTensorMap read(const MappedFile& file, const std::string& path);
   void check_fingerprint(const Fingerprint& program) const;
-  void verify_checksums() const;
+  /// Of the entry of this name, or of all.
+  void verify_checksums(const std::string& only = "") const;
 
   std::string path_;
   MappedFile file_;

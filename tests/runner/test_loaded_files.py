@@ -119,6 +119,15 @@ def test_weights_of_another_configuration(runner, tiny_program: Path, tmp_path: 
     refused(runner, pte, ptd, message)
 
 
+def test_a_damaged_fingerprint_is_damage(runner, tiny_program: Path, tmp_path: Path) -> None:
+    whole, text = (tiny_program / "model.ptd").read_bytes(), b'"group_size": 32'
+    assert text in whole
+    path = tmp_path / "model.ptd"
+    path.write_bytes(whole.replace(text, b'"group_size": 33', 1))
+    message = f"error: {path}: damaged: checksum mismatch of tensor {FINGERPRINT}"
+    refused(runner, tiny_program / "model.pte", path, message)
+
+
 def test_programs_of_the_same_weights(runner, tiny_bundle, tiny_program, tmp_path: Path) -> None:
     """Their context lengths and activations may differ."""
     options = ExportOptions(max_seq_len=16, activation_dtype="bf16")

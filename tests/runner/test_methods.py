@@ -92,6 +92,7 @@ def test_another_vocabulary(runner, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("constant", "value", "message"),
     [
+        ("get_max_seq_len", 0, "get_max_seq_len is 0, expected at least 1"),
         ("get_max_sequences", 0, "get_max_sequences is 0, expected at least 1"),
         ("get_max_sequences", 2**31 - 1, "has no method decode_batch"),
         ("get_page_size", 0, "get_page_size is 0, expected at least 1"),
