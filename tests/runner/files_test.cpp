@@ -129,6 +129,13 @@ TEST_F(Files, TheOwnerOfWhatIsReplacedStays) {
   EXPECT_EQ(info.st_gid, 23456u);
 }
 
+TEST_F(Files, WritingToAMappedFileEndsNothingAndLeavesTheFile) {
+  write_file(path("file"), "abc");
+  const MappedFile file(path("file"));
+  const_cast<uint8_t*>(file.data())[0] = 'x';
+  EXPECT_EQ(read_file(path("file")), "abc");
+}
+
 TEST_F(Files, ALinkIsFollowed) {
   fs::create_directory(folder / "d");
   fs::create_symlink("d/second", folder / "first");
