@@ -73,7 +73,7 @@ def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
 
 def test_the_rules_are_those_of_the_runner() -> None:
     source = (REPO / "runner/tokenizer/tokenizer_json.cpp").read_text()
-    schemas = re.search(r'json::parse\(R"\((\{.*?\})\)"\)', source, re.DOTALL)
+    schemas = re.search(r'parse_json\(R"\((\{.*?\})\)"\)', source, re.DOTALL)
     assert json.loads(schemas[1]) == SCHEMAS
 
 
