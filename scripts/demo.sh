@@ -13,3 +13,7 @@ build/runner/qwen3_5_moe_runner \
   --model_path build/demo/model.pte --data_path build/demo/model.ptd \
   --tokenizer_path build/demo/tokenizer.json \
   --prompt "$prompt" --max_new_tokens 100 --temperature 0.7 --top_p 0.95 --seed 1
+
+echo
+echo "Chat with it:   .venv/bin/et-moe chat build/demo"
+echo "Serve it:       .venv/bin/et-moe serve build/demo"
