@@ -178,7 +178,7 @@ def open_checkpoint(model_dir: Path | None, model_id: str | None):
         model_dir = download(model_id)
     checkpoint = Checkpoint(model_dir)
     if checkpoint.skipped:
-        console.print(f"skipped {checkpoint.skipped} vision and MTP tensors")
+        console.print(f"skipped {checkpoint.skipped} tensors that are not used, such as vision's")
     return checkpoint
 
 
