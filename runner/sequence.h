@@ -22,8 +22,9 @@ size_t bounded_end(size_t begin, size_t end, size_t bound);
 
 /// Serves a request on a session: its prompt piece by piece, then token by token. Not thread-safe.
 ///
-/// A sequence that is put back has no session for a while. It then begins anew, but makes the very
-/// calls that it made before, and so comes to the same state; what they draw is known already.
+/// A sequence that is put back has no session for a while. It then begins anew and makes the calls
+/// that it made before, its prompt perhaps cut elsewhere (`bounded_end`), and so comes to the same
+/// state; what they draw is known already.
 class Sequence {
  public:
   /// The request has been checked.
