@@ -8,7 +8,7 @@ change.
 import hashlib
 import importlib
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import triton
@@ -66,9 +66,3 @@ def to_compile(found: dict[Job, str], checked: set[str]) -> list[Job]:
     return [
         job for job, key in found.items() if key not in checked or int(key, 16) % SAMPLE == turn
     ]
-
-
-def describe(compiled: Sequence[Job], jobs: Sequence[Job]) -> str:
-    """A line that says what was not compiled."""
-    skipped = len(jobs) - len(compiled)
-    return f"{skipped} of {len(jobs)} kernels are as they were when they were checked"
