@@ -14,6 +14,7 @@ from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.store_once import store_once
 from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode import floor_power_of_two
+from et_moe.backends.cuda.triton.linear.op import check_norm_and_residual
 from et_moe.backends.cuda.triton.linear.row_quantization import norm_rows
 from et_moe.backends.cuda.triton.linear.tiles import place_tile, store_tile
 from et_moe.backends.cuda.triton.tuning import find_config, find_largest
@@ -107,10 +108,7 @@ def _check(x, weight, norm_weight, residual) -> None:
         raise ValueError(f"weight has {k} columns, expected {columns}, those of x")
     if weight.dtype not in (x.dtype, torch.bfloat16):
         raise ValueError(f"weight is {weight.dtype}, expected bfloat16 or x's dtype, {x.dtype}")
-    if norm_weight is not None and tuple(norm_weight.shape) != (k,):
-        raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)}, expected {(k,)}")
-    if residual is not None and residual.shape[1] != n:
-        raise ValueError(f"residual has {residual.shape[1]} columns, expected {n}")
+    check_norm_and_residual(n, k, norm_weight, residual)
 
 
 def _run_rows(x, weight, residual, out, rows: int, step: int) -> None:

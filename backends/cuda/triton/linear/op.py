@@ -34,15 +34,20 @@ def _check_weight(weight, scale, group_size, k: int) -> None:
         )
 
 
+def check_norm_and_residual(n: int, k: int, norm_weight, residual) -> None:
+    """Raises ValueError unless these fit a weight of n rows and k columns."""
+    if norm_weight is not None and tuple(norm_weight.shape) != (k,):
+        raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)}, expected {(k,)}")
+    if residual is not None and residual.shape[1] != n:
+        raise ValueError(f"residual has {residual.shape[1]} columns, expected {n}")
+
+
 def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
     """Raises ValueError unless the arguments of a linear op fit each other; group_size is None for
     INT8 weights."""
     n, k = weight.shape[0], x.shape[1]
     _check_weight(weight, scale, group_size, k)
-    if norm_weight is not None and tuple(norm_weight.shape) != (k,):
-        raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)}, expected {(k,)}")
-    if residual is not None and residual.shape[1] != n:
-        raise ValueError(f"residual has {residual.shape[1]} columns, expected {n}")
+    check_norm_and_residual(n, k, norm_weight, residual)
 
 
 def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
