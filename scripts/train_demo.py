@@ -275,15 +275,20 @@ def save_checkpoint(
             os.replace(path, output / path.name)
 
 
+def be_deterministic(seed: int) -> None:
+    """From now on the same training gives the same weights."""
+    torch.set_num_threads(1)  # the result depends on the number of threads
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+
+
 def main(
     output: Annotated[Path, typer.Option(help="directory to write the checkpoint into")],
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 2000,
     seed: Annotated[int, typer.Option(help="of the split, the weights and the batches")] = 0,
 ) -> None:
     """Train the demo checkpoint and write it in Hugging Face layout."""
-    torch.set_num_threads(1)  # the result depends on the number of threads
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    be_deterministic(seed)
     training, held_out = split_held_out(collect_documents(), seed)
     tokenizer = train_tokenizer(training)
     tokens = encode_stream(tokenizer, training)

@@ -35,6 +35,7 @@ from et_moe.scripts.train_demo import (
     Optimizer,
     balance_loss,
     batches,
+    be_deterministic,
     collect_documents,
     encode_stream,
 )
@@ -147,9 +148,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of the weights and the batches")] = 0,
 ) -> None:
     """Train a head for multi-token prediction and add it to the checkpoint."""
-    torch.set_num_threads(1)  # the result depends on the number of threads
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    be_deterministic(seed)
     held_out = (checkpoint / "heldout.txt").read_text()
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     training = [text for text in collect_documents().values() if text not in held_out]
