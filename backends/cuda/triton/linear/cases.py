@@ -109,9 +109,6 @@ _GEMM = [
     for m, n, warps in blocks
     for stages in depths
 ]
-_INTEGER_GEMM = [
-    config | {"PREFETCH": on} for config in _GEMM for on in (False, True) if config["BLOCK_M"] <= 64
-] + [config | {"PREFETCH": False} for config in _GEMM if config["BLOCK_M"] > 64]
 _GEMV = [
     {"BLOCK_ROWS": rows, "SPAN": span, "REPEAT": repeat, "num_warps": warps}
     for rows, warps in ((128, 4), (256, 4), (256, 8))
@@ -132,10 +129,10 @@ CANDIDATES = {
     "linear_dense": [config | {"BLOCK_K": 64} for config in _GEMM],
     "linear_dense_fp32": [config | {"BLOCK_K": 32} for config in _GEMM],
     "linear_dense_rows": _DENSE_ROWS,
-    "linear_w4a8": _INTEGER_GEMM,
-    "linear_w4a16": _INTEGER_GEMM,
-    "linear_w8a8": _INTEGER_GEMM,
-    "linear_w8a16": _INTEGER_GEMM,
+    "linear_w4a8": _GEMM,
+    "linear_w4a16": _GEMM,
+    "linear_w8a8": _GEMM,
+    "linear_w8a16": _GEMM,
     "linear_w4_gemv": _GEMV,
     "linear_w4_rows": _ROWS,
     "linear_w8_gemv": _GEMV_INT8,

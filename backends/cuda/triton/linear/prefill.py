@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.dependent_launch import prefetch, wait_for_previous
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.int4 import extract_high_nibbles, extract_low_nibbles
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.linear.decode import floor_power_of_two
@@ -60,20 +60,16 @@ def _gemm_kernel(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """A rescaled integer GEMM plus residual, a `[BLOCK_M, BLOCK_N]` tile of out per program.
 
     The weights are the left operand. INT4 ones go from shared memory through registers, where they
     are unpacked, into the matrix unit. q and scale are those of `quantize_rows`, M padded to a
     multiple of BLOCK_M, K to what the steps cover, and the scales of a tile side by side. A row of
-    the weight has ROW_BYTES bytes. PREFETCH, on sm_90 and later, brings a program's weights into
-    the L2 cache while the rows are quantized.
+    the weight has ROW_BYTES bytes.
     """
-    first_m, first_n = place_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    if PREFETCH:
-        prefetch(weight + first_n.to(tl.int64) * ROW_BYTES, BLOCK_N * ROW_BYTES)
     wait_for_previous()
+    first_m, first_n = place_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows_m, rows_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     k = tl.arange(0, STEP)
     padded_m = tl.cdiv(M, BLOCK_M) * BLOCK_M
@@ -141,7 +137,6 @@ def linear_prefill(
     config = find_config(f"linear_w{bits}a{8 * planes}", tokens=m)
     block_m = config["BLOCK_M"]
     config["BLOCK_N"] = min(config["BLOCK_N"], floor_power_of_two(n))
-    config["PREFETCH"] = config["PREFETCH"] and row_bytes % 16 == 0  # as the instruction demands
     padded_m = cdiv(m, block_m) * block_m
     q, q_scale = quantize_rows(x, norm_weight, eps, padded_k, planes, padded_m, False, 4, bits)
     out = x.new_empty((m, n))
