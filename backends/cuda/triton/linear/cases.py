@@ -49,7 +49,7 @@ _SHAPES = {
 }
 
 
-_KERNELS = ("_gemv_kernel", "_rows_kernel", "_gemm_kernel")
+_KERNELS = ("_gemv_kernel", "_gemv_loop_kernel", "_rows_kernel", "_gemm_kernel")
 
 
 def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
