@@ -179,9 +179,7 @@ def _relative(importance: torch.Tensor) -> torch.Tensor:
     """
     low, high = importance.amin(-1, keepdim=True), importance.amax(-1, keepdim=True)
     if not ((low >= 0).all() and torch.isfinite(high).all()):
-        raise ValueError(
-            "the importance of the columns has entries that are negative or not finite"
-        )
+        raise ValueError("importance has entries that are negative or not finite")
     return torch.where(high > 0, importance / high, 1.0)
 
 

@@ -68,10 +68,11 @@ def rows() -> Iterator[Row]:
             yield Row(label, "mse", storages)
             yield Row(label, BEST, storages)
             yield Row(label, BEST, storages, "int8")
-    yield from _between()
+    for activations in ("bf16", "int8"):
+        yield from _between(activations)
 
 
-def _between() -> Iterator[Row]:
+def _between(activations: str) -> Iterator[Row]:
     """Recipes between "4w" and "mixed": which parts are worth INT8, or small groups."""
     for size in (128, 64):
         for kept in (
@@ -84,15 +85,16 @@ def _between() -> Iterator[Row]:
             ("attention", "linear_attention", "head"),
         ):
             storages = recipe("4w", size, **dict.fromkeys(kept, "8w"))
-            yield Row(f"4w, groups of {size}, INT8: {', '.join(kept)}", BEST, storages)
+            label = f"4w, groups of {size}, INT8: {', '.join(kept)}"
+            yield Row(label, BEST, storages, activations)
     everywhere = ("attention", "linear_attention", "shared_expert", "head")
     for size in (64, 32):
         small = {**recipe("4w"), **dict.fromkeys(everywhere, Int4(size))}
-        yield Row(f"4w, groups of {size} but for experts", BEST, small)
+        yield Row(f"4w, groups of {size} but for experts", BEST, small, activations)
         for piece in ("gate_up", "down"):
             label = f"mixed, groups of {size} in {piece} of the experts"
             small = {PIECES[f"experts.{piece}"][0]: Int4(size)}
-            yield Row(label, BEST, recipe("mixed"), exceptions=small)
+            yield Row(label, BEST, recipe("mixed"), activations, small)
 
 
 def single_parts() -> Iterator[Row]:
