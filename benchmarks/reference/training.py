@@ -22,7 +22,7 @@ from et_moe.benchmarks.reference.forward import Forward
 from et_moe.examples.qwen3_5_moe.tokenizer import END_OF_TEXT
 from et_moe.pipeline.config import ConfigError
 
-PEAK_LR = 1.5e-3
+PEAK_LR = 1.2e-3
 WARMUP = 0.03
 LAST_LR = 0.03
 BALANCE_COEFFICIENT = 0.01

@@ -18,6 +18,7 @@ from et_moe.benchmarks.reference.measure import Sizes, measure, taken
 from et_moe.benchmarks.reference.recipes import Row, recipe, rows, single_parts
 from et_moe.benchmarks.reference.simulated import Simulation
 from et_moe.benchmarks.reference.training import Batch, Text, model_config, schedule
+from et_moe.benchmarks.report import quality
 from et_moe.examples.qwen3_5_moe.graph import Places
 from et_moe.examples.qwen3_5_moe.tokenizer import tokenizer_json
 from et_moe.pipeline.checkpoint import Checkpoint
@@ -178,7 +179,9 @@ def text(tmp_path, tokenizer):
         tokens = numpy.tile(line, 40).astype("<u2")
         (folder / f"{part}.bin.xz").write_bytes(lzma.compress(tokens.tobytes()))
     counts = {"tokens": 40 * len(line), "bytes": 40 * len(line)}
-    (folder / "sources.json").write_text(json.dumps({"parts": {"heldout": counts}}))
+    package = {"package": "python3.11-doc", "version": "3.11.2", "licence": "PSF-2"}
+    parts = dict.fromkeys(("train", "heldout"), counts)
+    (folder / "sources.json").write_text(json.dumps({"parts": parts, "packages": [package]}))
     return folder
 
 
@@ -201,6 +204,29 @@ def test_command_trains_and_measures_in_its_time(text, tmp_path, monkeypatch, to
     assert 0 < mixed["kl"] < all_int4["kl"]
     assert mixed["bits"] > all_int4["bits"] and mixed["top1"] > 0.5
     assert math.isfinite(result["bits_per_byte"])
+    page = "\n".join(quality.section(result))
+    assert "| mixed | mse | bf16 | " in page and "text: python3.11-doc 3.11.2 (PSF-2)." in page
+
+
+@pytest.mark.parametrize(
+    ("bits", "kl", "top1", "text"),
+    [
+        (4.5, 0.009, 0.97, "which reaches it"),
+        (4.5, 0.011, 0.97, "which does not reach it"),
+        (4.5, 0.009, 0.95, "which does not reach it"),
+        (4.7, 0.001, 0.99, "No row takes at most 4.6 bits"),
+    ],
+)
+def test_page_says_whether_the_goal_is_reached(bits, kl, top1, text):
+    row = {"recipe": "r", "scales": "mse", "activations": "int8", "bits": bits, "kl": kl}
+    row |= {"kl_error": 0.001, "top1": top1, "perplexity": 9.0, "bytes_per_token": 10**6}
+    result = {"command": "x", "machine": "G", "cpus": 2, "parameters": 10, "rows": [row]}
+    result |= {"config": {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}}
+    result |= {"training": [{"seconds": 2.0, "tokens": 100, "loss": 3.0}], "positions": 50}
+    result |= {"perplexity": 20.0, "bits_per_byte": 1.5, "calibration_tokens": 40}
+    result |= {"expert_shares": [0.1, 0.2]}
+    result |= {"text": {"packages": [], "parts": {"train": {"tokens": 100}}}}
+    assert text in "\n".join(quality.section(result))
 
 
 def test_text_that_is_not_there_is_named(tmp_path):
