@@ -146,6 +146,20 @@ def activations(
 
 
 @app.command()
+def quality(
+    text: Annotated[Path, typer.Option(help="Folder of scripts/reference_text.py.", **PATH)],
+    out: Out = RESULTS / "quality.json",
+    minutes: Annotated[float, typer.Option(help="That the command may take.", min=0.01)] = 9,
+    seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
+) -> None:
+    """Train a reference model on a GPU, and measure what each way to quantize it costs."""
+    from et_moe.benchmarks.reference.measure import measure
+    from et_moe.benchmarks.reference.training import Text
+
+    measure(Text(text), out, minutes, seed)
+
+
+@app.command()
 def drafts(
     model_dir: Annotated[
         Path, typer.Option(help="A checkpoint with an MTP head, or its bundle.", **PATH)
