@@ -106,6 +106,8 @@ def test_float16_scales_of_all_magnitudes(m, device):
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("name", ["linear_w4a8", "linear_w8a8"])
 def test_outputs(name, m, n, device):
+    if torch.cuda.is_available() and name in INT8 and n == 1 and triton.__version__ < "3.7":
+        pytest.skip("Triton 3.6 fails an assertion of its own; programs are made with 3.7")
     """The last block of outputs overlaps its neighbor, and a small N takes smaller blocks."""
     x, residual = torch.randn(m, 256, device=device), torch.randn(m, n, device=device)
     got, expected = run(name, x, n, 64, device, residual=residual)
@@ -131,7 +133,7 @@ def test_shortest_and_longest_row(name, k, device):
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
-@pytest.mark.parametrize("m,launches", [(1, 1), (2, 2), (40, 2)])
+@pytest.mark.parametrize("m,launches", [(1, 1), (2, 1), (9, 2), (40, 2)])
 def test_bf16(name, m, launches, device):
     x = torch.randn(m, 512, device=device).bfloat16()
     norm, residual = torch.randn(512).to(x), torch.randn(m, 64).to(x)
