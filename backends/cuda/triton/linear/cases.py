@@ -3,7 +3,7 @@
 import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
-from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.dense import linear
 from et_moe.backends.cuda.triton.linear.op import (
     linear_w4a8,
@@ -49,24 +49,19 @@ _SHAPES = {
 }
 
 
-_KERNELS = ("_gemv_kernel", "_gemv_loop_kernel", "_at_once_kernel", "_gemm_kernel")
+_KERNELS = ("_gemv_kernel", "_gemv_loop_kernel", "_gemm_kernel")
 
 
 def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
-    gemv, few, at_once = (f"linear_w{bits}_{name}" for name in ("gemv", "rows", "at_once"))
+    gemv, few = f"linear_w{bits}_gemv", f"linear_w{bits}_rows"
 
-    def case(name, arguments, tokens, *kernels, tables=(op.__name__, gemv, at_once)):
-        gemms = frozenset(kernels) & {"_at_once_kernel", "_gemm_kernel"}
+    def case(name, arguments, tokens, *kernels, tables=(op.__name__, gemv)):
+        gemms = frozenset(kernels) & {"_gemm_kernel"}
         streams = {kernel: ("weight",) for kernel in kernels}
         return OpCase(f"{op.__name__}/{name}", op, arguments, tables, tokens, gemms, streams)
 
     found = [
-        case(
-            name,
-            _arguments(*shape, bits),
-            (1, LINEAR_ROWS, DECODE_TOKENS, PREFILL_TOKENS),
-            *_KERNELS,
-        )
+        case(name, _arguments(*shape, bits), (1, LINEAR_ROWS, PREFILL_TOKENS), *_KERNELS)
         for name, shape in shapes.items()
     ]
     lm_head = _arguments(248320, 2048, True, False, bits, torch.float32)
@@ -74,7 +69,6 @@ def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
         found += [
             case("lm_head", lm_head, (1,), "_gemv_kernel", tables=(gemv,)),
             case("lm_head_of_a_batch", lm_head, (LINEAR_ROWS,), "_rows_kernel", tables=(few,)),
-            case("lm_head_of_a_larger_batch", lm_head, (DECODE_TOKENS,), "_at_once_kernel"),
         ]
     return found
 
@@ -129,7 +123,6 @@ _ROWS = [
 
 # A row of an INT8 weight has twice the blocks of an INT4 one.
 _GEMV_INT8 = [config | {"SPAN": 2 * config["SPAN"]} for config in _GEMV]
-_AT_ONCE = [{"BLOCK_N": n, "num_warps": w} for n in (16, 32, 64) for w in (4, 8)]
 _DENSE_ROWS = [{"BLOCK_N": n, "num_warps": w} for n, w in ((2, 2), (4, 4), (8, 4), (8, 8))]
 
 CANDIDATES = {
@@ -142,8 +135,6 @@ CANDIDATES = {
     "linear_w8a16": _GEMM,
     "linear_w4_gemv": _GEMV,
     "linear_w4_rows": _ROWS,
-    "linear_w4_at_once": _AT_ONCE,
-    "linear_w8_at_once": _AT_ONCE,
     "linear_w8_gemv": _GEMV_INT8,
     "linear_w8_rows": _ROWS,
 }

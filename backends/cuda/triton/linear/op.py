@@ -8,8 +8,7 @@ bits, which are two INT8 planes (`row_quantization.py`).
 import torch
 
 from et_moe.backends.cuda.triton.common.launch import is_one
-from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS
-from et_moe.backends.cuda.triton.linear.at_once import linear_at_once, supports_at_once
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
 from et_moe.backends.cuda.triton.linear.decode_loop import linear_decode_loop, supports_loop
 from et_moe.backends.cuda.triton.linear.decode_rows import linear_decode_rows, supports_rows
@@ -62,8 +61,6 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
         return linear_decode_loop(*arguments)
     if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], bits):
         return linear_decode_rows(*arguments, rows)
-    if rows <= DECODE_TOKENS and supports_at_once(weight.shape[0], x.shape[1]):
-        return linear_at_once(*arguments)
     return linear_prefill(*arguments)
 
 

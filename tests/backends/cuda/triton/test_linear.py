@@ -6,7 +6,7 @@ import triton
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
-from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode_rows import supports_rows
 from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.linear.op import linear_w4a8, linear_w8a8
@@ -106,6 +106,8 @@ def test_float16_scales_of_all_magnitudes(m, device):
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("name", ["linear_w4a8", "linear_w8a8"])
 def test_outputs(name, m, n, device):
+    if torch.cuda.is_available() and name in INT8 and n == 1 and triton.__version__ < "3.7":
+        pytest.skip("Triton 3.6 fails an assertion of its own; programs are made with 3.7")
     """The last block of outputs overlaps its neighbor, and a small N takes smaller blocks."""
     x, residual = torch.randn(m, 256, device=device), torch.randn(m, n, device=device)
     got, expected = run(name, x, n, 64, device, residual=residual)
@@ -233,20 +235,8 @@ def test_rows_of_a_gemm_do_not_depend_on_others(block_m, block_n, name, reconfig
     x, residual = torch.randn(70, 512, device=device), torch.randn(70, 50, device=device)
     expected = TRITON_OPS[name](x, *packed, residual=residual)
     reconfigure("linear_w", BLOCK_M=block_m, BLOCK_N=block_n)
-    for count in (DECODE_TOKENS + 1, 33, 70):
+    for count in (LINEAR_ROWS + 1, 17, 70):
         rows = torch.randperm(70)[:count].tolist()
-        got = TRITON_OPS[name](x[rows], *packed, residual=residual[rows])
-        assert torch.equal(got, expected[rows])
-
-
-@pytest.mark.parametrize("name", TOLERANCE)
-@pytest.mark.parametrize("k,group", [(256, 32), (512, 64), (2048, 128)])
-def test_rows_multiplied_at_once_do_not_depend_on_others(k, group, name, device):
-    packed = weights(name, 50, k, group, device)[1]
-    x, residual = torch.randn(16, k, device=device), torch.randn(16, 50, device=device)
-    expected = TRITON_OPS[name](x, *packed, residual=residual)
-    for count in range(LINEAR_ROWS + 1, DECODE_TOKENS):
-        rows = torch.randperm(DECODE_TOKENS)[:count].tolist()
         got = TRITON_OPS[name](x[rows], *packed, residual=residual[rows])
         assert torch.equal(got, expected[rows])
 
@@ -262,12 +252,7 @@ def test_configurations_of_a_few_rows_give_the_same_bits(name, rows, warps, reco
 @pytest.mark.parametrize("name", TOLERANCE)
 @pytest.mark.parametrize(
     "rows,repeat,launched",
-    [
-        (2, 1, "_gemv_loop_kernel"),
-        (2, 8, "_rows_kernel"),
-        (5, 1, "_at_once_kernel"),
-        (DECODE_TOKENS + 1, 1, "_gemm_kernel"),
-    ],
+    [(2, 1, "_gemv_loop_kernel"), (2, 8, "_rows_kernel"), (5, 1, "_gemm_kernel")],
 )
 def test_kernel_of_a_few_rows(rows, repeat, launched, name, reconfigure, device):
     reconfigure("_gemv", REPEAT=repeat)
