@@ -66,7 +66,7 @@ class Storage:
         (`pipeline/codes.py`), too, and keeps their values and scales.
 
         Args:
-            method: how INT4 scales are chosen, see `ops.quantize_w4`.
+            method, importance: how INT4 scales are chosen, see `ops.quantize_w4`.
         """
         raise NotImplementedError
 

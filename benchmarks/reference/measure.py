@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from et_moe.benchmarks.reference.recipes import METHODS, Row, rows, single_parts
-from et_moe.benchmarks.reference.simulated import Moments, Simulation
+from et_moe.benchmarks.reference.simulated import Simulation
 from et_moe.benchmarks.reference.training import Batch, Text, make_model, model_config, train
 from et_moe.benchmarks.result import provenance, write_result
 from et_moe.pipeline.footprint import Footprint, footprint
+from et_moe.pipeline.importance import Moments
 from et_moe.pipeline.models import parse_config
 from et_moe.pipeline.quantize import meta_graph
 from et_moe.pipeline.storage import Precision

@@ -16,10 +16,8 @@ from transformers import Qwen3_5MoeForCausalLM
 from et_moe.backends.ops import dequantize_w4, dequantize_w8, quantize_int8
 from et_moe.backends.ops.quantization import ACTIVATION_TILE, expert_activation_tile
 from et_moe.examples.qwen3_5_moe.model import MODEL
+from et_moe.pipeline.importance import Moments
 from et_moe.pipeline.storage import Dense, Int4, Storage
-
-PRIOR_ROWS = 32
-"""Rows of all experts' mean in the moments of each: a rarely chosen one has few of its own."""
 
 
 def as_stored(storage: Storage, weight: Tensor, method: str, importance: Tensor | None) -> Tensor:
@@ -43,22 +41,6 @@ def round_activations(x: Tensor, tile: int | None) -> Tensor:
     return (q.float() * scales).view_as(x)
 
 
-@dataclass
-class Moments:
-    """Sums over the inputs of a matrix, or of each expert's: squares `[K]` or `[E, K]` by column,
-    and how many rows there were, `[]` or `[E]`."""
-
-    squares: Tensor
-    rows: Tensor
-
-    def mean(self) -> Tensor:
-        """Mean squares, float32; those of an expert with a few rows of all experts' mean."""
-        if self.squares.dim() == 1:
-            return (self.squares / self.rows).float()
-        common = self.squares.sum(0) / self.rows.sum() * PRIOR_ROWS
-        return ((self.squares + common) / (self.rows[:, None] + PRIOR_ROWS)).float()
-
-
 class SimulatedLinear(nn.Module):
     """A projection whose input is rounded in tiles, if any, and whose inputs may be watched."""
 
@@ -69,15 +51,12 @@ class SimulatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.moments is not None:
-            rows = x.flatten(0, -2).double()
-            self.moments.squares += rows.square().sum(0)
-            self.moments.rows += len(rows)
+            self.moments.add(x.flatten(0, -2))
         return F.linear(round_activations(x, self.tile), self.weight)
 
     def watch(self) -> dict[str, Moments]:
         """Begins to sum; the weight's name -> its moments."""
-        zeros = self.weight.new_zeros(self.weight.shape[1], dtype=torch.float64)
-        self.moments = Moments(zeros, zeros.new_zeros(()))
+        self.moments = Moments.zeros(self.weight.shape[1], device=self.weight.device)
         return {"weight": self.moments}
 
 
@@ -107,15 +86,14 @@ class SimulatedExperts(nn.Module):
 
     def _record(self, expert: int, *inputs: Tensor) -> None:
         for moments, rows in zip(self.moments or (), inputs, strict=self.moments is not None):
-            moments.squares[expert] += rows.double().square().sum(0)
-            moments.rows[expert] += len(rows)
+            moments.add(rows, expert)
 
     def watch(self) -> dict[str, Moments]:
         """As `SimulatedLinear.watch`."""
         names, made = ("gate_up_proj", "down_proj"), []
         for weight in (self.gate_up_proj, self.down_proj):
-            zeros = weight.new_zeros(weight.shape[0], weight.shape[2], dtype=torch.float64)
-            made.append(Moments(zeros, zeros.new_zeros(len(zeros))))
+            experts, _, columns = weight.shape
+            made.append(Moments.zeros(experts, columns, device=weight.device))
         self.moments = tuple(made)
         return dict(zip(names, made, strict=True))
 

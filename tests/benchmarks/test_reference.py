@@ -156,6 +156,16 @@ def test_footprint_with_exceptions_is_that_of_such_parts(model):
     )
 
 
+def test_rows_store_every_weight_and_except_some(model):
+    """No exception is a typing error, and each storage takes the weights that it is for."""
+    weights = Simulation(model).weights
+    for row in (*rows(), *single_parts()):
+        for name, weight in weights.items():
+            assert row.storage_of(name).tensors(name, weight.shape, torch.bfloat16)
+        for inside in row.exceptions:
+            assert any(inside in name for name in weights), inside
+
+
 def test_rows_have_names_of_their_own():
     for table in (rows(), single_parts()):
         keys = [(row.name, row.scales, row.activations) for row in table]
