@@ -60,8 +60,7 @@ def rows() -> Iterator[Row]:
         for activations in ("bf16", "int8"):
             yield Row("mixed", method, recipe("mixed"), activations)
             yield Row("4w", method, recipe("4w"), activations)
-    for activations in ("bf16", "int8"):
-        yield Row("dense", "mse", recipe("dense"), activations)
+    yield Row("dense", "mse", recipe("dense"))
     for size in (64, 32):
         for name in ("mixed", "4w"):
             storages, label = recipe(name, size), f"{name}, groups of {size}"

@@ -48,7 +48,7 @@ SECTIONS = (
     Section("batch", "many sequences", batch.section, plot=batch.plot),
     Section("peers", "other implementations", peers.section),
     Section("kernels", "kernels", kernels.section, kernels.condense, kernels.plot),
-    Section("quality", "quality", quality.section),
+    Section("quality", "quality", quality.section, quality.condense),
     Section("activations", "activations", activations.section),
     Section("acceptance", "acceptance", acceptance.section, acceptance.condense),
     Section("static", "machine code", machine_code.section, machine_code.condense),

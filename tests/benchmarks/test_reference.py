@@ -214,7 +214,9 @@ def test_command_trains_and_measures_in_its_time(text, tmp_path, monkeypatch, to
     assert 0 < mixed["kl"] < all_int4["kl"]
     assert mixed["bits"] > all_int4["bits"] and mixed["top1"] > 0.5
     assert math.isfinite(result["bits_per_byte"])
-    page = "\n".join(quality.section(result))
+    condensed = quality.condense(result)
+    assert condensed["training"][-1] == result["training"][-1]
+    page = "\n".join(quality.section(condensed))
     assert "| mixed | mse | bf16 | " in page and "text: python3.11-doc 3.11.2 (PSF-2)." in page
 
 
