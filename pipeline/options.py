@@ -80,7 +80,7 @@ STORAGE_OPTIONS = {
         Recipe | None,
         typer.Option(
             help="4w: all INT4. mixed: experts INT4, what is read for every token INT8 by row. "
-            "dense: all as it is. The embedding is INT8 by row but for dense. Default: 4w."
+            "dense: all as it is. The embedding is INT8 by row but for dense. Default: mixed."
         ),
     ],
     "qlinear": Annotated[
@@ -130,9 +130,9 @@ class StorageFlags:
     def storages(self, config):
         """The storage of each part of the model of a configuration."""
         from et_moe.pipeline.models import model_of
-        from et_moe.pipeline.storage import choose_storages
+        from et_moe.pipeline.storage import DEFAULT_RECIPE, choose_storages
 
-        values = dict(self._given)
+        values = {"recipe": DEFAULT_RECIPE, **self._given}
         general = {
             parameter: values.pop(name)
             for name, parameter in (

@@ -222,6 +222,10 @@ RECIPES = {
 }
 """Name of a recipe -> what a part is -> the value that a flag would have."""
 
+DEFAULT_RECIPE = "mixed"
+"""Of checkpoints on the command line: the one of least bits that comes close enough to bf16, see
+docs/results.md."""
+
 
 def flag_of(part: str) -> str:
     """The flag of the command line for a part."""

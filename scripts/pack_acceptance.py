@@ -167,7 +167,7 @@ def choose_case(program: Program, model: str, dtype: str, length: int) -> Case:
 def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], folder: Path) -> Model:
     """Exports the CUDA program, and asks the fp32 CPU program what it must compute."""
     dtype, lengths = MODELS[name]
-    model = ("--model-dir", checkpoint, "--qlinear-group-size", "32")
+    model = ("--model-dir", checkpoint, "--recipe", "4w", "--qlinear-group-size", "32")
     model += ("--max-seq-len", str(max((SCORED, *lengths)) + NEW_TOKENS))
     with tempfile.TemporaryDirectory() as scratch:
         cpu = Path(scratch, "cpu")

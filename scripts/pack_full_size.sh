@@ -19,7 +19,7 @@ python -m pip download --quiet --disable-pip-version-check --no-deps --only-bina
   --dest "$folder/wheels" "${peers[@]}" \
   flash-linear-attention==0.4.2 fla-core==0.4.2 einops==0.8.2
 for activations in int8 bf16; do
-  et-moe export --preset 35b --graph-only --backend cuda --cuda-arch "${2:-sm_90}" \
+  et-moe export --preset 35b --recipe 4w --graph-only --backend cuda --cuda-arch "${2:-sm_90}" \
     --moe-activation-dtype "$activations" --max-seq-len 4608 --max-sequences 256 \
     --output-dir "$folder/full_size/$activations"
 done

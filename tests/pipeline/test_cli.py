@@ -48,6 +48,7 @@ def test_make_checkpoint(run: Run, tmp_path: Path) -> None:
 
 def test_quantize(run: Run, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     source = ("quantize", "--model-dir", tiny_checkpoint, "--qlinear-group-size", 32)
+    source += ("--recipe", "4w")
     code, _, err = run(*source, "--output-dir", tmp_path / "b")
     assert code == 0 and "quantizing" in err and f"wrote the bundle {tmp_path / 'b'}" in err
     assert files_of(tmp_path / "b") == files_of(tiny_bundle)

@@ -171,7 +171,7 @@ def test_exports_are_byte_for_byte_the_same(
     """The exports are made from the bundle and from the checkpoint, in processes with different
     hash seeds."""
     command = ["et-moe", "export", "--model-dir", tiny_checkpoint, "--output-dir", tmp_path / "e"]
-    command += ["--qlinear-group-size", "32", "--max-seq-len", "32"]
+    command += ["--recipe", "4w", "--qlinear-group-size", "32", "--max-seq-len", "32"]
     environment = os.environ | {"PYTHONHASHSEED": "77"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -96,6 +96,16 @@ def test_flags_of_the_command_line(run, tmp_path: Path) -> None:
         assert code == 2 and f"{flag} is fixed by the bundle" in err
 
 
+def test_the_default_is_mixed(run, tmp_path: Path) -> None:
+    make_small(tmp_path / "c", shared_expert_intermediate_size=64)
+    flags = ("--model-dir", tmp_path / "c", "--qlinear-group-size", 32, "--output-dir")
+    assert run("quantize", *flags, tmp_path / "b")[0] == 0
+    expected = choose_storages(MODEL.parts, recipe="mixed", group_size=32)
+    assert Bundle(tmp_path / "b").storages == expected
+    assert run("quantize", "--qlinear", "4w", *flags, tmp_path / "d")[0] == 0
+    assert Bundle(tmp_path / "d").storages == choose_storages(MODEL.parts, group_size=32)
+
+
 def test_recipe_of_a_random_bundle(run, tmp_path: Path) -> None:
     common = ("make-checkpoint", "--recipe", "mixed", "--layers", 1)
     code, _, err = run(*common, "--output-dir", tmp_path / "c")
