@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from et_moe.backends.ops.library import declare
-from et_moe.backends.ops.sequences import check_each_row, sequence_rows, version_of
+from et_moe.backends.ops.sequences import (
+    check_each_row,
+    rows_each,
+    sequence_rows,
+    version_of,
+)
 
 
 def _causal_conv1d_fake(x, weight, state, slots, num_tokens=None, versions=None, each_row=False):
@@ -46,7 +51,7 @@ def causal_conv1d(
     """
     taps, out = weight.shape[1], torch.zeros_like(x)
     count = 1 if versions is None else state.shape[1] - (taps - 2)
-    check_each_row(each_row, x.shape[0], slots, versions, count)
+    check_each_row(each_row, rows_each(x.shape[0], slots.shape[0]), versions, count)
     for b, first, valid in sequence_rows(x.shape[0], slots.shape[0], num_tokens):
         own, version = state[int(slots[b])], version_of(versions, b, count)
         earlier = own[version : version + taps - 1].to(x.dtype)
@@ -105,7 +110,7 @@ def gated_delta_rule(
     q32, k32, v32 = normalise(q) * q.shape[-1] ** -0.5, normalise(k), v.float()
     out = torch.zeros_like(v32)
     pool = state.unsqueeze(1) if versions is None else state
-    check_each_row(each_row, q.shape[0], slots, versions, pool.shape[1])
+    check_each_row(each_row, rows_each(q.shape[0], slots.shape[0]), versions, pool.shape[1])
     for b, first, valid in sequence_rows(q.shape[0], slots.shape[0], num_tokens):
         own = pool[int(slots[b])]
         s = own[version_of(versions, b, len(own))].clone()

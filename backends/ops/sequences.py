@@ -76,20 +76,16 @@ def version_of(versions: torch.Tensor | None, b: int, count: int) -> int:
     return version
 
 
-def check_each_row(
-    each_row: bool, rows: int, slots: torch.Tensor, versions: torch.Tensor | None, count: int
-) -> None:
+def check_each_row(each_row: bool, rows: int, versions: torch.Tensor | None, count: int) -> None:
     """Raises ValueError if every row shall leave a version and the state has not as many.
 
     Args:
-        rows: of all sequences, whose slots are `int32 [B]`.
-        versions, count: as in `version_of`.
+        rows: of each sequence. versions, count: as in `version_of`.
     """
     if each_row and versions is None:
         raise ValueError("each_row needs versions")
-    each = rows_each(rows, slots.shape[0])
-    if each_row and each > count:
-        raise ValueError(f"{each} rows of a sequence leave as many versions, there are {count}")
+    if each_row and rows > count:
+        raise ValueError(f"{rows} rows of a sequence leave as many versions, there are {count}")
 
 
 def is_padding(rows: int, num_tokens: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.attention.pages import PAGE, find_row, load_page
+from et_moe.backends.cuda.triton.attention.pages import NO_TOP, PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
     load_heads,
@@ -40,6 +40,7 @@ def _append_kernel(
     EPS: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
 ):
     """Norms and rotates one token's k and its group of q; k and v go to the cache.
 
@@ -93,6 +94,7 @@ def _attend_tile(
     DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
 ):
     """Attends to the BLOCK_N cached tokens from `first` on, with an online softmax.
 
@@ -110,6 +112,12 @@ def _attend_tile(
     tile = row + token[:, None] * DIM + tl.arange(0, DIM)[None, :]
     if MASKED:
         inside = (token < end - first)[:, None]
+        if FIRST_TOKEN > 0:
+            inside &= (token >= FIRST_TOKEN - first)[:, None]
+        k = tl.load(k_ptr + tile, mask=inside, other=0.0)
+        v = tl.load(v_ptr + tile, mask=inside, other=0.0)
+    elif FIRST_TOKEN > 0:
+        inside = (token >= FIRST_TOKEN - first)[:, None]
         k = tl.load(k_ptr + tile, mask=inside, other=0.0)
         v = tl.load(v_ptr + tile, mask=inside, other=0.0)
     else:
@@ -118,7 +126,11 @@ def _attend_tile(
     s = dot(q, tl.trans(k), k_ptr)
     if MASKED:
         s = tl.where((position - first)[:, None] >= token[None, :], s, float("-inf"))
+    if FIRST_TOKEN > 0:
+        s = tl.where((token >= FIRST_TOKEN - first)[None, :], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
+    if FIRST_TOKEN > 0:
+        new_top = tl.maximum(new_top, NO_TOP)
     shrink = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top[:, None])
     total = total * shrink + tl.sum(p, 1)
@@ -141,11 +153,13 @@ def _flash_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Causal attention of BLOCK_M tokens of one query head, and its gate. Padding becomes 0."""
+    """Causal attention of BLOCK_M tokens of one query head, and its gate. Padding becomes 0, and so
+    do tokens in front of FIRST_TOKEN."""
     tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     head = tl.program_id(0)
     kv_head = head // GROUP
@@ -192,6 +206,7 @@ def _flash_kernel(
             DIM,
             BLOCK_N,
             False,
+            FIRST_TOKEN,
         )
     for first in tl.range(seen_by_all, end, BLOCK_N, num_stages=STAGES):
         row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
@@ -210,10 +225,13 @@ def _flash_kernel(
             DIM,
             BLOCK_N,
             True,
+            FIRST_TOKEN,
         )
     if BLOCK_M > 32:
         gate = tl.load(gate_tile, mask=inside, other=0.0)
     o = acc / total[:, None] * tl.sigmoid(gate.to(tl.float32))
+    if FIRST_TOKEN > 0:
+        inside &= (position + start + row >= FIRST_TOKEN)[:, None]
     tl.store(out_tile, tl.where(inside, o, 0.0).to(out_ptr.dtype.element_ty), mask=in_out)
 
 
@@ -248,7 +266,7 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
         out,
         tokens,
         HEADS=heads,
-        **{n: shape[n] for n in ("GROUP", "DIM", "HAS_NUM_TOKENS")},
+        **{n: shape[n] for n in ("GROUP", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN")},
         **config,
     )
     return out
