@@ -18,10 +18,11 @@ from et_moe.backends.cuda.triton.attention.rope import (
     norm_and_rotate,
     sincos,
 )
-from et_moe.backends.cuda.triton.attention.rows import append_rows_kernel, find_decode_row
+from et_moe.backends.cuda.triton.attention.rows import append_rows_kernel
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_sequence
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import PAGE_SIZE
 
@@ -184,6 +185,7 @@ def _decode_kernel(
     tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
+    item = tl.program_id(2)
     column = tl.arange(0, DIM)
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
@@ -193,10 +195,10 @@ def _decode_kernel(
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
     k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
-    item, sequence, position, valid = find_decode_row(
-        positions_ptr, num_tokens_ptr, TOKENS, HAS_NUM_TOKENS
-    )
+    sequence, token = find_sequence(item, TOKENS)
+    position = tl.load(positions_ptr + sequence).to(tl.int32) + token
     length, used = divide(position, SPLITS, BLOCK_N)
+    valid = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS) - token
     if (split >= used) | (valid <= 0):
         return
     first = split * length

@@ -11,7 +11,7 @@ from et_moe.backends.cuda.triton.attention.rope import (
     sincos,
 )
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
-from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_sequence
 
 
 @triton.jit
@@ -21,14 +21,10 @@ def find_decode_row(
     """The row of a program, number program_id(2) of all, int32: itself, its sequence and position,
     and a number above 0 if it is valid."""
     row = tl.program_id(2)
-    if TOKENS == 1:
-        position = tl.load(positions_ptr + row).to(tl.int32)
-        return row, row, position, count_valid_tokens(num_tokens_ptr + row, 1, HAS_NUM_TOKENS)
-    else:
-        sequence, token = row // TOKENS, row % TOKENS
-        position = tl.load(positions_ptr + sequence).to(tl.int32) + token
-        count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
-        return row, sequence, position, count - token
+    sequence, token = find_sequence(row, TOKENS)
+    position = tl.load(positions_ptr + sequence).to(tl.int32) + token
+    count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
+    return row, sequence, position, count - token
 
 
 @triton.jit

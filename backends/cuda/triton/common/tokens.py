@@ -46,6 +46,15 @@ def count_decode_rows(
 
 
 @triton.jit
+def find_sequence(row, TOKENS: tl.constexpr):
+    """The sequence of a row, and how many of its rows come first; each sequence has TOKENS."""
+    if TOKENS == 1:
+        return row, 0
+    else:
+        return row // TOKENS, row % TOKENS
+
+
+@triton.jit
 def load_version(versions_ptr, VERSIONS: tl.constexpr):
     """The version of a state that a sequence goes on from, int64; one below or above those that
     there are counts as the first or the last.

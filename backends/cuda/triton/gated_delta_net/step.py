@@ -42,14 +42,38 @@ def _copy_to_every_warp(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_token(q_ptr, k_ptr, v_ptr, b_ptr, a_ptr, z_ptr, GATED: tl.constexpr):
-    """A token's q, k, v, b, a and, with GATED, z, in fp32, of the shapes of the pointers."""
-    q = tl.load(q_ptr).to(tl.float32)
-    k = tl.load(k_ptr).to(tl.float32)
-    v = tl.load(v_ptr).to(tl.float32)
-    b = tl.load(b_ptr).to(tl.float32)
-    a = tl.load(a_ptr).to(tl.float32)
-    return q, k, v, b, a, tl.load(z_ptr).to(tl.float32) if GATED else 0.0
+def _load_token(
+    qkv,
+    gates,
+    gate_row,
+    key,
+    value,
+    head,
+    column,
+    B_COLUMN,
+    A_COLUMN,
+    Z_COLUMN,
+    GATED: tl.constexpr,
+):
+    """A token's q, k, v, b, a and, with GATED, z, all fp32; q and k have the dimensions of a state.
+
+    Args:
+        qkv: pointers to its q, k and v; key and value: which elements of them.
+        gates: pointers to b, a and z of the first token; gate_row: where those of this one begin.
+        column: which elements of z.
+    """
+    q_ptr, k_ptr, v_ptr = qkv
+    b_ptr, a_ptr, z_ptr = gates
+    q = tl.load(q_ptr + key).to(tl.float32)[:, None, :, None, None]
+    k = tl.load(k_ptr + key).to(tl.float32)[:, None, :, None, None]
+    v = tl.load(v_ptr + value).to(tl.float32)
+    b = tl.load(b_ptr + gate_row + B_COLUMN + head).to(tl.float32)
+    a = tl.load(a_ptr + gate_row + A_COLUMN + head).to(tl.float32)
+    z = 0.0
+    if GATED:
+        z_ptr += gate_row + Z_COLUMN
+        z = tl.load(z_ptr + column).to(tl.float32)
+    return q, k, v, b, a, z
 
 
 @triton.jit
@@ -122,6 +146,7 @@ def _step_kernel(
     row = lane * ROWS + row // (K_LANES * WARPS)
     sequence = tl.program_id(2).to(tl.int64)
     count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
+    valid = count > 0
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
     if versions_ptr is not None:
         slot *= VERSIONS
@@ -130,7 +155,7 @@ def _step_kernel(
     old_tile = state_tile
     if versions_ptr is not None:
         old_tile += load_version(versions_ptr + sequence, VERSIONS) * (HEADS * DK * DV)
-    state = tl.load(old_tile, mask=count > 0, other=0.0)
+    state = tl.load(old_tile, mask=valid, other=0.0)
     state = state.reshape(ROWS, WARPS, K_LANES, V_LANES, VECTOR)
     a_log, dt_bias, norm_weight = 0.0, 0.0, 0.0
     if GATED:
@@ -141,12 +166,21 @@ def _step_kernel(
     q_ptr += sequence * (TOKENS * K_ROW)
     k_ptr += sequence * (TOKENS * K_ROW) + K_COLUMN
     v_ptr += sequence * (TOKENS * V_ROW) + V_COLUMN
-    b_ptr += sequence * (TOKENS * GATE_ROW) + B_COLUMN + head
-    a_ptr += sequence * (TOKENS * GATE_ROW) + A_COLUMN + head
-    z_ptr += sequence * (TOKENS * GATE_ROW) + Z_COLUMN
-    out_ptr += sequence * (TOKENS * HEADS * DV)
+    gates = (b_ptr, a_ptr, z_ptr)
+    gate_row = sequence * (TOKENS * GATE_ROW)
+    value = first + dv
     inputs = _load_token(
-        q_ptr + key, k_ptr + key, v_ptr + first + dv, b_ptr, a_ptr, z_ptr + column, GATED
+        (q_ptr, k_ptr, v_ptr),
+        gates,
+        gate_row,
+        key,
+        value,
+        head,
+        column,
+        B_COLUMN,
+        A_COLUMN,
+        Z_COLUMN,
+        GATED,
     )
     for token in tl.static_range(TOKENS):
         q, k, v, b, a, z = inputs
@@ -154,14 +188,20 @@ def _step_kernel(
             q_ptr += K_ROW
             k_ptr += K_ROW
             v_ptr += V_ROW
-            b_ptr += GATE_ROW
-            a_ptr += GATE_ROW
-            z_ptr += GATE_ROW
+            gate_row += GATE_ROW
             inputs = _load_token(
-                q_ptr + key, k_ptr + key, v_ptr + first + dv, b_ptr, a_ptr, z_ptr + column, GATED
+                (q_ptr, k_ptr, v_ptr),
+                gates,
+                gate_row,
+                key,
+                value,
+                head,
+                column,
+                B_COLUMN,
+                A_COLUMN,
+                Z_COLUMN,
+                GATED,
             )
-        valid = count > token
-        q, k = q[:, None, :, None, None], k[:, None, :, None, None]
         if GATED:
             z = norm_weight * silu(z)
             b, a = compute_gates(b, a, a_log, dt_bias)
@@ -189,12 +229,13 @@ def _step_kernel(
         warp = tl.arange(0, WARPS)[:, None]
         if HAS_NUM_TOKENS:
             o = tl.where(valid, o, 0.0)
+        out_ptr += sequence * (TOKENS * HEADS * DV) if token == 0 else HEADS * DV
         target = out_ptr + warp * 0 + column[None, :]
         mask = warp == tl.arange(0, BLOCK_V)[None, :] // COLUMNS
         tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
         if token + 1 < TOKENS:
             state_tile += HEADS * DK * DV
-            out_ptr += HEADS * DV
+            valid = count > token + 1
 
 
 def step_gated_delta(

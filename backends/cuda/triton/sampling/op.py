@@ -27,6 +27,7 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.float_order import to_order_key
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.tokens import find_sequence
 from et_moe.backends.ops.sequences import rows_each
 
 BLOCK = 1024
@@ -44,15 +45,6 @@ def _draw_gumbel(token, position, seed):
     word, _, _, _ = tl.philox(seed, token, low, zero, zero)
     u = tl.minimum((word >> 8).to(tl.int32).to(tl.float32) + 0.5, 16777215.0) * (1.0 / 16777216.0)
     return -tl.log(-tl.log(u))
-
-
-@triton.jit
-def _find_sequence(row, TOKENS: tl.constexpr):
-    """The sequence of a row, and how many of its rows come first; each sequence has TOKENS."""
-    if TOKENS == 1:
-        return row, 0
-    else:
-        return row // TOKENS, row % TOKENS
 
 
 @triton.jit
@@ -120,7 +112,7 @@ def _block_kernel(
     row = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
-    sequence, offset = _find_sequence(row, TOKENS)
+    sequence, offset = find_sequence(row, TOKENS)
     t = tl.load(temperature + sequence)
     if t > 0.0:
         value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
@@ -176,7 +168,7 @@ def _collect_kernel(
     """Appends l, l + noise and id of those tokens of one block that may be kept."""
     wait_for_previous()
     row = tl.program_id(1)
-    sequence, offset = _find_sequence(row, TOKENS)
+    sequence, offset = find_sequence(row, TOKENS)
     t, k = tl.load(temperature + sequence), tl.load(top_k + sequence)
     p = tl.load(top_p + sequence)
     block_value += row * BLOCKS
@@ -267,7 +259,7 @@ def _finish_kernel(
     value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))
     ids = tl.load(block_id + b, mask=b < BLOCKS, other=0x7FFFFFFF)
     _, token = _find_first_max(value, ids)
-    sequence, _ = _find_sequence(row, TOKENS)
+    sequence, _ = find_sequence(row, TOKENS)
     t, k = tl.load(temperature + sequence), tl.load(top_k + sequence)
     p = tl.load(top_p + sequence)
     if (t > 0.0) & _is_filtered(k, p, V):
