@@ -116,9 +116,10 @@ def _scan_kernel(
     squares_ptr += chunk * (SQUARES * CHUNK * CHUNK)
     factors_ptr += chunk * (FACTORS * CHUNK)
     STATE: tl.constexpr = HEADS * DK * DV
-    old_ptr, state_ptr = find_state(state_ptr, slots_ptr, versions_ptr, STATE, VERSIONS)
+    pool_ptr = state_ptr
+    state_ptr = find_state(pool_ptr, slots_ptr, versions_ptr, STATE, VERSIONS)
     in_state = head * (DK * DV) + dk[:, None] * DV + column[None, :]
-    state = tl.trans(tl.load(old_ptr + in_state))
+    state = tl.trans(tl.load(state_ptr + in_state))
     whole = valid // CHUNK * CHUNK
     for _ in tl.range(0, whole, CHUNK, num_stages=STAGES):
         k, q, v = tl.load(k_ptr + in_qk), tl.load(q_ptr + in_qk), tl.load(v_ptr + in_v)
@@ -139,6 +140,8 @@ def _scan_kernel(
         squares = squares_ptr + in_square
         state, o = _advance_chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
         tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty), mask=inside)
+    if versions_ptr is not None:  # found anew, since registers are scarce until here
+        state_ptr = find_state(pool_ptr, slots_ptr, None, STATE, VERSIONS)
     tl.store(state_ptr + in_state, tl.trans(state))
 
 

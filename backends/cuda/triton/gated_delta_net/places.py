@@ -11,17 +11,16 @@ from et_moe.backends.cuda.triton.common.tokens import load_version
 
 @triton.jit
 def find_state(state_ptr, slots_ptr, versions_ptr, STATE: tl.constexpr, VERSIONS: tl.constexpr):
-    """Where the state lies that a sequence goes on from, and where version 0 of it does.
+    """Where a version of a sequence's state lies.
 
     Args:
         state_ptr: `[S, VERSIONS, STATE]`. slots_ptr: that of the sequence.
-        versions_ptr: the same, or None if VERSIONS is 1 and there is nothing to choose.
+        versions_ptr: the same, or None for version 0.
     """
     state_ptr += tl.load(slots_ptr).to(tl.int64) * (VERSIONS * STATE)
-    if versions_ptr is None:
-        return state_ptr, state_ptr
-    else:
-        return state_ptr + load_version(versions_ptr, VERSIONS) * STATE, state_ptr
+    if versions_ptr is not None:
+        state_ptr += load_version(versions_ptr, VERSIONS) * STATE
+    return state_ptr
 
 
 class StatePlaces(NamedTuple):

@@ -45,33 +45,36 @@ def _copy_to_every_warp(x, WARPS: tl.constexpr):
 def _load_token(
     qkv,
     gates,
-    gate_row,
+    sequence,
     key,
-    value,
+    first,
+    dv,
     head,
     column,
-    B_COLUMN,
-    A_COLUMN,
-    Z_COLUMN,
+    STRIDE: tl.constexpr,
+    B_COLUMN: tl.constexpr,
+    A_COLUMN: tl.constexpr,
+    Z_COLUMN: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """A token's q, k, v, b, a and, with GATED, z, all fp32; q and k have the dimensions of a state.
 
     Args:
-        qkv: pointers to its q, k and v; key and value: which elements of them.
-        gates: pointers to b, a and z of the first token; gate_row: where those of this one begin.
+        qkv: pointers to its q, k and v; key and first + dv: which elements of them.
+        gates: pointers to b, a and z, of whose rows each sequence has STRIDE elements; the columns
+            are counted from there.
         column: which elements of z.
     """
     q_ptr, k_ptr, v_ptr = qkv
     b_ptr, a_ptr, z_ptr = gates
     q = tl.load(q_ptr + key).to(tl.float32)[:, None, :, None, None]
     k = tl.load(k_ptr + key).to(tl.float32)[:, None, :, None, None]
-    v = tl.load(v_ptr + value).to(tl.float32)
-    b = tl.load(b_ptr + gate_row + B_COLUMN + head).to(tl.float32)
-    a = tl.load(a_ptr + gate_row + A_COLUMN + head).to(tl.float32)
+    v = tl.load(v_ptr + first + dv).to(tl.float32)
+    b = tl.load(b_ptr + sequence * STRIDE + B_COLUMN + head).to(tl.float32)
+    a = tl.load(a_ptr + sequence * STRIDE + A_COLUMN + head).to(tl.float32)
     z = 0.0
     if GATED:
-        z_ptr += gate_row + Z_COLUMN
+        z_ptr += sequence * STRIDE + Z_COLUMN
         z = tl.load(z_ptr + column).to(tl.float32)
     return q, k, v, b, a, z
 
@@ -167,16 +170,17 @@ def _step_kernel(
     k_ptr += sequence * (TOKENS * K_ROW) + K_COLUMN
     v_ptr += sequence * (TOKENS * V_ROW) + V_COLUMN
     gates = (b_ptr, a_ptr, z_ptr)
-    gate_row = sequence * (TOKENS * GATE_ROW)
-    value = first + dv
+    STRIDE: tl.constexpr = TOKENS * GATE_ROW
     inputs = _load_token(
         (q_ptr, k_ptr, v_ptr),
         gates,
-        gate_row,
+        sequence,
         key,
-        value,
+        first,
+        dv,
         head,
         column,
+        STRIDE,
         B_COLUMN,
         A_COLUMN,
         Z_COLUMN,
@@ -188,18 +192,20 @@ def _step_kernel(
             q_ptr += K_ROW
             k_ptr += K_ROW
             v_ptr += V_ROW
-            gate_row += GATE_ROW
+            BEHIND: tl.constexpr = (token + 1) * GATE_ROW
             inputs = _load_token(
                 (q_ptr, k_ptr, v_ptr),
                 gates,
-                gate_row,
+                sequence,
                 key,
-                value,
+                first,
+                dv,
                 head,
                 column,
-                B_COLUMN,
-                A_COLUMN,
-                Z_COLUMN,
+                STRIDE,
+                B_COLUMN + BEHIND,
+                A_COLUMN + BEHIND,
+                Z_COLUMN + BEHIND,
                 GATED,
             )
         if GATED:
