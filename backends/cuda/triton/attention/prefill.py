@@ -104,6 +104,7 @@ def _attend_tile(
         top, total, acc: fp32 `[BLOCK_M]`, `[BLOCK_M]` and `[BLOCK_M, DIM]`: maximum and sum of the
             softmax so far, and the weighted sum of v.
         MASKED: whether some of the cached tokens lie behind a query's position or the end.
+        FIRST_TOKEN: in front of which no token is read; 0, or MASKED must be true.
 
     Returns:
         top, total and acc with these tokens.
@@ -114,10 +115,6 @@ def _attend_tile(
         inside = (token < end - first)[:, None]
         if FIRST_TOKEN > 0:
             inside &= (token >= FIRST_TOKEN - first)[:, None]
-        k = tl.load(k_ptr + tile, mask=inside, other=0.0)
-        v = tl.load(v_ptr + tile, mask=inside, other=0.0)
-    elif FIRST_TOKEN > 0:
-        inside = (token >= FIRST_TOKEN - first)[:, None]
         k = tl.load(k_ptr + tile, mask=inside, other=0.0)
         v = tl.load(v_ptr + tile, mask=inside, other=0.0)
     else:
@@ -189,7 +186,30 @@ def _flash_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     page = load_page(pages_ptr, 0, end)  # always a tile ahead
-    for first in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
+    begin = 0
+    if FIRST_TOKEN > 0:
+        begin = tl.minimum(tl.cdiv(FIRST_TOKEN, BLOCK_N) * BLOCK_N, end)
+        seen_by_all = tl.maximum(seen_by_all, begin)
+        for first in tl.range(0, begin, BLOCK_N, num_stages=1):
+            row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
+            page = load_page(pages_ptr, first + BLOCK_N, end)
+            top, total, acc = _attend_tile(
+                q,
+                k_cache_ptr,
+                v_cache_ptr,
+                row_of_tile,
+                first,
+                position + start + row,
+                end,
+                top,
+                total,
+                acc,
+                DIM,
+                BLOCK_N,
+                True,
+                FIRST_TOKEN,
+            )
+    for first in tl.range(begin, seen_by_all, BLOCK_N, num_stages=STAGES):
         row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
         page = load_page(pages_ptr, first + BLOCK_N, end)
         top, total, acc = _attend_tile(
@@ -206,7 +226,7 @@ def _flash_kernel(
             DIM,
             BLOCK_N,
             False,
-            FIRST_TOKEN,
+            0,
         )
     for first in tl.range(seen_by_all, end, BLOCK_N, num_stages=STAGES):
         row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
@@ -225,7 +245,7 @@ def _flash_kernel(
             DIM,
             BLOCK_N,
             True,
-            FIRST_TOKEN,
+            0,
         )
     if BLOCK_M > 32:
         gate = tl.load(gate_tile, mask=inside, other=0.0)

@@ -192,7 +192,6 @@ def _step_kernel(
             q_ptr += K_ROW
             k_ptr += K_ROW
             v_ptr += V_ROW
-            BEHIND: tl.constexpr = (token + 1) * GATE_ROW
             inputs = _load_token(
                 (q_ptr, k_ptr, v_ptr),
                 gates,
@@ -203,9 +202,9 @@ def _step_kernel(
                 head,
                 column,
                 STRIDE,
-                B_COLUMN + BEHIND,
-                A_COLUMN + BEHIND,
-                Z_COLUMN + BEHIND,
+                B_COLUMN + (token + 1) * GATE_ROW,
+                A_COLUMN + (token + 1) * GATE_ROW,
+                Z_COLUMN + (token + 1) * GATE_ROW,
                 GATED,
             )
         if GATED:
