@@ -20,6 +20,10 @@ app = typer.Typer(
 RESULTS = Path("build/results")
 
 
+LOADS = ("8:1700:600", "64:1700:600", "256:1700:600", "256:1000:2000", "64:2000:512:256")
+"""Of `batch`. In the last one prompts keep arriving while others decode."""
+
+
 def _writable(path: Path | None) -> Path | None:
     """Tries an output before hours of measuring; its folder is made."""
     if path is not None:
@@ -87,18 +91,19 @@ def e2e(
 def batch(
     program: Annotated[Path, typer.Option(help="Folder of a CUDA program.", **PATH)],
     out: Out = RESULTS / "batch.json",
-    sequences: Annotated[str, typer.Option(help="How many at once, by commas.")] = "1,8,64,256",
-    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)] = 1700,
-    new_tokens: NewTokens = 600,
+    load: Annotated[
+        list[str], typer.Option(help="SEQUENCES:PROMPT:NEW_TOKENS[:REQUESTS]; repeatable.")
+    ] = LOADS,
+    profile: Annotated[bool, typer.Option(help="Kernels of a step, on a GPU.")] = False,
     model_dir: ModelDir = None,
     runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = RUNNER,
 ) -> None:
     """Time many sequences at once: throughput, first token, time between tokens."""
-    from et_moe.benchmarks.batch import measure
+    from et_moe.benchmarks.batch import Load, measure
     from et_moe.benchmarks.shape import model_shape
 
-    counts = _numbers(sequences, "--sequences")
-    succeeded = measure(runner, program, counts, prompt, new_tokens, model_shape(model_dir), out)
+    loads = [Load.parse(text) for text in load]
+    succeeded = measure(runner, program, loads, profile, model_shape(model_dir), out)
     raise typer.Exit(not succeeded)
 
 
@@ -138,6 +143,20 @@ def activations(
     from et_moe.benchmarks.activations import measure
 
     measure(bundle, tokens, seed, out)
+
+
+@app.command()
+def quality(
+    text: Annotated[Path, typer.Option(help="Folder of scripts/reference_text.py.", **PATH)],
+    out: Out = RESULTS / "quality.json",
+    minutes: Annotated[float, typer.Option(help="That the command may take.", min=0.01)] = 9,
+    seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
+) -> None:
+    """Train a reference model on a GPU, and measure what each way to quantize it costs."""
+    from et_moe.benchmarks.reference.measure import measure
+    from et_moe.benchmarks.reference.training import Text
+
+    measure(Text(text), out, minutes, seed)
 
 
 @app.command()

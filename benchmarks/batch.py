@@ -1,11 +1,12 @@
 """Times many sequences at once, through the runner's `--prompts_path`.
 
-All prompts are random, of one length, and in flight at once. Output tokens a second count from the
-start to the last token of the last answer; decoded tokens a second from the moment on at which all
-sequences decode. That rate is compared with the roof of a step
+All prompts are random, of one length, and submitted at once. Output tokens a second count from the
+start to the last token of the last answer. A step is the median time between two tokens of a
+sequence, while nearly all of the time all sequences decode; it is compared with its roof
 (`roofline.batch_step`) at the middle of the contexts.
 """
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from et_moe.benchmarks import roofline
 from et_moe.benchmarks.e2e import measure_gpu
+from et_moe.benchmarks.profile import profile_batch
 from et_moe.benchmarks.report.batch import COLUMNS, cells
 from et_moe.benchmarks.result import provenance, write_result
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
@@ -29,67 +31,117 @@ _TIMES = tuple(
 )
 
 
-def _run(
-    runner: Path, program: Path, sequences: int, prompt: int, new_tokens: int, vocabulary: int
-) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is asked of the runner.
+
+    Attributes:
+        sequences: the most that are decoded at once.
+        requests: prompts, all submitted at once; where they are more than the sequences, they ask
+            for half to one and a half times the tokens, so that places come free one by one.
+        prompt, new_tokens: tokens of each prompt, and after it.
+    """
+
+    sequences: int
+    requests: int
+    prompt: int
+    new_tokens: int
+
+    @staticmethod
+    def parse(text: str) -> "Load":
+        """SEQUENCES:PROMPT:NEW_TOKENS[:REQUESTS]; without the last as many as sequences.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        parts = text.split(":")
+        if not (3 <= len(parts) <= 4 and all(p.isdecimal() and int(p) > 0 for p in parts)):
+            raise ValueError(
+                f"--load {text}: expected SEQUENCES:PROMPT:NEW_TOKENS[:REQUESTS], as 8:1700:600"
+            )
+        sequences, prompt, new_tokens, *requests = map(int, parts)
+        return Load(sequences, *(requests or [sequences]), prompt, new_tokens)
+
+    def write(self, path: Path, vocabulary: int) -> None:
+        """The prompts as the runner's `--prompts_path` takes them."""
+        draw = random.Random(self.prompt)
+        with path.open("w") as file:
+            for _ in range(self.requests):
+                line = {"prompt_ids": draw.choices(range(vocabulary), k=self.prompt)}
+                if self.requests > self.sequences:
+                    line["max_new_tokens"] = round(self.new_tokens * draw.uniform(0.5, 1.5))
+                file.write(json.dumps(line) + "\n")
+
+
+def _command(runner: Path, program: Path, load: Load, folder: Path) -> list[str | Path]:
+    """Runs a load whose prompts `folder` has; ids are written there, too."""
+    return [
+        *(runner, f"--model_path={program / 'model.pte'}"),
+        f"--data_path={program / 'model.ptd'}",
+        *(f"--prompts_path={folder / 'prompts'}", f"--max_sequences={load.sequences}"),
+        *("--cuda_graph", f"--max_new_tokens={load.new_tokens}"),
+        f"--output_ids_path={folder / 'ids'}",
+    ]
+
+
+def _run(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
     """The runner's stats of the second of two runs.
 
     Raises:
         RuntimeError: the runner fails; with its message.
     """
-    draw = random.Random(prompt)
-    with tempfile.TemporaryDirectory() as folder:
-        prompts, ids, stats = (Path(folder, name) for name in ("prompts", "ids", "stats"))
-        with prompts.open("w") as file:
-            for _ in range(sequences):
-                line = {"prompt_ids": draw.choices(range(vocabulary), k=prompt)}
-                file.write(json.dumps(line) + "\n")
-        command = [
-            *(runner, f"--model_path={program / 'model.pte'}"),
-            f"--data_path={program / 'model.ptd'}",
-            *(f"--prompts_path={prompts}", f"--max_sequences={sequences}", "--cuda_graph"),
-            *(f"--max_new_tokens={new_tokens}", "--num_iters=2"),
-            *(f"--output_ids_path={ids}", f"--stats_path={stats}"),
-        ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        load.write(folder / "prompts", vocabulary)
+        stats = folder / "stats"
+        command = _command(runner, program, load, folder)
+        command += ["--num_iters=2", f"--stats_path={stats}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-500:] or f"exit code {done.returncode}")
         return json.loads(stats.read_text().splitlines()[-1])
 
 
+def _profile(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
+    """The kernels of a step of all sequences, see `profile_batch`."""
+    # Prompts are fed one by one, in pieces, beside those that decode already.
+    calls = load.sequences * (2 + load.prompt // 1024) + 8
+    load = dataclasses.replace(load, requests=load.sequences, new_tokens=calls)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        load.write(folder / "prompts", vocabulary)
+        return profile_batch(_command(runner, program, load, folder), folder)
+
+
 def measure(
-    runner: Path,
-    program: Path,
-    counts: list[int],
-    prompt: int,
-    new_tokens: int,
-    c: ModelConfig,
-    out: Path,
+    runner: Path, program: Path, loads: list[Load], profiled: bool, c: ModelConfig, out: Path
 ) -> bool:
-    """Measures each number of sequences, and writes `out` after each.
+    """Measures each load, and writes `out` after each.
+
+    Args:
+        profiled: whether a step of each is profiled kernel by kernel on a GPU.
 
     Returns:
         Whether no measurement failed.
     """
     gpu = measure_gpu()
-    head = {"gpu": gpu, "prompt": prompt, "new_tokens": new_tokens}
-    result: dict = provenance() | head | {"rows": []}
+    result: dict = provenance() | {"gpu": gpu, "rows": []}
     table = Table(*COLUMNS)
-    for count in counts:
-        row: dict = {"sequences": count}
+    for load in loads:
+        row: dict = dataclasses.asdict(load)
         result["rows"].append(row)
         try:
-            stats = _run(runner, program, count, prompt, new_tokens, c.vocab_size)
+            stats = _run(runner, program, load, c.vocab_size)
         except RuntimeError as e:  # one failure must not end the benchmark
             row["error"] = str(e)
-            table.add_row(*cells(row))
         else:
             row |= {name: stats[name] for name in (*_RATES, *_TIMES)}
             if gpu:
-                step = roofline.batch_step(count, c, prompt + new_tokens // 2)
-                least = sum(kernel.seconds(**gpu["roof"]) for kernel in step)
-                row["of_roof"] = least * row["decode_token_per_sec"] / count
-            table.add_row(*cells(row))
+                step = roofline.batch_step(load.sequences, c, load.prompt + load.new_tokens // 2)
+                row["roof_ms"] = 1e3 * sum(kernel.seconds(**gpu["roof"]) for kernel in step)
+                if profiled:
+                    row["profile"] = _profile(runner, program, load, c.vocab_size)
+        table.add_row(*cells(row))
         print(row, flush=True)
         write_result(out, result)
     Console(width=170).print(table)

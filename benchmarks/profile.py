@@ -123,6 +123,26 @@ def last_calls(launches: list[Launch], decoded: int) -> tuple[list[Launch], list
     return launches[before:first], launches[-size:]
 
 
+def batched_call(launches: list[Launch]) -> list[Launch]:
+    """The kernels of a decode call of all sequences: the second one behind the last prefill.
+
+    Raises:
+        ProfileError: two equal calls do not follow a prefill.
+    """
+    calls: list[list[Launch]] = []
+    for launch in launches:
+        if "embedding" in launch.name:  # every call begins with it
+            calls.append([])
+        if calls:
+            calls[-1].append(launch)
+    names = [[launch.name for launch in call] for call in calls]
+    prefills = [i for i, call in enumerate(names) if any("_scan_kernel" in n for n in call)]
+    last = prefills[-1] if prefills else len(names)
+    if len(names) < last + 3 or names[last + 1] != names[last + 2]:
+        raise ProfileError("the trace does not hold two equal calls behind a prefill")
+    return calls[last + 2]
+
+
 def summarize(launches: list[Launch]) -> dict:
     """Microseconds of each kernel name, the slowest first.
 
@@ -145,6 +165,15 @@ def summarize(launches: list[Launch]) -> dict:
         "span_us": (launches[-1].end - launches[0].start) / 1e3,
         "kernels": sorted(kernels, key=lambda kernel: -kernel["us"]),
     }
+
+
+def profile_batch(command: Sequence[str | Path], folder: Path) -> dict:
+    """Profile of a decode call of a runner command that decodes several sequences, as of
+    `summarize`, or why there is none in `error`."""
+    try:
+        return summarize(batched_call(trace(command, folder)))
+    except ProfileError as e:
+        return {"error": str(e)}
 
 
 def profile(command: Sequence[str | Path], folder: Path) -> dict:

@@ -4,7 +4,7 @@ Nothing is loaded until a group (the embedding, one layer, the head) is asked fo
 at one group whatever the checkpoint's size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from et_moe.pipeline.codes import CODES, dequantize
 from et_moe.pipeline.config import ConfigError, read_json
 from et_moe.pipeline.formats import format_for
 from et_moe.pipeline.formats.format import Contents, HeaderError, StoredTensor, TensorError
-from et_moe.pipeline.models import MTP, JoinError, Parts, load_config, model_of
+from et_moe.pipeline.models import MTP, JoinError, Parts, Shapes, load_config, model_of
 from et_moe.pipeline.safetensors_file import SafetensorsFile
 from et_moe.pipeline.storage import SCALE_DTYPES, Int4, Storages
 
@@ -191,9 +191,19 @@ class Checkpoint:
             in the checkpoint's dtype, or codes (`pipeline/codes.py`) of weights that are kept.
         """
         try:
-            yield from self._model.groups(self.config, self._format.names, self._read, storages)
+            yield from self.groups_of(self._read, storages)
         except JoinError as e:
             raise ConfigError(f"{self.directory}: {self._latest}: {e}") from None
+
+    def groups_of(
+        self, read: Callable[[str], Tensor], storages: Storages
+    ) -> Iterator[dict[str, Parts]]:
+        """What takes the places of the parameters if `read` takes that of reading a weight."""
+        return self._model.groups(self.config, self._format.names, read, storages)
+
+    def shapes(self) -> Shapes:
+        """The shape of every weight by its name behind the prefix."""
+        return self._model.checkpoint_shapes(self.config, self._format.names)
 
     def _read(self, name: str) -> Tensor:
         self._latest = name

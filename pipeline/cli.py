@@ -1,4 +1,4 @@
-"""The command line: `et-moe quantize | export | inspect | eval | make-checkpoint`."""
+"""The command line: `et-moe calibrate | quantize | export | inspect | eval | make-checkpoint`."""
 
 import json
 import sys
@@ -49,25 +49,61 @@ def quantize(
     *,
     flags: StorageFlags,
     scale_method: Annotated[
-        ScaleMethod, typer.Option(help="INT4 scales: least squared error, or max|w| / 7.")
-    ] = ScaleMethod.MSE,
+        ScaleMethod | None,
+        typer.Option(
+            help="INT4 scales: of least squared error (mse; search: among more candidates), or "
+            "max|w| / 7 (minmax). Default: search with --importance, else mse."
+        ),
+    ] = None,
+    importance: Annotated[
+        Path | None,
+        typer.Option(help="File of `calibrate`: errors count where inputs are large.", **PATH),
+    ] = None,
 ) -> None:
     """Quantizes a checkpoint to a bundle, layer by layer."""
     from et_moe.pipeline.bundle import write_bundle
     from et_moe.pipeline.footprint import footprint
+    from et_moe.pipeline.importance import Importance
     from et_moe.pipeline.quantize import QuantizedCheckpoint, count_groups, meta_graph
     from et_moe.pipeline.storage import Precision
 
     check_one(**{"--model-dir": model_dir, "--model-id": model_id})
     checkpoint = open_checkpoint(model_dir, model_id)
     storages = flags.storages(checkpoint.config)
-    source = QuantizedCheckpoint(checkpoint, storages, scale_method.value)
+    columns = None if importance is None else Importance(importance, checkpoint)
+    method = scale_method or (ScaleMethod.MSE if columns is None else ScaleMethod.SEARCH)
+    source = QuantizedCheckpoint(checkpoint, storages, method.value, columns)
     with _progress() as progress:
         task = progress.add_task("quantizing", total=count_groups(source.config))
         write_bundle(source, output_dir, lambda: progress.advance(task))
     console.print(f"wrote the bundle {output_dir}", soft_wrap=True)
     taken = footprint(meta_graph(source.config, Precision(source.storages)))
     console.print(str(taken), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option(help="File to write, for --importance.", **PATH)],
+    text: Annotated[Path, typer.Option(help="Text such as the model is to see, UTF-8.", **PATH)],
+    model_dir: ModelDirOrNone = None,
+    model_id: ModelId = None,
+) -> None:
+    """Measures which columns of a checkpoint's weights matter, layer by layer."""
+    from et_moe.backends.atomic_file import check_writable
+    from et_moe.pipeline.calibrate import Calibration, read_windows
+    from et_moe.pipeline.importance import write_importance
+    from et_moe.pipeline.quantize import count_groups
+
+    check_one(**{"--model-dir": model_dir, "--model-id": model_id})
+    check_writable(output)
+    checkpoint = open_checkpoint(model_dir, model_id)
+    windows = read_windows(text, checkpoint)
+    calibration = Calibration(checkpoint, windows)
+    with _progress() as progress:
+        task = progress.add_task("calibrating", total=count_groups(checkpoint.config))
+        found = calibration.run(lambda: progress.advance(task))
+    write_importance(output, found)
+    console.print(f"wrote {output}, of {windows.numel()} tokens", soft_wrap=True)
 
 
 @app.command()

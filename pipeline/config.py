@@ -62,6 +62,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not UTF-8: {e}") from None
+
+
 def end_of_turn(directory: Path) -> int | None:
     """The id of the `eos_token` of `tokenizer_config.json`, where the tokenizer knows it."""
     files = [directory / name for name in ("tokenizer_config.json", "tokenizer.json")]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.config import ConfigError, read_text
 from et_moe.pipeline.models import load_config
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -95,10 +95,7 @@ def evaluate(
 
     if window < 2:
         raise ConfigError(f"--window {window}: expected at least 2 tokens")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{text}: not UTF-8: {e}") from None
+    content = read_text(text)
     load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
     ids = AutoTokenizer.from_pretrained(model_dir, **LOCAL)(content)["input_ids"]
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]

@@ -165,6 +165,22 @@ class Graph(nn.Module):
         """Every state tensor by name; a sequence starts with a slot of zeros."""
         raise NotImplementedError
 
+    def advance(self, group: int, x: Tensor, sequences: int, state: Mapping[str, Tensor]) -> Tensor:
+        """Takes whole sequences through one group of parameters, eagerly: the embedding, a layer,
+        or the norm and the head.
+
+        Args:
+            group: number of the group.
+            x: what came out of the group before, `[B R, H]`; of the first one, tokens int64
+                `[B, R]`.
+            sequences: B, which begin. state: of the group's layer, zeros of `make_state`, with
+                the pages and slots of each sequence behind those of the one before.
+
+        Returns:
+            `[B R, H]`; of the last group logits float32 `[B R, V]`.
+        """
+        raise NotImplementedError
+
     def make_state(
         self, pool: Mapping[str, int], device: torch.device | None = None
     ) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class ActivationDtype(StrEnum):
 
 class ScaleMethod(StrEnum):
     MSE = "mse"
+    SEARCH = "search"
     MINMAX = "minmax"
 
 

@@ -1,6 +1,7 @@
 """Weights on their way from a checkpoint: quantized group by group as they are read."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from et_moe.backends.threads import worker_threads
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import Config, ConfigError, warn
+from et_moe.pipeline.importance import Importance
 from et_moe.pipeline.layers import StoredWeight, stored_weights
 from et_moe.pipeline.models import MTP, Graph, Parts, model_of
 from et_moe.pipeline.storage import Dense, Entry, Int4, Precision, Storage, Storages
@@ -71,26 +73,64 @@ def count_groups(config: Config) -> int:
     return config.num_hidden_layers + 2 + config.mtp_num_hidden_layers
 
 
+def _matrices(part: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The rows `[R, K]` of a part of a weight, and their importance; a table of experts whose
+    columns matter differently comes expert by expert, which takes no memory for the rows."""
+    if importance is None:
+        yield part.flatten(0, -2), None
+    elif part.dim() == 2:
+        yield part, importance
+    else:
+        yield from zip(part.flatten(0, -3), importance.flatten(0, -3), strict=True)
+
+
+def _pieces(
+    parts: Parts, importance: Parts | None, kept: Sequence[Tensor], device: str
+) -> Iterator[tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
+    """Rows of a weight that are quantized at a time: with their importance, and the same rows of
+    the tensors that are kept of it."""
+    targets, first = [tensor.flatten(0, -2) for tensor in kept], 0
+    for part, columns in zip(parts, importance or [None] * len(parts), strict=True):
+        for rows, weighed in _matrices(part, columns):
+            count = max(1, _CHUNK[device] // max(1, rows.shape[1]))
+            for begin in range(0, len(rows), count):
+                end = min(begin + count, len(rows))
+                into = tuple(tensor[first + begin : first + end] for tensor in targets)
+                yield rows[begin:end], None if weighed is None else weighed[begin:end], into
+            first += len(rows)
+
+
 def _quantize(
-    rows: Tensor, kept: Sequence[Tensor], storage: Storage, method: str, pool: Executor
+    parts: Parts,
+    importance: Parts | None,
+    kept: Sequence[Tensor],
+    storage: Storage,
+    method: str,
+    pool: Executor,
 ) -> None:
-    """Quantizes rows `[R, K]` of a weight into the same rows of the tensors that are kept of it,
-    on a GPU if there is one: the bits are the same."""
-    gains = rows.is_floating_point() and not isinstance(storage, Dense)
+    """Quantizes the parts of a weight into the tensors that are kept of it, on a GPU if there is
+    one: the bits are the same."""
+    gains = parts[0].is_floating_point() and not isinstance(storage, Dense)
     device = "cuda" if gains and torch.cuda.is_available() else "cpu"
 
-    def run(pieces: tuple[Tensor, ...]) -> None:
-        piece, *targets = pieces
-        for target, tensor in zip(targets, storage.quantize(piece.to(device), method), strict=True):
+    def run(piece: tuple[Tensor, Tensor | None, tuple[Tensor, ...]]) -> None:
+        rows, columns, targets = piece
+        columns = None if columns is None else columns.to(device)
+        made = storage.quantize(rows.to(device), method, columns)
+        for target, tensor in zip(targets, made, strict=True):
             target.copy_(tensor)
 
-    count = max(1, _CHUNK[device] // max(1, rows.shape[1]))
-    pieces = zip(rows.split(count), *(tensor.split(count) for tensor in kept), strict=True)
+    pieces = _pieces(parts, importance, kept, device)
     list(pool.map(run, pieces) if device == "cpu" else map(run, pieces))
 
 
 def quantize_parameter(
-    name: str, parts: Parts, stored: StoredWeight | None, method: str, pool: Executor
+    name: str,
+    parts: Parts,
+    stored: StoredWeight | None,
+    method: str,
+    pool: Executor,
+    importance: Parts | None = None,
 ) -> dict[str, Tensor]:
     """One parameter as it is kept: as it is, or the tensors that its storage makes of it."""
     if stored is None:
@@ -104,10 +144,7 @@ def quantize_parameter(
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
         entries = stored.storage.tensors(name, shape, dtype).values()
         kept = [torch.empty(sizes, dtype=kind) for kind, sizes in entries]
-        counts = [part[..., 0].numel() for part in parts]
-        targets = zip(*(tensor.flatten(0, -2).split(counts) for tensor in kept), strict=True)
-        for part, target in zip(parts, targets, strict=True):
-            _quantize(part.flatten(0, -2), target, stored.storage, method, pool)
+        _quantize(parts, importance, kept, stored.storage, method, pool)
     except ValueError as e:
         raise ConfigError(f"{name}: {e}") from None
     return dict(zip(stored.tensors, kept, strict=True))
@@ -130,15 +167,23 @@ class QuantizedCheckpoint:
         storages: of the model's parts. Weights that arrive quantized (`Checkpoint.kept`) keep their
             values, so the parts that have any keep their storage, too.
         method: how INT4 scales are chosen, see `ops.quantize_w4`.
+        importance: of the columns, for INT4 scales, or None for the same everywhere.
 
     Raises:
         ConfigError: a storage does not take the shape of a weight.
     """
 
-    def __init__(self, checkpoint: Checkpoint, storages: Storages, method: str = "mse") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        storages: Storages,
+        method: str = "mse",
+        importance: Importance | None = None,
+    ) -> None:
         self.directory = checkpoint.directory
         self.storages = _join({**storages, **checkpoint.kept}, checkpoint)
         self.config, self._checkpoint, self._method = checkpoint.config, checkpoint, method
+        self._importance = importance
         for part in checkpoint.kept:
             others = checkpoint.others(part)
             if others and not isinstance(storages[part], Int4):
@@ -150,17 +195,24 @@ class QuantizedCheckpoint:
         self._stored = stored_weights(meta_graph(self.config, Precision(self.storages)))
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
+        groups = self._checkpoint.groups(self.storages)
+        columns: Iterator[dict[str, Parts]] = itertools.repeat({})
+        if self._importance is not None:
+            columns = self._importance.groups(self.storages)
         with worker_threads() as pool:
-            for group in self._checkpoint.groups(self.storages):
-                yield self._quantize(group, pool)
+            for group, important in zip(groups, columns, strict=False):  # repeat does not end
+                yield self._quantize(group, important, pool)
 
-    def _quantize(self, group: dict[str, Parts], pool: Executor) -> dict[str, Tensor]:
+    def _quantize(
+        self, group: dict[str, Parts], importance: dict[str, Parts], pool: Executor
+    ) -> dict[str, Tensor]:
         """A group as it is kept; what has been quantized is not held any longer."""
         kept: dict[str, Tensor] = {}
         for name in list(group):
-            stored = self._stored.get(name)
+            stored, columns = self._stored.get(name), importance.pop(name, None)
             try:
-                kept |= quantize_parameter(name, group.pop(name), stored, self._method, pool)
+                parts = group.pop(name)
+                kept |= quantize_parameter(name, parts, stored, self._method, pool, columns)
             except ConfigError as e:
                 raise ConfigError(f"{self.directory}: {e}") from None
         return kept

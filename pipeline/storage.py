@@ -59,12 +59,14 @@ class Storage:
         """
         raise NotImplementedError
 
-    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+    def quantize(
+        self, weight: Tensor, method: str, importance: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """The tensors of `tensors` for rows of a weight, float `[..., N, K]`; `Int4` takes codes
         (`pipeline/codes.py`), too, and keeps their values and scales.
 
         Args:
-            method: how INT4 scales are chosen, see `ops.quantize_w4`.
+            method, importance: how INT4 scales are chosen, see `ops.quantize_w4`.
         """
         raise NotImplementedError
 
@@ -132,11 +134,13 @@ class Int4(Storage):
             scale_name(name): (SCALE_DTYPES[self.scale_dtype], (*rows, k // self.group_size)),
         }
 
-    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+    def quantize(
+        self, weight: Tensor, method: str, importance: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         scale_dtype = SCALE_DTYPES[self.scale_dtype]
         if weight.dtype == CODES:
             return decode(weight, self.group_size, scale_dtype)
-        return ops.quantize_w4(weight, self.group_size, method, scale_dtype)
+        return ops.quantize_w4(weight, self.group_size, method, scale_dtype, importance)
 
     def linear(self, x, weight, activation_dtype, norm, eps, residual):
         op = et.linear_w4a8 if activation_dtype == "int8" else et.linear_w4a16
@@ -165,7 +169,9 @@ class Int8PerRow(Storage):
             scale_name(name): (torch.bfloat16, (*rows, 1)),
         }
 
-    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+    def quantize(
+        self, weight: Tensor, method: str, importance: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         return ops.quantize_w8(weight)
 
     def linear(self, x, weight, activation_dtype, norm, eps, residual):
@@ -187,7 +193,9 @@ class Dense(Storage):
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         return {name: (dtype, tuple(shape))}
 
-    def quantize(self, weight: Tensor, method: str) -> tuple[Tensor, ...]:
+    def quantize(
+        self, weight: Tensor, method: str, importance: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         ops.check_finite(weight)
         return (weight,)
 

@@ -109,11 +109,11 @@ def split_held_out(documents: dict[str, str], seed: int) -> tuple[list[str], lis
     return training, [documents[name] for name in held_out]
 
 
-def train_tokenizer(documents: list[str]) -> Tokenizer:
-    """A tokenizer of VOCAB_SIZE tokens, added ones included, with merges from `documents`."""
+def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """A tokenizer of `vocab_size` tokens, added ones included, with merges from `documents`."""
     tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json() | {"added_tokens": []}))
     trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS) - len(PLAIN_ADDED_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(PLAIN_ADDED_TOKENS),
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )

@@ -108,18 +108,25 @@ def gated_delta_rule(
         return x.repeat_interleave(v.shape[1] // q.shape[1], dim=1)
 
     q32, k32, v32 = normalise(q) * q.shape[-1] ** -0.5, normalise(k), v.float()
-    out = torch.zeros_like(v32)
+    decay, out = g.exp(), torch.zeros_like(v32)
     pool = state.unsqueeze(1) if versions is None else state
     check_each_row(each_row, rows_each(q.shape[0], slots.shape[0]), versions, pool.shape[1])
+    by_length: dict[int, list[tuple[int, int, int]]] = {}
     for b, first, valid in sequence_rows(q.shape[0], slots.shape[0], num_tokens):
-        own = pool[int(slots[b])]
-        s = own[version_of(versions, b, len(own))].clone()
-        for t in range(first, first + valid):
-            s *= g[t].exp()[:, None, None]
-            delta = (v32[t] - torch.einsum("hk,hkv->hv", k32[t], s)) * beta[t][:, None]
-            s += k32[t][:, :, None] * delta[:, None, :]
-            out[t] = torch.einsum("hk,hkv->hv", q32[t], s)
-            own[t - first if each_row else 0] = s
+        start = version_of(versions, b, pool.shape[1])
+        by_length.setdefault(valid, []).append((b, first, start))
+    for valid, sequences in by_length.items():  # those of one length take their steps together
+        chosen, rows, starts = torch.tensor(sequences, device=q.device).unbind(1)
+        places = slots[chosen].long()
+        s = pool[places, starts]
+        for t in range(valid):
+            at = rows + t
+            s *= decay[at][:, :, None, None]
+            delta = (v32[at] - torch.einsum("bhk,bhkv->bhv", k32[at], s)) * beta[at][..., None]
+            s += k32[at][..., None] * delta[:, :, None, :]
+            out[at] = torch.einsum("bhk,bhkv->bhv", q32[at], s)
+            if each_row or t == valid - 1:
+                pool[places, t if each_row else 0] = s
     return out.to(v.dtype)
 
 

@@ -1,5 +1,7 @@
 """INT4 weights and INT8 activations: formats, and how numbers get into them."""
 
+import functools
+
 import torch
 
 from et_moe.backends.ops.library import declare
@@ -90,44 +92,95 @@ def _round_to_scale(
     return torch.mul(groups, _inverse(scale), out=out).round_().clamp_(-8, 7)
 
 
-def _squared_error(groups: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _weigh(values: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    """`values`, which may be overwritten, each times the importance of its column."""
+    return values if importance is None else values.mul_(importance)
+
+
+def _squared_error(
+    groups: torch.Tensor,
+    scale: torch.Tensor,
+    importance: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
     residual = _round_to_scale(groups, scale, out).mul_(scale).sub_(groups)
-    return sum_groups(residual.square_())
+    return sum_groups(_weigh(residual.square_(), importance))
 
 
 def _minmax_scale(
-    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype
+    groups: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None,
 ) -> torch.Tensor:
     return _divide(torch.maximum(low.abs(), high.abs()), 7).to(dtype).float()
 
 
-def _mse_scale(
-    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype
+def _refined_scale(
+    groups: torch.Tensor,
+    q: torch.Tensor,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None,
+    product: torch.Tensor,
 ) -> torch.Tensor:
-    """The candidate with the least squared error per group.
+    """The best scale for fixed integers q, which are overwritten: sum(w q) / sum(q q)."""
+    sum_wq = sum_groups(_weigh(torch.mul(groups, q, out=product), importance))
+    norm = sum_groups(_weigh(q.square_(), importance))
+    return torch.where(norm > 0, sum_wq / norm, 0.0).to(dtype).float()
 
-    Candidates are the min-max scale, and scales that put the entry of largest magnitude on -8 (the
-    longer side of the INT4 range; the scale may be negative for that), on 7, or clip it. These are
-    refined once: for fixed integers q the best scale is sum(w q) / sum(q q).
+
+def _best_scale(
+    groups: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None,
+    divisors: tuple[float, ...],
+    rounds: int,
+) -> torch.Tensor:
+    """The candidate with the least squared error per group, columns weighed by importance.
+
+    Candidates are the min-max scale, and the entry of largest magnitude over each of the divisors:
+    -8 puts it on the longer side of the INT4 range (the scale may be negative for that), 7 on the
+    shorter one, larger ones clip it. These are refined in so many rounds, see `_refined_scale`.
     """
     extreme = torch.where(high > -low, high, low)
     q, product = torch.empty_like(groups), torch.empty_like(groups)
-    best_scale = _minmax_scale(groups, low, high, dtype)
-    best_error = _squared_error(groups, best_scale, q)
-    for divisor in (-8.0, -8.8, -9.8, 7.0):
-        _round_to_scale(groups, _divide(extreme, divisor), q)
-        sum_wq = sum_groups(torch.mul(groups, q, out=product))
-        norm = sum_groups(q.square_())
-        scale = torch.where(norm > 0, sum_wq / norm, 0.0)
-        scale = scale.to(dtype).float()
-        error = _squared_error(groups, scale, q)
+    best_scale = _minmax_scale(groups, low, high, dtype, importance)
+    best_error = _squared_error(groups, best_scale, importance, q)
+    for divisor in divisors:
+        scale = _divide(extreme, divisor)
+        for _ in range(rounds):
+            _round_to_scale(groups, scale, q)
+            scale = _refined_scale(groups, q, dtype, importance, product)
+        error = _squared_error(groups, scale, importance, q)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
     return best_scale
 
 
-SCALE_METHODS = {"mse": _mse_scale, "minmax": _minmax_scale}
+_SEARCHED = (-7.2, -8.0, -8.8, -9.8, -11.0, 6.3, 7.0, 7.7, 8.6, 9.6)
+"""Divisors of "search": weighed by importance, an entry of large magnitude may not matter."""
+
+SCALE_METHODS = {
+    "mse": functools.partial(_best_scale, divisors=(-8.0, -8.8, -9.8, 7.0), rounds=1),
+    "search": functools.partial(_best_scale, divisors=_SEARCHED, rounds=2),
+    "minmax": _minmax_scale,
+}
+
+
+def _relative(importance: torch.Tensor) -> torch.Tensor:
+    """Importance as shares of each group's largest: errors of any size stay in fp32's range.
+
+    Raises:
+        ValueError: an entry is negative or not finite.
+    """
+    low, high = importance.amin(-1, keepdim=True), importance.amax(-1, keepdim=True)
+    if not ((low >= 0).all() and torch.isfinite(high).all()):
+        raise ValueError("importance has entries that are negative or not finite")
+    return torch.where(high > 0, importance / high, 1.0)
 
 
 def quantize_w4(
@@ -135,14 +188,19 @@ def quantize_w4(
     group_size: int,
     method: str = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
+    importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantizes a weight to symmetric group-wise INT4, the format of a bundle.
 
     Args:
         weight: float `[..., N, K]`.
         group_size: 32, 64 or 128 consecutive k that share a scale; divides K.
-        method: "mse" chooses scales that minimise the squared error, "minmax" takes max|w| / 7.
+        method: "mse" chooses scales that minimise the squared error, "search" does so among more
+            candidates, "minmax" takes max|w| / 7.
         scale_dtype: one of `SCALE_DTYPES`.
+        importance: float `[..., K]`, not negative, broadcast over the rows: what the squared error
+            of a column counts, such as the mean square of the input that it meets; or None for
+            the same everywhere.
 
     Returns:
         packed `uint8 [..., N, K/2]` (see `pack_int4`) and scale `[..., N, K/group_size]`; the
@@ -150,7 +208,7 @@ def quantize_w4(
 
     Raises:
         ValueError: a group size that is not supported or does not divide K; weights that are not
-            finite, or too large for the scales' dtype.
+            finite, or too large for the scales' dtype; importance that is negative or not finite.
     """
     k = weight.shape[-1]
     if group_size not in GROUP_SIZES:
@@ -160,7 +218,9 @@ def quantize_w4(
     if method not in SCALE_METHODS:
         raise ValueError(f"scale method {method!r}: expected one of {sorted(SCALE_METHODS)}")
     groups = weight.float().unflatten(-1, (-1, group_size))
-    scale = SCALE_METHODS[method](groups, *check_finite(groups), scale_dtype)
+    if importance is not None:
+        importance = _relative(importance.float().unflatten(-1, (-1, group_size)))
+    scale = SCALE_METHODS[method](groups, *check_finite(groups), scale_dtype, importance)
     if not torch.isfinite(scale).all():
         raise ValueError(f"the weight is too large for scales in {scale_dtype}")
     packed = pack_int4(_round_to_scale(groups, scale).to(torch.int8).flatten(-2))

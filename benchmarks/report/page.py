@@ -15,6 +15,7 @@ from et_moe.benchmarks.report import (
     kernels,
     machine_code,
     peers,
+    quality,
 )
 from et_moe.benchmarks.report.markdown import commit_of
 from et_moe.benchmarks.result import REPO, rounded, write_result
@@ -47,6 +48,7 @@ SECTIONS = (
     Section("batch", "many sequences", batch.section, plot=batch.plot),
     Section("peers", "other implementations", peers.section),
     Section("kernels", "kernels", kernels.section, kernels.condense, kernels.plot),
+    Section("quality", "quality", quality.section, quality.condense),
     Section("activations", "activations", activations.section),
     Section("acceptance", "acceptance", acceptance.section, acceptance.condense),
     Section("static", "machine code", machine_code.section, machine_code.condense),

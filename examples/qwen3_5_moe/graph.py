@@ -225,6 +225,17 @@ class Qwen3_5Moe(Graph):
             x = layer(x, places, state)
         return x
 
+    def advance(self, group: int, x: Tensor, sequences: int, state: State) -> Tensor:
+        if group == 0:
+            return self.embed_tokens(x.flatten())
+        if group > len(self.layers):
+            return self.lm_head(x.float(), norm=self.norm.weight)
+        each = -(-len(x) // (sequences * PAGE_SIZE))
+        slots = torch.arange(sequences, dtype=torch.int32, device=x.device)
+        pages = torch.arange(sequences * each, dtype=torch.int32, device=x.device)
+        begin = torch.zeros_like(slots, dtype=torch.int64)
+        return self.layers[group - 1](x, Places(begin, slots, pages.view(-1, each), None), state)
+
     def forward(
         self,
         tokens: Tensor,

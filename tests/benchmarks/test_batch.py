@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from et_moe.benchmarks import batch, roofline
+from et_moe.benchmarks.batch import Load
+from et_moe.benchmarks.profile import Launch, ProfileError, batched_call
 from et_moe.benchmarks.report import batch as report
 from et_moe.benchmarks.shape import model_shape
 from et_moe.pipeline.models import parse_config
@@ -16,22 +18,43 @@ FULL = parse_config({"model_type": "qwen3_5_moe"})
 def test_rows_of_a_program(runner, tiny_program, tiny_checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "batch.json"
     shape = model_shape(tiny_checkpoint)
-    assert batch.measure(runner.binary, tiny_program, [1, 3], 10, 8, shape, out)
+    loads = [Load(1, 1, 10, 8), Load(3, 3, 10, 8), Load(2, 5, 10, 8)]
+    assert batch.measure(runner.binary, tiny_program, loads, False, shape, out)
     result = json.loads(out.read_text())
-    assert [row["sequences"] for row in result["rows"]] == [1, 3]
+    assert [row["requests"] for row in result["rows"]] == [1, 3, 5]
     for row in result["rows"]:
         assert row["output_token_per_sec"] > 0 and row["time_to_first_token_ms_p99"] > 0
-        assert "of_roof" not in row  # there is no GPU to have one
+        assert "roof_ms" not in row  # there is no GPU to have one
     lines = report.section(result)
-    assert any(line.startswith("| 3 | ") for line in lines)
+    assert any(line.startswith("| 2 | 5 | ") for line in lines)
 
 
 def test_a_failure_is_kept(runner, tiny_program, tiny_checkpoint, tmp_path: Path) -> None:
     """The prompts do not fit the context."""
     out, shape = tmp_path / "batch.json", model_shape(tiny_checkpoint)
-    assert not batch.measure(runner.binary, tiny_program, [2], 1000, 8, shape, out)
+    loads = [Load.parse("2:1000:8")]
+    assert not batch.measure(runner.binary, tiny_program, loads, False, shape, out)
     (row,) = json.loads(out.read_text())["rows"]
     assert "context" in row["error"] and row["error"] in report.cells(row)
+
+
+@pytest.mark.parametrize("text", ["8", "8:0:4", "8:x:4", "1:2:3:4:5"])
+def test_a_load_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match=f"--load {text}: expected"):
+        Load.parse(text)
+
+
+def test_the_step_that_is_profiled() -> None:
+    """Prompts are fed between steps; the second step behind the last one has all sequences."""
+
+    def launches(*names: str) -> list[Launch]:
+        return [Launch(i, i + 1, name) for i, name in enumerate(names)]
+
+    prefill, step = ("embedding_w8", "_scan_kernel"), ("embedding_w8", "_step_kernel")
+    trace = launches("fill", *prefill, *step, *prefill, *step, *step, *step)
+    assert [launch.start for launch in batched_call(trace)] == [9, 10]
+    with pytest.raises(ProfileError, match="two equal calls"):
+        batched_call(launches(*prefill, *step))
 
 
 @pytest.mark.parametrize(

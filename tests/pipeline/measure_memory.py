@@ -1,4 +1,4 @@
-"""Peak resident memory of quantizing and exporting checkpoints of 2 and 4 wide layers.
+"""Peak resident memory of calibrating, quantizing and exporting checkpoints of 2 and 4 wide layers.
 
 Usage: measure_memory.py DIRECTORY; prints {task: {layers: bytes}} and the bytes of a layer as JSON.
 Each task runs in a fork of this process, so that their peaks do not hide each other.
@@ -18,6 +18,7 @@ from checkpoints import storages
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.bundle import Bundle, write_bundle
+from et_moe.pipeline.calibrate import Calibration
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
@@ -52,7 +53,7 @@ def peak_memory(task: Callable[[], None]) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     directory = Path(sys.argv[1])
-    peaks: dict[str, dict[int, int]] = {"quantize": {}, "export": {}}
+    peaks: dict[str, dict[int, int]] = {"calibrate": {}, "quantize": {}, "export": {}}
     for layers in LAYERS:
         checkpoint, bundle = directory / f"checkpoint{layers}", directory / f"bundle{layers}"
         kinds = ["linear_attention", "full_attention"] * (layers // 2)
@@ -66,6 +67,10 @@ def main() -> None:
         def run_export(bundle=bundle, output=directory / f"program{layers}") -> None:
             export(Bundle(bundle), output, ExportOptions(max_seq_len=32))
 
+        def calibrate(checkpoint=checkpoint) -> None:
+            Calibration(Checkpoint(checkpoint), torch.zeros(2, 32, dtype=torch.int64)).run()
+
+        peaks["calibrate"][layers] = peak_memory(calibrate)
         peaks["quantize"][layers] = peak_memory(quantize)
         peaks["export"][layers] = peak_memory(run_export)
     layer = (directory / "checkpoint4" / "model-00001-of-00001.safetensors").stat().st_size // 4

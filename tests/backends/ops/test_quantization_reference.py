@@ -16,7 +16,7 @@ from et_moe.backends.ops.quantization import (
 
 ROWS = 2000
 GROUPS = pytest.mark.parametrize("group_size", ops.GROUP_SIZES)
-METHODS = pytest.mark.parametrize("method", ["mse", "minmax"])
+METHODS = pytest.mark.parametrize("method", ["mse", "minmax", "search"])
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -97,6 +97,45 @@ def test_w4_mse_is_close_to_the_best_scale(group_size: int) -> None:
 
 
 @GROUPS
+def test_w4_search_is_never_worse_than_mse(group_size: int) -> None:
+    for name, weight in distributions(group_size):
+        search = squared_errors(weight, group_size, "search")
+        assert search.sum() <= squared_errors(weight, group_size, "mse").sum(), name
+
+
+@GROUPS
+@pytest.mark.parametrize("method", ["mse", "search"])
+def test_w4_importance_lowers_the_weighed_error(group_size: int, method: str) -> None:
+    """Columns that matter more come out closer, and each row may have an importance of its own."""
+    weight = torch.randn(40, 2 * group_size, generator=rng(6))
+    importance = torch.randn(40, 2 * group_size, generator=rng(7)).square() ** 2
+    for given in (importance, importance[0]):
+        errors = []
+        for columns in (None, given):
+            found = ops.quantize_w4(weight, group_size, method, importance=columns)
+            left = ops.dequantize_w4(*found, group_size) - weight
+            errors.append((left.square() * given).sum())
+        assert errors[1] < 0.95 * errors[0]
+
+
+def test_w4_importance_counts_relative_to_its_group() -> None:
+    """The same everywhere is no importance, whatever its size, and so is none at all."""
+    weight = torch.randn(20, 256, generator=rng(8))
+    expected = ops.quantize_w4(weight, 128)
+    for size in (1e-38, 3.0, 1e30, 0.0):
+        packed, scale = ops.quantize_w4(weight, 128, importance=torch.full((256,), size))
+        assert torch.equal(packed, expected[0]) and torch.equal(scale, expected[1])
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_importance_that_is_none(bad: float) -> None:
+    importance = torch.ones(128)
+    importance[5] = bad
+    with pytest.raises(ValueError, match="importance has entries that are negative or not finite"):
+        ops.quantize_w4(torch.ones(2, 128), 32, importance=importance)
+
+
+@GROUPS
 def test_w4_minmax_error_bound(group_size: int) -> None:
     """Errors are at most half a step, and what rounding the scale to bfloat16 costs the largest
     entry."""
@@ -113,10 +152,10 @@ def test_w4_is_exact_on_representable_weights(group_size: int, method: str) -> N
     """Groups that reach the end of the range (7 for min-max, 7 or -8 otherwise) come back
     unchanged."""
     generator = rng(2)
-    low, high = (-8, 8) if method == "mse" else (-7, 8)
+    low, high = (-7, 8) if method == "minmax" else (-8, 8)
     values = torch.randint(low, high, (ROWS, group_size), generator=generator)
     values[:, 7] = 7 if method == "minmax" else torch.where(torch.arange(ROWS) % 2 == 0, 7, -8)
-    if method == "mse":  # 7 is the end of the range only where no -8 is larger in magnitude
+    if method != "minmax":  # 7 is the end of the range only where no -8 is larger in magnitude
         values[::2].clamp_(-7, 7)
     steps = torch.randint(128, 256, (ROWS, 1), generator=generator) / 128  # exact in bfloat16
     scale = steps * 2.0 ** torch.randint(-20, 5, (ROWS, 1), generator=generator)
@@ -171,7 +210,7 @@ def test_w4_arguments() -> None:
     with pytest.raises(ValueError, match="group size 128 does not divide the input dimension 192"):
         ops.quantize_w4(weight, 128)
     with pytest.raises(
-        ValueError, match=r"scale method 'max': expected one of \['minmax', 'mse'\]"
+        ValueError, match=r"scale method 'max': expected one of \['minmax', 'mse', 'search'\]"
     ):
         ops.quantize_w4(weight, 64, "max")
 

@@ -95,6 +95,39 @@ def _split_scales(scale, RUNS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
+def order_row(
+    value, PLANES: tl.constexpr, RUNS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr
+):
+    """A row, fp32 `[TILES, 128]`, quantized, in the order of the weights: its planes, of which the
+    second is the first again if PLANES is 1, and its scales."""
+    r, x_scale = quantize_tiles(value, PLANES)
+    x_scales = _split_scales(x_scale, RUNS, SPAN, BITS)
+    q = _split_row(r, 0, PLANES, RUNS, SPAN, BITS)
+    q0 = _split_row(r, 1, PLANES, RUNS, SPAN, BITS) if PLANES == 2 else q
+    return q, q0, x_scales
+
+
+@triton.jit
+def multiply_row(
+    w, scales, q, q0, x_scales, PLANES: tl.constexpr, BITS: tl.constexpr, SCALE_TYPE: tl.constexpr
+):
+    """fp32 `[BLOCK_N]`, the products of weights `[RUNS, BLOCK_N, 4 PIECES]` with a row."""
+    zero = tl.zeros((w.shape[0], w.shape[1], w.shape[2] // 4), tl.int32)
+    words = ()
+    for part in tl.static_range(8 // BITS):
+        words += (_split_every_fourth(unpack_words(w, part, BITS)),)
+    sums = multiply_parts(words, q, q0, zero, PLANES)
+    if BITS == 4:
+        low_group, high_group = split_scale_pair(scales, SCALE_TYPE)
+        y = sums[1].to(tl.float32) * (high_group * x_scales[1])
+        # Without words the compiler would choose which product it fuses with the sum.
+        y = tl.fma(sums[0].to(tl.float32), low_group * x_scales[0], y)
+    else:
+        y = multiply_apart(sums[0].to(tl.float32), scales.to(tl.float32) * x_scales[0])
+    return tl.sum(tl.sum(y, axis=0), axis=1)
+
+
+@triton.jit
 def _gemv_kernel(
     x,
     norm_weight,
@@ -175,27 +208,13 @@ def _gemv_kernel(
     if norm_weight is not None:
         squares = tl.sum(tl.reshape(value * value, (TILES * HALF,)), axis=0)
         value = apply_rms_norm(value, gain, squares / (TILES * HALF), eps, x.dtype.element_ty)
-    r, x_scale = quantize_tiles(value, PLANES)
-    x_scales = _split_scales(x_scale, RUNS, SPAN, BITS)
-    q = _split_row(r, 0, PLANES, RUNS, SPAN, BITS)
-    q0 = _split_row(r, 1, PLANES, RUNS, SPAN, BITS) if PLANES == 2 else q
+    q, q0, x_scales = order_row(value, PLANES, RUNS, SPAN, BITS)
 
     for i in tl.static_range(REPEAT):
         if i + 1 < REPEAT:
             next_w = tl.load(weight + (i + 1) * WORDS, eviction_policy="evict_first")
             next_scales = tl.load(weight_scale + (i + 1) * BLOCK_N)
-        zero = tl.zeros((RUNS, BLOCK_N, PIECES), tl.int32)
-        words = ()
-        for part in tl.static_range(8 // BITS):
-            words += (_split_every_fourth(unpack_words(w, part, BITS)),)
-        sums = multiply_parts(words, q, q0, zero, PLANES)
-        if BITS == 4:
-            low_group, high_group = split_scale_pair(scales, SCALE_TYPE)
-            y = sums[0].to(tl.float32) * (low_group * x_scales[0])
-            y += sums[1].to(tl.float32) * (high_group * x_scales[1])
-        else:
-            y = multiply_apart(sums[0].to(tl.float32), scales.to(tl.float32) * x_scales[0])
-        y = tl.sum(tl.sum(y, axis=0), axis=1)
+        y = multiply_row(w, scales, q, q0, x_scales, PLANES, BITS, SCALE_TYPE)
         if residual is not None:
             y += addend.to(tl.float32)
         y = y.to(out.dtype.element_ty)

@@ -1,4 +1,4 @@
-"""A linear layer with INT4 or INT8 weights on a few rows: quantization, then a GEMV kernel.
+"""A linear layer of very many columns on a few rows: quantization, then a GEMV kernel.
 
 The weights are read once, as for one row (`decode.py`), and multiplied with each row by the same
 instructions. What a row gets does not depend on the rows beside it, and is what it gets alone, bit

@@ -10,6 +10,7 @@ import torch
 from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
+from et_moe.backends.cuda.triton.linear.decode_loop import linear_decode_loop, supports_loop
 from et_moe.backends.cuda.triton.linear.decode_rows import linear_decode_rows, supports_rows
 from et_moe.backends.cuda.triton.linear.layout import nibble_distance
 from et_moe.backends.cuda.triton.linear.prefill import linear_prefill
@@ -56,6 +57,8 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
     if is_one(x.shape[0]) and supports_k(x.shape[1]):
         return linear_decode(*arguments)
     rows, bits = find_largest(x.shape[0]), 8 if group_size is None else 4
+    if rows <= LINEAR_ROWS and supports_loop(weight.shape[0], x.shape[1], bits):
+        return linear_decode_loop(*arguments)
     if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], bits):
         return linear_decode_rows(*arguments, rows)
     return linear_prefill(*arguments)

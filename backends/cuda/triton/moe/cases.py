@@ -100,10 +100,12 @@ _EXPERT_CANDIDATES = {
         for stages in (2, 3, 4)
     ],
     "decode_gate_up": [
-        {"BLOCK_N": n, "BLOCK_T": tiles, "num_warps": warps, "LANES": lanes, "PREFETCH": on}
+        {"BLOCK_N": n, "BLOCK_T": tiles, "LANES": lanes, "PREFETCH": on, "WEIGHTS_FIRST": first}
+        | {"num_warps": warps}
         for n, tiles, warps in _DECODE_BLOCKS
         for lanes in (4, 8)
         for on in (False, True)
+        for first in ((False, True) if tiles >= 16 else (False,))
     ],
     "decode_down": [
         {"BLOCK_N": n, "BLOCK_T": tiles, "num_warps": warps, "LANES": lanes}

@@ -44,6 +44,7 @@ def _decode_gate_up_kernel(
     BLOCK_T: tl.constexpr,
     LANES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
 ):
     """silu(gate) * up of one pair, for BLOCK_N (at most 64) of the INNER columns.
 
@@ -52,16 +53,18 @@ def _decode_gate_up_kernel(
     to its lanes through shared memory. That takes fewer instructions than to quantize it in every
     lane, and its latency is hidden behind the router. PREFETCH, on sm_90 and later, brings the
     W2_BYTES of the expert's w2 into the L2 cache for the next kernel, while memory would be idle.
+    Where there are more thread blocks than run at once, most start behind the router: WEIGHTS_FIRST
+    asks for the weights before x is quantized.
     """
     TILES: tl.constexpr = (K + 127) // 128
     # If all activations are loaded at once, they are quantized while the router runs.
-    AT_ONCE: tl.constexpr = BLOCK_T >= TILES
+    EARLY: tl.constexpr = BLOCK_T >= TILES and not WEIGHTS_FIRST
     COPIES: tl.constexpr = LANES if TILE == 0 else 1
     pair = tl.program_id(1)
     step = tl.arange(0, BLOCK_T)
     first = step * 128
     x += pair // SLOTS * K
-    if AT_ONCE:
+    if EARLY:
         activations = quantize_steps(x + first, K - first, TILE, COPIES, False)
     wait_for_previous()
     expert = tl.load(topk_ids + pair).to(tl.int64)
@@ -81,7 +84,7 @@ def _decode_gate_up_kernel(
     for start in range(0, TILES, BLOCK_T):
         limit = K - start * 128 - first
         weights = load_weights(words, scales, start + step, limit > 0, row, 128, GROUP)
-        if not AT_ONCE:
+        if not EARLY:
             activations = quantize_steps(x + start * 128 + first, limit, TILE, COPIES, False)
         acc += dot_steps(weights, activations, GROUP, TILE)
     gate, up = sum_rows(acc).reshape(2, BLOCK_N).permute(1, 0).split()

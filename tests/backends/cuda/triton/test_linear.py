@@ -106,6 +106,8 @@ def test_float16_scales_of_all_magnitudes(m, device):
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("name", ["linear_w4a8", "linear_w8a8"])
 def test_outputs(name, m, n, device):
+    if torch.cuda.is_available() and name in INT8 and n == 1 and triton.__version__ < "3.7":
+        pytest.skip("Triton 3.6 fails an assertion of its own; programs are made with 3.7")
     """The last block of outputs overlaps its neighbor, and a small N takes smaller blocks."""
     x, residual = torch.randn(m, 256, device=device), torch.randn(m, n, device=device)
     got, expected = run(name, x, n, 64, device, residual=residual)
@@ -131,7 +133,7 @@ def test_shortest_and_longest_row(name, k, device):
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
-@pytest.mark.parametrize("m,launches", [(1, 1), (2, 2), (40, 2)])
+@pytest.mark.parametrize("m,launches", [(1, 1), (2, 1), (9, 2), (40, 2)])
 def test_bf16(name, m, launches, device):
     x = torch.randn(m, 512, device=device).bfloat16()
     norm, residual = torch.randn(512).to(x), torch.randn(m, 64).to(x)
@@ -213,9 +215,11 @@ def check_rows_alone(name, x, n, group, **options):
         on_a_gpu(2048, 4096, 128, 4),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_do_not_depend_on_others(dtype, n, k, group, span, name, reconfigure, device):
-    reconfigure("_gemv", SPAN=span)
+@pytest.mark.parametrize(
+    "dtype,repeat", [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 1)]
+)
+def test_rows_do_not_depend_on_others(dtype, repeat, n, k, group, span, name, reconfigure, device):
+    reconfigure("_gemv", SPAN=span, REPEAT=repeat)
     x = torch.randn(LINEAR_ROWS, k, device=device).to(dtype)
     x[1], x[2, :128] = x[1] * 1e4, 0.0
     norm, residual = torch.randn(k).to(x), torch.randn(LINEAR_ROWS, n).to(x)
@@ -240,16 +244,22 @@ def test_rows_of_a_gemm_do_not_depend_on_others(block_m, block_n, name, reconfig
 @pytest.mark.parametrize("rows,warps", [(16, 1), (64, 2), (256, 4), (512, 8)])
 @pytest.mark.parametrize("name", ["linear_w4a8", "linear_w8a8"])
 def test_configurations_of_a_few_rows_give_the_same_bits(name, rows, warps, reconfigure, device):
+    reconfigure("_gemv", REPEAT=8)
     reconfigure("_rows", BLOCK_ROWS=rows, num_warps=warps)
     check_rows_alone(name, torch.randn(2, 512, device=device), 150, 128)
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
-@pytest.mark.parametrize("rows,launched", [(2, "_rows_kernel"), (5, "_gemm_kernel")])
-def test_kernel_of_a_few_rows(rows, launched, name, device):
+@pytest.mark.parametrize(
+    "rows,repeat,launched",
+    [(2, 1, "_gemv_loop_kernel"), (2, 8, "_rows_kernel"), (5, 1, "_gemm_kernel")],
+)
+def test_kernel_of_a_few_rows(rows, repeat, launched, name, reconfigure, device):
+    reconfigure("_gemv", REPEAT=repeat)
     with record_launches() as launches:
         run(name, torch.randn(rows, 256, device=device), 48, 128, device)
-    assert [x.name for x in launches] == ["quantize_rows_kernel", launched]
+    ahead = [] if launched == "_gemv_loop_kernel" else ["quantize_rows_kernel"]
+    assert [x.name for x in launches] == [*ahead, launched]
 
 
 @pytest.mark.parametrize("n,k", [(48, 96), (8, 256), (64, 8192)])
