@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.attention.rows import find_decode_row
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_sequence
 
 
 @triton.jit
@@ -41,9 +41,10 @@ def combine_kernel(
     head = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.arange(0, SPLITS)
-    item, _, position, valid = find_decode_row(
-        positions_ptr, num_tokens_ptr, TOKENS, HAS_NUM_TOKENS
-    )
+    item = tl.program_id(2)
+    sequence, token = find_sequence(item, TOKENS)
+    position = tl.load(positions_ptr + sequence).to(tl.int32) + token
+    valid = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS) - token
     if FIRST_TOKEN > 0:
         valid = tl.where(position < FIRST_TOKEN, 0, valid)
     qkv_ptr += item.to(tl.int64) * (2 * (HEADS + KV_HEADS) * DIM)

@@ -312,11 +312,14 @@ def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict, tokens: int)
     total = torch.empty_like(top)
     batched = not is_one(sequences)
     programs = cdiv(BATCH_PROGRAMS, rows * kv_heads) if batched else config["SPLITS"]
-    if tokens > 1:
+    fills = shape["FIRST_TOKEN"] >= PAGE_SIZE * shape["MAX_PAGES"]
+    if tokens > 1 or fills:
         names = ("KV_HEADS", "GROUP", "DIM", "HALF", "MAX_PAGES", "EPS", "HAS_NUM_TOKENS")
         appended = {n: shape[n] for n in names} | {"num_warps": config["num_warps"]}
         grid = (1, kv_heads, rows)
         launch(append_rows_kernel, grid, *inputs, **appended, TOKENS=tokens)
+    if fills:  # no row attends to anything
+        return qkv.new_zeros((rows, heads * dim))
     shape = shape | {"TOKENS": tokens}
     config |= {"ROWS": max(16, triton.next_power_of_2(shape["GROUP"])), "BATCHED": batched}
     grid = (programs, kv_heads, rows)

@@ -6,7 +6,10 @@ import torch
 
 from et_moe.backends.cuda.triton.attention.decode import attention_decode
 from et_moe.backends.cuda.triton.attention.prefill import attention_prefill
-from et_moe.backends.cuda.triton.common.tokens import count_decode_rows
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS, count_decode_rows
+
+MOST_ROWS = LINEAR_ROWS + 1
+"""Of a sequence. The head for multi-token prediction has a row more than the model."""
 
 
 def attention(
@@ -25,14 +28,14 @@ def attention(
 ) -> torch.Tensor:
     """`ops.attention`: `[B R, Hq * D]` in two launches, for D a power of two from 16 on.
 
-    B or R is 1 or, with each_row, R is at most 4, and it takes three launches. All tensors are
+    B or R is 1 or, with each_row, R is at most 5, and it takes three launches. All tensors are
     contiguous; shapes and dtypes are those of the contract, floats bf16 or fp32. The outputs of
     padding are zeros.
 
     Raises:
         ValueError: sequences have other rows.
     """
-    rows = count_decode_rows(qkv.shape[0], positions.shape[0], each_row)
+    rows = count_decode_rows(qkv.shape[0], positions.shape[0], each_row, MOST_ROWS)
     _, kv_heads, _, dim = k_cache.shape
     heads = (qkv.shape[1] // dim - 2 * kv_heads) // 2
     inputs = (qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, pages, positions)

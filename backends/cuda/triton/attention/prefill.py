@@ -16,6 +16,7 @@ from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.ops import PAGE_SIZE
 
 
 @triton.jit
@@ -271,6 +272,8 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
     rows = triton.next_power_of_2(shape["GROUP"])
     grid = (tokens, shape["KV_HEADS"])
     launch(_append_kernel, grid, *inputs, q, tokens, ROWS=rows, **shape, **config)
+    if shape["FIRST_TOKEN"] >= PAGE_SIZE * shape["MAX_PAGES"]:  # no row attends to anything
+        return torch.zeros_like(out)
     table = "attention_prefill" if qkv.element_size() == 2 else "attention_prefill_fp32"
     config = find_config(table, tokens=tokens)
     launch(

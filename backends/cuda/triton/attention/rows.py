@@ -15,19 +15,6 @@ from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_s
 
 
 @triton.jit
-def find_decode_row(
-    positions_ptr, num_tokens_ptr, TOKENS: tl.constexpr, HAS_NUM_TOKENS: tl.constexpr
-):
-    """The row of a program, number program_id(2) of all, int32: itself, its sequence and position,
-    and a number above 0 if it is valid."""
-    row = tl.program_id(2)
-    sequence, token = find_sequence(row, TOKENS)
-    position = tl.load(positions_ptr + sequence).to(tl.int32) + token
-    count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
-    return row, sequence, position, count - token
-
-
-@triton.jit
 def append_rows_kernel(
     qkv_ptr,
     q_norm_ptr,
@@ -51,10 +38,12 @@ def append_rows_kernel(
     `_decode_kernel`, which needs as many warps for that."""
     kv_head = tl.program_id(1)
     column, one = tl.arange(0, DIM), tl.arange(0, 1)
-    row, sequence, position, valid = find_decode_row(
-        positions_ptr, num_tokens_ptr, TOKENS, HAS_NUM_TOKENS
-    )
-    if valid <= 0:
+    row = tl.program_id(2)
+    sequence, token = find_sequence(row, TOKENS)
+    # Not by a function that takes the pointer: torch would take the positions for updated, as it
+    # does all that a function is given whose result takes part in the address of a store.
+    position = tl.load(positions_ptr + sequence).to(tl.int32) + token
+    if count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS) <= token:
         return
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)

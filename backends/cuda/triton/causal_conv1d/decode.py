@@ -18,25 +18,28 @@ from et_moe.backends.cuda.triton.tuning import find_config
 
 @triton.jit
 def find_conv_state(
-    state_ptr,
-    slots_ptr,
-    versions_ptr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    VERSIONS: tl.constexpr,
+    state_ptr, slots_ptr, CHANNELS: tl.constexpr, TAPS: tl.constexpr, VERSIONS: tl.constexpr
 ):
-    """Where a sequence's earlier inputs lie, and where version 0 of what a call leaves begins.
+    """Where a sequence's state begins, with version 0 of what a call leaves.
 
     Args:
         state_ptr: `[S, TAPS - 2 + VERSIONS, CHANNELS]`. slots_ptr: that of the sequence.
-        versions_ptr: the same, or None if VERSIONS is 1 and there is nothing to choose.
     """
     slot = tl.load(slots_ptr).to(tl.int64)
-    state_ptr += slot * ((TAPS - 2 + VERSIONS) * CHANNELS)
-    if versions_ptr is None:
-        return state_ptr, state_ptr
-    else:
-        return state_ptr + load_version(versions_ptr, VERSIONS) * CHANNELS, state_ptr
+    return state_ptr + slot * ((TAPS - 2 + VERSIONS) * CHANNELS)
+
+
+@triton.jit
+def find_conv_version(state_ptr, versions_ptr, CHANNELS: tl.constexpr, VERSIONS: tl.constexpr):
+    """Where the earlier inputs lie of a sequence whose state begins at state_ptr. Nothing may be
+    stored there: torch would take the versions for updated.
+
+    Args:
+        versions_ptr: that of the sequence, or None if VERSIONS is 1 and there is nothing to choose.
+    """
+    if versions_ptr is not None:
+        state_ptr += load_version(versions_ptr, VERSIONS) * CHANNELS
+    return state_ptr
 
 
 @triton.jit
@@ -131,9 +134,8 @@ def _conv_step_kernel(
     count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
     own = in_channels & (count > 0)
     versions = None if versions_ptr is None else versions_ptr + sequence
-    old_ptr, state_ptr = find_conv_state(
-        state_ptr, slots_ptr + sequence, versions, CHANNELS, TAPS, VERSIONS
-    )
+    state_ptr = find_conv_state(state_ptr, slots_ptr + sequence, CHANNELS, TAPS, VERSIONS)
+    old_ptr = find_conv_version(state_ptr, versions, CHANNELS, VERSIONS)
     window = load_conv_window(weight_ptr, old_ptr, channel, own, CHANNELS, TAPS)
     taps, inputs = window
     wait_for_previous()

@@ -8,6 +8,7 @@ from et_moe.backends.cuda.triton.causal_conv1d.decode import (
     conv_decode,
     count_conv_versions,
     find_conv_state,
+    find_conv_version,
 )
 from et_moe.backends.cuda.triton.common.dependent_launch import start_next, wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
@@ -90,9 +91,8 @@ def _causal_conv1d_kernel(
     count = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS)
     first = block == 0
     has_state = first & (count > 0)  # without a valid row the state is neither read nor replaced
-    old_ptr, state_ptr = find_conv_state(
-        state_ptr, slots_ptr, versions_ptr, CHANNELS, TAPS, VERSIONS
-    )
+    state_ptr = find_conv_state(state_ptr, slots_ptr, CHANNELS, TAPS, VERSIONS)
+    old_ptr = find_conv_version(state_ptr, versions_ptr, CHANNELS, VERSIONS)
     start = block.to(tl.int64) * BLOCK_T
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < CHANNELS

@@ -24,18 +24,21 @@ def is_decode(tokens: int | torch.SymInt) -> bool:
 
 
 def count_decode_rows(
-    rows: int | torch.SymInt, sequences: int | torch.SymInt, each_row: bool
+    rows: int | torch.SymInt,
+    sequences: int | torch.SymInt,
+    each_row: bool,
+    most: int = LINEAR_ROWS,
 ) -> int:
     """How many rows every call has of each sequence, if kernels for decoding shall take them; else
     0, and the rows are of one sequence.
 
-    These kernels take one row or, with each_row, up to `LINEAR_ROWS`, each of which has the bits
-    that it has alone.
+    These kernels take one row or, with each_row, up to `most`, each of which has the bits that it
+    has alone.
 
     Raises:
         ValueError: there are other rows, which no kernel takes.
     """
-    limit = LINEAR_ROWS if each_row else 1
+    limit = most if each_row else 1
     for each in range(1, limit + 1):
         if statically_known_true(rows == each * sequences):
             return each

@@ -13,6 +13,7 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.causal_conv1d.decode import (
     count_conv_versions,
     find_conv_state,
+    find_conv_version,
     load_conv_window,
     store_convolved,
 )
@@ -197,9 +198,8 @@ def _gemv_kernel(
         gain = tl.load(norm_weight + at)
     n = first_n + rows_n
     if conv_weight is not None:
-        old_state, conv_state = find_conv_state(
-            conv_state, conv_slots, conv_versions, CHANNELS, TAPS, VERSIONS
-        )
+        conv_state = find_conv_state(conv_state, conv_slots, CHANNELS, TAPS, VERSIONS)
+        old_state = find_conv_version(conv_state, conv_versions, CHANNELS, VERSIONS)
         window = load_conv_window(conv_weight, old_state, n, n >= own_n, CHANNELS, TAPS)
     wait_for_previous()
     value = tl.load(x + at).to(tl.float32)
