@@ -65,6 +65,10 @@ void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
                      double eps, const OptionalTensor& num_tokens, const OptionalTensor& versions,
                      bool each_row, Tensor& out);
 
+void token_shift(Op& op, const Tensor& x, const Tensor& state, const Tensor& slots,
+                 const Tensor& versions, const OptionalTensor& num_tokens, bool each_row,
+                 Tensor& out);
+
 void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_norm,
                const Tensor& inv_freq, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& pages, const Tensor& positions, double eps,
