@@ -151,6 +151,12 @@ def export(
     max_sequences: Annotated[
         int, typer.Option(help="Most sequences of one decode call, at most 256.")
     ] = 64,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that the head for multi-token prediction guesses for each step, 0 to 3."
+        ),
+    ] = 0,
     cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
     cache_dir: Annotated[Path, typer.Option(help="Where to keep it.", **PATH)] = Path(
         "~/.cache/et-moe/cuda"
@@ -185,6 +191,7 @@ def export(
         archs,
         cache_dir if cache else None,
         debug_sidecar,
+        draft_tokens,
     )
     with _progress() as progress:
         task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
