@@ -126,6 +126,12 @@ TensorSpec StateSpec::in(const PoolSizes& sizes) const {
 
 size_t StateSpec::nbytes_each() const { return in({1, 1}).nbytes(); }
 
+VersionBytes StateSpec::version_bytes(int32_t versions) const {
+  if (versions == 1) return {nbytes_each(), 0};
+  const size_t row = nbytes_each() / static_cast<size_t>(shape[1]);
+  return {row * static_cast<size_t>(shape[1] - versions + 1), row};
+}
+
 std::vector<TensorSpec> parse_tensors(const nlohmann::json& list) {
   std::vector<TensorSpec> tensors;
   for (const auto& entry : checked_list(list)) tensors.push_back(parse_tensor(entry));
@@ -157,7 +163,8 @@ MethodSpec MethodSpec::parse(const nlohmann::json& method) {
   check_names(spec.outputs);
   if (const auto& names = method.at("hand_over"); !names.is_null()) {
     spec.hand_over = {names.at("token").get<std::string>(), names.at("tokens").get<std::string>(),
-                      names.at("positions").get<std::string>()};
+                      names.at("positions").get<std::string>(), std::nullopt};
+    if (names.contains("versions")) spec.hand_over->versions = names["versions"];
   }
   return spec;
 }

@@ -37,10 +37,17 @@ struct OutputSpec : TensorSpec {
 /// What state is made of; backends/ops/sequences.py says what they are.
 enum class Pool { kPages, kSlots };
 
+/// How many pages and slots there are, and how many versions of its state a slot has: a call that
+/// is fed drafts leaves one behind each token, of which the next call goes on from any.
 struct PoolSizes {
-  int32_t pages = 0, slots = 0;
+  int32_t pages = 0, slots = 0, versions = 1;
 
   int32_t of(Pool pool) const { return pool == Pool::kPages ? pages : slots; }
+};
+
+/// Bytes of one version of what is in a slot, and from a version to the next.
+struct VersionBytes {
+  size_t size, step;
 };
 
 /// A tensor of state, whose first dimension counts what the pool has. `shape` and `min_shape` say
@@ -52,12 +59,18 @@ struct StateSpec : TensorSpec {
   TensorSpec in(const PoolSizes& sizes) const;
   /// Bytes of one page or slot.
   size_t nbytes_each() const;
+  /// Version v of a slot with so many versions, where its rows are [D, ...], are its rows v to
+  /// D - versions + v: those of a convolution overlap.
+  VersionBytes version_bytes(int32_t versions) const;
 };
 
 /// Which output of a method is the next token of each sequence, `int64 [B, 1]`, and which inputs of
 /// the next call follow from it: the tokens, `int64 [B, 1]`, and how many came before, `int64 [B]`.
+/// Of a method that is fed drafts the output, `int64 [B, 1 + R]`, is how many of them were accepted
+/// and the R tokens of the next call, and `versions` is the input that the number becomes.
 struct HandOver {
   std::string token, tokens, positions;
+  std::optional<std::string> versions;
 };
 
 /// What a method takes and returns per call.

@@ -11,7 +11,6 @@ A tensor is an object with `name`, `dtype` and `shape`. Where a dimension varies
 which its first dimension counts: "pages" or "slots". `bindings.h` reads the same.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 
@@ -59,7 +58,7 @@ def describe_method(graph: MethodGraph, first_output: int = 0) -> dict[str, obje
         `inputs`: tensors, in the order in which the program's method takes them; a program for the
         CPU takes the program's `state` and `weights` behind them.
         `outputs`: tensors, each with its `index` among what the program's method returns.
-        `hand_over`: None, or the fields of `HandOver`.
+        `hand_over`: None, or the fields of `HandOver` that are not None.
     """
     nodes = graph.input_nodes()
     outputs = graph.output_values().items()
@@ -69,7 +68,7 @@ def describe_method(graph: MethodGraph, first_output: int = 0) -> dict[str, obje
             _describe_value(graph, name, value) | {"index": first_output + i}
             for i, (name, value) in enumerate(outputs)
         ],
-        "hand_over": None if graph.hand_over is None else dataclasses.asdict(graph.hand_over),
+        "hand_over": None if graph.hand_over is None else graph.hand_over.describe(),
     }
 
 

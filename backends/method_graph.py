@@ -1,6 +1,6 @@
 """What the model hands to a backend: one exported method, with the meaning of its tensors."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch.export import ExportedProgram
@@ -19,14 +19,23 @@ class HandOver:
     A backend may start that call before anyone has seen the tokens.
 
     Attributes:
-        token: the output that is the next token of each sequence, `int64 [B, 1]`.
-        tokens: the input that these become, `int64 [B, 1]`.
-        positions: the input that grows by one, `int64 [B]`: how many tokens came before.
+        token: the output that is the next token of each sequence, `int64 [B, 1]`; with `versions`
+            `int64 [B, 1 + R]`: how many drafts were accepted, and the R tokens of the next call.
+        tokens: the input that these become, `int64 [B, R]`; R is 1 without `versions`.
+        positions: the input that grows by one, and by each draft that was accepted, `int64 [B]`:
+            how many tokens came before.
+        versions: the input that becomes the number of drafts that were accepted, `int64 [B]`; None
+            for a method without drafts.
     """
 
     token: str
     tokens: str
     positions: str
+    versions: str | None = None
+
+    def describe(self) -> dict[str, str]:
+        """The fields that are not None."""
+        return {key: name for key, name in asdict(self).items() if name is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +128,15 @@ def _check_hand_over(graph: MethodGraph, names: HandOver) -> None:
     inputs = {name: inputs[name] for name in graph.inputs}
     tokens = inputs.get(names.tokens)
     count = 1 if tokens is None or tokens.dim() == 0 else tokens.shape[0]
+    rows, more = 1, []
+    if names.versions is not None:
+        rows = 1 if tokens is None or tokens.dim() < 2 else tokens.shape[1]
+        more = [("input", names.versions, inputs, [count])]
     for kind, name, tensors, shape in (
-        ("output", names.token, graph.output_values(), [count, 1]),
-        ("input", names.tokens, inputs, [count, 1]),
+        ("output", names.token, graph.output_values(), [count, rows + len(more)]),
+        ("input", names.tokens, inputs, [count, rows]),
         ("input", names.positions, inputs, [count]),
+        *more,
     ):
         if name not in tensors:
             raise ValueError(f"hand_over: the method has no {kind} {name}")

@@ -4,6 +4,10 @@ All prompts are random, of one length, and submitted at once. Output tokens a se
 start to the last token of the last answer. A step is the median time between two tokens of a
 sequence, while nearly all of the time all sequences decode; it is compared with its roof
 (`roofline.batch_step`) at the middle of the contexts.
+
+Of a program with drafts (`et-moe export --draft-tokens`) rows say how many were fed and accepted.
+Of random weights few are, so what drafts cost is the time of a step, `step_ms`: in one a sequence
+draws a token, and one more for each draft that is accepted.
 """
 
 import dataclasses
@@ -24,6 +28,7 @@ from et_moe.benchmarks.result import provenance, write_result
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 
 _RATES = ("output_token_per_sec", "decode_token_per_sec", "prefill_token_per_sec")
+_DRAFTS = ("draft_tokens", "accepted_draft_tokens", "accepted_draft_tokens_per_position")
 _TIMES = tuple(
     f"{name}_ms_{part}"
     for name in ("time_to_first_token", "time_between_tokens")
@@ -102,6 +107,16 @@ def _run(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
         return json.loads(stats.read_text().splitlines()[-1])
 
 
+def steps_of(stats: dict, sequences: int) -> dict:
+    """How long a decode step took, in milliseconds, and of a program with drafts what became of
+    them; nothing where nobody decoded."""
+    drafts = {name: stats[name] for name in _DRAFTS if name in stats}
+    duration = stats["inference_end_ms"] - stats["prompt_eval_end_ms"]
+    drawn = stats["decode_token_per_sec"] * duration / 1e3
+    steps = (drawn - drafts.get("accepted_draft_tokens", 0)) / sequences
+    return ({"step_ms": duration / steps} if steps > 0 else {}) | drafts
+
+
 def _profile(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
     """The kernels of a step of all sequences, see `profile_batch`."""
     # Prompts are fed one by one, in pieces, beside those that decode already.
@@ -136,6 +151,7 @@ def measure(
             row["error"] = str(e)
         else:
             row |= {name: stats[name] for name in (*_RATES, *_TIMES)}
+            row |= steps_of(stats, load.sequences)
             if gpu:
                 step = roofline.batch_step(load.sequences, c, load.prompt + load.new_tokens // 2)
                 row["roof_ms"] = 1e3 * sum(kernel.seconds(**gpu["roof"]) for kernel in step)

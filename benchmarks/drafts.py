@@ -2,6 +2,9 @@
 
 A step begins with a token that was drawn. The head drafts k more, of which those are accepted that
 the model draws, up to the first other one; the model's own token behind them is the next step's.
+Steps are the engine's: the first token behind a prompt has no drafts yet, and near the end of a
+sequence a step has fewer, so that none is drawn beyond it. A draft is drawn as the model draws,
+from the head's logits and with the same noise.
 Drafts change no token, so the tokens are drawn first, and the steps are walked through afterwards.
 The head's KV cache is kept as `mtp.py` says. Everything is computed by the ops' eager references:
 in fp32 for a checkpoint, with its storages and INT8 activations for a bundle.
@@ -88,6 +91,7 @@ class Sequences:
     Args:
         prompts: `int64 [B, P]`.
         temperature, seed: of all draws.
+        drawn: `int64 [B, new_tokens]`, where it is known what they are continued by.
 
     Attributes:
         tokens: `int64 [B, T]`, prompts and what was drawn.
@@ -95,7 +99,13 @@ class Sequences:
     """
 
     def __init__(
-        self, model: Qwen3_5MoeMtp, prompts: Tensor, new_tokens: int, temperature: float, seed: int
+        self,
+        model: Qwen3_5MoeMtp,
+        prompts: Tensor,
+        new_tokens: int,
+        temperature: float,
+        seed: int,
+        drawn: Tensor | None = None,
     ) -> None:
         self.model, (count, self.prompt) = model, prompts.shape
         pages = -(-(self.prompt + new_tokens + MOST_DRAFTS) // PAGE_SIZE)
@@ -104,15 +114,22 @@ class Sequences:
         state, piece = self.make_state(), prompts
         tokens, hidden = [prompts], []
         same = (torch.full((count,), temperature), torch.zeros(count, dtype=torch.int64))
-        same += (torch.ones(count), torch.full((count,), seed))
-        for position in itertools.chain((0,), range(self.prompt, self.prompt + new_tokens - 1)):
+        self._drawing = (*same, torch.ones(count), torch.full((count,), seed))
+        positions = itertools.chain((0,), range(self.prompt, self.prompt + new_tokens - 1))
+        for i, position in enumerate(positions):
             begins = torch.full((count,), position)
             x = model.hidden(piece, self.places(begins), state).view(count, piece.shape[1], -1)
             logits = model.lm_head(x[:, -1].float(), norm=model.norm.weight)
-            piece = sample(logits, *same, begins + piece.shape[1] - 1)
+            piece = self.draw(logits, begins + piece.shape[1] - 1)
+            if drawn is not None:
+                piece = drawn[:, i : i + 1]
             hidden.append(x)
             tokens.append(piece)
         self.tokens, self.hidden = torch.cat(tokens, 1), torch.cat(hidden, 1)
+
+    def draw(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """The token `int64 [B, 1]` behind the one at a position of each sequence."""
+        return sample(logits, *self._drawing, positions)
 
     def make_state(self) -> State:
         """State of zeros."""
@@ -127,7 +144,7 @@ class Head:
     """The head with its KV cache, at work on sequences."""
 
     def __init__(self, sequences: Sequences, hidden: Hidden) -> None:
-        self._model, self._hidden = sequences.model, hidden
+        self._model, self._hidden, self._draw = sequences.model, hidden, sequences.draw
         self._state = sequences.make_state()
         states = sequences.hidden
         self.states = states if hidden.model == IN_FRONT else self._model.normed(states)
@@ -148,21 +165,21 @@ class Head:
         rows = torch.arange(len(tokens)) * tokens.shape[1] + (places.num_tokens - 1).clamp(min=0)
         x = x[rows]
         normed = rms_norm(x, model.mtp.norm.weight, model.config.rms_norm_eps)
-        drafts = model.lm_head(normed).argmax(-1)
+        # A row lies a position before the token that it takes.
+        behind = places.positions + places.num_tokens.clamp(min=1)
+        drafts = self._draw(model.lm_head(normed), behind)[:, 0]
         return x if self._hidden.head == IN_FRONT else normed, drafts
 
 
 def count_accepted(sequences: Sequences, k: int, hidden: Hidden) -> list[int]:
-    """How many steps there were, and of how many the first draft was accepted, the first two, ….
-
-    A sequence ends with the last step whose k drafts can all be compared.
-    """
+    """How many steps with drafts there were, and of how many the first one was accepted, the first
+    two, …."""
     head, tokens = Head(sequences, hidden), sequences.tokens
     each, last = torch.arange(len(tokens))[:, None], tokens.shape[1] - 1
     counts = torch.zeros(k + 1, dtype=torch.int64)
     # Rows that the cache has, and the place of the token that was drawn last.
-    filled, drawn = torch.zeros(len(tokens), dtype=torch.int64), each[:, 0] * 0 + sequences.prompt
-    while (live := drawn + k <= last).any():
+    filled, drawn = torch.zeros_like(each[:, 0]), each[:, 0] * 0 + sequences.prompt + 1
+    while (live := drawn + 2 <= last).any():
         rows = (drawn - filled) * live
         row = (filled[:, None] + torch.arange(int(rows.max()))).clamp(max=last - 1)
         places = sequences.places(filled, rows)
@@ -174,7 +191,7 @@ def count_accepted(sequences: Sequences, k: int, hidden: Hidden) -> list[int]:
                 places = sequences.places(drawn + j - 2, live.long())
                 state, draft = head.draft(state[:, None], draft[:, None], places)
             place = (drawn + j).clamp(max=last)[:, None]
-            accepted = accepted & (draft == tokens.gather(1, place)[:, 0])
+            accepted = accepted & (draft == tokens.gather(1, place)[:, 0]) & (drawn + j < last)
             counts[j] += accepted.sum()
             filled = filled + accepted
         filled, drawn = drawn, filled + live

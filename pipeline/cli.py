@@ -151,6 +151,12 @@ def export(
     max_sequences: Annotated[
         int, typer.Option(help="Most sequences of one decode call, at most 256.")
     ] = 64,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that the head for multi-token prediction guesses for each step, 0 to 3."
+        ),
+    ] = 0,
     cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
     cache_dir: Annotated[Path, typer.Option(help="Where to keep it.", **PATH)] = Path(
         "~/.cache/et-moe/cuda"
@@ -168,7 +174,7 @@ def export(
     if preset is not None:
         if not graph_only or model_dir or model_id or prequantized:
             raise typer.BadParameter("--preset takes --graph-only and no checkpoint")
-        source = preset_source(model_type, preset, flags)
+        source = preset_source(model_type, preset, flags, draft_tokens > 0)
     else:
         source = source_of(model_dir, model_id, prequantized, flags)
 
@@ -185,6 +191,7 @@ def export(
         archs,
         cache_dir if cache else None,
         debug_sidecar,
+        draft_tokens,
     )
     with _progress() as progress:
         task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
@@ -224,7 +231,7 @@ def make_checkpoint(
         bool, typer.Option("--quantized", help="Write a bundle, as `quantize` would.")
     ] = False,
     recipe: Annotated[
-        Recipe | None, typer.Option(help="Of the bundle of --quantized. Default: 4w.")
+        Recipe | None, typer.Option(help="Of the bundle of --quantized. Default: mixed.")
     ] = None,
 ) -> None:
     """Writes a random checkpoint in Hugging Face layout, or a random bundle."""
@@ -232,8 +239,9 @@ def make_checkpoint(
     overrides = {"mtp_num_hidden_layers": int(mtp)}
     if quantized:
         from et_moe.pipeline.make_bundle import make_bundle
+        from et_moe.pipeline.storage import DEFAULT_RECIPE
 
-        stored = (recipe or Recipe.W4).value
+        stored = recipe.value if recipe else DEFAULT_RECIPE
         make_bundle(output_dir, model, preset, seed, layers, stored, overrides)
     elif recipe is not None:
         raise typer.BadParameter("--recipe needs --quantized")

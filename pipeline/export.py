@@ -20,7 +20,7 @@ from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
 from et_moe.pipeline.footprint import footprint
 from et_moe.pipeline.locks import sole_writer
-from et_moe.pipeline.models import Graph, Input, Sizes, model_of
+from et_moe.pipeline.models import Graph, Input, Method, Sizes, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
     meta_graph,
@@ -41,6 +41,8 @@ MAX_PREFILL_TOKENS = 2048
 """Longest prompt piece of one prefill call; a runner feeds longer prompts piece by piece."""
 MAX_SEQUENCES = 256
 """Most sequences of one decode call that are supported."""
+MAX_DRAFT_TOKENS = 3
+"""Most drafts of a sequence in a decode call that are supported."""
 POOL_LIMIT = 1 << 20
 """Most pages, or slots, of a state pool."""
 
@@ -50,16 +52,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class _Method(nn.Module):
     """The model with its weights passed in, so that the graph has them as inputs."""
 
-    def __init__(self, graph: Graph, inputs: tuple[Input, ...]) -> None:
+    def __init__(self, graph: Graph, method: Method) -> None:
         super().__init__()
         self._graph = (graph,)  # in a tuple: its own parameters must not become the program's
-        self._inputs = inputs
+        self._names = [i.name for i in method.inputs]
+        self._more = {"draft_tokens": method.draft_tokens} if method.draft_tokens else {}
 
     def forward(self, inputs: list[Tensor], state: dict[str, Tensor], weights: dict[str, Tensor]):
-        names = (i.name for i in self._inputs)
-        arguments = dict(zip(names, inputs, strict=True))
+        arguments = dict(zip(self._names, inputs, strict=True))
         return torch.func.functional_call(
-            self._graph[0], weights, (), {**arguments, "state": state}
+            self._graph[0], weights, (), {**arguments, **self._more, "state": state}
         )
 
 
@@ -90,7 +92,7 @@ def build_graphs(config: Config, precision: Precision, sizes: Sizes) -> dict[str
     """
     graph = meta_graph(config, precision)
     spec = parameter_spec(graph)
-    state_spec, pools = graph.state_spec(), _pool_dims()
+    state_spec, pools = graph.state_spec(sizes.draft_tokens), _pool_dims()
     methods = model_of(config).methods(config, sizes)
     graphs = {}
     for method, given in methods.items():
@@ -102,7 +104,7 @@ def build_graphs(config: Config, precision: Precision, sizes: Sizes) -> dict[str
             }
             weights = {n: torch.empty(shape, dtype=kind) for n, (kind, shape) in spec.items()}
         program = torch.export.export(
-            _Method(graph, given.inputs),
+            _Method(graph, given),
             (inputs, state, weights),
             dynamic_shapes=(
                 [_dynamic(i) for i in given.inputs],
@@ -127,14 +129,25 @@ def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
     max_seq_len = resolve_max_seq_len(config, options.max_seq_len)
     if not 1 <= options.max_sequences <= MAX_SEQUENCES:
         raise ConfigError(f"--max-sequences {options.max_sequences}: expected 1 to {MAX_SEQUENCES}")
-    return Sizes(max_seq_len, min(max_seq_len, MAX_PREFILL_TOKENS), options.max_sequences)
+    if not 0 <= options.draft_tokens <= MAX_DRAFT_TOKENS:
+        raise ConfigError(
+            f"--draft-tokens {options.draft_tokens}: expected 0 to {MAX_DRAFT_TOKENS}"
+        )
+    if options.draft_tokens and not config.mtp_num_hidden_layers:
+        raise ConfigError(
+            f"--draft-tokens {options.draft_tokens}: the model has no head for multi-token "
+            "prediction (mtp_num_hidden_layers in its config.json, tensors mtp.*), expected 0"
+        )
+    prefill_tokens = min(max_seq_len, MAX_PREFILL_TOKENS)
+    return Sizes(max_seq_len, prefill_tokens, options.max_sequences, options.draft_tokens)
 
 
 def constant_methods(config: Config, precision: Precision, sizes: Sizes) -> dict[str, object]:
     """Methods without inputs that tell a runner about the model (ExecuTorch's names)."""
     quantization = storages_to_json(precision.storages)
     taken = footprint(meta_graph(config, precision))
-    return {
+    drafts = {"get_draft_tokens": sizes.draft_tokens} if sizes.draft_tokens else {}
+    return drafts | {
         "get_max_seq_len": sizes.max_seq_len,
         "get_max_prefill_tokens": sizes.max_prefill_tokens,
         "get_max_sequences": sizes.max_sequences,
@@ -180,6 +193,7 @@ class ExportOptions:
         max_seq_len: most tokens of a sequence, prompt and generated ones together; None for the
             model's own limit, at most 4096.
         max_sequences: most sequences of one decode call, at most 256.
+        draft_tokens: that the MTP head guesses behind each token that is drawn, 0 to 3.
         cuda_archs: architectures to compile for, such as "sm_90".
         cache_dir: where compiled CUDA code is kept for the next export; None for nowhere.
         debug_sidecar: also write `kernels.json`, the source of every CUDA kernel.
@@ -193,6 +207,7 @@ class ExportOptions:
     cuda_archs: tuple[str, ...] = ()
     cache_dir: Path | None = None
     debug_sidecar: bool = False
+    draft_tokens: int = 0
 
 
 class Target(Protocol):
@@ -203,8 +218,8 @@ class Target(Protocol):
 
 
 _FREE_KEYS = ("eos_token_ids", "max_position_embeddings", "mtp_num_hidden_layers")
-"""Of a configuration: those that change neither what weights mean nor what is computed. Programs
-have no MTP head."""
+"""Of a configuration: those that change neither what weights mean nor what is computed. Whether a
+program has the MTP head follows from its number of drafts."""
 
 
 def fingerprint(target: Target, options: ExportOptions) -> str:
@@ -224,6 +239,7 @@ def fingerprint(target: Target, options: ExportOptions) -> str:
             "storages": storages_to_json(target.storages),
             "dtype": str(options.dtype).removeprefix("torch."),
             "backend": options.backend,
+            **({"draft_tokens": options.draft_tokens} if options.draft_tokens else {}),
         },
         sort_keys=True,
     )
@@ -245,10 +261,11 @@ def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGra
     """The methods' graphs and the constant methods."""
     _check_kernels(target, options.backend)
     precision = Precision(target.storages, options.activation_dtype, options.dtype)
-    config = replace(target.config, mtp_num_hidden_layers=0)
-    sizes = resolve_sizes(config, options)
+    sizes = resolve_sizes(target.config, options)
+    without_head = replace(target.config, mtp_num_hidden_layers=0)
+    config = target.config if sizes.draft_tokens else without_head
     graphs = build_graphs(config, precision, sizes)
-    constants = constant_methods(config, precision, sizes)
+    constants = constant_methods(without_head, precision, sizes)
     return graphs, constants | {"get_fingerprint": fingerprint(target, options)}
 
 
@@ -324,7 +341,7 @@ def write_weights(
     with PtdWriter(output / "model.ptd", plan.spec, texts) as writer:
 
         def packed() -> Iterator[list[tuple[str, Tensor]]]:
-            # The MTP head, which comes last, is in no program.
+            # The MTP head, which comes last, is in no program without drafts.
             wanted = parameter_groups(plan.spec)
             for names, group in zip(wanted, source.groups(), strict=False):
                 yield list(plan.pack({name: group.pop(name) for name in names}))

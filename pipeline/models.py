@@ -66,16 +66,19 @@ class Sizes:
         max_seq_len: most tokens of a sequence, prompt and generated ones together.
         max_prefill_tokens: most tokens of one prefill call, at least 2.
         max_sequences: most sequences of one decode call.
+        draft_tokens: of each sequence in a decode call that is fed drafts; 0 for no such methods.
     """
 
     max_seq_len: int
     max_prefill_tokens: int
     max_sequences: int
+    draft_tokens: int = 0
 
     @property
     def max_pages(self) -> int:
-        """Pages of the KV cache that the longest sequence takes."""
-        return -(-self.max_seq_len // PAGE_SIZE)
+        """Pages of the KV cache that the longest sequence takes. A call has drafts behind its last
+        token, and makes as many behind the last that may be accepted."""
+        return -(-(self.max_seq_len + 2 * self.draft_tokens) // PAGE_SIZE)
 
 
 class StateTensor(NamedTuple):
@@ -116,11 +119,13 @@ class Method:
         inputs: runtime inputs, in order.
         outputs: names of what it returns, in order.
         hand_over: how its next call follows from what it returns, or None.
+        draft_tokens: further argument of the graph's `forward`, where it is not 0.
     """
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     hand_over: HandOver | None = None
+    draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,10 @@ class Graph(nn.Module):
     `mtp.…`; each of these, those before the first layer, and those behind the last make up a group.
     """
 
-    def state_spec(self) -> dict[str, StateTensor]:
-        """Every state tensor by name; a sequence starts with a slot of zeros."""
+    def state_spec(self, draft_tokens: int = 0) -> dict[str, StateTensor]:
+        """Every state tensor by name; a sequence starts with a slot of zeros. With drafts a slot
+        has a version behind the token that a call feeds and behind each draft, see
+        `backends/ops/sequences.py`: as many rows more in its first dimension."""
         raise NotImplementedError
 
     def advance(self, group: int, x: Tensor, sequences: int, state: Mapping[str, Tensor]) -> Tensor:
@@ -182,12 +189,15 @@ class Graph(nn.Module):
         raise NotImplementedError
 
     def make_state(
-        self, pool: Mapping[str, int], device: torch.device | None = None
+        self,
+        pool: Mapping[str, int],
+        device: torch.device | None = None,
+        draft_tokens: int = 0,
     ) -> dict[str, Tensor]:
         """State of zeros, with so many pages and slots by pool."""
         return {
             name: torch.zeros((pool[given.pool], *given.shape), dtype=given.dtype, device=device)
-            for name, given in self.state_spec().items()
+            for name, given in self.state_spec(draft_tokens).items()
         }
 
 

@@ -208,13 +208,17 @@ def preset_model(model_type: str | None, preset: str):
     return model
 
 
-def preset_source(model_type: str | None, preset: str, flags: StorageFlags) -> SimpleNamespace:
-    """A preset as an `export.Target`: a source without weights."""
+def preset_source(
+    model_type: str | None, preset: str, flags: StorageFlags, mtp: bool = False
+) -> SimpleNamespace:
+    """A preset as an `export.Target`: a source without weights. mtp: with the head for multi-token
+    prediction, which the published models have."""
     from et_moe.pipeline.make_checkpoint import text_config
     from et_moe.pipeline.models import parse_config
 
     model = preset_model(model_type, preset)
-    config = parse_config(text_config(model, preset), where=f"preset {preset}")
+    overrides = {"mtp_num_hidden_layers": 1} if mtp else {}
+    config = parse_config(text_config(model, preset, None, overrides), where=f"preset {preset}")
     return SimpleNamespace(config=config, storages=flags.storages(config))
 
 

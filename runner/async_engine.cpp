@@ -7,6 +7,12 @@
 #include <utility>
 
 namespace et_moe {
+namespace {
+
+/// Most sequences that are fed drafts together. Rows of drafts cost more the more there are.
+constexpr size_t kMostDrafting = 8;
+
+}  // namespace
 
 AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_path,
                          const AsyncEngineOptions& options)
@@ -226,21 +232,30 @@ void AsyncEngine::draw_waiting() {
 }
 
 void AsyncEngine::decode() {
-  const auto ready = make_room(choose(&Sequence::decodes));
+  auto ready = make_room(choose(&Sequence::decodes));
   const auto most = static_cast<size_t>(info_.max_sequences);
   const auto running = static_cast<size_t>(
       std::count_if(running_.begin(), running_.end(), [](const auto& s) { return s != nullptr; }));
-  const bool is_all = ready.size() == running && ready.size() <= most;
-  for (size_t first = 0; first < ready.size(); first += most) {
-    const auto begin = ready.begin() + static_cast<std::ptrdiff_t>(first);
-    const auto count = static_cast<std::ptrdiff_t>(std::min(most, ready.size() - first));
-    decode({begin, begin + count}, is_all);
+  const auto with_drafts = std::stable_partition(ready.begin(), ready.end(),
+                                                 [](const Sequence* s) { return !s->drafts(); });
+  const bool drafts =
+      ready.end() - with_drafts <= static_cast<std::ptrdiff_t>(std::min(kMostDrafting, most));
+  const auto end = drafts ? with_drafts : ready.end();
+  const bool is_all = ready.size() == running && ready.size() <= most &&
+                      (end == ready.begin() || end == ready.end());
+  for (auto first = ready.begin(); first < end;) {
+    const auto last = first + std::min(static_cast<std::ptrdiff_t>(most), end - first);
+    decode({first, last}, is_all, false);
+    first = last;
   }
+  if (end != ready.end()) decode({end, ready.end()}, is_all, true);
 }
 
-void AsyncEngine::decode(const std::vector<Sequence*>& batch, bool is_all) {
+void AsyncEngine::decode(const std::vector<Sequence*>& batch, bool is_all, bool drafts) {
   std::vector<Feed> feeds;
-  CallOptions options{false, is_all};
+  CallOptions options;
+  options.run_ahead = is_all;
+  options.drafts = drafts;
   for (const Sequence* sequence : batch) {
     feeds.push_back(sequence->feed());
     options.logits = options.logits || sequence->wants_logits();

@@ -60,7 +60,9 @@ struct EngineStatus {
 /// Requests are admitted in order, as far as there are places and pages of the KV cache for their
 /// prompts. A step is one decode call of all sequences that have a token to feed (several, if the
 /// program takes fewer at once), then one piece of the first prompt that is not done, a shorter one
-/// if others decode. A guided sequence that has no mask yet sits out; the others go on.
+/// if others decode. A guided sequence that has no mask yet sits out; the others go on. If the
+/// program has drafts, sequences whose tokens it draws itself are fed them, in a call apart, unless
+/// they are many.
 ///
 /// Where pages run out, the sequence that was admitted last is put back: it waits at the head of
 /// the queue and comes to the same state later. No token changes.
@@ -125,7 +127,8 @@ class AsyncEngine {
   void draw_waiting();
   /// Decode calls of all sequences that have a token to feed.
   void decode();
-  void decode(const std::vector<Sequence*>& batch, bool is_all);
+  /// `is_all`: no others run. `drafts`: they are fed drafts.
+  void decode(const std::vector<Sequence*>& batch, bool is_all, bool drafts);
   /// One piece of the first prompt that is not done.
   void prefill();
   /// Makes room for the next call of these, putting back others, the last one first, or of these

@@ -83,6 +83,7 @@ void Run::take(const Event& event, llm::Stats& stats) {
     drawn_ms_.push_back(drawn);
   }
   stats.num_generated_tokens = static_cast<int64_t>(drawn_ms_.size());
+  if (stats.drafts) stats.drafts->add(event.drafts);
   if (!event.end) return;
   answer.has_ended = true;
   ++ended_;
@@ -124,6 +125,7 @@ void Run::print_next(const Tokenizer* tokenizer) {
 
 void Run::run(llm::Stats& stats, bool is_measured, bool printed, const Tokenizer* tokenizer) {
   stats.batch.emplace();
+  if (engine_.info().draft_tokens > 0) stats.drafts.emplace();
   stats.inference_start_ms = stats.model_execution_start_ms = llm::now_ms();
   submit();
   for (bool is_cancelled = false; ended_ < requests_.size();) {

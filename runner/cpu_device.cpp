@@ -27,6 +27,7 @@ void CpuDevice::load(const ProgramFile& program, const Bindings& bindings, const
 }
 
 void CpuDevice::allocate(const PoolSizes& sizes) {
+  sizes_ = sizes;
   for (const StateSpec& spec : state_) {
     const TensorSpec tensor = spec.in(sizes);
     const size_t size = (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
@@ -41,21 +42,26 @@ void CpuDevice::allocate(const PoolSizes& sizes) {
 }
 
 template <typename Use>
-void CpuDevice::each_slot(int32_t slot, const Use& use) const {
+void CpuDevice::each_slots(const Use& use) const {
   for (size_t i = 0; i < state_.size(); ++i) {
-    if (state_[i].pool != Pool::kSlots) continue;
-    const size_t size = state_[i].nbytes_each();
-    use(static_cast<char*>(buffers_[i].get()) + static_cast<size_t>(slot) * size, size);
+    if (state_[i].pool == Pool::kSlots) use(state_[i], static_cast<char*>(buffers_[i].get()));
   }
 }
 
 void CpuDevice::clear_slot(int32_t slot) {
-  each_slot(slot, [](char* data, size_t size) { std::memset(data, 0, size); });
+  each_slots([slot](const StateSpec& spec, char* slots) {
+    std::memset(slots + static_cast<size_t>(slot) * spec.nbytes_each(), 0, spec.nbytes_each());
+  });
 }
 
-void CpuDevice::copy_slot(int32_t from, int32_t to) {
-  each_slot(from, [from, to](char* data, size_t size) {
-    std::memcpy(data + (to - from) * static_cast<std::ptrdiff_t>(size), data, size);
+void CpuDevice::copy_slot(int32_t from, int64_t version, int32_t to) {
+  each_slots([this, from, version, to](const StateSpec& spec, char* slots) {
+    const VersionBytes bytes = spec.version_bytes(sizes_.versions);
+    const size_t size = spec.nbytes_each();
+    std::memcpy(
+        slots + static_cast<size_t>(to) * size,
+        slots + static_cast<size_t>(from) * size + static_cast<size_t>(version) * bytes.step,
+        bytes.size);
   });
 }
 

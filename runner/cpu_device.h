@@ -17,7 +17,7 @@ class CpuDevice final : public Device {
   void load(const ProgramFile& program, const Bindings& bindings, const Weights& weights) override;
   void allocate(const PoolSizes& sizes) override;
   void clear_slot(int32_t slot) override;
-  void copy_slot(int32_t from, int32_t to) override;
+  void copy_slot(int32_t from, int64_t version, int32_t to) override;
   std::vector<const void*> run(const Call& call) override;
   std::vector<int64_t> settle() override { return {}; }
   std::optional<llm::GpuMemory> memory() const override { return std::nullopt; }
@@ -26,10 +26,11 @@ class CpuDevice final : public Device {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  /// Calls `use` with the address of a slot and its size, of each tensor that has slots.
+  /// Calls `use` with each tensor that has slots, and the address of its slots.
   template <typename Use>
-  void each_slot(int32_t slot, const Use& use) const;
+  void each_slots(const Use& use) const;
 
+  PoolSizes sizes_;
   std::vector<StateSpec> state_;
   std::vector<std::unique_ptr<void, Free>> buffers_;  // of `state_`
   std::map<std::string, std::unique_ptr<LoadedMethod>> methods_;

@@ -28,8 +28,8 @@ void CudaDevice::clear_slot(int32_t slot) {
   in_context(files_, [&] { context_->clear_slot(*session_, slot); });
 }
 
-void CudaDevice::copy_slot(int32_t from, int32_t to) {
-  in_context(files_, [&] { context_->copy_slot(*session_, from, to); });
+void CudaDevice::copy_slot(int32_t from, int64_t version, int32_t to) {
+  in_context(files_, [&] { context_->copy_slot(*session_, from, version, to); });
 }
 
 std::vector<const void*> CudaDevice::run(const Call& call) {

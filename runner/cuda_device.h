@@ -20,7 +20,7 @@ class CudaDevice final : public Device {
   void load(const ProgramFile& program, const Bindings& bindings, const Weights& weights) override;
   void allocate(const PoolSizes& sizes) override;
   void clear_slot(int32_t slot) override;
-  void copy_slot(int32_t from, int32_t to) override;
+  void copy_slot(int32_t from, int64_t version, int32_t to) override;
   std::vector<const void*> run(const Call& call) override;
   std::vector<int64_t> settle() override;
   std::optional<llm::GpuMemory> memory() const override;

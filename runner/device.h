@@ -30,13 +30,14 @@ class Device {
   virtual void allocate(const PoolSizes& sizes) = 0;
   /// Zeroes a slot, in which a new sequence begins. What pages hold does not matter to it.
   virtual void clear_slot(int32_t slot) = 0;
-  virtual void copy_slot(int32_t from, int32_t to) = 0;
+  /// Makes version 0 of a slot a copy of a version of another; see `PoolSizes`.
+  virtual void copy_slot(int32_t from, int64_t version, int32_t to) = 0;
 
   /// One call. Returns the addresses in host memory of the outputs that are wanted, in the order of
   /// `call.outputs`; they are valid until the next call of the method.
   virtual std::vector<const void*> run(const Call& call) = 0;
-  /// Waits for a call that runs ahead, see `Call::run_ahead`, and returns the tokens that it draws:
-  /// one of each of its sequences. None if no call runs ahead.
+  /// Waits for a call that runs ahead, see `Call::run_ahead`, and returns the values of the output
+  /// that it hands over: `token` or `step`. None if no call runs ahead.
   virtual std::vector<int64_t> settle() = 0;
 
   /// Memory before and after `load`, and now; nothing where it is not the device's own.

@@ -14,7 +14,7 @@ Engine::Engine(std::shared_ptr<Model> model)
 void Engine::check(const std::vector<int64_t>& ids, const GenerationConfig& config) const {
   const ModelInfo& info = model_->info();
   if (ids.empty()) throw std::runtime_error("the prompt is empty");
-  const int64_t before = session_->position() + (pending_ ? 1 : 0);
+  const auto before = static_cast<int64_t>(tokens_.size());
   const auto count = static_cast<int64_t>(ids.size());
   if (before + count > info.max_seq_len) {
     const std::string held = before ? " after " + std::to_string(before) + " in the sequence" : "";
@@ -30,49 +30,76 @@ void Engine::check(const std::vector<int64_t>& ids, const GenerationConfig& conf
   et_moe::check(config.sampling);
 }
 
-Step Engine::prefill(const std::vector<int64_t>& tokens, const Sampling& sampling,
-                     llm::Stats& stats) {
+Step Engine::prefill(const Sampling& sampling, llm::Stats& stats) {
   const auto piece = static_cast<size_t>(model_->info().max_prefill_tokens);
   Step step{};
-  for (size_t begin = 0; begin < tokens.size(); begin += piece) {
+  for (size_t begin; (begin = static_cast<size_t>(session_->position())) < tokens_.size();) {
     const double start = llm::now_ms();
-    step = model_->run(*session_, tokens.data() + begin, std::min(piece, tokens.size() - begin),
+    step = model_->run(*session_, tokens_.data() + begin, std::min(piece, tokens_.size() - begin),
                        sampling);
     stats.aggregate_model_execution_time_ms += llm::now_ms() - start;
   }
   return step;
 }
 
-Generation Engine::decode(int64_t first, int64_t limit, const Sampling& sampling, llm::Stats& stats,
-                          const TokenCallback& on_token) {
+bool Engine::take(const std::vector<int64_t>& drawn, int64_t limit, const TokenCallback& on_token,
+                  Generation& generation) {
   const std::vector<int64_t>& eos_ids = model_->info().eos_ids;
-  Generation generation{{}, FinishReason::kLength};
-  int64_t token = first;
-  for (int64_t count = 1; count <= limit; ++count) {
+  size_t later = drawn.size();
+  // Where drafts were accepted behind the last token, the model has been fed it and more.
+  const auto end = [this, &later] {
+    if (!model_->take_back(*session_, later)) model_->reset(*session_);
+    return false;
+  };
+  for (const int64_t token : drawn) {
+    --later;
     generation.ids.push_back(token);
-    pending_ = token;
-    const bool go_on = on_token(token);
+    tokens_.push_back(token);
+    bool go_on = false;
+    try {
+      go_on = on_token(token);
+    } catch (...) {
+      end();
+      throw;
+    }
     if (std::find(eos_ids.begin(), eos_ids.end(), token) != eos_ids.end()) {
       generation.finish_reason = FinishReason::kStop;
-      break;
+      return end();
     }
     if (!go_on) {
       generation.finish_reason = FinishReason::kCallback;
-      break;
+      return end();
     }
-    if (count == limit) break;
+  }
+  return static_cast<int64_t>(generation.ids.size()) < limit;
+}
+
+Generation Engine::decode(int64_t first, int64_t limit, const Sampling& sampling, llm::Stats& stats,
+                          const TokenCallback& on_token) {
+  Generation generation{{}, FinishReason::kLength};
+  CallOptions options;
+  options.run_ahead = true;
+  options.drafts = model_->info().draft_tokens > 0;
+  if (options.drafts) stats.drafts.emplace();
+  if (limit == 0) return generation;
+  for (bool go_on = take({first}, limit, on_token, generation); go_on;) {
     const double start = llm::now_ms();
-    CallOptions options;
-    options.run_ahead = count + 1 < limit;
-    token = model_->run(*session_, &token, 1, sampling, options).token;
+    const size_t before = generation.ids.size();
+    const Feed feed{session_.get(), tokens_.back(), sampling, limit - static_cast<int64_t>(before)};
+    const Step step = model_->decode({feed}, options).front();
     stats.aggregate_model_execution_time_ms += llm::now_ms() - start;
+    go_on = take(step.tokens, limit, on_token, generation);
+    if (stats.drafts) {
+      stats.drafts->add(step.drafts,
+                        std::min(generation.ids.size() - before, step.tokens.size() - 1));
+    }
   }
   return generation;
 }
 
 void Engine::reset() {
   model_->reset(*session_);
-  pending_.reset();
+  tokens_.clear();
 }
 
 Generation Engine::generate(const std::vector<int64_t>& prompt, const GenerationConfig& config,
@@ -88,17 +115,15 @@ Generation Engine::generate(const std::vector<int64_t>& prompt, const Generation
 Generation Engine::append(const std::vector<int64_t>& ids, const GenerationConfig& config,
                           llm::Stats& stats, const TokenCallback& on_token) {
   check(ids, config);
-  std::vector<int64_t> tokens(ids);
-  if (pending_) tokens.insert(tokens.begin(), *pending_);
+  tokens_.insert(tokens_.end(), ids.begin(), ids.end());
   stats.num_prompt_tokens = static_cast<int64_t>(ids.size());
   stats.model_execution_start_ms = llm::now_ms();
-  const Step step = prefill(tokens, config.sampling, stats);
-  pending_.reset();
+  const Step step = prefill(config.sampling, stats);
   stats.prompt_eval_end_ms = stats.first_token_ms = llm::now_ms();
   // The last token drawn needs no room in the cache.
   const int64_t room = model_->info().max_seq_len - session_->position() + 1;
-  Generation generation =
-      decode(step.token, std::min(config.max_new_tokens, room), config.sampling, stats, on_token);
+  Generation generation = decode(step.tokens[0], std::min(config.max_new_tokens, room),
+                                 config.sampling, stats, on_token);
   stats.num_generated_tokens = static_cast<int64_t>(generation.ids.size());
   stats.inference_end_ms = stats.model_execution_end_ms = llm::now_ms();
   stats.gpu = model_->gpu_memory();
@@ -117,6 +142,7 @@ void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_log
   CallOptions options;
   options.logits = true;
   for (size_t i = 0; i + 1 < ids.size(); ++i) {
+    tokens_.push_back(ids[i]);
     on_logits(i + 1, model_->run(*session_, &ids[i], 1, Sampling(), options).logits);
   }
 }

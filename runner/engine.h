@@ -77,15 +77,22 @@ class Engine {
 
  private:
   void check(const std::vector<int64_t>& ids, const GenerationConfig& config) const;
-  /// Feeds tokens piece by piece; returns the step of the last piece.
-  Step prefill(const std::vector<int64_t>& tokens, const Sampling& sampling, llm::Stats& stats);
-  /// Draws up to `limit` tokens, of which `first` is the first.
+  /// Feeds the tokens that are not fed yet, piece by piece; returns the step of the last piece.
+  Step prefill(const Sampling& sampling, llm::Stats& stats);
+  /// Takes tokens that were drawn, up to the one that ends the generation, and takes back those
+  /// behind it. Returns whether the generation goes on.
+  bool take(const std::vector<int64_t>& drawn, int64_t limit, const TokenCallback& on_token,
+            Generation& generation);
+  /// Draws up to `limit` tokens, of which `first` is the first, with drafts if the program has
+  /// them.
   Generation decode(int64_t first, int64_t limit, const Sampling& sampling, llm::Stats& stats,
                     const TokenCallback& on_token);
 
   std::shared_ptr<Model> model_;
   std::unique_ptr<Session> session_;
-  std::optional<int64_t> pending_;  // the last token drawn, to be fed with what comes next
+  /// All of the sequence. Those behind the session's position are fed with what comes next: the
+  /// last one drawn, or all, once the device has gone on from drafts that turned out to be none.
+  std::vector<int64_t> tokens_;
 };
 
 /// log softmax(logits)[id], computed in double. `logits` has `vocab_size` entries.

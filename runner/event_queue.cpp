@@ -36,6 +36,7 @@ void EventQueue::push(Event event) {
     append(waiting.token_ids, std::move(event.token_ids));
     append(waiting.drawn_ms, std::move(event.drawn_ms));
     append(waiting.logprobs, std::move(event.logprobs));
+    waiting.drafts.add(event.drafts);
     if (event.prompt_logprobs) waiting.prompt_logprobs = std::move(event.prompt_logprobs);
     waiting.end = event.end;
     waiting.error = std::move(event.error);

@@ -11,9 +11,11 @@ std::string_view kernel_signature(const std::string& name) {
       {"aten::_to_copy.out", "tbmtt"},
       {"aten::add.out", "ttntt"},
       {"aten::arange.start_out", "nnntt"},
+      {"aten::cat.out", "sitt"},
       {"aten::embedding.out", "ttibbtt"},
       {"aten::eq.Tensor_out", "tttt"},
       {"aten::full.out", "lntt"},
+      {"aten::gt.Scalar_out", "tntt"},
       {"aten::index_select.out", "tittt"},
       {"aten::mul.out", "tttt"},
       {"aten::remainder.Scalar_out", "tntt"},
@@ -22,6 +24,7 @@ std::string_view kernel_signature(const std::string& name) {
       {"aten::sub.out", "ttntt"},
       {"aten::sum.IntList_out", "tLbmtt"},
       {"aten::view_copy.out", "tltt"},
+      {"aten::where.self_out", "ttttt"},
       {"executorch_prim::et_view.default", "tlt"},
   };
   if (name.rfind("et_moe::", 0) == 0) return "*";

@@ -38,7 +38,8 @@ void Model::drop(Session& session) {
 void Model::reset(Session& session) {
   drop(session);
   device_->clear_slot(session.slot_);
-  session.position_ = 0;
+  session.position_ = session.version_ = 0;
+  session.drafts_.clear();
   session.tokens_.clear();
   session.overtaken_.reset();
   session.failed_ = false;
@@ -85,7 +86,8 @@ void Model::take_pages(const std::vector<Feed>& feeds, size_t count, bool run_ah
   if (cache_) cache_->make_room(missing);
   for (const size_t more : {size_t{0}, run_ahead ? kTokensAhead : 0}) {
     for (const Feed& feed : feeds) {
-      const auto room = static_cast<size_t>(info_.max_seq_len - feed.session->position_);
+      const auto room =
+          static_cast<size_t>(info_.max_seq_len + 2 * info_.draft_tokens - feed.session->position_);
       size_t wanted = missing_pages(*feed.session, std::min(count + more, room));
       for (; wanted > 0 && pool_->pages.size() > 0; --wanted) {
         feed.session->pages_.push_back(pool_->pages.take());
@@ -99,7 +101,7 @@ Model::Reuse Model::reuse(Session& session, const std::vector<int64_t>& tokens, 
   const PrefixCache::Match match = cache_->find(tokens, limit);
   if (!match.slot) return {0, match.known};
   for (const int32_t page : match.pages) pool_->pages.hold(page);
-  device_->copy_slot(*match.slot, session.slot_);
+  device_->copy_slot(*match.slot, 0, session.slot_);
   const size_t count = match.pages.size() * static_cast<size_t>(info_.page_size);
   session.pages_ = match.pages;
   session.tokens_.assign(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(count));
@@ -107,15 +109,21 @@ Model::Reuse Model::reuse(Session& session, const std::vector<int64_t>& tokens, 
   return {count, match.known};
 }
 
-void Model::remember(const Session& session, bool passing) {
-  if (!cache_ || (passing && session.position_ % info_.page_size != 0)) return;
-  if (const auto slot = cache_->add(session.tokens_, session.pages_, passing)) {
-    device_->copy_slot(session.slot_, *slot);
+void Model::remember(const Session& session, int64_t before, bool passing) {
+  if (!cache_) return;
+  const int64_t end =
+      passing ? session.position_ / info_.page_size * info_.page_size : session.position_;
+  if (end <= before) return;
+  const auto tokens = session.tokens_.begin();
+  // With drafts a call may go beyond the end of a page; it leaves a version behind each token.
+  if (const auto slot = cache_->add({tokens, tokens + end}, session.pages_, passing)) {
+    device_->copy_slot(session.slot_, passing ? end - before - 1 : 0, *slot);
   }
 }
 
-bool Model::is_ahead(const std::vector<Feed>& feeds) const {
-  return std::equal(feeds.begin(), feeds.end(), ahead_.begin(), ahead_.end(),
+bool Model::is_ahead(const std::vector<Feed>& feeds, bool drafts) const {
+  return drafts == ahead_drafts_ &&
+         std::equal(feeds.begin(), feeds.end(), ahead_.begin(), ahead_.end(),
                     [](const Feed& feed, const Session* session) {
                       return feed.session == session && feed.token == session->drawn_ &&
                              feed.sampling == session->sampling_;
@@ -125,18 +133,11 @@ bool Model::is_ahead(const std::vector<Feed>& feeds) const {
 void Model::settle() {
   if (ahead_.empty()) return;
   const std::vector<Session*> sessions = std::exchange(ahead_, {});
-  const std::vector<int64_t> tokens = device_->settle();
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    if (sessions[i]) sessions[i]->overtaken_ = tokens[i];
-  }
-}
-
-void Model::check_drawn(const int64_t* tokens, size_t count) const {
-  for (size_t i = 0; i < count; ++i) {
-    if (static_cast<uint64_t>(tokens[i]) < static_cast<uint64_t>(info_.vocab_size)) continue;
-    throw std::runtime_error(both_files(program_.path(), weights_->path()) + ": the token " +
-                             std::to_string(tokens[i]) + " is drawn, expected 0 to " +
-                             std::to_string(info_.vocab_size - 1));
+  const std::vector<int64_t> values = device_->settle();
+  if (values.empty()) return;
+  std::vector<Drawn> drawn = read_drawn(values.data(), sessions.size(), ahead_drafts_);
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    if (sessions[i]) sessions[i]->overtaken_ = std::move(drawn[i]);
   }
 }
 
@@ -154,6 +155,33 @@ void Model::check_logits(const float* logits, size_t sequences) const {
   }
 }
 
+std::vector<Drawn> Model::read_drawn(const int64_t* values, size_t sequences, bool drafts) const {
+  std::vector<Drawn> drawn;
+  for (size_t i = 0; i < sequences; ++i) {
+    if (!drafts) {
+      drawn.push_back({0, values[i], {}});
+      continue;
+    }
+    const int64_t* row = values + i * static_cast<size_t>(2 + info_.draft_tokens);
+    drawn.push_back({row[0], row[1], {row + 2, row + 2 + info_.draft_tokens}});
+  }
+  return drawn;
+}
+
+void Model::check_drawn(const Drawn& drawn, size_t fed) const {
+  const std::string files = both_files(program_.path(), weights_->path());
+  const auto check = [&](int64_t token, const char* what) {
+    if (static_cast<uint64_t>(token) < static_cast<uint64_t>(info_.vocab_size)) return;
+    throw std::runtime_error(files + ": the token " + std::to_string(token) + " is " + what +
+                             ", expected 0 to " + std::to_string(info_.vocab_size - 1));
+  };
+  check(drawn.token, "drawn");
+  for (const int64_t token : drawn.drafts) check(token, "drafted");
+  if (static_cast<uint64_t>(drawn.accepted) < fed) return;
+  throw std::runtime_error(files + ": " + std::to_string(drawn.accepted) + " of " +
+                           std::to_string(fed - 1) + " drafts are accepted");
+}
+
 void Model::check_overtaken(Session& session, int64_t token, const Sampling& sampling) const {
   if (!session.overtaken_) return;
   if (token != session.drawn_ || !(sampling == session.sampling_)) {
@@ -162,23 +190,62 @@ void Model::check_overtaken(Session& session, int64_t token, const Sampling& sam
         "another call");
   }
   session.failed_ = true;
-  check_drawn(&*session.overtaken_, 1);
+  check_drawn(*session.overtaken_, fed_ahead(session).size());
   session.failed_ = false;
 }
 
-void Model::take_overtaken(Session& session) {
-  if (cache_) session.tokens_.push_back(session.drawn_);
-  session.drawn_ = *session.overtaken_;
-  session.overtaken_.reset();
-  ++session.position_;
+Tokens Model::fed_ahead(const Session& session) {
+  Tokens fed{session.drawn_};
+  // A method with drafts makes them; none are left behind a call of one without.
+  if (!session.overtaken_->drafts.empty()) {
+    fed.insert(fed.end(), session.drafts_.begin(), session.drafts_.end());
+  }
+  return fed;
 }
 
-std::vector<const void*> Model::run_or_settle(const Call& call, size_t sequences) {
+Step Model::take_overtaken(Session& session) {
+  const Tokens fed = fed_ahead(session);
+  return advance(session, fed, *std::exchange(session.overtaken_, std::nullopt));
+}
+
+Step Model::advance(Session& session, const Tokens& fed, Drawn drawn) {
+  // Of a prompt all tokens count; a decode call ends with the last draft that was accepted.
+  const bool drafts = !drawn.drafts.empty();
+  const auto accepted = static_cast<std::ptrdiff_t>(drawn.accepted);
+  const auto end = drafts ? fed.begin() + 1 + accepted : fed.end();
+  if (cache_) session.tokens_.insert(session.tokens_.end(), fed.begin(), end);
+  session.position_ += end - fed.begin();
+  session.version_ = drawn.accepted;
+  session.drawn_ = drawn.token;
+  session.drafts_ = std::move(drawn.drafts);
+  Step step{{fed.begin() + 1, fed.begin() + 1 + accepted}, nullptr, drafts ? fed.size() - 1 : 0};
+  step.tokens.push_back(drawn.token);
+  return step;
+}
+
+bool Model::take_back(Session& session, size_t count) {
+  if (count == 0) return true;
+  settle();
+  if (session.overtaken_) return false;
+  session.position_ -= static_cast<int64_t>(count);
+  session.version_ -= static_cast<int64_t>(count);
+  if (cache_) session.tokens_.resize(session.tokens_.size() - count);
+  session.drafts_.clear();  // they are behind another token
+  return true;
+}
+
+std::vector<Drawn> Model::run_or_settle(const Call& call, const std::vector<Tokens>& fed,
+                                        const float** logits) {
   try {
-    std::vector<const void*> outputs = device_->run(call);
-    check_drawn(static_cast<const int64_t*>(outputs[0]), sequences);
-    if (outputs.size() > 1) check_logits(static_cast<const float*>(outputs[1]), sequences);
-    return outputs;
+    const std::vector<const void*> outputs = device_->run(call);
+    const auto* values = static_cast<const int64_t*>(outputs[0]);
+    std::vector<Drawn> drawn = read_drawn(values, fed.size(), call.outputs[0] == kStep);
+    for (size_t i = 0; i < fed.size(); ++i) check_drawn(drawn[i], fed[i].size());
+    if (outputs.size() > 1) {
+      *logits = static_cast<const float*>(outputs[1]);
+      check_logits(*logits, fed.size());
+    }
+    return drawn;
   } catch (...) {
     try {
       device_->settle();  // the call that failed may have been followed by another
@@ -189,42 +256,43 @@ std::vector<const void*> Model::run_or_settle(const Call& call, size_t sequences
   }
 }
 
-std::vector<Step> Model::call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
+std::vector<Step> Model::call(const std::vector<Feed>& feeds, const std::vector<Tokens>& tokens,
                               const CallOptions& options) {
-  static const std::vector<std::string> token_only{kToken}, with_logits{kToken, kLogits};
+  static const std::vector<std::string> step_only{kStep}, token_only{kToken},
+      with_logits{kToken, kLogits};
+  const bool drafts = options.drafts;
   std::vector<TextRow> rows;
   bool run_ahead = options.run_ahead;
   for (size_t i = 0; i < feeds.size(); ++i) {
-    Session& session = *feeds[i].session;
-    const int64_t next = session.position_ + static_cast<int64_t>(count);
-    // The next call would take its pages from this one, and write over what is to be remembered.
-    run_ahead = run_ahead && next < info_.max_seq_len && has_page(session, next) &&
-                (!cache_ || next % info_.page_size != 0);
-    rows.push_back(
-        {tokens + i * count, session.position_, session.slot_, session.pages_, feeds[i].sampling});
+    const Session& session = *feeds[i].session;
+    run_ahead = run_ahead && may_run_ahead(feeds[i], tokens[i], drafts);
+    rows.push_back({tokens[i].data(), tokens[i].size(), session.position_, session.version_,
+                    session.slot_, session.pages_, feeds[i].sampling});
   }
-  inputs_->set(rows, count);
-  const std::string& method = count > 1 ? kPrefill : feeds.size() > 1 ? kDecodeBatch : kDecode;
+  const size_t width = drafts ? static_cast<size_t>(reach(true)) : tokens[0].size();
+  inputs_->set(rows, width);
+  const std::string& alone = drafts ? kDraftDecode : width > 1 ? kPrefill : kDecode;
+  const std::string& several = drafts ? kDraftDecodeBatch : kDecodeBatch;
   for (const Feed& feed : feeds) feed.session->failed_ = true;
   ahead_.clear();
-  const std::vector<const void*> outputs = run_or_settle(
-      {method, inputs_->inputs(), options.logits ? with_logits : token_only, run_ahead},
-      feeds.size());
+  const float* logits = nullptr;
+  std::vector<Drawn> drawn = run_or_settle({feeds.size() > 1 ? several : alone, inputs_->inputs(),
+                                            drafts           ? step_only
+                                            : options.logits ? with_logits
+                                                             : token_only,
+                                            run_ahead},
+                                           tokens, &logits);
+  ahead_drafts_ = drafts;
   std::vector<Step> steps;
   for (size_t i = 0; i < feeds.size(); ++i) {
-    const auto row = static_cast<std::ptrdiff_t>(i);
-    const float* logits =
-        options.logits ? static_cast<const float*>(outputs[1]) + row * info_.vocab_size : nullptr;
     Session& session = *feeds[i].session;
     session.failed_ = false;
-    session.position_ += static_cast<int64_t>(count);
-    session.drawn_ = static_cast<const int64_t*>(outputs[0])[row];
     session.sampling_ = feeds[i].sampling;
-    if (cache_)
-      session.tokens_.insert(session.tokens_.end(), rows[i].tokens, rows[i].tokens + count);
-    if (options.remember) remember(session, count == 1);
+    const int64_t before = session.position_;
+    steps.push_back(advance(session, tokens[i], std::move(drawn[i])));
+    if (logits) steps[i].logits = logits + static_cast<std::ptrdiff_t>(i) * info_.vocab_size;
+    if (options.remember) remember(session, before, drafts || width == 1);
     if (run_ahead) ahead_.push_back(&session);
-    steps.push_back({session.drawn_, logits});
   }
   return steps;
 }
@@ -236,6 +304,7 @@ Step Model::run(Session& session, const int64_t* tokens, size_t count, const Sam
     settle();
     check_overtaken(session, tokens[0], session.sampling_);
     if (session.overtaken_) {
+      session.overtaken_->accepted = 0;  // drafts that were fed, too, are not what follows here
       take_overtaken(session);
       ++tokens;
       --count;
@@ -245,8 +314,33 @@ Step Model::run(Session& session, const int64_t* tokens, size_t count, const Sam
   if (count == 1) return decode({feed}, options).front();
   take_pages({feed}, count, false);
   CallOptions without_next = options;
-  without_next.run_ahead = false;  // a next call would be one of another method
-  return call({feed}, tokens, count, without_next).front();
+  // A next call would be one of another method.
+  without_next.run_ahead = without_next.drafts = false;
+  return call({feed}, {Tokens(tokens, tokens + count)}, without_next).front();
+}
+
+Tokens Model::tokens_of(const Feed& feed, bool drafts) const {
+  const Session& session = *feed.session;
+  Tokens tokens{feed.token};
+  if (!drafts || feed.token != session.drawn_) return tokens;
+  const int64_t most = std::min(feed.most, info_.max_seq_len - session.position_);
+  const auto count = std::clamp<int64_t>(most - 1, 0, static_cast<int64_t>(session.drafts_.size()));
+  tokens.insert(tokens.end(), session.drafts_.begin(), session.drafts_.begin() + count);
+  return tokens;
+}
+
+bool Model::may_run_ahead(const Feed& feed, const Tokens& tokens, bool drafts) const {
+  const Session& session = *feed.session;
+  // The next call is of as many tokens, none of which may be one too many.
+  const int64_t most = std::min(feed.most, info_.max_seq_len - session.position_);
+  if (static_cast<int64_t>(tokens.size()) < reach(drafts) || most < 2 * reach(drafts)) return false;
+  // It would take its pages from this one, and write over what is to be remembered. Where it
+  // begins is not known with drafts.
+  const int64_t next = session.position_ + reach(drafts);
+  const int64_t size = info_.page_size;
+  if (cache_ && next / size != session.position_ / size) return false;
+  // A method without drafts leaves version 0, and does not hand over that it is the next one's.
+  return has_page(session, next + decode_tokens(drafts) - 1) && (drafts || session.version_ == 0);
 }
 
 std::vector<Step> Model::decode(const std::vector<Feed>& feeds, const CallOptions& options) {
@@ -255,7 +349,7 @@ std::vector<Step> Model::decode(const std::vector<Feed>& feeds, const CallOption
                              " sequences, got " + std::to_string(feeds.size()));
   }
   for (const Feed& feed : feeds) check_call(*feed.session, &feed.token, 1);
-  if (!is_ahead(feeds)) settle();
+  if (!is_ahead(feeds, options.drafts)) settle();
   std::vector<Feed> rest;
   for (const Feed& feed : feeds) {
     check_overtaken(*feed.session, feed.token, feed.sampling);
@@ -263,23 +357,17 @@ std::vector<Step> Model::decode(const std::vector<Feed>& feeds, const CallOption
   }
   std::vector<Step> made;
   if (!rest.empty()) {
-    if (ahead_.empty()) take_pages(rest, 1, options.run_ahead);
+    if (ahead_.empty()) take_pages(rest, decode_tokens(options.drafts), options.run_ahead);
     CallOptions now = options;
     now.run_ahead = options.run_ahead && rest.size() == feeds.size();
-    std::vector<int64_t> tokens;
-    for (const Feed& feed : rest) tokens.push_back(feed.token);
-    made = call(rest, tokens.data(), 1, now);
+    std::vector<Tokens> tokens;
+    for (const Feed& feed : rest) tokens.push_back(tokens_of(feed, options.drafts));
+    made = call(rest, tokens, now);
   }
   std::vector<Step> steps;
   auto next = made.begin();
   for (const Feed& feed : feeds) {
-    Session& session = *feed.session;
-    if (!session.overtaken_) {
-      steps.push_back(*next++);
-      continue;
-    }
-    take_overtaken(session);
-    steps.push_back({session.drawn_, nullptr});
+    steps.push_back(feed.session->overtaken_ ? take_overtaken(*feed.session) : std::move(*next++));
   }
   return steps;
 }

@@ -18,13 +18,15 @@
 
 namespace et_moe {
 
-/// What the program's constant methods say.
+/// What the program's constant methods say. One that only programs with drafts have is
+/// `get_draft_tokens`.
 struct ModelInfo {
   int64_t max_seq_len;         // most tokens of a sequence
   int64_t max_prefill_tokens;  // most tokens of one prefill call
   int64_t max_sequences;       // most sequences of one decode call
   int64_t page_size;           // tokens of a page of the KV cache
   int64_t max_pages;           // of a sequence
+  int64_t draft_tokens;        // of a decode call that is fed drafts; 0: there is none
   int64_t vocab_size;
   int64_t n_layers;
   std::vector<int64_t> eos_ids;
@@ -51,6 +53,15 @@ class OutOfPages : public std::runtime_error {
 
 class Model;
 
+using Tokens = std::vector<int64_t>;
+
+/// What a decode call drew for one sequence.
+struct Drawn {
+  int64_t accepted = 0;         // of the drafts that it was fed
+  int64_t token = 0;            // behind them
+  std::vector<int64_t> drafts;  // of those behind this one; none of a method without drafts
+};
+
 /// One sequence on a model: where its state lies, and how far it has come. It must go before the
 /// model does.
 class Session {
@@ -72,11 +83,14 @@ class Session {
   const int32_t slot_;
   std::vector<int32_t> pages_;
   int64_t position_ = 0;
-  int64_t drawn_ = 0;  // the token that the last call drew, and how
+  int64_t version_ = 0;          // of the state in the slot, that goes on from here
+  int64_t drawn_ = 0;            // the token that the last call drew last, and how
+  std::vector<int64_t> drafts_;  // of those behind it
   Sampling sampling_;
   std::vector<int64_t> tokens_;  // that were fed, where there is a prefix cache
-  /// The token behind `drawn_`, of a call that ran ahead while other calls were asked for.
-  std::optional<int64_t> overtaken_;
+  /// What a call drew that was fed `drawn_`, and perhaps `drafts_`, and ran ahead while other calls
+  /// were asked for.
+  std::optional<Drawn> overtaken_;
   bool failed_ = false;  // the last call did: who knows what it has done to the state
 };
 
@@ -85,22 +99,27 @@ struct Feed {
   Session* session;
   int64_t token;
   Sampling sampling;
+  int64_t most = INT64_MAX;  // tokens that may be drawn, in this call and those that follow
 };
 
-/// The next token, and the logits it was drawn from if they were asked for: vocab_size floats in
-/// host memory, none of them NaN or +infinity, valid until the model runs again. Else null, as it
-/// is for a token that was drawn ahead of a call that was not the one expected.
+/// What a call drew: the next token, and with drafts one more for each that was accepted. The
+/// logits that the token was drawn from are there if they were asked for: vocab_size floats in host
+/// memory, none of them NaN or +infinity, valid until the model runs again. Else null, as they are
+/// for a token that was drawn ahead of a call that was not the one expected.
 struct Step {
-  int64_t token;
+  std::vector<int64_t> tokens;
   const float* logits;
+  size_t drafts = 0;  // that were fed
 };
 
 /// How one call is made.
 struct CallOptions {
-  bool logits = false;     // whether the steps have logits
+  bool logits = false;     // whether the steps have logits; not with drafts
   bool run_ahead = false;  // whether the next call feeds the same sequences the tokens that this
-                           // one draws, with the same sampling: a GPU may begin it at once
+                           // one draws, with the same sampling, unless one has no more to draw: a
+                           // GPU may begin it at once
   bool remember = true;    // whether the prefix cache, if there is one, is left what was fed so far
+  bool drafts = false;     // whether a decode call is fed drafts, too; of a program that has them
 };
 
 /// A `.pte` with its `.ptd`, and the state of the sequences on it. Not thread-safe.
@@ -126,6 +145,10 @@ class Model {
   size_t free_pages() const { return pool_->pages.size() + pool_->pages.idle(); }
   /// How many pages a session lacks for `count` more tokens.
   size_t missing_pages(const Session& session, size_t count) const;
+  /// For how many tokens a decode call needs pages: drafts of its own lie behind those it is fed.
+  size_t decode_tokens(bool drafts) const {
+    return drafts ? 1 + 2 * static_cast<size_t>(info_.draft_tokens) : 1;
+  }
 
   /// What a session was given of tokens that others were fed before: so many `tokens`, which then
   /// count as fed to it. `known` of its tokens are in pages that are known; a call that ends behind
@@ -154,8 +177,16 @@ class Model {
   /// A session that was asked to run ahead may have been fed already the token it drew, so it must
   /// be given that token next, with the same sampling.
   ///
+  /// With drafts these are the methods `draft_decode` and `draft_decode_batch`. A session is fed
+  /// its token, and behind it the drafts that the last call made, if that made some and drew this
+  /// token, as far as the sequence may draw more. What is drawn is the same without them.
+  ///
   /// Throws like `run`. After a failure of the program all the sessions have to be reset.
   std::vector<Step> decode(const std::vector<Feed>& feeds, const CallOptions& options = {});
+
+  /// Takes back the last `count` tokens that a session was fed: drafts of its last call. Returns
+  /// false if it cannot, since the device has gone on from them; the session has to be reset then.
+  bool take_back(Session& session, size_t count);
 
  private:
   friend class Session;
@@ -166,33 +197,46 @@ class Model {
   size_t choose_pages(const ModelOptions& options, const Bindings& bindings) const;
   void check_call(const Session& session, const int64_t* tokens, size_t count) const;
   /// Throws std::runtime_error, with the files, unless tokens that were drawn are of the
-  /// vocabulary.
-  void check_drawn(const int64_t* tokens, size_t count) const;
+  /// vocabulary, and no more drafts were accepted than there were among `fed` tokens.
+  void check_drawn(const Drawn& drawn, size_t fed) const;
   /// Throws std::runtime_error, with the files, for NaN and +infinity.
   void check_logits(const float* logits, size_t sequences) const;
   /// Throws std::runtime_error unless this token, drawn like this, is what the session was fed, and
-  /// what that drew in turn is a token. If it is none, the session has failed.
+  /// what that drew in turn are tokens. If not, the session has failed.
   void check_overtaken(Session& session, int64_t token, const Sampling& sampling) const;
-  /// Makes the token that was fed ahead of its call count as fed.
-  void take_overtaken(Session& session);
+  /// Makes what was fed ahead of its call count as fed. Returns the step.
+  Step take_overtaken(Session& session);
+  /// Makes what a session was fed in a call count, and what was drawn.
+  Step advance(Session& session, const Tokens& fed, Drawn drawn);
+  /// What a session was fed ahead of its call.
+  static Tokens fed_ahead(const Session& session);
+  /// What the method of a call drew for each sequence, of the values that it returns.
+  std::vector<Drawn> read_drawn(const int64_t* values, size_t sequences, bool drafts) const;
+  /// What a decode call feeds of a sequence.
+  Tokens tokens_of(const Feed& feed, bool drafts) const;
+  /// Whether the device may go on from a call that feeds these tokens.
+  bool may_run_ahead(const Feed& feed, const Tokens& tokens, bool drafts) const;
+  /// Most tokens that a decode call draws for a sequence.
+  int64_t reach(bool drafts) const { return drafts ? 1 + info_.draft_tokens : 1; }
   /// Takes pages for so many more tokens of each session, and for some more if there are any and
   /// the call may be followed by others at once. Throws OutOfPages.
   void take_pages(const std::vector<Feed>& feeds, size_t count, bool run_ahead);
   /// Whether a session has a page for a token at a position.
   bool has_page(const Session& session, int64_t position) const;
   /// Whether these feeds are the call that runs ahead.
-  bool is_ahead(const std::vector<Feed>& feeds) const;
+  bool is_ahead(const std::vector<Feed>& feeds, bool drafts) const;
   /// Ends running ahead: its sessions keep the tokens that were drawn.
   void settle();
-  /// A call of the device whose outputs are tokens, of so many sequences, and perhaps logits; if it
-  /// fails nothing runs ahead any more.
-  std::vector<const void*> run_or_settle(const Call& call, size_t sequences);
-  /// One call of sessions whose pages are there: `count` tokens of one, or one of each.
-  std::vector<Step> call(const std::vector<Feed>& feeds, const int64_t* tokens, size_t count,
+  /// A call of the device that feeds each sequence its tokens. Returns what it drew for each, and
+  /// in `logits` where these are, if they are wanted; if it fails nothing runs ahead any more.
+  std::vector<Drawn> run_or_settle(const Call& call, const std::vector<Tokens>& fed,
+                                   const float** logits);
+  /// One call of sessions whose pages are there, which feeds each its tokens.
+  std::vector<Step> call(const std::vector<Feed>& feeds, const std::vector<Tokens>& tokens,
                          const CallOptions& options);
-  /// Leaves to the prefix cache what a session has been fed: pages that are full, and the state
-  /// behind them. `passing`: a token at a time.
-  void remember(const Session& session, bool passing);
+  /// Leaves to the prefix cache what a session has been fed, the last call from position `before`
+  /// on: pages that are full, and the state behind them. `passing`: a decode call.
+  void remember(const Session& session, int64_t before, bool passing);
   /// Gives back a session's pages, and gives up a token that it was asked to draw ahead.
   void drop(Session& session);
 
@@ -204,6 +248,7 @@ class Model {
   std::optional<PrefixCache> cache_;
   ModelInfo info_{};
   std::vector<Session*> ahead_;  // the sessions of the call that runs ahead, in order
+  bool ahead_drafts_ = false;    // whether it is fed drafts
 };
 
 }  // namespace et_moe

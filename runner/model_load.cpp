@@ -13,17 +13,20 @@ namespace {
 using executorch::aten::ScalarType;
 
 constexpr int64_t kFormatVersion = 4;
+constexpr int64_t kMostDrafts = 3;
 
-/// Throws std::runtime_error unless a method returns `token`, int64 [B, 1], and `logits`,
-/// float32 [B, vocab_size], for B sequences.
+/// Throws std::runtime_error unless a method returns for B sequences what it has to: `token`,
+/// int64 [B, 1], and `logits`, float32 [B, vocab_size]; fed drafts `step`, int64 [B, 2 + drafts].
 void check_outputs(const std::string& method, const MethodSpec& spec, SizeRange sequences,
-                   int64_t vocab_size) {
+                   int64_t vocab_size, int64_t drafts) {
   const auto expect = [&sequences](const std::string& name, ScalarType dtype, int64_t width) {
     const auto columns = static_cast<int32_t>(width);
     return TensorSpec{name, dtype, {sequences.most, columns}, {sequences.least, columns}};
   };
-  for (const TensorSpec& expected :
-       {expect(kToken, ScalarType::Long, 1), expect(kLogits, ScalarType::Float, vocab_size)}) {
+  const std::vector<TensorSpec> usual{expect(kToken, ScalarType::Long, 1),
+                                      expect(kLogits, ScalarType::Float, vocab_size)};
+  const std::vector<TensorSpec> of_drafts{expect(kStep, ScalarType::Long, 2 + drafts)};
+  for (const TensorSpec& expected : drafts > 0 ? of_drafts : usual) {
     const size_t i = find_tensor(spec.outputs, expected.name);
     if (i == spec.outputs.size()) {
       throw std::runtime_error("method " + method + " has no output " + expected.name);
@@ -62,6 +65,7 @@ ModelInfo read_info(const ProgramFile& program) {
                  program.count("get_max_sequences"),
                  program.count("get_page_size"),
                  program.count("get_max_pages"),
+                 program.has("get_draft_tokens") ? program.count("get_draft_tokens") : 0,
                  program.count("get_vocab_size"),
                  program.count("get_n_layers"),
                  {},
@@ -79,7 +83,14 @@ ModelInfo read_info(const ProgramFile& program) {
                                ", expected at least " + std::to_string(least));
     }
   }
-  const int64_t pages = (info.max_seq_len + info.page_size - 1) / info.page_size;
+  if (info.draft_tokens > kMostDrafts) {
+    throw std::runtime_error(program.path() + ": get_draft_tokens is " +
+                             std::to_string(info.draft_tokens) + ", expected at most " +
+                             std::to_string(kMostDrafts));
+  }
+  // Drafts behind those that are fed lie behind the last token, too.
+  const int64_t tokens = info.max_seq_len + 2 * info.draft_tokens;
+  const int64_t pages = (tokens + info.page_size - 1) / info.page_size;
   if (info.max_pages != pages) {
     throw std::runtime_error(
         program.path() + ": get_max_pages is " + std::to_string(info.max_pages) + ", expected " +
@@ -93,7 +104,7 @@ Model::Model(const std::string& pte_path, const std::string& ptd_path, const Mod
   info_ = read_info(program_);
   inputs_.emplace(static_cast<size_t>(info_.max_sequences),
                   static_cast<size_t>(info_.max_prefill_tokens),
-                  static_cast<size_t>(info_.max_pages));
+                  static_cast<size_t>(info_.draft_tokens), static_cast<size_t>(info_.max_pages));
   const std::string backend = program_.text("get_backend"), text = program_.text("get_bindings");
   info_.backend =
       in_file(pte_path + ": get_backend", [&] { return parse_json(backend).get<std::string>(); });
@@ -113,14 +124,20 @@ Model::~Model() = default;
 void Model::check_methods(const Bindings& bindings) const {
   const auto most_tokens = static_cast<int32_t>(info_.max_prefill_tokens);
   const auto most_sequences = static_cast<int32_t>(info_.max_sequences);
-  std::vector<std::tuple<std::string, SizeRange, SizeRange>> methods = {
-      {kPrefill, {1, 1}, {2, most_tokens}}, {kDecode, {1, 1}, {1, 1}}};
-  if (most_sequences > 1) methods.push_back({kDecodeBatch, {2, most_sequences}, {1, 1}});
-  for (const auto& [name, sequences, tokens] : methods) {
+  const auto most_drafts = static_cast<int32_t>(info_.draft_tokens);
+  const SizeRange one{1, 1}, several{2, most_sequences}, drafts{1 + most_drafts, 1 + most_drafts};
+  std::vector<std::tuple<std::string, SizeRange, SizeRange, int64_t>> methods = {
+      {kPrefill, one, {2, most_tokens}, 0}, {kDecode, one, one, 0}};
+  if (most_sequences > 1) methods.push_back({kDecodeBatch, several, one, 0});
+  if (most_drafts > 0) methods.push_back({kDraftDecode, one, drafts, most_drafts});
+  if (most_drafts > 0 && most_sequences > 1) {
+    methods.push_back({kDraftDecodeBatch, several, drafts, most_drafts});
+  }
+  for (const auto& [name, sequences, tokens, fed] : methods) {
     const auto method = bindings.methods.find(name);
     if (method == bindings.methods.end()) throw std::runtime_error("has no method " + name);
     inputs_->check(name, method->second, sequences, tokens);
-    check_outputs(name, method->second, sequences, info_.vocab_size);
+    check_outputs(name, method->second, sequences, info_.vocab_size, fed);
   }
 }
 
@@ -166,9 +183,16 @@ void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
                                state.describe() + ", " + std::to_string(slots) + " slots and " +
                                std::to_string(pages) + " pages do not fit");
     }
+    if (state.pool == Pool::kSlots && info_.draft_tokens > 0 &&
+        (state.shape.size() < 2 || state.shape[1] <= info_.draft_tokens)) {
+      throw std::runtime_error(program_.path() + ": the state " + state.name + " is " +
+                               state.describe() + ", too small for " +
+                               std::to_string(info_.draft_tokens) + " drafts");
+    }
   }
   pool_.emplace(static_cast<int32_t>(pages), static_cast<int32_t>(options.max_sequences),
-                static_cast<int32_t>(options.snapshots));
+                static_cast<int32_t>(options.snapshots),
+                static_cast<int32_t>(1 + info_.draft_tokens));
   if (options.snapshots > 0) cache_.emplace(*pool_, static_cast<size_t>(info_.page_size));
   try {
     device_->allocate(pool_->sizes);

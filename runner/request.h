@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "runner/stats.h"
 #include "runner/text_inputs.h"
 
 namespace et_moe {
@@ -76,6 +77,7 @@ struct Event {
   std::string error;          // with kError
   int64_t cached_tokens = 0;  // of the prompt, taken from the prefix cache; with the first token
   std::vector<double> drawn_ms{};  // when each token was drawn, by llm::now_ms
+  llm::DraftStats drafts{};        // that were fed since
 };
 
 }  // namespace et_moe

@@ -76,15 +76,13 @@ size_t Sequence::piece_end() const {
   return end;
 }
 
-size_t Sequence::next_count() const {
-  return in_prompt() ? bounded_end(fed_, piece_end(), bound_) - fed_ : 1;
-}
+size_t Sequence::next_count() const { return bounded_end(fed_, piece_end(), bound_) - fed_; }
 
 size_t Sequence::pages_to_go_on() const {
   const auto size = static_cast<size_t>(model_.info().page_size);
-  const size_t fed = request_.prompt_ids.size() + ids_.size();
-  const size_t at_end =
-      request_.prompt_ids.size() + static_cast<size_t>(std::max<int64_t>(limit_, 1)) - 1;
+  const size_t before = request_.prompt_ids.size() + model_.decode_tokens(drafts()) - 1;
+  const size_t fed = before + ids_.size();
+  const size_t at_end = before + static_cast<size_t>(std::max<int64_t>(limit_, 1)) - 1;
   return std::min((fed + size - 1) / size + 1, (std::max(at_end, fed) + size - 1) / size);
 }
 
@@ -98,17 +96,34 @@ Event Sequence::feed_prompt() {
   options.remember = fed_ + count == piece_end();
   const Step step = model_.run(*session_, ids.data() + fed_, count, params.sampling, options);
   fed_ += count;
-  if (is_last) return advance(step);
+  Event event = empty_event();
+  if (is_last) {
+    advance(step.tokens[0], step.logits, event);
+    return event;
+  }
   if (params.prompt_logprobs) {
     prompt_logprobs_.push_back(
         token_logprob(step.logits, model_.info().vocab_size, ids[fed_], *params.prompt_logprobs));
   }
-  return empty_event();
+  return event;
 }
 
 Event Sequence::take(const Step& step) {
-  ++replayed_;
-  return advance(step);
+  Event event = empty_event();
+  for (size_t i = 0; i < step.tokens.size() && !event.end; ++i) {
+    const int64_t token = step.tokens[i];
+    if (++replayed_ < ids_.size() && token != ids_[replayed_]) {
+      // Computed in another way than at first, it would be another token: what was drawn holds.
+      model_.take_back(*session_, step.tokens.size() - 1 - i);
+      return event;
+    }
+    advance(token, step.logits, event);
+  }
+  // Tokens that are drawn once more were counted; drafts behind the last one come to nothing.
+  if (const size_t kept = event.token_ids.size(); kept > 0) {
+    event.drafts.add(step.drafts, std::min(kept, step.tokens.size() - 1));
+  }
+  return event;
 }
 
 int64_t Sequence::draw(const float* logits) {
@@ -143,22 +158,20 @@ Event Sequence::draw_waiting() {
   return event;
 }
 
-Event Sequence::advance(const Step& step) {
-  Event event = empty_event();
-  if (replayed_ < ids_.size()) return event;
+void Sequence::advance(int64_t token, const float* logits, Event& event) {
+  if (replayed_ < ids_.size()) return;
   if (ids_.empty() && request_.params.prompt_logprobs) {
     event.prompt_logprobs = std::move(prompt_logprobs_);
   }
   if (limit_ == 0) {
     event.end = RequestEnd::kLength;
   } else if (!sampler_) {
-    accept(step.token, step.logits, event);
+    accept(token, logits, event);
   } else if (request_.params.guided && !mask_) {
-    logits_.assign(step.logits, step.logits + model_.info().vocab_size);
+    logits_.assign(logits, logits + model_.info().vocab_size);
   } else {
-    accept(draw(step.logits), step.logits, event);
+    accept(draw(logits), logits, event);
   }
-  return event;
 }
 
 }  // namespace et_moe

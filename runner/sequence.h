@@ -55,7 +55,7 @@ class Sequence {
   void reuse_prefix();
 
   /// Pages that it lacks for its next call.
-  size_t missing_pages() const { return model_.missing_pages(*session_, next_count()); }
+  size_t missing_pages() const { return model_.missing_pages(*session_, next_tokens()); }
   /// Pages that it takes to come to where it is, and one more if it may go on beyond them.
   size_t pages_to_go_on() const;
   /// Those of them that it has.
@@ -67,25 +67,30 @@ class Sequence {
   Event draw_waiting();
 
   /// What it feeds in a decode call.
-  Feed feed() const { return {session_.get(), ids_[replayed_], request_.params.sampling}; }
-  bool wants_logits() const { return sampler_ || request_.params.logprobs; }
-  /// Whether its next decode call will be followed by another one that can be told from it.
-  bool goes_on() const {
-    return !wants_logits() && static_cast<int64_t>(ids_.size()) + 1 < limit_ && !replays();
+  Feed feed() const {
+    const int64_t most = limit_ - static_cast<int64_t>(replayed_) - 1;
+    return {session_.get(), ids_[replayed_], request_.params.sampling, most};
   }
+  bool wants_logits() const { return sampler_ || request_.params.logprobs; }
+  /// Whether its decode calls can be fed drafts.
+  bool drafts() const { return model_.info().draft_tokens > 0 && !wants_logits(); }
+  /// Whether the decode call that follows the next one can be told from it.
+  bool goes_on() const { return !wants_logits() && !replays(); }
   /// Takes what the decode call drew. Returns what is new. Throws like `Sampler::draw`.
   Event take(const Step& step);
 
  private:
   /// Where the piece of the prompt that comes next ends, unless it has to be shorter.
   size_t piece_end() const;
-  /// How many tokens the next call feeds.
+  /// How many tokens of the prompt the next call feeds.
   size_t next_count() const;
+  /// For how many tokens the next call needs pages.
+  size_t next_tokens() const { return in_prompt() ? next_count() : model_.decode_tokens(drafts()); }
   /// Whether the next call was made before.
   bool replays() const { return replayed_ + 1 < ids_.size(); }
   Event empty_event() const { return {id_, {}, {}, {}, {}, {}}; }
-  /// Makes the step that follows the last token fed the next token.
-  Event advance(const Step& step);
+  /// Makes what was drawn behind the last token fed the next token.
+  void advance(int64_t token, const float* logits, Event& event);
   /// Draws from the logits of the last call.
   int64_t draw(const float* logits);
   /// The token, its log-probability and whether it is the last.

@@ -58,8 +58,8 @@ class Pages {
 
 /// Slots are of sequences, or of snapshots of sequences.
 struct StatePool {
-  StatePool(int32_t all_pages, int32_t sequences, int32_t all_snapshots)
-      : sizes{all_pages, sequences + all_snapshots},
+  StatePool(int32_t all_pages, int32_t sequences, int32_t all_snapshots, int32_t versions = 1)
+      : sizes{all_pages, sequences + all_snapshots, versions},
         pages(all_pages),
         slots(0, sequences),
         snapshots(sequences, all_snapshots) {}

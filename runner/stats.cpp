@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <numeric>
 
 #include "backends/json.h"
 
@@ -38,6 +39,25 @@ double quantile(std::vector<double> values, double part) {
   return values[below] + (place - std::floor(place)) * (values[above] - values[below]);
 }
 
+int64_t DraftStats::accepted_tokens() const {
+  return std::accumulate(accepted.begin(), accepted.end(), int64_t{0});
+}
+
+void DraftStats::add(size_t fed, size_t kept) {
+  if (fed == 0) return;
+  ++steps;
+  tokens += static_cast<int64_t>(fed);
+  accepted.resize(std::max(accepted.size(), fed));
+  for (size_t i = 0; i < kept; ++i) ++accepted[i];
+}
+
+void DraftStats::add(const DraftStats& other) {
+  steps += other.steps;
+  tokens += other.tokens;
+  accepted.resize(std::max(accepted.size(), other.accepted.size()));
+  for (size_t i = 0; i < other.accepted.size(); ++i) accepted[i] += other.accepted[i];
+}
+
 double Stats::prefill_token_per_sec() const {
   return rate(num_prompt_tokens, inference_start_ms, prompt_eval_end_ms);
 }
@@ -68,6 +88,12 @@ std::string Stats::to_json() const {
   json["first_token_ms"] = ms(first_token_ms);
   json["aggregate_sampling_time_ms"] = ms(aggregate_sampling_time_ms);
   json["aggregate_model_execution_time_ms"] = ms(aggregate_model_execution_time_ms);
+  if (drafts) {
+    json["draft_steps"] = drafts->steps;
+    json["draft_tokens"] = drafts->tokens;
+    json["accepted_draft_tokens"] = drafts->accepted_tokens();
+    json["accepted_draft_tokens_per_position"] = drafts->accepted;
+  }
   if (gpu) {
     json["gpu_total_bytes"] = gpu->total;
     json["gpu_free_before_load_bytes"] = gpu->free_before_load;
@@ -118,6 +144,15 @@ std::string Stats::to_table() const {
     row("Time to first token", "%.1f", first_token_ms - inference_start_ms, "ms");
     row("Decode", "%.1f", inference_end_ms - prompt_eval_end_ms, "ms");
     row("", "%.1f", decode_token_per_sec(), "tokens/s");
+  }
+  if (drafts) {
+    row("Drafts", "%.0f", static_cast<double>(drafts->tokens), "tokens");
+    row("Accepted", "%.0f", static_cast<double>(drafts->accepted_tokens()), "tokens");
+    for (size_t i = 0; i < drafts->accepted.size(); ++i) {
+      const double share =
+          100 * static_cast<double>(drafts->accepted[i]) / static_cast<double>(drafts->steps);
+      row("", "%.1f", share, i == 0 ? "% of first drafts" : i == 1 ? "% of first two" : "% of all");
+    }
   }
   row("Total", "%.1f", inference_end_ms - inference_start_ms, "ms");
   if (gpu) row("Peak GPU memory", "%.1f", peak_usage_mb(*gpu), "MiB");

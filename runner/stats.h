@@ -28,6 +28,18 @@ struct BatchStats {
   int64_t generated_in_prefill = 0;       // tokens of all requests until the end of prefill
 };
 
+/// Of tokens that were guessed before they were drawn.
+struct DraftStats {
+  int64_t steps = 0;              // calls that were fed drafts
+  int64_t tokens = 0;             // drafts that they were fed
+  std::vector<int64_t> accepted;  // in how many of them the first one was right, the first two, ...
+
+  int64_t accepted_tokens() const;
+  /// Counts a call: `fed` drafts, of which so many were accepted and kept. None is no such call.
+  void add(size_t fed, size_t kept);
+  void add(const DraftStats& other);
+};
+
 /// The value below which a part of the values lies, interpolated. There must be one.
 double quantile(std::vector<double> values, double part);
 
@@ -46,6 +58,7 @@ struct Stats {
   double aggregate_model_execution_time_ms = 0;
   int64_t num_prompt_tokens = 0;
   int64_t num_generated_tokens = 0;  // the one that prefill draws included
+  std::optional<DraftStats> drafts;  // only of a program that makes drafts
   std::optional<GpuMemory> gpu;      // only where a GPU was used
   std::optional<BatchStats> batch;   // only of many requests at once; the numbers are their sums
 

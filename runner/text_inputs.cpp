@@ -12,9 +12,9 @@ constexpr int32_t kNoPage = -1;
 
 }  // namespace
 
-TextInputs::TextInputs(size_t max_sequences, size_t max_tokens, size_t max_pages)
+TextInputs::TextInputs(size_t max_sequences, size_t max_tokens, size_t drafts, size_t max_pages)
     : max_sequences_(max_sequences),
-      max_tokens_(std::max(max_tokens, max_sequences)),
+      max_tokens_(std::max(max_tokens, max_sequences * (1 + drafts))),
       max_pages_(max_pages),
       inputs_{{"tokens", ScalarType::Long, {1, 1}, nullptr},
               {"positions", ScalarType::Long, {1}, nullptr},
@@ -24,17 +24,21 @@ TextInputs::TextInputs(size_t max_sequences, size_t max_tokens, size_t max_pages
               {"temperature", ScalarType::Float, {1}, nullptr},
               {"top_k", ScalarType::Long, {1}, nullptr},
               {"top_p", ScalarType::Float, {1}, nullptr},
-              {"seed", ScalarType::Long, {1}, nullptr}} {}
+              {"seed", ScalarType::Long, {1}, nullptr}} {
+  if (drafts > 0) inputs_.push_back({"versions", ScalarType::Long, {1}, nullptr});
+}
 
 void TextInputs::allocate() {
   tokens_.resize(max_tokens_);
   pages_.resize(max_sequences_ * max_pages_);
   slots_.resize(max_sequences_);
-  for (auto* values : {&positions_, &num_tokens_, &top_k_, &seed_}) values->resize(max_sequences_);
+  for (auto* values : {&positions_, &num_tokens_, &versions_, &top_k_, &seed_}) {
+    values->resize(max_sequences_);
+  }
   for (auto* values : {&temperature_, &top_p_}) values->resize(max_sequences_);
-  const void* const data[] = {tokens_.data(), positions_.data(),  slots_.data(),
-                              pages_.data(),  num_tokens_.data(), temperature_.data(),
-                              top_k_.data(),  top_p_.data(),      seed_.data()};
+  const void* const data[] = {tokens_.data(),     positions_.data(),   slots_.data(), pages_.data(),
+                              num_tokens_.data(), temperature_.data(), top_k_.data(), top_p_.data(),
+                              seed_.data(),       versions_.data()};
   for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i].data = data[i];
 }
 
@@ -71,14 +75,17 @@ void TextInputs::check(const std::string& method, const MethodSpec& spec, SizeRa
   }
 }
 
-void TextInputs::set(const std::vector<TextRow>& rows, size_t count) {
+void TextInputs::set(const std::vector<TextRow>& rows, size_t width) {
   for (Input& input : inputs_) input.shape[0] = static_cast<int32_t>(rows.size());
-  inputs_.front().shape[1] = static_cast<int32_t>(count);
+  inputs_.front().shape[1] = static_cast<int32_t>(width);
   for (size_t i = 0; i < rows.size(); ++i) {
     const TextRow& row = rows[i];
-    std::copy_n(row.tokens, count, tokens_.begin() + static_cast<std::ptrdiff_t>(i * count));
+    const auto tokens = tokens_.begin() + static_cast<std::ptrdiff_t>(i * width);
+    std::fill(std::copy_n(row.tokens, row.count, tokens),
+              tokens + static_cast<std::ptrdiff_t>(width), 0);
     positions_[i] = row.position;
-    num_tokens_[i] = static_cast<int64_t>(count);
+    num_tokens_[i] = static_cast<int64_t>(row.count);
+    versions_[i] = row.version;
     slots_[i] = row.slot;
     const auto pages = pages_.begin() + static_cast<std::ptrdiff_t>(i * max_pages_);
     const auto behind = std::copy(row.pages.begin(), row.pages.end(), pages);

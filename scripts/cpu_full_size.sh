@@ -18,7 +18,7 @@ et_moe() {  # also writes down how long it took
     >>"$folder/results/e2e_cpu.tsv"
 }
 
-et_moe make-checkpoint --preset 35b --quantized --output-dir "$folder/bundle"
+et_moe make-checkpoint --preset 35b --quantized --recipe 4w --output-dir "$folder/bundle"
 et_moe export --prequantized "$folder/bundle" --max-seq-len 1024 --output-dir "$folder/program"
 python -m et_moe.benchmarks e2e --program "int8=$folder/program" --model-dir "$folder/bundle" \
   --prompts 128 --new-tokens 64 --warmup 1 --num-iters 3 --out "$folder/results/e2e_cpu.json"

@@ -29,7 +29,7 @@ measure() {
   python3 -m et_moe.benchmarks "$@" || failed=1
 }
 
-et_moe make-checkpoint --preset 35b --quantized --output-dir "$scratch/bundle"
+et_moe make-checkpoint --preset 35b --quantized --recipe 4w --output-dir "$scratch/bundle"
 et_moe export --prequantized "$scratch/bundle" --weights-only --backend cuda \
   --max-seq-len 4608 --output-dir "$scratch/program"
 for activations in int8 bf16; do  # they differ in the code, not in the weights

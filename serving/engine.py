@@ -7,6 +7,7 @@ from pathlib import Path
 
 from et_moe.runner import python as extension
 from et_moe.serving.interface import (
+    Drafts,
     Engine,
     EngineBrokenError,
     EngineStatus,
@@ -104,12 +105,17 @@ class _NativeEngine:
         self._close()
 
 
-def _event(request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, reason, error) -> Event:
+def _event(
+    request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error
+) -> Event:
+    drafts = Drafts() if drafts is None else Drafts(*drafts)
     if logprobs is not None:
         logprobs = tuple(TokenLogprob(*logprob) for logprob in logprobs)
     if prompt_logprobs is not None:
         prompt_logprobs = (None, *(TokenLogprob(*logprob) for logprob in prompt_logprobs))
-    return Event(request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, reason, error)
+    return Event(
+        request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error
+    )
 
 
 class AsyncEngine:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from et_moe.serving.detokenizer import Detokenizer
 from et_moe.serving.engine import AsyncEngine
 from et_moe.serving.guidance import Guide
-from et_moe.serving.interface import Event, SamplingParams
+from et_moe.serving.interface import Drafts, Event, SamplingParams
 from et_moe.serving.metrics import Metrics
 
 
@@ -53,6 +53,7 @@ class Generation:
         self._open, self._ending = True, False
         self.tokens = 0
         self.cached_tokens = 0
+        self.drafts = Drafts()
         metrics.prompt_tokens.inc(len(prompt_ids))
 
     def close(self) -> None:
@@ -99,6 +100,9 @@ class Generation:
         if event.cached_tokens:
             self.cached_tokens = event.cached_tokens
             self._metrics.cached_tokens.inc(event.cached_tokens)
+        if event.drafts.steps:
+            self.drafts += event.drafts
+            self._metrics.drafts(event.drafts)
         count = len(event.token_ids)
         if not count:
             return last

@@ -7,6 +7,7 @@ sampling parameters are vLLM's and OpenAI's.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -55,6 +56,20 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """Tokens that were guessed before they were drawn; of programs of `--draft-tokens`."""
+
+    steps: int = 0  # calls that were fed drafts
+    tokens: int = 0  # drafts that they were fed
+    accepted: tuple[int, ...] = ()  # in how many calls the first one was right, the first two, ...
+
+    def __add__(self, other: "Drafts") -> "Drafts":
+        pairs = zip_longest(self.accepted, other.accepted, fillvalue=0)
+        accepted = tuple(one + another for one, another in pairs)
+        return Drafts(self.steps + other.steps, self.tokens + other.tokens, accepted)
+
+
+@dataclass(frozen=True)
 class Event:
     """What became of a request since its last event. The one with a finish reason is its last."""
 
@@ -63,6 +78,7 @@ class Event:
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per token id, if asked for
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # once; None for the first token
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache
+    drafts: Drafts = Drafts()  # that were fed since
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
 

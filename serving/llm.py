@@ -16,7 +16,7 @@ from et_moe.serving.chat_template import read_chat_template
 from et_moe.serving.detokenizer import Detokenizer
 from et_moe.serving.engine import load_engine, load_tokenizer
 from et_moe.serving.generation_config import read_sampling_defaults
-from et_moe.serving.interface import Event, QueueFullError, TokenLogprob
+from et_moe.serving.interface import Drafts, Event, QueueFullError, TokenLogprob
 from et_moe.serving.output_parser import StopStrings
 
 
@@ -39,6 +39,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None  # "stop" or "length"
     stop_reason: str | None = None  # the stop string
+    drafts: Drafts = field(default_factory=Drafts)  # what a program of `--draft-tokens` guessed
 
 
 @dataclass
@@ -86,6 +87,7 @@ class _Answer:
             output.logprobs = output.logprobs or []
             output.logprobs += event.logprobs
         output.token_ids += event.token_ids
+        output.drafts += event.drafts
         text = self._stops.feed(self._detokenizer.feed(event.token_ids))
         if event.finish_reason is not None:
             text += self._stops.feed(self._detokenizer.finish()) + self._stops.finish()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from et_moe.serving.interface import EngineStatus
+from et_moe.serving.interface import Drafts, EngineStatus
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -45,6 +45,15 @@ class Metrics:
         self._generated = Counter(
             "et_moe_generated_tokens", "Tokens that were drawn.", registry=registry
         )
+        self._draft_steps = Counter(
+            "et_moe_draft_steps", "Decode calls of a sequence with drafts.", registry=registry
+        )
+        self._draft_tokens = Counter(
+            "et_moe_draft_tokens", "Drafts that were fed.", registry=registry
+        )
+        self._accepted = Counter(
+            "et_moe_accepted_draft_tokens", "Those accepted.", ["position"], registry=registry
+        )
         self._first = self._histogram("time_to_first_token", "From the request to its first token.")
         self._between = self._histogram("time_between_tokens", "From a token to the next.")
         self._duration = self._histogram("request", "From the request to its end.")
@@ -61,6 +70,13 @@ class Metrics:
             return
         for _ in range(count):
             self._between.observe(seconds / count)
+
+    def drafts(self, drafts: Drafts) -> None:
+        """What became of drafts."""
+        self._draft_steps.inc(drafts.steps)
+        self._draft_tokens.inc(drafts.tokens)
+        for position, count in enumerate(drafts.accepted):
+            self._accepted.labels(str(position)).inc(count)
 
     def finished(self, reason: str, seconds: float) -> None:
         self._requests.labels(reason).inc()

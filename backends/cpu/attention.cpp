@@ -12,6 +12,7 @@ constexpr int64_t kQueries = 6;
 
 struct Layer {
   int64_t heads, kv_heads, dim, columns, half;
+  int64_t first_token;  // nothing before it is attended to
   double eps;
   int64_t row() const { return padded_columns(dim); }
 };
@@ -221,10 +222,11 @@ class Attention {
     for (int64_t i = 0; i < count; ++i) std::fill_n(sum + i * stride, dim, 0.0f);
     RunningSoftmax softmax[kQueries];
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    for (int64_t key = 0; key < end; key += kPageSize) {
-      const int64_t keys = std::min(kPageSize, end - key), page = places_.page(sequence, key);
-      const T* k = in_page(k_cache_, page, kv_head);
-      const T* v = in_page(v_cache_, page, kv_head);
+    for (int64_t key = layer_.first_token, past = 0; key < end; key = past) {
+      past = (key / kPageSize + 1) * kPageSize;
+      const int64_t keys = std::min(past, end) - key, page = places_.page(sequence, key);
+      const T* k = in_page(k_cache_, page, kv_head) + key % kPageSize * dim;
+      const T* v = in_page(v_cache_, page, kv_head) + key % kPageSize * dim;
       float weights[kQueries * kPageSize] = {}, factor[kQueries];
       const auto row_at = [&](int64_t r) { return DenseRow<T>{k + r * dim}; };
       float_multiply(row_at, keys, q, count, dim, weights, kPageSize);
@@ -244,7 +246,10 @@ class Attention {
       const int64_t row = places_.sequences.row(first + i);
       const Floats gate = qkv + (row * layer_.columns + (head * 2 + 1) * dim);
       for_lanes(dim, [&](int64_t d, int64_t lanes) {
-        const f32x8 y = load(sum + i * stride + d, lanes) / softmax[i].total;
+        f32x8 y = {};
+        if (start + i >= layer_.first_token) {
+          y = load(sum + i * stride + d, lanes) / softmax[i].total;
+        }
         out.store(row * stride + head * dim + d, y * sigmoid(gate.load(d, lanes)), lanes);
       });
     }
@@ -309,7 +314,7 @@ bool check_places(Op& op, const Places& places, int64_t cached) {
 void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_norm,
                const Tensor& inv_freq, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& pages, const Tensor& positions, double eps,
-               const OptionalTensor& num_tokens, Tensor& out) {
+               const OptionalTensor& num_tokens, int64_t first_token, bool, Tensor& out) {
   Layer layer;
   Sequences sequences;
   if (!read_layer(op, qkv, k_cache, v_cache, &layer) ||
@@ -323,6 +328,11 @@ void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_
   }
   layer.half = inv_freq.size(0);
   layer.eps = eps;
+  layer.first_token = first_token;
+  if (first_token < 0 || first_token > pages.size(1) * kPageSize) {
+    return void(op.fail("first_token: expected a token of %lld pages or their end, got %lld",
+                        (long long)pages.size(1), (long long)first_token));
+  }
   if (2 * layer.half > layer.dim) {
     return void(op.fail("inv_freq: expected at most %lld frequencies for heads of %lld, got %lld",
                         (long long)layer.dim / 2, (long long)layer.dim, (long long)layer.half));

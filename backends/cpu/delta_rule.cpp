@@ -18,7 +18,8 @@ void run_columns(const DeltaRule& rule, int64_t head, int64_t column, int64_t co
   const float* k = rule.k + key_head * key_dim;
   const float* q = rule.q + key_head * key_dim;
   const int64_t at = head * value_dim + column;
-  float* state = rule.state + head * key_dim * value_dim + column;
+  const int64_t place = head * key_dim * value_dim + column;
+  const float* old = rule.before + place;
   const auto read = [&](const float* p, int i) {
     return kVectors > 1 ? load(p + i * kLanes) : load(p, count);
   };
@@ -28,7 +29,7 @@ void run_columns(const DeltaRule& rule, int64_t head, int64_t column, int64_t co
   f32x8 projected[kVectors] = {};
   for (int64_t j = 0; j < key_dim; ++j) {
     for (int i = 0; i < kVectors; ++i) {
-      projected[i] = fma(splat(k[j]), read(state + j * value_dim, i), projected[i]);
+      projected[i] = fma(splat(k[j]), read(old + j * value_dim, i), projected[i]);
     }
   }
   for (int64_t t = 0; t < rule.tokens; ++t) {
@@ -43,15 +44,16 @@ void run_columns(const DeltaRule& rule, int64_t head, int64_t column, int64_t co
       delta[i] = (v - decay * projected[i]) * beta;
       projected[i] = f32x8{};
     }
+    float* fresh = rule.after + t * rule.after_stride + place;
     for (int64_t j = 0; j < key_dim; ++j) {
-      float* row = state + j * value_dim;
       for (int i = 0; i < kVectors; ++i) {
-        const f32x8 s = fma(splat(this_k[j]), delta[i], read(row, i) * decay);
-        write(row, i, s);
+        const f32x8 s = fma(splat(this_k[j]), delta[i], read(old + j * value_dim, i) * decay);
+        write(fresh + j * value_dim, i, s);
         out[i] = fma(splat(this_q[j]), s, out[i]);
         projected[i] = fma(splat(next_k[j]), s, projected[i]);
       }
     }
+    old = fresh;
     for (int i = 0; i < kVectors; ++i) {
       write(rule.out + t * rule.heads * value_dim + at, i, out[i]);
     }

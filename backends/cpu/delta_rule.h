@@ -14,10 +14,13 @@ struct DeltaRule {
   int64_t key_stride;
   const float* v;  // heads * value_dim per token
   int64_t value_stride;
-  const float* decay;  // [tokens, heads]
-  const float* beta;   // [tokens, heads]
-  float* state;        // [heads, key_dim, value_dim]
-  float* out;          // [tokens, heads, value_dim]
+  const float* decay;   // [tokens, heads]
+  const float* beta;    // [tokens, heads]
+  const float* before;  // [heads, key_dim, value_dim], the state in front of the first token
+  float* after;         // the same, left behind the first token; may be where `before` is
+  int64_t
+      after_stride;  // from the state left behind a token to the next one's; 0: all in one place
+  float* out;        // [tokens, heads, value_dim]
 };
 
 // Processes all tokens of one value head.

@@ -13,14 +13,15 @@ constexpr int64_t kMaximumTaps = 16;
 struct Convolution {
   const Sequences& sequences;
   const int32_t* slots;  // of all sequences
+  const Versions& versions;
   Floats x;
   int64_t x_stride, channels, taps;
   Floats weight;            // [channels, taps]
-  Floats old_state;         // [slots, taps - 1, channels]
+  Floats old_state;         // [slots, taps - 2 + versions, channels]
   MutableFloats new_state;  // the same memory
 
-  // `write(i, channel, value, count)` takes the results of valid row i. Leaves the last inputs in
-  // the state.
+  // `write(i, channel, value, count)` takes the results of valid row i. Leaves the last inputs of
+  // each version in the state.
   template <class Write>
   void run(Op& op, const Write& write) const {
     const int64_t vectors = (channels + kLanes - 1) / kLanes;
@@ -45,11 +46,13 @@ struct Convolution {
   template <class Write>
   void run_channels(const Sequence& sequence, const f32x8* tap, int64_t channel, int64_t count,
                     const Write& write) const {
-    const int64_t state = slots[sequence.index] * (taps - 1) * channels + channel;
+    const int64_t kept = taps - 2 + versions.count;
+    const int64_t state = slots[sequence.index] * kept * channels + channel;
+    const int64_t start = state + versions.start(sequence) * channels;
     const Floats own = x + (sequence.row * x_stride + channel);
-    // The inputs `row` rows after the oldest one in the state.
+    // The inputs `row` rows after the oldest one that the first row needs.
     const auto input = [&](int64_t row) {
-      return row < taps - 1 ? old_state.load(state + row * channels, count)
+      return row < taps - 1 ? old_state.load(start + row * channels, count)
                             : own.load((row - (taps - 1)) * x_stride, count);
     };
     for (int64_t t = 0; t < sequence.valid; ++t) {
@@ -57,8 +60,11 @@ struct Convolution {
       for (int64_t i = 0; i < taps; ++i) y = fma(tap[i], input(t + i), y);
       write(sequence.first + t, channel, silu(y), count);
     }
-    for (int64_t i = 0; i < taps - 1; ++i) {
-      new_state.store(state + i * channels, input(sequence.valid + i), count);
+    // What is read lies behind what is written.
+    const int64_t left = versions.each_row ? taps - 2 + sequence.valid : taps - 1;
+    const int64_t first = versions.each_row ? 1 : sequence.valid;
+    for (int64_t i = 0; i < left; ++i) {
+      new_state.store(state + i * channels, input(first + i), count);
     }
   }
 };
@@ -67,6 +73,20 @@ bool check_taps(Op& op, int64_t taps) {
   return (taps >= 1 && taps <= kMaximumTaps) ||
          op.fail("the convolution: expected 1..%lld taps, got %lld", (long long)kMaximumTaps,
                  (long long)taps);
+}
+
+bool check_versions(Op& op, int64_t versions) {
+  return versions >= 1 || op.fail("state: expected rows of at least one version, got %lld too few",
+                                  (long long)(1 - versions));
+}
+
+// Fails unless the state is `[slots, heads, key_dim, value_dim]` or, if there are versions,
+// `[slots, versions, heads, key_dim, value_dim]`.
+bool check_state(Op& op, const char* name, const Tensor& state, bool versions, int64_t heads,
+                 int64_t key_dim, int64_t value_dim) {
+  return versions
+             ? op.check(name, state, {ScalarType::Float}, {kAny, kAny, heads, key_dim, value_dim})
+             : op.check(name, state, {ScalarType::Float}, {kAny, heads, key_dim, value_dim});
 }
 
 // x * rsqrt(sum(x^2) + 1e-6) * scale
@@ -95,11 +115,12 @@ bool check_heads(Op& op, int64_t key_heads, int64_t heads, int64_t key_dim, int6
 // rule's pointers are to the first valid row and the first slot.
 template <class Finish>
 void run_heads(Op& op, const DeltaRule& rule, const Sequences& sequences, const Tensor& slots,
-               const Finish& finish) {
+               const Versions& versions, const Finish& finish) {
   if (sequences.count == 0) return;
   const int64_t matrix = rule.key_dim * rule.value_dim;
   const int64_t work = sequences.valid * matrix * 4 / sequences.count;
   const int32_t* slot = slots.const_data_ptr<int32_t>();
+  const int64_t state = rule.heads * matrix;
   op.parallel(rule.heads * sequences.count, work, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       const int64_t head = item / sequences.count;
@@ -111,7 +132,9 @@ void run_heads(Op& op, const DeltaRule& rule, const Sequences& sequences, const 
       own.v += sequence.first * rule.value_stride;
       own.decay += sequence.first * rule.heads;
       own.beta += sequence.first * rule.heads;
-      own.state += slot[sequence.index] * rule.heads * matrix;
+      own.after += slot[sequence.index] * versions.count * state;
+      own.before = own.after + versions.start(sequence) * state;
+      own.after_stride = versions.each_row ? state : 0;
       own.out += sequence.first * rule.heads * rule.value_dim;
       run_head(own, head);
       for (int64_t t = 0; t < sequence.valid; ++t) finish(sequence.first + t, head);
@@ -122,14 +145,20 @@ void run_heads(Op& op, const DeltaRule& rule, const Sequences& sequences, const 
 }  // namespace
 
 void causal_conv1d(Op& op, const Tensor& x, const Tensor& weight, const Tensor& state,
-                   const Tensor& slots, const OptionalTensor& num_tokens, Tensor& out) {
+                   const Tensor& slots, const OptionalTensor& num_tokens,
+                   const OptionalTensor& versions, bool each_row, Tensor& out) {
   Sequences sequences;
+  Versions own;
   if (!op.check("x", x, kFloats, {kAny, kAny}) ||
       !op.check("weight", weight, kFloats, {x.size(1), kAny}) || !check_taps(op, weight.size(1)) ||
-      !op.check("state", state, {x.scalar_type()}, {kAny, weight.size(1) - 1, x.size(1)}) ||
+      !op.check("state", state, {x.scalar_type()},
+                {kAny, versions.has_value() ? kAny : weight.size(1) - 1, x.size(1)}) ||
+      !check_versions(op, state.size(1) - (weight.size(1) - 2)) ||
       !op.check("slots", slots, {ScalarType::Int}, {kAny}) ||
       !read_sequences(op, "x", x.size(0), slots.size(0), num_tokens, &sequences) ||
       !check_slots(op, slots, state.size(0), sequences) ||
+      !read_versions(op, versions, each_row, state.size(1) - (weight.size(1) - 2), slots, sequences,
+                     &own) ||
       !op.output("out", out, x.scalar_type(), {x.size(0), x.size(1)})) {
     return;
   }
@@ -138,6 +167,7 @@ void causal_conv1d(Op& op, const Tensor& x, const Tensor& weight, const Tensor& 
   if (sequences.padding > 0) output.zero(0, x.numel());
   const Convolution convolution{sequences,
                                 slots.const_data_ptr<int32_t>(),
+                                own,
                                 Floats(x),
                                 channels,
                                 channels,
@@ -152,8 +182,10 @@ void causal_conv1d(Op& op, const Tensor& x, const Tensor& weight, const Tensor& 
 
 void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                       const Tensor& beta, const Tensor& state, const Tensor& slots,
-                      const OptionalTensor& num_tokens, Tensor& out) {
+                      const OptionalTensor& num_tokens, const OptionalTensor& versions,
+                      bool each_row, Tensor& out) {
   Sequences sequences;
+  Versions own;
   if (!op.check("q", q, kFloats, {kAny, kAny, kAny}) ||
       !op.check("k", k, kFloats, {q.size(0), q.size(1), q.size(2)}) ||
       !op.check("v", v, kFloats, {q.size(0), kAny, kAny})) {
@@ -164,10 +196,11 @@ void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
   if (!check_heads(op, key_heads, heads, key_dim, value_dim) ||
       !op.check("g", g, {ScalarType::Float}, {tokens, heads}) ||
       !op.check("beta", beta, {ScalarType::Float}, {tokens, heads}) ||
-      !op.check("state", state, {ScalarType::Float}, {kAny, heads, key_dim, value_dim}) ||
+      !check_state(op, "state", state, versions.has_value(), heads, key_dim, value_dim) ||
       !op.check("slots", slots, {ScalarType::Int}, {kAny}) ||
       !read_sequences(op, "q", tokens, slots.size(0), num_tokens, &sequences) ||
       !check_slots(op, slots, state.size(0), sequences) ||
+      !read_versions(op, versions, each_row, state.size(1), slots, sequences, &own) ||
       !op.output("out", out, v.scalar_type(), {tokens, heads, value_dim})) {
     return;
   }
@@ -199,21 +232,11 @@ void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
   });
   const MutableFloats output(out);
   if (sequences.padding > 0) output.zero(0, tokens * values);
-  const DeltaRule rule{0,
-                       key_heads,
-                       heads,
-                       key_dim,
-                       value_dim,
-                       q32,
-                       k32,
-                       keys,
-                       v32,
-                       values,
-                       decay,
-                       rate,
-                       state.mutable_data_ptr<float>(),
-                       result};
-  run_heads(op, rule, sequences, slots, [&](int64_t t, int64_t head) {
+  const DeltaRule rule{
+      0,    key_heads, heads,  key_dim, value_dim, q32,     k32,
+      keys, v32,       values, decay,   rate,      nullptr, state.mutable_data_ptr<float>(),
+      0,    result};
+  run_heads(op, rule, sequences, slots, own, [&](int64_t t, int64_t head) {
     const float* own = result + (t * heads + head) * value_dim;
     const int64_t at = (sequences.row(t) * heads + head) * value_dim;
     for_lanes(value_dim,
@@ -225,20 +248,22 @@ namespace {
 
 // A gated delta net layer's sizes; `projected` has columns [q | k | v | z | b | a].
 struct Layer {
-  int64_t channels, heads, key_heads, key_dim, value_dim, values, columns;
+  int64_t versions, channels, heads, key_heads, key_dim, value_dim, values, columns;
 };
 
-bool read_layer(Op& op, const Tensor& conv_weight, const Tensor& recurrent_state, Layer* layer) {
+bool read_layer(Op& op, const Tensor& conv_weight, const Tensor& recurrent_state, bool versions,
+                Layer* layer) {
   if (!op.check("conv_weight", conv_weight, kFloats, {kAny, kAny}) ||
       !check_taps(op, conv_weight.size(1)) ||
-      !op.check("recurrent_state", recurrent_state, {ScalarType::Float},
-                {kAny, kAny, kAny, kAny})) {
+      !check_state(op, "recurrent_state", recurrent_state, versions, kAny, kAny, kAny)) {
     return false;
   }
+  const ssize_t last = recurrent_state.dim() - 1;
+  layer->versions = versions ? recurrent_state.size(1) : 1;
   layer->channels = conv_weight.size(0);
-  layer->heads = recurrent_state.size(1);
-  layer->key_dim = recurrent_state.size(2);
-  layer->value_dim = recurrent_state.size(3);
+  layer->heads = recurrent_state.size(last - 2);
+  layer->key_dim = recurrent_state.size(last - 1);
+  layer->value_dim = recurrent_state.size(last);
   layer->values = layer->heads * layer->value_dim;
   const int64_t keys = layer->channels - layer->values;
   if (keys <= 0 || layer->key_dim < 1 || keys % (2 * layer->key_dim) != 0) {
@@ -283,19 +308,23 @@ void gate_head(const float* o, Floats weight, Floats z, int64_t n, double eps, M
 void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
                      const Tensor& a_log, const Tensor& dt_bias, const Tensor& norm_weight,
                      const Tensor& conv_state, const Tensor& recurrent_state, const Tensor& slots,
-                     double eps, const OptionalTensor& num_tokens, Tensor& out) {
+                     double eps, const OptionalTensor& num_tokens, const OptionalTensor& versions,
+                     bool each_row, Tensor& out) {
   Layer layer;
   Sequences sequences;
-  if (!read_layer(op, conv_weight, recurrent_state, &layer) ||
+  Versions own;
+  if (!read_layer(op, conv_weight, recurrent_state, versions.has_value(), &layer) ||
       !op.check("projected", projected, kFloats, {kAny, layer.columns}) ||
       !op.check("a_log", a_log, kFloats, {layer.heads}) ||
       !op.check("dt_bias", dt_bias, kFloats, {layer.heads}) ||
       !op.check("norm_weight", norm_weight, kFloats, {layer.value_dim}) ||
-      !op.check("conv_state", conv_state, {projected.scalar_type()},
-                {recurrent_state.size(0), conv_weight.size(1) - 1, layer.channels}) ||
+      !op.check(
+          "conv_state", conv_state, {projected.scalar_type()},
+          {recurrent_state.size(0), conv_weight.size(1) - 2 + layer.versions, layer.channels}) ||
       !op.check("slots", slots, {ScalarType::Int}, {kAny}) ||
       !read_sequences(op, "projected", projected.size(0), slots.size(0), num_tokens, &sequences) ||
       !check_slots(op, slots, conv_state.size(0), sequences) ||
+      !read_versions(op, versions, each_row, layer.versions, slots, sequences, &own) ||
       !op.output("out", out, projected.scalar_type(), {projected.size(0), layer.values})) {
     return;
   }
@@ -309,6 +338,7 @@ void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
   const Floats input(projected);
   const Convolution convolution{sequences,
                                 slots.const_data_ptr<int32_t>(),
+                                own,
                                 input,
                                 layer.columns,
                                 channels,
@@ -341,9 +371,11 @@ void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
                        channels,
                        decay,
                        beta,
+                       nullptr,
                        recurrent_state.mutable_data_ptr<float>(),
+                       0,
                        result};
-  run_heads(op, rule, sequences, slots, [&](int64_t t, int64_t head) {
+  run_heads(op, rule, sequences, slots, own, [&](int64_t t, int64_t head) {
     const int64_t row = sequences.row(t), column = head * layer.value_dim;
     gate_head(result + t * values + column, norm, input + (row * layer.columns + channels + column),
               layer.value_dim, eps, output, row * values + column);

@@ -89,6 +89,25 @@ void run_int8(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale
 
 }  // namespace
 
+void rms_norm(Op& op, const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
+  if (!op.check("x", x, kFloats, {kAny, kAny}) ||
+      !op.check("weight", weight, kFloats, {x.size(1)}) ||
+      !op.output("out", out, x.scalar_type(), {x.size(0), x.size(1)})) {
+    return;
+  }
+  const int64_t columns = x.size(1);
+  const Floats input(x), norm_weight(weight);
+  const MutableFloats output(out);
+  op.parallel(x.size(0), columns * 8, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const NormedRow row(input + t * columns, norm_weight, columns, eps);
+      for_lanes(columns, [&](int64_t i, int64_t count) {
+        output.store(t * columns + i, row.load(i, count), count);
+      });
+    }
+  });
+}
+
 void linear(Op& op, const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
             double eps, const OptionalTensor& residual, Tensor& out) {
   const Fusion fusion{norm_weight, eps, residual};

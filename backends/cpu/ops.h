@@ -10,6 +10,8 @@ void quantize_int8(Op& op, const Tensor& x, int64_t tile, Tensor& q, Tensor& sca
 
 void silu_quantize_int8(Op& op, const Tensor& x, int64_t tile, Tensor& q, Tensor& scale);
 
+void rms_norm(Op& op, const Tensor& x, const Tensor& weight, double eps, Tensor& out);
+
 void linear(Op& op, const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
             double eps, const OptionalTensor& residual, Tensor& out);
 
@@ -49,21 +51,28 @@ void moe_w4a16(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_sca
                Tensor& out);
 
 void causal_conv1d(Op& op, const Tensor& x, const Tensor& weight, const Tensor& state,
-                   const Tensor& slots, const OptionalTensor& num_tokens, Tensor& out);
+                   const Tensor& slots, const OptionalTensor& num_tokens,
+                   const OptionalTensor& versions, bool each_row, Tensor& out);
 
 void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                       const Tensor& beta, const Tensor& state, const Tensor& slots,
-                      const OptionalTensor& num_tokens, Tensor& out);
+                      const OptionalTensor& num_tokens, const OptionalTensor& versions,
+                      bool each_row, Tensor& out);
 
 void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
                      const Tensor& a_log, const Tensor& dt_bias, const Tensor& norm_weight,
                      const Tensor& conv_state, const Tensor& recurrent_state, const Tensor& slots,
-                     double eps, const OptionalTensor& num_tokens, Tensor& out);
+                     double eps, const OptionalTensor& num_tokens, const OptionalTensor& versions,
+                     bool each_row, Tensor& out);
+
+void token_shift(Op& op, const Tensor& x, const Tensor& state, const Tensor& slots,
+                 const Tensor& versions, const OptionalTensor& num_tokens, bool each_row,
+                 Tensor& out);
 
 void attention(Op& op, const Tensor& qkv, const Tensor& q_norm, const Tensor& k_norm,
                const Tensor& inv_freq, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& pages, const Tensor& positions, double eps,
-               const OptionalTensor& num_tokens, Tensor& out);
+               const OptionalTensor& num_tokens, int64_t first_token, bool each_row, Tensor& out);
 
 void sample(Op& op, const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
             const Tensor& top_p, const Tensor& seed, const Tensor& positions, Tensor& out);

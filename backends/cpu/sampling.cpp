@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "backends/cpu/ops.h"
+#include "backends/cpu/sequences.h"
 
 namespace et_moe::cpu {
 
@@ -18,13 +19,19 @@ struct Parameters {
   const int64_t *top_k, *seed, *position;
 };
 
-// How the token of one sequence is drawn: it is the one with the largest score.
+// How the token behind one row is drawn: it is the one with the largest score.
 struct Draw {
   const float* logits;
-  float temperature;
+  float temperature, top_p;
+  int64_t top_k;
   float kept;  // the smallest scaled logit that top-k and top-p keep
   uint64_t seed;
   uint32_t position;
+
+  // Whether top-k or top-p may drop any of n tokens.
+  bool is_filtered(int64_t n) const {
+    return temperature != 0.0f && ((top_k != 0 && top_k < n) || top_p < 1.0f);
+  }
 
   // Not of greedy sequences, whose temperature is 0.
   float score(int64_t i) const {
@@ -50,15 +57,15 @@ Best best_of(int64_t begin, int64_t end, const Score& score) {
   return result;
 }
 
-// Draws a token for each sequence. Threads share out blocks of all sequences' logits.
-void draw_tokens(Op& op, const Draw* draws, int64_t sequences, int64_t n, int64_t* tokens) {
+// Draws a token for each row. Threads share out blocks of all rows' logits.
+void draw_tokens(Op& op, const Draw* draws, int64_t rows, int64_t n, int64_t* tokens) {
   constexpr int64_t kBlock = 1024;
   const int64_t blocks = (n + kBlock - 1) / kBlock;
-  Best* best = op.scratch<Best>(sequences * blocks);
+  Best* best = op.scratch<Best>(rows * blocks);
   if (best == nullptr) return;
   bool noise = false;
-  for (int64_t b = 0; b < sequences; ++b) noise |= draws[b].temperature != 0.0f;
-  op.parallel(sequences * blocks, kBlock * (noise ? 32 : 1), [&](int64_t first, int64_t last) {
+  for (int64_t row = 0; row < rows; ++row) noise |= draws[row].temperature != 0.0f;
+  op.parallel(rows * blocks, kBlock * (noise ? 32 : 1), [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       const Draw draw = draws[item / blocks];
       const int64_t begin = item % blocks * kBlock, end = std::min(n, begin + kBlock);
@@ -67,34 +74,32 @@ void draw_tokens(Op& op, const Draw* draws, int64_t sequences, int64_t n, int64_
                        : best_of(begin, end, [&](int64_t i) { return draw.score(i); });
     }
   });
-  for (int64_t b = 0; b < sequences; ++b) {
-    const Best* own = best + b * blocks;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Best* own = best + row * blocks;
     int64_t winner = 0;
     for (int64_t block = 1; block < blocks; ++block) {
       if (own[block].value > own[winner].value) winner = block;
     }
-    tokens[b] = own[winner].index;
+    tokens[row] = own[winner].index;
   }
 }
 
-// Sets `kept` of the sequences whose tokens are filtered. Threads share out these sequences.
-bool filter(Op& op, const Parameters& parameters, int64_t sequences, int64_t n, Draw* draws) {
-  auto* filtered = op.scratch<int64_t>(sequences);
+// Sets `kept` of the rows whose tokens are filtered. Threads share out these rows.
+bool filter(Op& op, int64_t rows, int64_t n, Draw* draws) {
+  auto* filtered = op.scratch<int64_t>(rows);
   if (filtered == nullptr) return false;
   int64_t count = 0;
-  for (int64_t b = 0; b < sequences; ++b) {
-    const bool all_kept =
-        (parameters.top_k[b] == 0 || parameters.top_k[b] >= n) && parameters.top_p[b] >= 1.0f;
-    if (draws[b].temperature != 0.0f && !all_kept) filtered[count++] = b;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (draws[row].is_filtered(n)) filtered[count++] = row;
   }
   float* heaps = op.scratch<float>(count * n);
   if (heaps == nullptr) return false;
   op.parallel(count, n * 4, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
-      const int64_t b = filtered[item], top_k = parameters.top_k[b];
+      Draw& draw = draws[filtered[item]];
       float* heap = heaps + item * n;
-      for (int64_t i = 0; i < n; ++i) heap[i] = draws[b].logits[i] / draws[b].temperature;
-      draws[b].kept = sampling::threshold(heap, n, top_k < n ? top_k : 0, parameters.top_p[b]);
+      for (int64_t i = 0; i < n; ++i) heap[i] = draw.logits[i] / draw.temperature;
+      draw.kept = sampling::threshold(heap, n, draw.top_k < n ? draw.top_k : 0, draw.top_p);
     }
   });
   return true;
@@ -119,20 +124,20 @@ bool check_parameters(Op& op, const Parameters& parameters, int64_t sequences) {
   return true;
 }
 
-bool check_logits(Op& op, const float* logits, int64_t sequences, int64_t n) {
-  auto* broken = op.scratch<int64_t>(sequences);
+bool check_logits(Op& op, const float* logits, const Sequences& sequences, int64_t n) {
+  auto* broken = op.scratch<int64_t>(sequences.valid);
   if (broken == nullptr) return false;
-  op.parallel(sequences, n, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      const float* own = logits + b * n;
+  op.parallel(sequences.valid, n, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const float* own = logits + row * n;
       const auto is_broken = [](float v) { return std::isnan(v) || v == -kLowest; };
-      broken[b] = std::find_if(own, own + n, is_broken) - own;
+      broken[row] = std::find_if(own, own + n, is_broken) - own;
     }
   });
-  for (int64_t b = 0; b < sequences; ++b) {
-    if (broken[b] < n) {
-      return op.fail("logits: token %lld of sequence %lld has %g", (long long)broken[b],
-                     (long long)b, logits[b * n + broken[b]]);
+  for (int64_t row = 0; row < sequences.valid; ++row) {
+    if (broken[row] < n) {
+      return op.fail("logits: token %lld of sequence %lld has %g", (long long)broken[row],
+                     (long long)sequences.owner[row]->index, logits[row * n + broken[row]]);
     }
   }
   return true;
@@ -143,13 +148,16 @@ bool check_logits(Op& op, const float* logits, int64_t sequences, int64_t n) {
 void sample(Op& op, const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
             const Tensor& top_p, const Tensor& seed, const Tensor& positions, Tensor& out) {
   if (!op.check("logits", logits, {ScalarType::Float}, {kAny, kAny})) return;
-  const int64_t sequences = logits.size(0), n = logits.size(1);
-  if (!op.check("temperature", temperature, {ScalarType::Float}, {sequences}) ||
-      !op.check("top_k", top_k, {ScalarType::Long}, {sequences}) ||
-      !op.check("top_p", top_p, {ScalarType::Float}, {sequences}) ||
-      !op.check("seed", seed, {ScalarType::Long}, {sequences}) ||
-      !op.check("positions", positions, {ScalarType::Long}, {sequences}) ||
-      !op.output("out", out, ScalarType::Long, {sequences, 1})) {
+  const int64_t rows = logits.size(0), n = logits.size(1);
+  if (!op.check("positions", positions, {ScalarType::Long}, {kAny})) return;
+  const int64_t count = positions.size(0);
+  Sequences sequences;
+  if (!read_sequences(op, "logits", rows, count, {}, &sequences) ||
+      !op.check("temperature", temperature, {ScalarType::Float}, {count}) ||
+      !op.check("top_k", top_k, {ScalarType::Long}, {count}) ||
+      !op.check("top_p", top_p, {ScalarType::Float}, {count}) ||
+      !op.check("seed", seed, {ScalarType::Long}, {count}) ||
+      !op.output("out", out, ScalarType::Long, {count, rows / count})) {
     return;
   }
   if (n < 1) return void(op.fail("logits: the vocabulary is empty"));
@@ -157,18 +165,26 @@ void sample(Op& op, const Tensor& logits, const Tensor& temperature, const Tenso
   const Parameters parameters{temperature.const_data_ptr<float>(), top_p.const_data_ptr<float>(),
                               top_k.const_data_ptr<int64_t>(), seed.const_data_ptr<int64_t>(),
                               positions.const_data_ptr<int64_t>()};
-  Draw* draws = op.scratch<Draw>(sequences);
-  if (draws == nullptr || !check_parameters(op, parameters, sequences) ||
+  Draw* draws = op.scratch<Draw>(rows);
+  if (draws == nullptr || !check_parameters(op, parameters, count) ||
       !check_logits(op, data, sequences, n)) {
     return;
   }
-  for (int64_t b = 0; b < sequences; ++b) {
-    draws[b] = {data + b * n, parameters.temperature[b], kLowest,
-                static_cast<uint64_t>(parameters.seed[b]),
-                static_cast<uint32_t>(parameters.position[b])};
+  for (int64_t row = 0; row < rows; ++row) {
+    const Sequence& own = *sequences.owner[row];
+    const int64_t b = own.index;
+    // In modulo arithmetic, since a program's position may be any number.
+    const auto position = static_cast<uint32_t>(parameters.position[b]);
+    draws[row] = {data + row * n,
+                  parameters.temperature[b],
+                  parameters.top_p[b],
+                  parameters.top_k[b],
+                  kLowest,
+                  static_cast<uint64_t>(parameters.seed[b]),
+                  position + static_cast<uint32_t>(row - own.row)};
   }
-  if (!filter(op, parameters, sequences, n, draws)) return;
-  draw_tokens(op, draws, sequences, n, out.mutable_data_ptr<int64_t>());
+  if (!filter(op, rows, n, draws)) return;
+  draw_tokens(op, draws, rows, n, out.mutable_data_ptr<int64_t>());
 }
 
 }  // namespace et_moe::cpu

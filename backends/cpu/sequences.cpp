@@ -34,6 +34,26 @@ bool read_sequences(Op& op, const char* argument, int64_t rows, int64_t count,
   return true;
 }
 
+bool read_versions(Op& op, const OptionalTensor& versions, bool each_row, int64_t count,
+                   const Tensor& slots, const Sequences& sequences, Versions* result) {
+  const int64_t all = slots.size(0), rows = (sequences.valid + sequences.padding) / all;
+  if (!versions.has_value()) return !each_row || op.fail("versions: each_row expected them");
+  if (!op.check("versions", versions, {ScalarType::Long}, {all})) return false;
+  if (each_row && rows > count) {
+    return op.fail("versions: %lld rows of a sequence leave as many, there are %lld",
+                   (long long)rows, (long long)count);
+  }
+  *result = {versions->const_data_ptr<int64_t>(), count, each_row};
+  for (int64_t i = 0; i < sequences.count; ++i) {
+    const int64_t start = result->start(sequences[i]);
+    if (start < 0 || start >= count) {
+      return op.fail("versions: that of sequence %lld is %lld, there are %lld",
+                     (long long)sequences[i].index, (long long)start, (long long)count);
+    }
+  }
+  return true;
+}
+
 bool check_slots(Op& op, const Tensor& slots, int64_t pool, const Sequences& sequences) {
   const int32_t* slot = slots.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < sequences.count; ++i) {

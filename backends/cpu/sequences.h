@@ -38,6 +38,23 @@ struct Sequences {
 bool read_sequences(Op& op, const char* argument, int64_t rows, int64_t count,
                     const OptionalTensor& num_tokens, Sequences* sequences);
 
+// From which version of its state a sequence goes on, and which ones a call leaves.
+struct Versions {
+  const int64_t* given = nullptr;  // of all sequences; null if states have no versions
+  int64_t count = 1;
+  bool each_row = false;  // whether each row leaves its own, else the last row version 0
+
+  int64_t start(const Sequence& sequence) const {
+    return given == nullptr ? 0 : given[sequence.index];
+  }
+};
+
+// Reads `versions`, an `int64 [B]` or None, of states with `count` versions, for sequences that
+// `slots` has been checked for. Fails unless there are those that valid sequences start from, and,
+// if every row shall leave one, as many as a sequence has rows.
+bool read_versions(Op& op, const OptionalTensor& versions, bool each_row, int64_t count,
+                   const Tensor& slots, const Sequences& sequences, Versions* result);
+
 // Fails unless slots, an `int32 [B]`, names one of `pool` slots for every sequence with valid rows.
 bool check_slots(Op& op, const Tensor& slots, int64_t pool, const Sequences& sequences);
 

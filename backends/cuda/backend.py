@@ -153,7 +153,9 @@ def describe(
     to call, by rising `longest`, the largest size of a range. Where a method hands over its tokens,
     the code takes `drawn`, `int64 [2, B]`, behind all others: the token of sequence b at position p
     is left in drawn[p % 2, b], too, and the inputs that `hand_over` names are left as the next call
-    takes them.
+    takes them. Of a method that is fed drafts `drawn` is `int64 [2, B, 1 + R]`, and behind it comes
+    `calls`, `int64 [B]`: how many calls before this one handed over to the next, which is counted
+    on. What call c hands over is left in drawn[c % 2].
     """
     return {
         "format": FORMAT,

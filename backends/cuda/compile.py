@@ -22,7 +22,7 @@ from et_moe.backends.cuda.host_program import kernel_calls
 from et_moe.backends.cuda.inductor import HostProgram, Kernel, generate
 from et_moe.backends.cuda.prepack import WeightPlan
 from et_moe.backends.cuda.ranges import Range, split
-from et_moe.backends.cuda.triton.hand_over.op import _hand_over_kernel, hand_over
+from et_moe.backends.cuda.triton.hand_over.op import hand_over, hand_over_drafts
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.backends.cuda.triton.tuning import tuning_target
 from et_moe.backends.method_graph import HandOver, MethodGraph
@@ -140,31 +140,40 @@ def _retarget(
             node.kwargs = {**node.kwargs, "device": device}
     if graph.hand_over is not None:
         results = dict(zip(graph.outputs, module.graph.output_node().args[0], strict=True))
-        inputs.append(_end_with_hand_over(module.graph, nodes, results, graph.hand_over))
+        inputs += _end_with_hand_over(module.graph, nodes, results, graph.hand_over)
     module.recompile()
     return module, inputs
 
 
 def _end_with_hand_over(
     graph: Graph, inputs: Mapping[str, Node], results: Mapping[str, Node], names: HandOver
-) -> torch.Tensor:
-    """Adds the call of `hand_over` to a graph with these inputs and results.
+) -> list[torch.Tensor]:
+    """Adds the call of `hand_over`, or of `hand_over_drafts`, to a graph with these inputs and
+    results.
 
     Returns:
-        The value of the input `drawn`, which the graph has now behind all others.
+        The values of `drawn`, and `calls`, which the graph has now as inputs behind all others.
     """
-    tokens, last = inputs[names.tokens], list(inputs.values())[-1]
-    with graph.inserting_after(last):
-        drawn = graph.placeholder("drawn")
-    given = tokens.meta["val"]
-    with given.fake_mode:
-        value = torch.empty((2, given.shape[0]), dtype=torch.int64, device=given.device)
-    drawn.meta["val"] = value
+    last, given = list(inputs.values())[-1], inputs[names.tokens].meta["val"]
+    sequences, width = given.shape[0], results[names.token].meta["val"].shape[1:]
+    shapes = {"drawn": (2, sequences)}
+    if names.versions is not None:
+        shapes = {"drawn": (2, sequences, *width), "calls": (sequences,)}
+    added = {}
+    for name, shape in shapes.items():
+        with graph.inserting_after(last):
+            last = added[name] = graph.placeholder(name)
+        with given.fake_mode:
+            value = torch.empty(shape, dtype=torch.int64, device=given.device)
+        last.meta["val"] = value
+    arguments = [results[names.token], inputs[names.positions], added["drawn"]]
+    arguments.append(inputs[names.tokens])
+    if names.versions is not None:
+        arguments += [inputs[names.versions], added["calls"]]
     with graph.inserting_before(graph.output_node()):
-        graph.call_function(
-            hand_over, (results[names.token], inputs[names.positions], drawn, tokens)
-        )
-    return value
+        function = hand_over if names.versions is None else hand_over_drafts
+        graph.call_function(function, tuple(arguments))
+    return [node.meta["val"] for node in added.values()]
 
 
 def check_in_place(source: str, graph: MethodGraph) -> None:
@@ -187,9 +196,11 @@ def check_in_place(source: str, graph: MethodGraph) -> None:
         raise RuntimeError(f"state {unused} is used by no kernel")
     if graph.hand_over is None:
         return
-    handed = [words for kernel, words in calls if kernel.startswith(_hand_over_kernel.__name__)]
-    wanted = {passed[graph.hand_over.positions], passed[graph.hand_over.tokens]}
-    wanted.add(f"arg{len(passed)}_1")  # `drawn`, behind all others
+    handed = [words for kernel, words in calls if kernel.startswith("_hand_over_")]
+    _, *names = graph.hand_over.describe().values()
+    added = 1 if graph.hand_over.versions is None else 2  # `drawn`, `calls`: behind all others
+    wanted = {passed[name] for name in names}
+    wanted |= {f"arg{len(passed) + i}_1" for i in range(added)}
     if len(handed) != 1 or not wanted <= handed[0]:
         raise RuntimeError("the token is not handed over in place")
 
@@ -213,9 +224,9 @@ def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledM
     """Compiles one method for one architecture; no GPU, driver or CUDA toolkit is needed.
 
     The code of each range takes the method's inputs, state and weights (prepacked, see `plan`), and
-    behind them, if the method has a `hand_over`, `drawn` of `triton.hand_over`: CUDA tensors in
-    that order, contiguous and aligned to 16 bytes. It updates in place state and what `hand_over`
-    writes.
+    behind them, if the method has a `hand_over`, `drawn` of `triton.hand_over`, and of one that is
+    fed drafts `calls`: CUDA tensors in that order, contiguous and aligned to 16 bytes. It updates
+    in place state and what `hand_over` writes.
 
     Args:
         arch: one of `gpu.ARCHS`; kernels are tuned for the first GPU of that architecture there.

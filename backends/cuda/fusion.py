@@ -20,7 +20,8 @@ def _op_name(node: object) -> str:
 def _find_projection(net: Node) -> Node | None:
     """The linear layer that can be computed together with a `gated_delta_net`, if there is one.
 
-    It has one token, no residual, and no user besides.
+    It has one token, no residual, and no user besides. Which version the token leaves is the same
+    with and without `each_row`.
     """
     arguments = op_arguments(net)
     linear = arguments["projected"]
@@ -44,7 +45,7 @@ def fuse(graph: Graph) -> None:
         if _op_name(net) != "gated_delta_net" or (linear := _find_projection(net)) is None:
             continue
         arguments, given = op_arguments(net), op_arguments(linear)
-        del arguments["projected"], arguments["num_tokens"]
+        del arguments["projected"], arguments["num_tokens"], arguments["each_row"]
         del given["residual"]
         planes = PLANES[_op_name(linear)]
         group = {"group_size": given.pop("group_size", None)}

@@ -94,10 +94,11 @@ def _tensors(names: set[str], accesses: Accesses, arguments: list[str]) -> set[s
     given = dict(zip(accesses.arguments, arguments, strict=False))
     tensors = set()
     for name in names:
-        found = re.findall(r"\b(?:buf|arg)\d+\w*", given[name])
+        # A view in another shape, such as tmp_buf4_1, is of the tensor in its name.
+        found = re.findall(r"\b(?:tmp_(buf\d+)_\d+|((?:buf|arg)\d+\w*))", given[name])
         if not found:
             raise RuntimeError(f"argument {given[name]} of a kernel names no tensor")
-        tensors.update(found)
+        tensors.update(viewed or own for viewed, own in found)
     return tensors
 
 

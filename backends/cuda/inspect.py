@@ -140,6 +140,9 @@ def _hand_over_text(hand_over: dict | None, name: str) -> str:
         hand_over["tokens"]: f" (next: {token})",
         hand_over["positions"]: " (next: + 1)",
     }
+    if versions := hand_over.get("versions"):
+        uses[hand_over["positions"]] = f" (next: + 1 + {token}[0])"
+        uses |= {hand_over["tokens"]: f" (next: {token}[1:])", versions: f" (next: {token}[0])"}
     return uses.get(name, "")
 
 

@@ -32,6 +32,7 @@ from et_moe.backends.ops.quantization import (
 )
 from et_moe.backends.ops.sampling import sample
 from et_moe.backends.ops.sequences import PAGE_SIZE
+from et_moe.backends.ops.token_shift import token_shift
 
 __all__ = [
     "ACTIVATION_TILE",
@@ -63,5 +64,6 @@ __all__ = [
     "rms_norm",
     "sample",
     "silu_quantize_int8",
+    "token_shift",
     "unpack_int4",
 ]

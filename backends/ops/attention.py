@@ -21,7 +21,18 @@ def apply_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor)
 
 
 def _attention_fake(
-    qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, pages, positions, eps=1e-6, num_tokens=None
+    qkv,
+    q_norm,
+    k_norm,
+    inv_freq,
+    k_cache,
+    v_cache,
+    pages,
+    positions,
+    eps=1e-6,
+    num_tokens=None,
+    first_token=0,
+    each_row=False,
 ):
     _, kv_heads, _, head_dim = k_cache.shape
     return qkv.new_empty((qkv.shape[0], (qkv.shape[1] - 2 * kv_heads * head_dim) // 2))
@@ -39,12 +50,15 @@ def attention(
     positions: torch.Tensor,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
+    first_token: int = 0,
+    each_row: bool = False,
 ) -> torch.Tensor:
     """Everything of a full attention layer between its input and output projections.
 
     q and k are RMS-normed per head (zero-centred weights) and rotated, k and v are appended to the
-    cache of their sequence at its position, row r attends to that sequence's tokens 0..position+r
-    with scale D^-0.5, and the result is multiplied by sigmoid(gate). See `sequences.py`.
+    cache of their sequence at its position, row r attends to that sequence's tokens
+    first_token..position+r with scale D^-0.5, and the result is multiplied by sigmoid(gate). See
+    `sequences.py`.
 
     Args:
         qkv: float `[B R, 2 Hq D + 2 Hkv D]`: per query head [q (D) | gate (D)], then k, then v.
@@ -53,10 +67,20 @@ def attention(
         pages: `int32 [B, M]`. positions: `int64 [B]`, of each sequence's first row; position +
             valid rows <= 64 M.
         num_tokens: `int64 [B]` or None for R; further rows are padding with undefined outputs.
+        first_token: 0 to 64 M; k and v at positions before it are cached and never read. A row
+            there attends to nothing, and its result is 0.
+        each_row: whether a row shall have the bits that it has in a call of one row. Kernels may
+            take few rows only then.
 
     Returns:
         `[B R, Hq D]` in qkv's dtype, computed in fp32 from the cached (rounded) k and v.
+
+    Raises:
+        ValueError: tokens that do not fit the pages, or a first_token that does not.
     """
+    if not 0 <= first_token <= PAGE_SIZE * pages.shape[1]:
+        room = f"{pages.shape[1]} pages"
+        raise ValueError(f"first_token: expected a token of {room} or their end, got {first_token}")
     _, kv_heads, _, dim = k_cache.shape
     values = kv_heads * dim
     width = (qkv.shape[1] - 2 * values) // 2
@@ -76,8 +100,10 @@ def attention(
         new = (page[start:], slice(None), place[start:])
         k_cache[new] = k.to(k_cache.dtype)
         v_cache[new] = v.reshape(valid, kv_heads, dim).to(v_cache.dtype)
-        keys, vals = k_cache[page, :, place].float(), v_cache[page, :, place].float()
-        out[rows] = (_attend(q, keys, vals, token[start:]) * gate.sigmoid()).reshape(valid, -1)
+        seen = (page[first_token:], slice(None), place[first_token:])
+        keys, vals = k_cache[seen].float(), v_cache[seen].float()
+        attended = _attend(q, keys, vals, token[start:] - first_token)
+        out[rows] = (attended * gate.sigmoid()).reshape(valid, -1)
     return out.to(qkv.dtype)
 
 
@@ -90,9 +116,12 @@ def _norm_and_rotate(q, k, positions, weights, eps) -> tuple[torch.Tensor, torch
 
 
 def _attend(q, keys, values, positions) -> torch.Tensor:
-    """Causal attention `[T, Hq, D]` of q at positions `[T]` to keys and values `[S, Hkv, D]`."""
+    """Causal attention `[T, Hq, D]` of q at positions `[T]` to keys and values `[S, Hkv, D]`; 0 at
+    negative positions."""
     group = q.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
     scores = torch.einsum("thd,shd->hts", q, keys) * q.shape[-1] ** -0.5
     future = torch.arange(len(keys), device=q.device)[None, :] > positions[:, None]
-    return torch.einsum("hts,shd->thd", scores.masked_fill(future, -torch.inf).softmax(-1), values)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    weights = weights.masked_fill((positions < 0)[:, None], 0.0)
+    return torch.einsum("hts,shd->thd", weights, values)

@@ -1,17 +1,23 @@
 """The gated delta net (Yang et al., "Gated Delta Networks", 2024) as Qwen3.5 uses it.
 
 States are updated in place, by valid rows only. Rows at once and row by row give the same result: a
-kernel is free to chunk. Rows belong to sequences, and states lie in slots, see `sequences.py`.
+kernel is free to chunk, except that with `each_row` a row has the bits that it has in a call of one
+row. Rows belong to sequences, and states, perhaps in versions, lie in slots, see `sequences.py`.
 """
 
 import torch
 import torch.nn.functional as F
 
 from et_moe.backends.ops.library import declare
-from et_moe.backends.ops.sequences import sequence_rows
+from et_moe.backends.ops.sequences import (
+    check_each_row,
+    rows_each,
+    sequence_rows,
+    version_of,
+)
 
 
-def _causal_conv1d_fake(x, weight, state, slots, num_tokens=None):
+def _causal_conv1d_fake(x, weight, state, slots, num_tokens=None, versions=None, each_row=False):
     return torch.empty_like(x)
 
 
@@ -22,6 +28,8 @@ def causal_conv1d(
     state: torch.Tensor,
     slots: torch.Tensor,
     num_tokens: torch.Tensor | None = None,
+    versions: torch.Tensor | None = None,
+    each_row: bool = False,
 ) -> torch.Tensor:
     """Depthwise causal convolution over time, then SiLU.
 
@@ -32,21 +40,32 @@ def causal_conv1d(
             first. Left holding the last W-1 valid inputs.
         slots: `int32 [B]`.
         num_tokens: `int64 [B]` or None for R; further rows are padding with undefined outputs.
+        versions: `int64 [B]` or None; with them state is `[S, W-2+V, C]`, of which version v is
+            rows v to v+W-2. each_row: whether each row leaves a version, R of them at most V.
 
     Returns:
         `[B R, C]` in x's dtype, computed in fp32.
+
+    Raises:
+        ValueError: a version that there is not, or each_row with more rows than versions.
     """
     taps, out = weight.shape[1], torch.zeros_like(x)
+    count = 1 if versions is None else state.shape[1] - (taps - 2)
+    check_each_row(each_row, rows_each(x.shape[0], slots.shape[0]), versions, count)
     for b, first, valid in sequence_rows(x.shape[0], slots.shape[0], num_tokens):
-        own = state[int(slots[b])]
-        window = torch.cat((own.to(x.dtype), x[first : first + valid]))
+        own, version = state[int(slots[b])], version_of(versions, b, count)
+        earlier = own[version : version + taps - 1].to(x.dtype)
+        window = torch.cat((earlier, x[first : first + valid]))
         sums = sum(window[i : i + valid].float() * weight[:, i].float() for i in range(taps))
         out[first : first + valid] = F.silu(sums).to(x.dtype)
-        own.copy_(window[valid:])
+        left = window[1 if each_row else valid :]
+        own[: len(left)] = left.to(own.dtype)
     return out
 
 
-def _gated_delta_rule_fake(q, k, v, g, beta, state, slots, num_tokens=None):
+def _gated_delta_rule_fake(
+    q, k, v, g, beta, state, slots, num_tokens=None, versions=None, each_row=False
+):
     return torch.empty_like(v)
 
 
@@ -60,6 +79,8 @@ def gated_delta_rule(
     state: torch.Tensor,
     slots: torch.Tensor,
     num_tokens: torch.Tensor | None = None,
+    versions: torch.Tensor | None = None,
+    each_row: bool = False,
 ) -> torch.Tensor:
     """S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T;  o = q^T S / sqrt(Dk), token by token.
 
@@ -71,9 +92,14 @@ def gated_delta_rule(
         g: `float32 [B R, Hv]`, log decay, at most 0. beta: `float32 [B R, Hv]`.
         state: `float32 [S, Hv, Dk, Dv]`, updated in place. slots: `int32 [B]`.
         num_tokens: `int64 [B]` or None for R; further rows are padding with undefined outputs.
+        versions: `int64 [B]` or None; with them state is `[S, V, Hv, Dk, Dv]`. each_row: whether
+            each row leaves a version, R of them at most V.
 
     Returns:
         `[B R, Hv, Dv]` in v's dtype, computed in fp32.
+
+    Raises:
+        ValueError: a version that there is not, or each_row with more rows than versions.
     """
 
     def normalise(x):
@@ -83,20 +109,24 @@ def gated_delta_rule(
 
     q32, k32, v32 = normalise(q) * q.shape[-1] ** -0.5, normalise(k), v.float()
     decay, out = g.exp(), torch.zeros_like(v32)
-    by_length: dict[int, list[tuple[int, int]]] = {}
+    pool = state.unsqueeze(1) if versions is None else state
+    check_each_row(each_row, rows_each(q.shape[0], slots.shape[0]), versions, pool.shape[1])
+    by_length: dict[int, list[tuple[int, int, int]]] = {}
     for b, first, valid in sequence_rows(q.shape[0], slots.shape[0], num_tokens):
-        by_length.setdefault(valid, []).append((b, first))
+        start = version_of(versions, b, pool.shape[1])
+        by_length.setdefault(valid, []).append((b, first, start))
     for valid, sequences in by_length.items():  # those of one length take their steps together
-        chosen, rows = torch.tensor(sequences, device=q.device).unbind(1)
+        chosen, rows, starts = torch.tensor(sequences, device=q.device).unbind(1)
         places = slots[chosen].long()
-        s = state[places]
+        s = pool[places, starts]
         for t in range(valid):
             at = rows + t
             s *= decay[at][:, :, None, None]
             delta = (v32[at] - torch.einsum("bhk,bhkv->bhv", k32[at], s)) * beta[at][..., None]
             s += k32[at][..., None] * delta[:, :, None, :]
             out[at] = torch.einsum("bhk,bhkv->bhv", q32[at], s)
-        state[places] = s
+            if each_row or t == valid - 1:
+                pool[places, t if each_row else 0] = s
     return out.to(v.dtype)
 
 
@@ -111,8 +141,10 @@ def _gated_delta_net_fake(
     slots,
     eps=1e-6,
     num_tokens=None,
+    versions=None,
+    each_row=False,
 ):
-    _, heads, _, value_dim = recurrent_state.shape
+    *_, heads, _, value_dim = recurrent_state.shape
     return projected.new_empty((projected.shape[0], heads * value_dim))
 
 
@@ -128,6 +160,8 @@ def gated_delta_net(
     slots: torch.Tensor,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
+    versions: torch.Tensor | None = None,
+    each_row: bool = False,
 ) -> torch.Tensor:
     """All of a gated delta net layer between its input and output projections.
 
@@ -144,16 +178,22 @@ def gated_delta_net(
         recurrent_state: `float32 [S, Hv, Dk, Dv]`, updated in place, see `gated_delta_rule`.
         slots: `int32 [B]`.
         num_tokens: `int64 [B]` or None for R; further rows are padding with undefined outputs.
+        versions: `int64 [B]` or None, of both states; each_row: whether each row leaves a version.
+            See `causal_conv1d` and `gated_delta_rule` for shapes.
 
     Returns:
         `[B R, V]` in projected's dtype. Intermediates stay in fp32 (what the convolution and the
         rule give may be rounded to projected's dtype).
+
+    Raises:
+        ValueError: a version that there is not, or each_row with more rows than versions.
     """
     tokens, channels = projected.shape[0], conv_weight.shape[0]
-    _, heads, key_dim, value_dim = recurrent_state.shape
+    *_, heads, key_dim, value_dim = recurrent_state.shape
     values = heads * value_dim
     qkv, z, b, a = projected.split((channels, values, heads, heads), dim=-1)
-    qkv = causal_conv1d(qkv, conv_weight, conv_state, slots, num_tokens)
+    places = (slots, num_tokens, versions, each_row)
+    qkv = causal_conv1d(qkv, conv_weight, conv_state, *places)
     keys = (channels - values) // 2
     q, k, v = qkv.float().split((keys, keys, values), dim=-1)
     out = gated_delta_rule(
@@ -163,8 +203,7 @@ def gated_delta_net(
         -a_log.float().exp() * F.softplus(a.float() + dt_bias.float()),
         b.float().sigmoid(),
         recurrent_state,
-        slots,
-        num_tokens,
+        *places,
     )
     out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps) * norm_weight.float()
     out = out.reshape(tokens, values) * F.silu(z.float())

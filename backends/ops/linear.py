@@ -1,4 +1,5 @@
-"""Linear layers with an RMSNorm fused in front and a residual add behind, and the embedding.
+"""Linear layers with an RMSNorm fused in front and a residual add behind, the norm alone, and the
+embedding.
 
 `linear(x)` below stands for: x' = rms_norm(x, norm_weight) if norm_weight is given, else x;
 y = x' W^T, accumulated in fp32; y + residual if given; rounded to x's dtype.
@@ -17,12 +18,20 @@ from et_moe.backends.ops.quantization import (
 )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_norm_fake(x, weight, eps=1e-6):
+    return torch.empty_like(x)
+
+
+@declare(_rms_norm_fake)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Qwen3.5's RMSNorm: x * rsqrt(mean(x^2) + eps) * (1 + weight) in fp32, rounded to x's dtype.
 
     Args:
-        x: float `[..., H]`.
+        x: float `[..., H]`; the kernels take `[T, H]`.
         weight: float `[H]`, zero-centred (zeros are the identity).
+
+    Returns:
+        A tensor like x.
     """
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)

@@ -3,6 +3,7 @@
 import torch
 
 from et_moe.backends.ops.library import declare
+from et_moe.backends.ops.sequences import rows_each, sequence_rows
 
 _MASK = 0xFFFFFFFF
 
@@ -44,7 +45,9 @@ def gumbel(vocabulary: int, position: int, seed: int, device: torch.device) -> t
 
 
 def _sample_fake(logits, temperature, top_k, top_p, seed, positions):
-    return logits.new_empty((logits.shape[0], 1), dtype=torch.int64)
+    sequences = positions.shape[0]
+    each = rows_each(logits.shape[0], sequences)
+    return logits.new_empty((sequences, each), dtype=torch.int64)
 
 
 @declare(_sample_fake)
@@ -56,28 +59,41 @@ def sample(
     seed: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Draws the next token of each of B sequences by Gumbel-max with counter-based noise.
+    """Draws the token behind each row of B sequences by Gumbel-max with counter-based noise.
+
+    Row r of a sequence lies at its position + r and is drawn with the sequence's parameters, as it
+    is drawn alone.
 
     l = logits / temperature. Top-k keeps token i if fewer than k tokens have a larger l (equal
     ones stay together). Top-p then keeps i if the kept tokens with a larger l have a probability
     of less than top_p in all. The result is argmax(l + gumbel), ties to the lowest id.
 
     Args:
-        logits: `float32 [B, V]`.
+        logits: `float32 [B R, V]`, see `sequences.py`.
         temperature: `float32 [B]`, at least 0; 0 is greedy (argmax, ties to the lowest id).
         top_k: `int64 [B]`, 0 keeps all. top_p: `float32 [B]` in (0, 1], 1 keeps all.
-        seed: `int64 [B]`. positions: `int64 [B]`, of the token before the one drawn: the noise is a
-            function of seed, position and token id alone.
+        seed: `int64 [B]`. positions: `int64 [B]`, of each sequence's first row, that is, of the
+            token before the one drawn: the noise is a function of seed, position and token id
+            alone.
 
     Returns:
-        `int64 [B, 1]`.
+        `int64 [B, R]`.
+
+    Raises:
+        ValueError: the rows are no multiple of the sequences.
     """
-    parameters = zip(temperature, top_k, top_p, seed, positions, strict=True)
-    return torch.cat([_draw(row.float(), *p) for row, p in zip(logits, parameters, strict=True)])
+    parameters = list(zip(temperature, top_k, top_p, seed, positions, strict=True))
+    return torch.cat(
+        [
+            torch.cat([_draw(logits[first + r].float(), *parameters[b], r) for r in range(each)], 1)
+            for b, first, each in sequence_rows(logits.shape[0], len(parameters), None)
+        ]
+    )
 
 
-def _draw(row, temperature, top_k, top_p, seed, position) -> torch.Tensor:
-    """The token of one sequence, `int64 [1, 1]`. row: `float32 [V]`; the others are scalars."""
+def _draw(row, temperature, top_k, top_p, seed, position, offset) -> torch.Tensor:
+    """The token of one row, `int64 [1, 1]`. row: `float32 [V]`; the others are scalars, and the row
+    lies at position + offset."""
     if float(temperature) == 0.0:
         return row.argmax().reshape(1, 1)
     scaled = row / temperature.float()
@@ -92,5 +108,5 @@ def _draw(row, temperature, top_k, top_p, seed, position) -> torch.Tensor:
         larger = torch.cat((probability.new_zeros(1), probability.cumsum(-1)))[first]
         keep &= larger < float(top_p)
     kept = torch.zeros_like(keep).scatter_(0, index, keep)
-    noisy = scaled + gumbel(row.numel(), int(position), int(seed), row.device)
+    noisy = scaled + gumbel(row.numel(), int(position) + offset, int(seed), row.device)
     return noisy.masked_fill(~kept, float("-inf")).argmax().reshape(1, 1)

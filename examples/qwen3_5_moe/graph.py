@@ -29,12 +29,16 @@ class Places(NamedTuple):
         positions: `int64 [B]`, of each sequence's first row.
         slots: `int32 [B]`. pages: `int32 [B, M]`.
         num_tokens: `int64 [B]`, or None if all rows are valid.
+        versions: `int64 [B]`, of the states in the slots, or None if there is one of each.
+        each_row: whether a row has the bits that it has alone, and leaves a version.
     """
 
     positions: Tensor
     slots: Tensor
     pages: Tensor
     num_tokens: Tensor | None
+    versions: Tensor | None = None
+    each_row: bool = False
 
 
 class GatedDeltaNet(nn.Module):
@@ -64,6 +68,8 @@ class GatedDeltaNet(nn.Module):
             places.slots,
             self.eps,
             places.num_tokens,
+            places.versions,
+            places.each_row,
         )
         return self.out_proj(core, residual=x)
 
@@ -85,7 +91,13 @@ class Attention(nn.Module):
         self.inv_freq = parameter(c.rotary_dim // 2, dtype=torch.float32)
 
     def forward(self, x: Tensor, norm: Tensor, places: Places, state: State) -> Tensor:
-        core = et.attention(
+        return self.o_proj(self.attend(x, norm, places, state), residual=x)
+
+    def attend(
+        self, x: Tensor, norm: Tensor, places: Places, state: State, first_token: int = 0
+    ) -> Tensor:
+        """What the output projection takes, `[B R, Hq D]`; see `ops.attention`."""
+        return et.attention(
             self.qkv_proj(x, norm),
             self.q_norm.weight,
             self.k_norm.weight,
@@ -96,8 +108,9 @@ class Attention(nn.Module):
             places.positions,
             self.eps,
             places.num_tokens,
+            first_token,
+            places.each_row,
         )
-        return self.o_proj(core, residual=x)
 
 
 def is_joined(storages: Storages) -> bool:
@@ -199,10 +212,12 @@ class Qwen3_5Moe(Graph):
         self.norm = Weight(hidden, dtype=p.dtype)
         self.lm_head = Linear("lm_head", "head", hidden, vocabulary, c.rms_norm_eps, p)
 
-    def state_spec(self) -> dict[str, StateTensor]:
+    def state_spec(self, draft_tokens: int = 0) -> dict[str, StateTensor]:
         c, spec = self.config, {}
         heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-        conv = (c.linear_conv_kernel_dim - 1, c.conv_channels)
+        if draft_tokens:
+            heads = (1 + draft_tokens, *heads)
+        conv = (c.linear_conv_kernel_dim - 1 + draft_tokens, c.conv_channels)
         for i, kind in enumerate(c.layer_types):
             if kind == "linear_attention":
                 name = f"layers.{i}.linear_attn"
@@ -261,9 +276,23 @@ class Qwen3_5Moe(Graph):
         Returns:
             The next tokens `int64 [B, 1]` and their logits `float32 [B, V]`.
         """
-        x = self.hidden(tokens, Places(positions, slots, pages, num_tokens), state)
-        if tokens.shape[1] != 1 and num_tokens is not None:
-            x, positions = x.index_select(0, num_tokens - 1), positions + (num_tokens - 1)
+        places = Places(positions, slots, pages, num_tokens)
+        x = self.hidden(tokens, places, state)
+        return self.draw(x, tokens, places, (temperature, top_k, top_p, seed))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the token behind each row, `float32 [T, V]`, by what `hidden` returns."""
         # fp32 here keeps logits from being rounded to bfloat16.
-        logits = self.lm_head(x.float(), norm=self.norm.weight)
-        return et.sample(logits, temperature, top_k, top_p, seed, positions), logits
+        return self.lm_head(x.float(), norm=self.norm.weight)
+
+    def draw(
+        self, x: Tensor, tokens: Tensor, places: Places, drawing: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, by what `hidden` does; `drawing` are the parameters of `sample`
+        but for positions."""
+        positions = places.positions
+        if tokens.shape[1] != 1 and places.num_tokens is not None:
+            last = places.num_tokens - 1
+            x, positions = x.index_select(0, last), positions + last
+        logits = self.logits(x)
+        return et.sample(logits, *drawing, positions), logits

@@ -29,6 +29,7 @@ from et_moe.pipeline.storage import Precision, Storages
 def make_inputs(sequences: int | Range, rows: int | Range, sizes: Sizes) -> tuple[Input, ...]:
     """The inputs of a method that takes so many sequences with so many rows each."""
     per_sequence = (sequences,)
+    versions = (Input("versions", torch.int64, per_sequence),) if sizes.draft_tokens else ()
     return (
         Input("tokens", torch.int64, (sequences, rows)),
         Input("positions", torch.int64, per_sequence),
@@ -38,6 +39,7 @@ def make_inputs(sequences: int | Range, rows: int | Range, sizes: Sizes) -> tupl
         Input("top_k", torch.int64, per_sequence),
         Input("top_p", torch.float32, per_sequence),
         Input("seed", torch.int64, per_sequence),
+        *versions,
     )
 
 
@@ -97,11 +99,22 @@ class Qwen3_5MoeModel:
             # One sequence has a method of its own, whose kernels are made for a single row.
             "decode": Method(make_inputs(1, 1, sizes), outputs, next_call),
         }
-        if sizes.max_sequences > 1:
-            many = Range(2, sizes.max_sequences) if sizes.max_sequences > 2 else 2
+        several = sizes.max_sequences > 1
+        many = Range(2, sizes.max_sequences) if sizes.max_sequences > 2 else 2
+        if several:
             inputs = (*make_inputs(many, 1, sizes), num_tokens(many))
             methods["decode_batch"] = Method(inputs, outputs, next_call)
+        if sizes.draft_tokens:
+            counts = {"draft_decode": 1} | ({"draft_decode_batch": many} if several else {})
+            methods |= {name: self._draft_method(count, sizes) for name, count in counts.items()}
         return methods
+
+    def _draft_method(self, sequences: int | Range, sizes: Sizes) -> Method:
+        """A decode method whose rows of a sequence are a token and its drafts."""
+        inputs = make_inputs(sequences, 1 + sizes.draft_tokens, sizes)
+        next_call = HandOver("step", "tokens", "positions", "versions")
+        inputs += (num_tokens(sequences),)
+        return Method(inputs, ("step",), next_call, sizes.draft_tokens)
 
     def random(self, name: str, shape: tuple[int, ...], std: float) -> Random:
         return random_values(name, shape, std)

@@ -26,15 +26,24 @@ The norms' weights are zero-centred like the model's. Here `fc` is the sum of tw
 of each half, because the ops have a norm in front of each projection.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
-from et_moe.backends import ops
+from et_moe.backends.method_graph import SLOTS
+from et_moe.backends.ops import PAGE_SIZE
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.examples.qwen3_5_moe.graph import DecoderLayer, Places, Qwen3_5Moe, State
 from et_moe.examples.qwen3_5_moe.tensors import MTP_LAYER
 from et_moe.pipeline.layers import Linear, Weight
-from et_moe.pipeline.models import Graph, StateTensor
+from et_moe.pipeline.models import MTP, Graph, StateTensor
 from et_moe.pipeline.storage import Precision
+
+et = torch.ops.et_moe
+
+HIDDEN = f"{MTP}hidden"
+"""State: h of the last row that a sequence was fed, `[1 + k, H]` with k drafts."""
 
 
 class Mtp(nn.Module):
@@ -54,13 +63,51 @@ class Mtp(nn.Module):
         self.layers = nn.ModuleList([layer(c, c.num_hidden_layers, p, MTP_LAYER)])
         self.norm = Weight(h, dtype=p.dtype)
 
-    def forward(self, embedded: Tensor, hidden: Tensor, places: Places, state: State) -> Tensor:
-        """What g_t is before the norm, `[B R, H]`, by embeddings and hidden states `[B R, H]`."""
+    def _attend(
+        self, embedded: Tensor, hidden: Tensor, places: Places, state: State, first_token: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the layer takes, `[B R, H]`, and what its attention makes of it; fills the cache."""
         x = self.fc_embedding(embedded, self.pre_fc_norm_embedding.weight)
         x = self.fc_hidden(hidden, self.pre_fc_norm_hidden.weight, residual=x)
-        for layer in self.layers:
-            x = layer(x, places, state)
-        return x
+        (layer,) = self.layers
+        norm = layer.input_layernorm.weight
+        return x, layer.self_attn.attend(x, norm, places, state, first_token)
+
+    def fill(self, embedded: Tensor, hidden: Tensor, places: Places, state: State) -> None:
+        """Leaves rows in the KV cache, by embeddings and hidden states `[B R, H]`; attends to
+        nothing."""
+        self._attend(embedded, hidden, places, state, PAGE_SIZE * places.pages.shape[1])
+
+    def forward(
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        places: Places,
+        state: State,
+        first_token: int = 0,
+        accepted: Tensor | None = None,
+    ) -> Tensor:
+        """What g_t is before the norm, by embeddings and hidden states `[B R, H]`.
+
+        Args:
+            first_token: position of the first row that is attended to.
+            accepted: `int64 [B]`, 0 to R - 2, where only the result of each sequence's row
+                1 + accepted is wanted; None for all.
+
+        Returns:
+            `[B R, H]`, or `[B, H]` with `accepted`.
+        """
+        x, attended = self._attend(embedded, hidden, places, state, first_token)
+        num_tokens, (layer,) = places.num_tokens, self.layers
+        if accepted is not None:
+            each = x.shape[0] // places.positions.shape[0]
+            index, num_tokens = accepted.view(-1, 1), (num_tokens > 0).long()
+            x, attended = (
+                _row_of_each(rows.view(-1, each * rows.shape[1]).split(rows.shape[1], 1)[1:], index)
+                for rows in (x, attended)
+            )
+        x = layer.self_attn.o_proj(attended, residual=x)
+        return layer.mlp(x, layer.post_attention_layernorm.weight, num_tokens)
 
 
 class Qwen3_5MoeMtp(Qwen3_5Moe):
@@ -72,34 +119,129 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
         super().__init__(c, p, layer)
         self.mtp = Mtp(c, p, layer)
 
-    def state_spec(self) -> dict[str, StateTensor]:
-        return super().state_spec() | self.kv_cache(f"{MTP_LAYER}.self_attn")
+    def state_spec(self, draft_tokens: int = 0) -> dict[str, StateTensor]:
+        spec = super().state_spec(draft_tokens) | self.kv_cache(f"{MTP_LAYER}.self_attn")
+        if draft_tokens:
+            shape = (1 + draft_tokens, self.config.hidden_size)
+            spec[HIDDEN] = StateTensor(self.dtype, SLOTS, shape)
+        return spec
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The states h_t of what `hidden` returns, `[T, H]`: behind the final norm."""
-        return self._rms_norm(hidden, self.norm)
-
-    def _rms_norm(self, x: Tensor, norm: Weight) -> Tensor:
-        return ops.rms_norm(x, norm.weight, self.config.rms_norm_eps)
+        return et.rms_norm(hidden, self.norm.weight, self.config.rms_norm_eps)
 
     def draft(
-        self, hidden: Tensor, tokens: Tensor, places: Places, state: State
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        places: Places,
+        state: State,
+        first_token: int = 0,
+        accepted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step of the head for every row.
 
         Args:
-            hidden: `[B R, H]`, h_t of each row (`normed`), or g of the step before.
+            hidden: `[B R, H]` or `[B, R, H]`, h_t of each row (`normed`), or g of the step before.
             tokens: `int64 [B, R]`, the token behind each row.
             places: of the rows, positions counted as for the model.
             state: tensors of `state_spec`; the head's KV cache is updated in place.
+            first_token, accepted: see `Mtp.forward`.
 
         Returns:
             g_t of each row, `[B R, H]`, and the logits of the token behind `tokens`,
             `float32 [B R, V]`. A draft is the greatest of them, the lowest id of equal ones.
         """
-        embedded = self.embed_tokens(tokens.view(-1))
-        states = self._rms_norm(self.mtp(embedded, hidden, places, state), self.mtp.norm)
+        embedded = self.embed_tokens(tokens.reshape(-1))
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        x = self.mtp(embedded, hidden, places, state, first_token, accepted)
+        states = et.rms_norm(x, self.mtp.norm.weight, self.config.rms_norm_eps)
         return states, self.lm_head(states.float())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        pages: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seed: Tensor,
+        state: State,
+        num_tokens: Tensor | None = None,
+        versions: Tensor | None = None,
+        draft_tokens: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """Consumes tokens and draws the next one of each sequence; fed drafts, the next ones.
+
+        The head's row that takes token t + 1 and h_t lies at position t + 1 of its cache. So what
+        stands there follows from the tokens up to this one, as in every other cache, whichever call
+        has computed it. The row at position 0 takes zeros for h, and is never attended to.
+
+        Args:
+            versions: `int64 [B]`, of the states that the sequences go on from.
+            draft_tokens: 0, or k: of each sequence the R = 1 + k rows of `tokens` are the token
+                that was drawn last and drafts of those behind it, and `num_tokens` is given. The
+                others are as in `Qwen3_5Moe.forward`.
+
+        Returns:
+            Without drafts what `Qwen3_5Moe.forward` does. With drafts `int64 [B, 2 + k]`: a, how
+            many drafts were what the row before them draws, the token that row a draws, and k
+            drafts of those behind it. A draft is drawn as the model would draw it from its own
+            logits, with the same noise.
+        """
+        drawing = (temperature, top_k, top_p, seed)
+        places = Places(positions, slots, pages, num_tokens, versions, draft_tokens > 0)
+        x = self.hidden(tokens, places, state)
+        hidden = self.normed(x)
+        last = (slots, versions, num_tokens, places.each_row)
+        before = et.token_shift(hidden, state[HIDDEN], *last)
+        if not draft_tokens:
+            self.mtp.fill(self.embed_tokens(tokens.view(-1)), before, places, state)
+            return self.draw(x, tokens, places, drawing)
+        drawn = et.sample(self.logits(x), *drawing, positions)
+        accepted = _count_accepted(tokens, drawn, num_tokens)
+        step = [accepted, _row_of_each(drawn.split(1, 1), accepted)]
+        # The row in front comes first once more: the call before may have had another token there.
+        front, _ = tokens.split((1, draft_tokens), 1)
+        rows = (-1, 1 + draft_tokens, self.config.hidden_size)
+        before, _ = before.view(rows).split((1, draft_tokens), 1)
+        given = torch.cat((before, hidden.view(rows)), 1)
+        # Rows of drafts that were refused are padding. The padding of a batch has no rows at all.
+        is_there, accepted = (num_tokens > 0).long(), accepted.view(-1)
+        places = Places(positions, slots, pages, is_there * (accepted + 2), None, True)
+        behind, position = torch.cat((front, drawn), 1), positions + accepted + 1
+        states, logits = self.draft(given, behind, places, state, 1, accepted)
+        step.append(et.sample(logits, *drawing, position))
+        for _ in range(1, draft_tokens):
+            position = position + 1
+            places = Places(position, slots, pages, is_there)
+            states, logits = self.draft(states, step[-1], places, state, 1)
+            step.append(et.sample(logits, *drawing, position))
+        return (torch.cat(step, 1),)
+
+
+def _count_accepted(tokens: Tensor, drawn: Tensor, num_tokens: Tensor) -> Tensor:
+    """Of each sequence the number of rows, `int64 [B, 1]`, up to the first whose token is not what
+    the row before drew, the first row apart. Args: as in `Qwen3_5MoeMtp.forward`; drawn like
+    tokens."""
+    is_next, total = None, None
+    fed = zip(tokens.split(1, 1)[1:], drawn.split(1, 1), strict=False)
+    for r, (token, expected) in enumerate(fed, 1):
+        is_right = (token == expected).long() * (num_tokens.view(-1, 1) > r).long()
+        is_next = is_right if is_next is None else is_next * is_right
+        total = is_next if total is None else total + is_next
+    return total
+
+
+def _row_of_each(rows: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Of each sequence the row that `index`, `int64 [B, 1]`, names; rows `[B, N]` each. What the
+    others hold, padding perhaps, does not matter."""
+    chosen, *others = rows
+    for r, row in enumerate(others, 1):
+        chosen = torch.where(index > r - 1, row, chosen)
+    return chosen
 
 
 def build(c: ModelConfig, p: Precision, layer: type[DecoderLayer]) -> Graph:

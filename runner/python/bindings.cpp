@@ -94,8 +94,8 @@ nb::object name_of(const std::optional<RequestEnd>& end) {
   return end ? nb::object(nb::str(names[static_cast<size_t>(*end)])) : nb::none();
 }
 
-/// (request id, token ids, logprobs or None, those of the prompt or None, cached tokens, reason to
-/// finish or None, error or None).
+/// (request id, token ids, logprobs or None, those of the prompt or None, cached tokens, drafts or
+/// None, reason to finish or None, error or None); drafts are (calls, tokens, accepted by place).
 nb::tuple to_tuple(const Event& event) {
   const auto optional = [](bool is_there, auto make) {
     return is_there ? nb::object(make()) : nb::none();
@@ -104,7 +104,13 @@ nb::tuple to_tuple(const Event& event) {
       event.request_id, to_tuple(event.token_ids),
       optional(!event.logprobs.empty(), [&] { return to_list(event.logprobs); }),
       optional(event.prompt_logprobs.has_value(), [&] { return to_list(*event.prompt_logprobs); }),
-      event.cached_tokens, name_of(event.end),
+      event.cached_tokens,
+      optional(event.drafts.steps > 0,
+               [&] {
+                 const llm::DraftStats& d = event.drafts;
+                 return nb::make_tuple(d.steps, d.tokens, to_tuple(d.accepted));
+               }),
+      name_of(event.end),
       optional(event.end == RequestEnd::kError, [&] { return nb::str(event.error.c_str()); }));
 }
 

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
+from et_moe.serving.interface import Drafts
 from et_moe.serving.openai.errors import APIError, api_error
 
 DONE = b"data: [DONE]\n\n"
@@ -46,9 +47,11 @@ def usage(prompt_tokens: int, generations, reasoning_tokens: int | None = None) 
         "total_tokens": prompt_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": min(cached, prompt_tokens)},
     }
-    if reasoning_tokens is not None:
-        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
-    return counts
+    drafts = sum((generation.drafts for generation in generations), Drafts())
+    details = {} if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens}
+    if drafts.steps:
+        details["accepted_prediction_tokens"] = sum(drafts.accepted)
+    return counts | ({"completion_tokens_details": details} if details else {})
 
 
 class EventStream(StreamingResponse):

@@ -132,7 +132,7 @@ class ModelResponse(Streamed):
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": cached,
             "output_tokens": counts["completion_tokens"],
-            "output_tokens_details": counts["completion_tokens_details"],
+            "output_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
             "total_tokens": counts["total_tokens"],
         }
 

@@ -1,6 +1,5 @@
 """Method graphs and what a program says of them."""
 
-import dataclasses
 import json
 
 import pytest
@@ -50,7 +49,7 @@ def test_description() -> None:
         ],
         "hand_over": None,
     }
-    assert describe_method(graph())["hand_over"] == dataclasses.asdict(HAND_OVER)
+    assert describe_method(graph())["hand_over"] == HAND_OVER.describe()
 
 
 class Rows(torch.nn.Module):

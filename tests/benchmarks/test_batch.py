@@ -29,6 +29,16 @@ def test_rows_of_a_program(runner, tiny_program, tiny_checkpoint, tmp_path: Path
     assert any(line.startswith("| 2 | 5 | ") for line in lines)
 
 
+def test_a_step_draws_what_is_accepted_besides() -> None:
+    stats = {"prompt_eval_end_ms": 1000, "inference_end_ms": 3000, "decode_token_per_sec": 600.0}
+    assert batch.steps_of(stats, 4) == {"step_ms": pytest.approx(2000 / 300)}
+    drafts = {"draft_tokens": 900, "accepted_draft_tokens": 400}
+    drafts["accepted_draft_tokens_per_position"] = [300, 100]
+    found = batch.steps_of(stats | drafts, 4)
+    assert found == drafts | {"step_ms": pytest.approx(2000 / 200)}
+    assert batch.steps_of(stats | {"decode_token_per_sec": 0.0}, 4) == {}
+
+
 def test_a_failure_is_kept(runner, tiny_program, tiny_checkpoint, tmp_path: Path) -> None:
     """The prompts do not fit the context."""
     out, shape = tmp_path / "batch.json", model_shape(tiny_checkpoint)

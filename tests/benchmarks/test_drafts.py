@@ -82,11 +82,12 @@ def test_steps_are_those_of_one_sequence_after_the_other(
     model, expected = sequences.model, [0] * (k + 1)
     for tokens, states in zip(sequences.tokens, sequences.hidden, strict=True):
         states = states if hidden.model == IN_FRONT else model.normed(states)
-        drawn = SIZES.prompt
-        while drawn + k < len(tokens):
+        drawn, last = SIZES.prompt + 1, len(tokens) - 1
+        while drawn + 2 <= last:
             drafts = drafts_of(model, states[:drawn], tokens[: drawn + 1], k, hidden)
             wanted = tokens[drawn + 1 : drawn + 1 + k].tolist()
-            accepted = next((j for j in range(k) if drafts[j] != wanted[j]), k)
+            fed = min(k, last - drawn - 1)
+            accepted = next((j for j in range(fed) if drafts[j] != wanted[j]), fed)
             for j in range(accepted + 1):
                 expected[j] += 1
             drawn += accepted + 1

@@ -74,7 +74,7 @@ void sessions(int argc, char** argv) {
     for (Sequence& s : sequences) {
       if (s.generated.size() == count) continue;
       const size_t piece = std::min(most, s.ids.size());
-      const int64_t token = model->run(*s.session, s.ids.data(), piece, {}).token;
+      const int64_t token = model->run(*s.session, s.ids.data(), piece, {}).tokens[0];
       s.ids.erase(s.ids.begin(), s.ids.begin() + static_cast<int64_t>(piece));
       if (s.ids.empty()) {
         s.generated.push_back(token);
@@ -108,7 +108,7 @@ void ahead(char** argv) {
     const auto run = [&](const Ids& ids, const et_moe::Sampling& sampling = {}) {
       et_moe::CallOptions options;
       options.run_ahead = true;
-      return model->run(*session, ids.data(), ids.size(), sampling, options).token;
+      return model->run(*session, ids.data(), ids.size(), sampling, options).tokens[0];
     };
     Ids generated = {run(prompt)};
     while (static_cast<int64_t>(generated.size()) < count) {

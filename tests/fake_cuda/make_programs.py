@@ -45,6 +45,8 @@ MAX_SEQ_LEN = 80
 MAX_SEQUENCES = 5
 """More than a power of two, so that calls are padded, too."""
 
+DRAFT_TOKENS = 2
+
 # One layer has a dense MLP, the other a mixture whose weights do not add up to 1.
 NEXT_FOR_CUDA = SMALL_FOR_CUDA | {
     "intermediate_size": 64,
@@ -110,6 +112,7 @@ def export_model(
     max_sequences: int,
     recipe: str = "4w",
     change: Callable[[Path], Path] = lambda checkpoint: checkpoint,
+    draft_tokens: int = 0,
 ) -> None:
     """A random model for the CPU and for CUDA, whose methods take their inputs turned around."""
     make_checkpoint(folder / "checkpoint", model, "tiny", seed=3, overrides=overrides)
@@ -125,11 +128,22 @@ def export_model(
             max_sequences=max_sequences,
             cuda_archs=("sm_90",),
             debug_sidecar=backend == "cuda",
+            draft_tokens=draft_tokens,
         )
         kind = type(model)
         methods = _turned(kind.methods) if backend == "cuda" else kind.methods
         with mock.patch.object(kind, "methods", methods):
             export.export(source, folder / backend, options)
+
+
+def of_few_tokens(checkpoint: Path) -> Path:
+    """A copy of the checkpoint that draws few different tokens, which its head guesses often."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (file,) = checkpoint.glob("model-*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"][5:] = 0
+    tensors["lm_head.weight"] *= 100
+    return write(checkpoint.with_name("few tokens"), config, tensors)
 
 
 def main() -> None:
@@ -140,6 +154,9 @@ def main() -> None:
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA, MAX_SEQUENCES)
     # Its ranges for more tokens, and for many sequences, would have the same kernels.
     export.MAX_PREFILL_TOKENS = 4
+    with_head = SMALL_FOR_CUDA | {"mtp_num_hidden_layers": 1}
+    drafting = {"change": of_few_tokens, "draft_tokens": DRAFT_TOKENS}
+    export_model(folder / "drafts", QWEN3_5_MOE, with_head, 3, **drafting)
     export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, 1, "mixed", quantized_checkpoint)
 
 

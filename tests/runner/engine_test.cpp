@@ -95,6 +95,26 @@ TEST(Stats, GpuKeysAppearOnlyWithAGpu) {
   EXPECT_DOUBLE_EQ(json["gpu_peak_usage_mb"], 70);
 }
 
+TEST(Stats, DraftsAreCountedByPosition) {
+  llm::Stats stats = example();
+  stats.drafts.emplace();
+  EXPECT_EQ(parse_json(stats.to_json())["draft_tokens"], 0);
+  EXPECT_EQ(stats.to_table().find("% of"), std::string::npos);
+  stats.drafts->add(0, 0);  // a call without drafts
+  stats.drafts->add(2, 2);
+  stats.drafts->add(2, 0);
+  llm::DraftStats others;
+  others.add(3, 1);
+  others.add(1, 1);
+  stats.drafts->add(others);
+  const auto json = parse_json(stats.to_json());
+  EXPECT_EQ(json["draft_steps"], 4);
+  EXPECT_EQ(json["draft_tokens"], 8);
+  EXPECT_EQ(json["accepted_draft_tokens"], 4);
+  EXPECT_EQ(json["accepted_draft_tokens_per_position"], std::vector<int>({3, 1, 0}));
+  EXPECT_NE(stats.to_table().find("75.0 % of first drafts"), std::string::npos);
+}
+
 TEST(Engine, LogProbabilityIsLogSoftmax) {
   const float logits[] = {1000.0f, 999.0f, 998.0f};
   const double sum = 1 + std::exp(-1.0) + std::exp(-2.0);

@@ -99,6 +99,8 @@ def test_another_vocabulary(runner, tmp_path: Path) -> None:
         ("get_max_pages", 2**20, "get_max_pages is 1048576, expected 1 for get_max_seq_len 40"),
         ("get_max_pages", 0, "get_max_pages is 0, expected 1 for get_max_seq_len 40"),
         ("get_max_prefill_tokens", 2**31 - 1, "input tokens as Long [1, 2..16]"),
+        ("get_draft_tokens", 4, "get_draft_tokens is 4, expected at most 3"),
+        ("get_draft_tokens", 3, "method prefill has no input versions"),
     ],
 )
 def test_sizes_that_do_not_fit(

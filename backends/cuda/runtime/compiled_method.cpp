@@ -54,6 +54,10 @@ std::vector<size_t> CompiledMethod::offsets(int64_t length) const {
   for (const TensorSpec& input : info_.spec.inputs) {
     offsets.push_back(offsets.back() + aligned(nbytes_at(input, length)));
   }
+  if (info_.hand_over && info_.hand_over->versions) {
+    // Behind the inputs the code counts the calls of each sequence.
+    offsets.push_back(offsets.back() + aligned(static_cast<size_t>(length) * sizeof(int64_t)));
+  }
   return offsets;
 }
 
@@ -71,8 +75,16 @@ Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
     tensors.push_back(view_of(context_->weights_->at(t.name), t));
   }
   if (calls.drawn) {
-    tensors.push_back(view(calls.drawn->memory.device_data(), {2, calls.length},
-                           static_cast<int32_t>(executorch::aten::ScalarType::Long)));
+    constexpr auto kLong = static_cast<int32_t>(ScalarType::Long);
+    std::byte* drawn = calls.drawn->memory.device_data();
+    if (calls.drawn->drafts) {
+      const auto width = static_cast<int64_t>(calls.drawn->width);
+      tensors.push_back(view(drawn, {2, calls.length, width}, kLong));
+      std::byte* count = calls.inputs.data() + offset[info_.spec.inputs.size()];
+      tensors.push_back(view(count, {calls.length}, kLong));
+    } else {
+      tensors.push_back(view(drawn, {2, calls.length}, kLong));
+    }
   }
   const ArenaScope scope(context_->arena_);
   const auto results =
@@ -139,6 +151,9 @@ void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& te
   if (calls.drawn) {
     const auto* positions = static_cast<const int64_t*>(tensors.inputs[info_.hand_over->positions]);
     calls.drawn->positions.assign(positions, positions + tensors.length);
+    calls.drawn->launches = 0;
+    const size_t end = offset[inputs.size()];
+    std::memset(memory + end, 0, offset.back() - end);
   }
   // Not in the graph, see backends/cuda/triton/hand_over/op.py.
   ET_MOE_CUDA(cudaMemcpyAsync(calls.inputs.data(), memory, offset.back(), cudaMemcpyHostToDevice,
@@ -147,18 +162,22 @@ void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& te
 }
 
 bool CompiledMethod::is_last(const Calls& calls, const HostTensors& tensors) const {
-  const std::vector<int64_t>& positions = calls.drawn->positions;
-  if (static_cast<size_t>(tensors.length) != positions.size()) return false;
-  std::vector<int64_t> tokens;
-  for (size_t i = 0; i < positions.size(); ++i) {
-    tokens.push_back(calls.drawn->token(positions[i] - 1, i, calls.length));
+  const Drawn& drawn = *calls.drawn;
+  const HandOverIndices& hand_over = *info_.hand_over;
+  if (static_cast<size_t>(tensors.length) != drawn.positions.size()) return false;
+  std::vector<int64_t> tokens, versions;
+  for (size_t i = 0; i < drawn.positions.size(); ++i) {
+    const int64_t* values = drawn.values(i, calls.length, 1);
+    if (drawn.drafts) versions.push_back(*values);
+    tokens.insert(tokens.end(), values + (drawn.drafts ? 1 : 0), values + drawn.width);
   }
   const std::vector<TensorSpec>& inputs = info_.spec.inputs;
   const std::vector<size_t> offset = offsets(calls.length);
   for (size_t i = 0; i < inputs.size(); ++i) {
-    const void* expected = i == info_.hand_over->positions ? positions.data()
-                           : i == info_.hand_over->tokens
-                               ? tokens.data()
+    const void* expected = i == hand_over.positions ? drawn.positions.data()
+                           : i == hand_over.tokens  ? tokens.data()
+                           : i == hand_over.versions
+                               ? versions.data()
                                : static_cast<const void*>(calls.staging.data() + offset[i]);
     const size_t size = nbytes_at(inputs[i], tensors.length);
     if (std::memcmp(expected, tensors.inputs[i], size) != 0) return false;
@@ -190,8 +209,8 @@ void CompiledMethod::run(const HostTensors& tensors) {
   Session& session = context_->session();
   auto found = session.calls_.find(this);
   if (found == session.calls_.end()) {
-    const auto sequences = info_.hand_over ? std::optional(info_.longest) : std::nullopt;
-    found = session.calls_.try_emplace(this, offsets(info_.longest).back(), sequences).first;
+    const size_t size = offsets(info_.longest).back();
+    found = session.calls_.try_emplace(this, size, info_.longest, info_.hand_over).first;
   }
   Calls& calls = found->second;
   if (!session.ahead_) {
@@ -208,17 +227,17 @@ void CompiledMethod::run(const HostTensors& tensors) {
   if (!calls.drawn) return;
   Drawn& drawn = *calls.drawn;
   const uint64_t call = drawn.calls;
-  if (CallScope::options().run_ahead) {
-    for (int64_t& position : drawn.positions) ++position;
+  const bool run_ahead = CallScope::options().run_ahead;
+  if (run_ahead) {
     launch(session, calls);
     session.ahead_ = &calls;
+    ++drawn.launches;
   }
   drawn.done(call).synchronize();
-  const int64_t ahead = session.ahead_ ? 1 : 0;
-  auto* tokens = static_cast<int64_t*>(tensors.outputs[info_.hand_over->token]);
-  for (size_t i = 0; i < drawn.positions.size(); ++i) {
-    tokens[i] = drawn.token(drawn.positions[i] - ahead, i, calls.length);
-  }
+  const std::vector<int64_t> values = drawn.all(calls.length, drawn.drafts && run_ahead ? 1 : 0);
+  std::copy(values.begin(), values.end(),
+            static_cast<int64_t*>(tensors.outputs[info_.hand_over->token]));
+  if (run_ahead) drawn.advance(values);
 }
 
 }  // namespace et_moe::cuda

@@ -38,8 +38,8 @@ class Context {
   /// Throws CudaError.
   std::unique_ptr<Session> new_session(const PoolSizes& sizes) const;
   void clear_slot(Session& session, int32_t slot) const { session.clear_slot(stream_, slot); }
-  void copy_slot(Session& session, int32_t from, int32_t to) const {
-    session.copy_slot(stream_, from, to);
+  void copy_slot(Session& session, int32_t from, int64_t version, int32_t to) const {
+    session.copy_slot(stream_, from, version, to);
   }
 
  private:

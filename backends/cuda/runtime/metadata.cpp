@@ -41,23 +41,38 @@ int64_t find_longest(const MethodSpec& spec) {
   return bounds ? bounds->second : 1;
 }
 
-/// Index of an int64 tensor of one element for each sequence, of which there are `longest` at most.
+/// Index of an int64 tensor of `width` elements for each sequence, of which there are `longest` at
+/// most.
 template <typename Spec>
-size_t find_integers(const std::vector<Spec>& tensors, const std::string& name, int64_t longest) {
+size_t find_integers(const std::vector<Spec>& tensors, const std::string& name, int64_t longest,
+                     size_t width = 1) {
   const size_t i = find_tensor(tensors, name);
-  const size_t bytes = static_cast<size_t>(longest) * sizeof(int64_t);
+  const size_t bytes = static_cast<size_t>(longest) * width * sizeof(int64_t);
   if (i == tensors.size() || tensors[i].dtype != executorch::aten::ScalarType::Long ||
-      tensors[i].nbytes() != bytes || (longest > 1 && !free_dimension(tensors[i]))) {
-    throw std::runtime_error("hand_over: no int64 tensor " + name + " with one element a sequence");
+      tensors[i].nbytes() != bytes || (longest > 1 && free_dimension(tensors[i]) != 0)) {
+    throw std::runtime_error("hand_over: no int64 tensor " + name + " with " +
+                             (width == 1 ? "one element" : std::to_string(width) + " elements") +
+                             " a sequence");
   }
   return i;
 }
 
 std::optional<HandOverIndices> find_hand_over(const MethodSpec& spec, int64_t longest) {
   if (!spec.hand_over) return std::nullopt;
-  return HandOverIndices{find_integers(spec.outputs, spec.hand_over->token, longest),
-                         find_integers(spec.inputs, spec.hand_over->tokens, longest),
-                         find_integers(spec.inputs, spec.hand_over->positions, longest)};
+  HandOverIndices found;
+  size_t tokens = 1;
+  if (const auto& versions = spec.hand_over->versions) {
+    found.versions = find_integers(spec.inputs, *versions, longest);
+    const size_t i = find_tensor(spec.outputs, spec.hand_over->token);
+    const auto each = static_cast<size_t>(longest) * sizeof(int64_t);
+    if (i < spec.outputs.size()) found.width = spec.outputs[i].nbytes() / each;
+    if (found.width < 2) throw std::runtime_error("hand_over: no tokens of a call with drafts");
+    tokens = found.width - 1;
+  }
+  found.token = find_integers(spec.outputs, spec.hand_over->token, longest, found.width);
+  found.tokens = find_integers(spec.inputs, spec.hand_over->tokens, longest, tokens);
+  found.positions = find_integers(spec.inputs, spec.hand_over->positions, longest);
+  return found;
 }
 
 /// How many pages and slots a state has; each is one that all its tensors may have.

@@ -35,6 +35,8 @@ size_t nbytes_at(const TensorSpec& tensor, int64_t length);
 /// Indices of the tensors that `HandOver` names, among outputs and inputs.
 struct HandOverIndices {
   size_t token, tokens, positions;
+  std::optional<size_t> versions;
+  size_t width = 1;  // elements of `token` for each sequence
 };
 
 struct MethodInfo {

@@ -1,40 +1,52 @@
 #include "backends/cuda/runtime/session.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "backends/cuda/runtime/alignment.h"
 
 namespace et_moe::cuda {
 
-Calls::Calls(size_t inputs_size, std::optional<int64_t> sequences)
-    : staging(std::max(kAlignment, inputs_size)), inputs(std::max(kAlignment, inputs_size)) {
-  if (sequences) drawn.emplace(*sequences);
+std::vector<int64_t> Drawn::all(int64_t length, int64_t later) const {
+  std::vector<int64_t> all;
+  for (size_t i = 0; i < positions.size(); ++i) {
+    const int64_t* own = values(i, length, later);
+    all.insert(all.end(), own, own + width);
+  }
+  return all;
 }
 
-std::vector<int64_t> Calls::tokens() const {
-  std::vector<int64_t> tokens;
-  for (size_t i = 0; i < drawn->positions.size(); ++i) {
-    tokens.push_back(drawn->token(drawn->positions[i], i, length));
+void Drawn::advance(const std::vector<int64_t>& values) {
+  for (size_t i = 0; i < positions.size(); ++i) {
+    positions[i] += drafts ? values[i * width] + 1 : 1;
   }
-  return tokens;
+}
+
+Calls::Calls(size_t inputs_size, int64_t sequences, const std::optional<HandOverIndices>& hand_over)
+    : staging(std::max(kAlignment, inputs_size)), inputs(std::max(kAlignment, inputs_size)) {
+  if (hand_over) drawn.emplace(sequences, *hand_over);
 }
 
 Session::Session(const Stream& stream, const std::vector<StateSpec>& state,
                  const PoolSizes& sizes) {
-  // Tensors with slots of one size lie behind each other, so that few calls zero a slot.
+  // Tensors with slots that are made alike lie behind each other, so that few calls zero a slot.
+  const auto kind = [&sizes](const StateSpec& spec) {
+    return std::tuple(spec.pool, spec.nbytes_each(), spec.version_bytes(sizes.versions).step);
+  };
   std::vector<StateSpec> order(state);
-  std::stable_sort(order.begin(), order.end(), [](const StateSpec& a, const StateSpec& b) {
-    return std::pair(a.pool, a.nbytes_each()) < std::pair(b.pool, b.nbytes_each());
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&kind](const StateSpec& a, const StateSpec& b) { return kind(a) < kind(b); });
   size_t end = 0;
   for (const StateSpec& tensor : order) {
     const TensorSpec spec = tensor.in(sizes);
     const size_t size = aligned(spec.nbytes());
     tensors_[tensor.name] = {spec, end};
     if (tensor.pool == Pool::kSlots) {
-      if (slots_.empty() || slots_.back().slot_size != tensor.nbytes_each()) {
-        slots_.push_back({end, tensor.nbytes_each(), size, 0});
+      const VersionBytes version = tensor.version_bytes(sizes.versions);
+      if (slots_.empty() || slots_.back().slot_size != tensor.nbytes_each() ||
+          slots_.back().version.step != version.step) {
+        slots_.push_back({end, tensor.nbytes_each(), size, 0, version});
       }
       ++slots_.back().count;
     }
@@ -54,7 +66,7 @@ std::vector<int64_t> Session::settle() {
   const Calls* calls = std::exchange(ahead_, nullptr);
   if (!calls) return {};
   calls->drawn->done(calls->drawn->calls).synchronize();
-  return calls->tokens();
+  return calls->drawn->all(calls->length, 0);
 }
 
 template <typename Use>
@@ -66,23 +78,24 @@ void Session::each_slot(int32_t slot, const Use& use) const {
     for (size_t i = 0; i < (at_once ? 1 : slots.count); ++i) {
       const size_t offset =
           slots.offset + i * slots.tensor_size + static_cast<size_t>(slot) * slots.slot_size;
-      use(offset, at_once ? slots.tensor_size : slots.slot_size, slots.slot_size,
-          at_once ? slots.count : 1);
+      use(slots, offset, at_once ? slots.tensor_size : slots.slot_size, at_once ? slots.count : 1);
     }
   }
 }
 
 void Session::clear_slot(const Stream& stream, int32_t slot) {
-  each_slot(slot, [&](size_t offset, size_t pitch, size_t width, size_t height) {
-    ET_MOE_CUDA(cudaMemset2DAsync(memory_.data() + offset, pitch, 0, width, height, stream.get()));
+  each_slot(slot, [&](const Slots& slots, size_t offset, size_t pitch, size_t height) {
+    ET_MOE_CUDA(cudaMemset2DAsync(memory_.data() + offset, pitch, 0, slots.slot_size, height,
+                                  stream.get()));
   });
 }
 
-void Session::copy_slot(const Stream& stream, int32_t from, int32_t to) {
-  each_slot(from, [&](size_t offset, size_t pitch, size_t width, size_t height) {
-    std::byte* source = memory_.data() + offset;
-    std::byte* target = source + (to - from) * static_cast<std::ptrdiff_t>(width);
-    ET_MOE_CUDA(cudaMemcpy2DAsync(target, pitch, source, pitch, width, height,
+void Session::copy_slot(const Stream& stream, int32_t from, int64_t version, int32_t to) {
+  each_slot(from, [&](const Slots& slots, size_t offset, size_t pitch, size_t height) {
+    std::byte* slot = memory_.data() + offset;
+    std::byte* target = slot + (to - from) * static_cast<std::ptrdiff_t>(slots.slot_size);
+    const std::byte* source = slot + static_cast<size_t>(version) * slots.version.step;
+    ET_MOE_CUDA(cudaMemcpy2DAsync(target, pitch, source, pitch, slots.version.size, height,
                                   cudaMemcpyDeviceToDevice, stream.get()));
   });
 }

@@ -16,25 +16,39 @@ namespace et_moe::cuda {
 
 class CompiledMethod;
 
-/// The tokens that a method with a hand-over drew, as the host sees them.
+/// What a method with a hand-over drew, as the host sees it: a token for each sequence or, fed
+/// drafts, how many of them were accepted and the tokens of the next call.
 struct Drawn {
   /// For at most so many sequences a call.
-  explicit Drawn(int64_t sequences)
-      : memory(2 * sizeof(int64_t) * static_cast<size_t>(sequences)) {}
+  Drawn(int64_t sequences, const HandOverIndices& hand_over)
+      : memory(2 * sizeof(int64_t) * static_cast<size_t>(sequences) * hand_over.width),
+        width(hand_over.width),
+        drafts(hand_over.versions.has_value()) {}
 
-  /// The token that a call drew for a row at a position, once it is done. `length`: of the call.
-  int64_t token(int64_t at, size_t row, int64_t length) const {
-    const auto* tokens = reinterpret_cast<const int64_t*>(memory.data());
-    return tokens[static_cast<size_t>((at & 1) * length) + row];
+  /// What a call drew for a row, `width` values, once it is done. `length`: of the call.
+  /// `later`: how many calls were started since, 0 or 1.
+  const int64_t* values(size_t row, int64_t length, int64_t later) const {
+    // How far a call with drafts goes is not known when the next one starts.
+    const int64_t at = (drafts ? launches : positions[row]) - later;
+    return reinterpret_cast<const int64_t*>(memory.data()) +
+           (static_cast<size_t>((at & 1) * length) + row) * width;
   }
+  /// The same of all rows that are no padding.
+  std::vector<int64_t> all(int64_t length, int64_t later) const;
+  /// Makes `positions` those of a call that was started behind one that has drawn these values.
+  void advance(const std::vector<int64_t>& values);
 
   /// Recorded behind a call.
   const Event& done(uint64_t call) const { return events[call & 1]; }
 
-  PinnedBuffer memory;  // int64 [2, length]: of the last two positions of each row, by position % 2
-  Event events[2];      // of the last two calls
-  uint64_t calls = 0;   // that were started: the number of the last one
+  PinnedBuffer memory;   // int64 [2, length, width]: of the last two positions of each row, by
+                         // position % 2, or of the last two calls
+  Event events[2];       // of the last two calls
+  uint64_t calls = 0;    // that were started: the number of the last one
+  int64_t launches = 0;  // of the last one: behind how many others it follows by hand-over
   std::vector<int64_t> positions;  // of the last call, of the rows that are no padding
+  const size_t width;
+  const bool drafts;
 };
 
 /// What the calls of one method on one session keep: inputs, where outputs are, graphs.
@@ -49,11 +63,8 @@ struct Calls {
     Outputs outputs;
   };
 
-  /// `sequences`: most of a call of a method with a hand-over.
-  Calls(size_t inputs_size, std::optional<int64_t> sequences);
-
-  /// The tokens that the last call drew, once it is done.
-  std::vector<int64_t> tokens() const;
+  /// `sequences`: most of a call of a method, which may have a hand-over.
+  Calls(size_t inputs_size, int64_t sequences, const std::optional<HandOverIndices>& hand_over);
 
   PinnedBuffer staging;                // inputs on their way to the GPU
   DeviceBuffer inputs;                 // a call that hands over leaves here those of the next
@@ -76,11 +87,11 @@ class Session {
 
   /// Zeroes a slot, in which a new sequence begins.
   void clear_slot(const Stream& stream, int32_t slot);
-  /// Makes a slot a copy of another.
-  void copy_slot(const Stream& stream, int32_t from, int32_t to);
+  /// Makes version 0 of a slot a copy of a version of another, see `PoolSizes`.
+  void copy_slot(const Stream& stream, int32_t from, int64_t version, int32_t to);
 
   /// Waits for a call that was started and that nobody has asked for yet, see
-  /// `CallOptions::run_ahead`, and returns the tokens that it drew: one of each of its sequences.
+  /// `CallOptions::run_ahead`, and returns what it drew, see `Drawn`, for each of its sequences.
   /// None if there is no such call. The next call may be any.
   std::vector<int64_t> settle();
 
@@ -101,9 +112,10 @@ class Session {
   /// Tensors of slots that are as large as each other and follow each other.
   struct Slots {
     size_t offset, slot_size, tensor_size, count;
+    VersionBytes version;
   };
-  /// Calls `use` with the offset of a slot, the distance from tensor to tensor, the size of a slot
-  /// and the number of tensors, for tensors that CUDA takes as rows of one matrix.
+  /// Calls `use` with what they are, the offset of a slot, the distance from tensor to tensor and
+  /// the number of tensors, for tensors that CUDA takes as rows of one matrix.
   template <typename Use>
   void each_slot(int32_t slot, const Use& use) const;
   /// Waits for the call that runs ahead, if there is one, whatever becomes of it.

@@ -13,10 +13,12 @@ from et_moe.backends.cuda.triton.linear.op import (
     linear_w8a8,
     linear_w8a16,
 )
+from et_moe.backends.cuda.triton.linear.row_quantization import rms_norm
 from et_moe.backends.cuda.triton.moe.op import moe_w4a8, moe_w4a16
 from et_moe.backends.cuda.triton.quantization.op import quantize_int8, silu_quantize_int8
 from et_moe.backends.cuda.triton.router.op import moe_router
 from et_moe.backends.cuda.triton.sampling.op import sample
+from et_moe.backends.cuda.triton.token_shift.op import token_shift
 
 TRITON_OPS: dict[str, Callable] = {
     "attention": attention,
@@ -33,8 +35,10 @@ TRITON_OPS: dict[str, Callable] = {
     "moe_w4a8": moe_w4a8,
     "moe_w4a16": moe_w4a16,
     "quantize_int8": quantize_int8,
+    "rms_norm": rms_norm,
     "sample": sample,
     "silu_quantize_int8": silu_quantize_int8,
+    "token_shift": token_shift,
 }
 """Name of an op of the `et_moe` namespace -> the function that launches its kernels.
 

@@ -89,6 +89,24 @@ class Rows(torch.nn.Module):
         return logits.argmax(-1, keepdim=True), logits
 
 
+class Drafts(torch.nn.Module):
+    """Draws the token behind each of three rows of each sequence, whose state has versions."""
+
+    def forward(self, tokens, positions, slots, num_tokens, versions, state, w):
+        et, ids = torch.ops.et_moe, tokens.view(-1)
+        x = et.embedding_w8(ids, w["embed.weight"], w["embed.scale"], torch.bfloat16)
+        places = (slots, num_tokens, versions, True)
+        x = et.causal_conv1d(x, w["conv.weight"], state["conv.state"], *places)
+        x = et.linear_w4a8(x, w["proj.weight"], w["proj.scale"], GROUP)
+        x = et.rms_norm(x.float(), w["norm.weight"])
+        logits = et.linear_w4a8(x, w["head.weight"], w["head.scale"], GROUP)
+        zero = positions * 0
+        token = et.sample(logits, zero.float(), zero, zero + 1.0, zero, positions)
+        same = (tokens[:, 1:] == token[:, :-1]) & (num_tokens[:, None] > torch.arange(1, 3))
+        first, second = same.long().split(1, dim=1)
+        return token, (first + first * second).view(-1)
+
+
 class LibraryCall(Small):
     """Has a matrix product that no kernel of ours computes."""
 
@@ -178,6 +196,14 @@ def rows() -> MethodGraph:
     return _export(Rows(), inputs, state={}, shortest=1, outputs=["token", "logits"])
 
 
+def drafts() -> MethodGraph:
+    """A method of three rows of each of 2 to `MAX_TOKENS` sequences."""
+    inputs = {"tokens": (8, 3), **dict.fromkeys(("positions", "slots"), (8,))}
+    inputs |= dict.fromkeys(("num_tokens", "versions"), (8,))
+    state = {"conv.state": (torch.bfloat16, (5, HIDDEN))}
+    return _export(Drafts(), inputs, state, outputs=["token", "accepted"])
+
+
 def methods() -> dict[str, MethodGraph]:
     return {"prefill": method(Small(), False), "decode": method(Small(), True)}
 
@@ -219,6 +245,17 @@ def _again(folder: Path) -> None:
     graphs = {"decode": method(Small(), True)}
     (code,) = compile_method(graphs["decode"], plan_weights(graphs), "sm_80").ranges
     (folder / "again.txt").write_text(hashlib.sha256(code.code).hexdigest())
+
+
+def _drafts(folder: Path) -> None:
+    """Writes the kernels of `drafts` and how often each is launched, range by range."""
+    from et_moe.backends.cuda.compile import compile_method
+    from et_moe.backends.cuda.prepack import plan_weights
+
+    graphs = {"drafts": drafts()}
+    ranges = compile_method(graphs["drafts"], plan_weights(graphs), "sm_90").ranges
+    report = {part.longest: {k.function: k.launches for k in part.kernels} for part in ranges}
+    (folder / "drafts.json").write_text(json.dumps(report))
 
 
 def _errors(folder: Path) -> None:
@@ -291,6 +328,7 @@ if __name__ == "__main__":
     commands = {
         "lower": _lower,
         "again": _again,
+        "drafts": _drafts,
         "ended": _ended,
         "errors": _errors,
         "launches": _launches,

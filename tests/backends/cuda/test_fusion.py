@@ -17,15 +17,22 @@ WIDTH = CHANNELS + HEADS * DIM + 2 * HEADS
 class Net(nn.Module):
     """A projection and a gated delta net."""
 
-    def __init__(self, op: str = "linear_w4a8", residual: bool = False, shared: bool = False):
+    def __init__(
+        self,
+        op: str = "linear_w4a8",
+        residual: bool = False,
+        shared: bool = False,
+        versions: bool = False,
+    ):
         super().__init__()
-        self.op, self.residual, self.shared = op, residual, shared
+        self.op, self.residual, self.shared, self.versions = op, residual, shared, versions
 
     def forward(self, x, residual, num_tokens, linear, net, state):
         op = getattr(torch.ops.et_moe, self.op)
         weights = {"linear": linear[:1], "linear_w8a8": linear}.get(self.op, (*linear, GROUP))
         y = op(x, *weights, eps=1e-5, residual=residual if self.residual else None)
-        out = torch.ops.et_moe.gated_delta_net(y, *net, *state, 1e-4, num_tokens)
+        versions = state[-1].long() if self.versions else None
+        out = torch.ops.et_moe.gated_delta_net(y, *net, *state, 1e-4, num_tokens, versions)
         return out, y.sum() if self.shared else None
 
 
@@ -46,7 +53,7 @@ def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, d
             (torch.empty(CHANNELS, TAPS), torch.empty(HEADS), torch.empty(HEADS), torch.empty(DIM)),
             (
                 torch.empty(1, TAPS - 1, CHANNELS),
-                torch.empty(1, HEADS, DIM, DIM),
+                torch.empty(1, *(1,) * model.versions, HEADS, DIM, DIM),
                 torch.empty(1, dtype=torch.int32),
             ),
         )
@@ -70,6 +77,12 @@ def test_one_token(op, planes, group):
     assert kwargs["input_norm_weight"] is None
     assert (kwargs["input_eps"], kwargs["eps"]) == (1e-5, 1e-4)
     assert kwargs["slots"].meta["val"].dtype == torch.int32
+
+
+def test_one_token_that_goes_on_from_a_version():
+    kwargs, _ = fused(Net(versions=True))
+    assert kwargs["versions"].meta["val"].dtype == torch.int64
+    assert fused(Net())[0]["versions"] is None
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,16 @@ BRIEF = Accesses(ARGUMENTS, set(), {"out"}, starts_next_early=True)
             {"a": PLAIN, "b": EARLY_X},
             set(),
         ),
+        (
+            ["a(arg0_1, buf1)", "b(buf0, buf2)", "b(Handle(tmp_buf2_1), buf3)"],
+            {"a": PLAIN, "b": EARLY_X},
+            set(),
+        ),
+        (
+            ["a(arg0_1, buf1)", "b(buf0, buf2)", "b(Handle(tmp_buf4_2), buf3)"],
+            {"a": PLAIN, "b": EARLY_X},
+            {"b"},
+        ),
     ],
 )
 def test_find_dependents(calls, kernels, dependents):

@@ -293,6 +293,17 @@ def test_launches_of_a_decoded_token(tmp_path_factory):
     assert own == ["_embedding_kernel"], "these kernels wait for their predecessor's end to start"
 
 
+def test_rows_of_drafts_of_any_number_of_sequences(tmp_path_factory):
+    """They take the kernels for decoding, and what is accepted is found in one launch."""
+    report = json.loads((_run("drafts", tmp_path_factory) / "drafts.json").read_text())
+    assert list(report) == ["4", "16", str(MAX_TOKENS)]
+    for launches in report.values():
+        own = {name for name in launches if not name.startswith("triton_")}
+        assert {"_conv_step_kernel", "_norm_rows_kernel", "_finish_kernel"} <= own
+        assert "_causal_conv1d_kernel" not in own
+        assert sum("bitwise_and_eq" in name for name in launches) == 1
+
+
 def test_a_signal_leaves_nothing_of_a_compile(tmp_path_factory):
     """The signal comes while ptxas works; `_run` looks for files that were left."""
     report = json.loads((_run("ended", tmp_path_factory) / "ended.json").read_text())

@@ -60,10 +60,34 @@ def _batch_case(name: str, shape: tuple) -> OpCase:
     return OpCase(f"attention/{name}_batch", attention, arguments, tokens=(7,), streams=_STREAMS)
 
 
+def _drafts_case(name: str, shape: tuple) -> OpCase:
+    """The rows of drafts of one sequence."""
+
+    def arguments(m, device):
+        given = _arguments(shape, batch=False)(m, device)
+        given["positions"] = torch.full((1,), _CAPACITY - m, device=device)
+        return given | {"each_row": True}
+
+    name = f"attention/{name}_drafts"
+    return OpCase(name, attention, arguments, tokens=(2, 3, 4), streams=_STREAMS)
+
+
+def _head_case(name: str, shape: tuple) -> OpCase:
+    """Attention of an MTP head, whose keys begin at token 1."""
+
+    def arguments(m, device):
+        return _arguments(shape, batch=False)(m, device) | {"first_token": 1}
+
+    return OpCase(f"attention/{name}_head", attention, arguments, streams=_STREAMS)
+
+
 CASES = [
     _case("qwen3_5_35b", _QWEN3_5_35B),
     _case("small_fp32", _SMALL_FP32),
     _batch_case("qwen3_5_35b", _QWEN3_5_35B),
+    _drafts_case("qwen3_5_35b", _QWEN3_5_35B),
+    _head_case("qwen3_5_35b", _QWEN3_5_35B),
+    _head_case("small_fp32", _SMALL_FP32),
 ]
 
 _DECODE = ((32, 64, 8), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 4))

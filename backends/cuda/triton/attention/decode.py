@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence: caches are split over programs, then results are joined.
+"""Attention of a new token per sequence, or a few: caches are split over programs, then joined.
 
 This is Flash-Decoding (Dao et al., "Flash-Decoding for long-context inference", 2023). How a cache
 is split, and in which order the splits are joined, follows from the position of its sequence alone.
@@ -10,31 +10,25 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.attention.pages import PAGE, find_row, load_page
+from et_moe.backends.cuda.triton.attention.combine import combine_kernel, divide
+from et_moe.backends.cuda.triton.attention.pages import NO_TOP, PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
     load_heads,
     norm_and_rotate,
     sincos,
 )
+from et_moe.backends.cuda.triton.attention.rows import append_rows_kernel
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
-from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_sequence
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import PAGE_SIZE
 
 BATCH_PROGRAMS = 1024
 """About how many programs attend to a batch: several for each multiprocessor, since sequences may
 be of very different lengths."""
-
-
-@triton.jit
-def _divide(position, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How many cached tokens a split has, an equal share rounded up to whole tiles of BLOCK_N, and
-    how many splits there are with that, at least 1."""
-    length = tl.maximum(tl.cdiv(tl.cdiv(position, SPLITS), BLOCK_N), 1) * BLOCK_N
-    return length, tl.maximum(tl.cdiv(position, length), 1)
 
 
 @triton.jit
@@ -58,13 +52,17 @@ def _load_tile(
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
 ):
-    """k and v, `[BLOCK_N, DIM]`, of the cached tokens from `first` on, zeros from `end` on."""
+    """k and v, `[BLOCK_N, DIM]`, of the cached tokens from `first` on, zeros from `end` on and in
+    front of FIRST_TOKEN."""
     _, k_cache_ptr, v_cache_ptr = cache
     token = tl.arange(0, BLOCK_N)
     row = find_row(page, first, kv_head, KV_HEADS, DIM)
     tile = token[:, None] * DIM + tl.arange(0, DIM)[None, :]
     inside = (token < end - first)[:, None]
+    if FIRST_TOKEN > 0:
+        inside &= (token >= FIRST_TOKEN - first)[:, None]
     k = tl.load(k_cache_ptr + row + tile, mask=inside, other=0.0)
     return k, tl.load(v_cache_ptr + row + tile, mask=inside, other=0.0)
 
@@ -85,6 +83,7 @@ def _attend_split(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BATCHED: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
 ):
     """Attends to the cached tokens of one split, with an online softmax.
 
@@ -104,16 +103,22 @@ def _attend_split(
     k_next, v_next, page = tile
     pages_ptr, k_cache_ptr, v_cache_ptr = cache
     token = tl.arange(0, BLOCK_N)
-    length, _ = _divide(position, SPLITS, BLOCK_N)
+    length, _ = divide(position, SPLITS, BLOCK_N)
     start = split * length
     for first in range(start, tl.minimum(start + length, position), BLOCK_N):
         k, v = k_next, v_next
         following = _find_next(first, length, BLOCK_N, BATCHED)
-        k_next, v_next = _load_tile(cache, page, following, end, kv_head, KV_HEADS, DIM, BLOCK_N)
+        k_next, v_next = _load_tile(
+            cache, page, following, end, kv_head, KV_HEADS, DIM, BLOCK_N, FIRST_TOKEN
+        )
         page = load_page(pages_ptr, _find_next(following, length, BLOCK_N, BATCHED), end)
         s = dot(q, tl.trans(k), k_cache_ptr) * SCALE_LOG2
         s = tl.where((first + token < position)[None, :], s, float("-inf"))
+        if FIRST_TOKEN > 0:
+            s = tl.where((first + token >= FIRST_TOKEN)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
+        if FIRST_TOKEN > 0:
+            new_top = tl.maximum(new_top, NO_TOP)
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(s - new_top[:, None])
         total = total * shrink + tl.sum(p, 1)
@@ -160,6 +165,8 @@ def _decode_kernel(
     EPS: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
+    TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BATCHED: tl.constexpr,
@@ -171,11 +178,14 @@ def _decode_kernel(
     token's k and v, uses them from registers and appends them to the cache. All else reads older
     rows of the cache, so nothing races. If BATCHED, a program takes every num_programs-th split;
     else it takes one.
+
+    Each of a sequence's TOKENS rows is attended to as if it came alone. If there are several, then
+    `append_rows_kernel` has appended k and v of all.
     """
     tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    item = tl.program_id(2)
     column = tl.arange(0, DIM)
     row = tl.arange(0, ROWS)
     in_group = row < GROUP
@@ -185,9 +195,10 @@ def _decode_kernel(
     frequency = load_frequencies(inv_freq_ptr, HALF, DIM)
     q_weights = load_heads(q_norm_ptr + one, one == 0, HALF, DIM)
     k_weights = load_heads(k_norm_ptr + one, one == 0, HALF, DIM)
-    position = tl.load(positions_ptr + sequence).to(tl.int32)
-    length, used = _divide(position, SPLITS, BLOCK_N)
-    valid = count_valid_tokens(num_tokens_ptr + sequence, 1, HAS_NUM_TOKENS)
+    sequence, token = find_sequence(item, TOKENS)
+    position = tl.load(positions_ptr + sequence).to(tl.int32) + token
+    length, used = divide(position, SPLITS, BLOCK_N)
+    valid = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS) - token
     if (split >= used) | (valid <= 0):
         return
     first = split * length
@@ -197,15 +208,21 @@ def _decode_kernel(
     pages_ptr += sequence * MAX_PAGES
     cache = (pages_ptr, k_cache_ptr, v_cache_ptr)
     page = load_page(pages_ptr, first, end)
-    k, v = _load_tile(cache, page, first, end, kv_head, KV_HEADS, DIM, BLOCK_N)
+    if TOKENS == 1:
+        k, v = _load_tile(cache, page, first, end, kv_head, KV_HEADS, DIM, BLOCK_N, FIRST_TOKEN)
+    first_page = page
     page = load_page(pages_ptr, _find_next(first, length, BLOCK_N, BATCHED), end)
     new_page = load_page(pages_ptr, position, tl.where(split == 0, position + 1, 0))
     sin, cos = sincos(position.to(tl.float32) * frequency)
     HEADS: tl.constexpr = KV_HEADS * GROUP
-    slot = sequence * (SPLITS * HEADS)
+    slot = item * (SPLITS * HEADS)
     partial = (partial_ptr + slot.to(tl.int64) * DIM, max_ptr + slot, sum_ptr + slot)
-    qkv_ptr += sequence.to(tl.int64) * (2 * (HEADS + KV_HEADS) * DIM)
+    qkv_ptr += item.to(tl.int64) * (2 * (HEADS + KV_HEADS) * DIM)
     wait_for_previous()
+    if TOKENS > 1:  # it may have been appended only now
+        k, v = _load_tile(
+            cache, first_page, first, end, kv_head, KV_HEADS, DIM, BLOCK_N, FIRST_TOKEN
+        )
     q_heads = load_heads(qkv_ptr + head * (2 * DIM), in_group, HALF, DIM)
     k_row = qkv_ptr + (2 * HEADS + kv_head) * DIM
     k_heads = load_heads(k_row + one, (one == 0) & (split == 0), HALF, DIM)
@@ -220,8 +237,9 @@ def _decode_kernel(
         k_new = tl.reshape(k_new, (DIM,))
         k_new = k_new.to(k_cache_ptr.dtype.element_ty)
         new_row = find_row(new_page, position, kv_head, KV_HEADS, DIM) + column
-        tl.store(k_cache_ptr + new_row, k_new)
-        tl.store(v_cache_ptr + new_row, v_new)
+        if TOKENS == 1:
+            tl.store(k_cache_ptr + new_row, k_new)
+            tl.store(v_cache_ptr + new_row, v_new)
         top = tl.sum(q * k_new.to(tl.float32)[None, :], 1) * SCALE_LOG2
         total += 1.0
         acc += v_new.to(tl.float32)[None, :]
@@ -240,6 +258,7 @@ def _decode_kernel(
         SPLITS,
         BLOCK_N,
         BATCHED,
+        FIRST_TOKEN,
     )
     _store_split(partial, softmax, split, head, in_group, HEADS, DIM)
     if BATCHED:
@@ -265,91 +284,53 @@ def _decode_kernel(
                 SPLITS,
                 BLOCK_N,
                 BATCHED,
+                FIRST_TOKEN,
             )
             k, v, page = tile
             _store_split(partial, softmax, own, head, in_group, HEADS, DIM)
 
 
-@triton.jit
-def _combine_kernel(
-    qkv_ptr,
-    positions_ptr,
-    num_tokens_ptr,
-    partial_ptr,
-    max_ptr,
-    sum_ptr,
-    out_ptr,
-    KV_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    HAS_NUM_TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Joins the splits of one query head, for BLOCK_D columns, and applies the output gate.
-
-    A sequence without a valid row gets zeros.
-    """
-    head = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sequence = tl.program_id(2)
-    split = tl.arange(0, SPLITS)
-    position = tl.load(positions_ptr + sequence).to(tl.int32)
-    valid = count_valid_tokens(num_tokens_ptr + sequence, 1, HAS_NUM_TOKENS)
-    qkv_ptr += sequence.to(tl.int64) * (2 * (HEADS + KV_HEADS) * DIM)
-    gate = tl.load(qkv_ptr + head * (2 * DIM) + DIM + column).to(tl.float32)
-    wait_for_previous()
-    target = out_ptr + sequence.to(tl.int64) * (HEADS * DIM) + head * DIM + column
-    if valid <= 0:
-        tl.store(target, tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty))
-        return
-    _, splits = _divide(position, SPLITS, BLOCK_N)
-    used = split < splits
-    first = sequence * (SPLITS * HEADS)
-    slot = split * HEADS + head
-    part = tl.load(
-        partial_ptr + first.to(tl.int64) * DIM + slot[:, None] * DIM + column[None, :],
-        mask=used[:, None],
-        other=0.0,
-    )
-    top = tl.load(max_ptr + first + slot, mask=used, other=float("-inf"))
-    total = tl.load(sum_ptr + first + slot, mask=used, other=0.0)
-    weight = tl.exp2(top - tl.max(top, 0))
-    o = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0) * tl.sigmoid(gate)
-    tl.store(target, o.to(out_ptr.dtype.element_ty))
-
-
-def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
-    """Attention of one token of each of B sequences: `[B, Hq * D]` in the dtype of qkv.
+def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict, tokens: int) -> torch.Tensor:
+    """Attention of `tokens` tokens of each of B sequences: `[B * tokens, Hq * D]` in the dtype of
+    qkv.
 
     Args:
         inputs: the leading arguments of `_decode_kernel` up to `num_tokens`, for which any tensor
             stands where HAS_NUM_TOKENS is false.
-        shape: the constexprs of `_decode_kernel` up to HAS_NUM_TOKENS, but for ROWS.
+        shape: the constexprs of `_decode_kernel` up to FIRST_TOKEN, but for ROWS.
     """
     qkv, *_, positions, num_tokens = inputs
-    sequences, kv_heads, dim = qkv.shape[0], shape["KV_HEADS"], shape["DIM"]
+    sequences, rows = positions.shape[0], qkv.shape[0]
+    kv_heads, dim = shape["KV_HEADS"], shape["DIM"]
     heads = kv_heads * shape["GROUP"]
     table = "attention_decode" if qkv.element_size() == 2 else "attention_decode_fp32"
     # All lookups are independent of the number of sequences: the arithmetic must be.
     config = find_config(table, capacity=PAGE_SIZE * shape["MAX_PAGES"])
     splits = {n: config[n] for n in ("SPLITS", "BLOCK_N")}
-    partial = qkv.new_empty((sequences, config["SPLITS"], heads, dim), dtype=torch.float32)
-    top = qkv.new_empty((sequences, config["SPLITS"], heads), dtype=torch.float32)
+    partial = qkv.new_empty((rows, config["SPLITS"], heads, dim), dtype=torch.float32)
+    top = qkv.new_empty((rows, config["SPLITS"], heads), dtype=torch.float32)
     total = torch.empty_like(top)
-    rows = max(16, triton.next_power_of_2(shape["GROUP"]))
     batched = not is_one(sequences)
-    programs = cdiv(BATCH_PROGRAMS, sequences * kv_heads) if batched else config["SPLITS"]
-    config |= {"ROWS": rows, "BATCHED": batched}
-    grid = (programs, kv_heads, sequences)
+    programs = cdiv(BATCH_PROGRAMS, rows * kv_heads) if batched else config["SPLITS"]
+    fills = shape["FIRST_TOKEN"] >= PAGE_SIZE * shape["MAX_PAGES"]
+    if tokens > 1 or fills:
+        names = ("KV_HEADS", "GROUP", "DIM", "HALF", "MAX_PAGES", "EPS", "HAS_NUM_TOKENS")
+        appended = {n: shape[n] for n in names} | {"num_warps": config["num_warps"]}
+        grid = (1, kv_heads, rows)
+        launch(append_rows_kernel, grid, *inputs, **appended, TOKENS=tokens)
+    if fills:  # no row attends to anything
+        return qkv.new_zeros((rows, heads * dim))
+    shape = shape | {"TOKENS": tokens}
+    config |= {"ROWS": max(16, triton.next_power_of_2(shape["GROUP"])), "BATCHED": batched}
+    grid = (programs, kv_heads, rows)
     launch(_decode_kernel, grid, *inputs, partial, top, total, **shape, **config)
     config = find_config("attention_combine", tokens=1)
     config["BLOCK_D"] = min(config["BLOCK_D"], dim)
-    out = qkv.new_empty((sequences, heads * dim))
-    grid = (heads, dim // config["BLOCK_D"], sequences)
-    joined = {n: shape[n] for n in ("KV_HEADS", "DIM", "HAS_NUM_TOKENS")}
+    out = qkv.new_empty((rows, heads * dim))
+    grid = (heads, dim // config["BLOCK_D"], rows)
+    names = ("KV_HEADS", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN", "TOKENS")
+    joined = {n: shape[n] for n in names}
     joined |= {"HEADS": heads, **splits, **config}
     arguments = (qkv, positions, num_tokens, partial, top, total, out)
-    launch(_combine_kernel, grid, *arguments, **joined)
+    launch(combine_kernel, grid, *arguments, **joined)
     return out

@@ -6,7 +6,10 @@ import torch
 
 from et_moe.backends.cuda.triton.attention.decode import attention_decode
 from et_moe.backends.cuda.triton.attention.prefill import attention_prefill
-from et_moe.backends.cuda.triton.common.tokens import has_one_row_each
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS, count_decode_rows
+
+MOST_ROWS = LINEAR_ROWS + 1
+"""Of a sequence. The head for multi-token prediction has a row more than the model."""
 
 
 def attention(
@@ -20,16 +23,19 @@ def attention(
     positions: torch.Tensor,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
+    first_token: int = 0,
+    each_row: bool = False,
 ) -> torch.Tensor:
     """`ops.attention`: `[B R, Hq * D]` in two launches, for D a power of two from 16 on.
 
-    Either B or R is 1. All tensors are contiguous; shapes and dtypes are those of the contract,
-    floats bf16 or fp32. The outputs of padding are zeros.
+    B or R is 1 or, with each_row, R is at most 5, and it takes three launches. All tensors are
+    contiguous; shapes and dtypes are those of the contract, floats bf16 or fp32. The outputs of
+    padding are zeros.
 
     Raises:
-        ValueError: several sequences have another number of rows than one each.
+        ValueError: sequences have other rows.
     """
-    one_each = has_one_row_each(qkv.shape[0], positions.shape[0])
+    rows = count_decode_rows(qkv.shape[0], positions.shape[0], each_row, MOST_ROWS)
     _, kv_heads, _, dim = k_cache.shape
     heads = (qkv.shape[1] // dim - 2 * kv_heads) // 2
     inputs = (qkv, q_norm, k_norm, inv_freq, k_cache, v_cache, pages, positions)
@@ -42,6 +48,7 @@ def attention(
         "EPS": eps,
         "SCALE_LOG2": dim**-0.5 * math.log2(math.e),
         "HAS_NUM_TOKENS": num_tokens is not None,
+        "FIRST_TOKEN": first_token,
     }
     inputs = (*inputs, positions if num_tokens is None else num_tokens)
-    return attention_decode(inputs, shape) if one_each else attention_prefill(inputs, shape)
+    return attention_decode(inputs, shape, rows) if rows else attention_prefill(inputs, shape)

@@ -12,6 +12,10 @@ from et_moe.backends.ops import PAGE_SIZE
 PAGE = tl.constexpr(PAGE_SIZE)
 """Tokens of a page."""
 
+NO_TOP = tl.constexpr(-1e30)
+"""The least maximum of a softmax whose first tokens may all be hidden: below that of any that is
+not, and differences from it are numbers."""
+
 
 @triton.jit
 def load_page(pages_ptr, token, end):

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.attention.pages import PAGE, find_row, load_page
+from et_moe.backends.cuda.triton.attention.pages import NO_TOP, PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
     load_heads,
@@ -16,6 +16,7 @@ from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.ops import PAGE_SIZE
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def _append_kernel(
     EPS: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
 ):
     """Norms and rotates one token's k and its group of q; k and v go to the cache.
 
@@ -93,6 +95,7 @@ def _attend_tile(
     DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
 ):
     """Attends to the BLOCK_N cached tokens from `first` on, with an online softmax.
 
@@ -102,6 +105,7 @@ def _attend_tile(
         top, total, acc: fp32 `[BLOCK_M]`, `[BLOCK_M]` and `[BLOCK_M, DIM]`: maximum and sum of the
             softmax so far, and the weighted sum of v.
         MASKED: whether some of the cached tokens lie behind a query's position or the end.
+        FIRST_TOKEN: in front of which no token is read; 0, or MASKED must be true.
 
     Returns:
         top, total and acc with these tokens.
@@ -110,6 +114,8 @@ def _attend_tile(
     tile = row + token[:, None] * DIM + tl.arange(0, DIM)[None, :]
     if MASKED:
         inside = (token < end - first)[:, None]
+        if FIRST_TOKEN > 0:
+            inside &= (token >= FIRST_TOKEN - first)[:, None]
         k = tl.load(k_ptr + tile, mask=inside, other=0.0)
         v = tl.load(v_ptr + tile, mask=inside, other=0.0)
     else:
@@ -118,7 +124,11 @@ def _attend_tile(
     s = dot(q, tl.trans(k), k_ptr)
     if MASKED:
         s = tl.where((position - first)[:, None] >= token[None, :], s, float("-inf"))
+    if FIRST_TOKEN > 0:
+        s = tl.where((token >= FIRST_TOKEN - first)[None, :], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
+    if FIRST_TOKEN > 0:
+        new_top = tl.maximum(new_top, NO_TOP)
     shrink = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top[:, None])
     total = total * shrink + tl.sum(p, 1)
@@ -141,11 +151,13 @@ def _flash_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Causal attention of BLOCK_M tokens of one query head, and its gate. Padding becomes 0."""
+    """Causal attention of BLOCK_M tokens of one query head, and its gate. Padding becomes 0, and so
+    do tokens in front of FIRST_TOKEN."""
     tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     head = tl.program_id(0)
     kv_head = head // GROUP
@@ -175,7 +187,30 @@ def _flash_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     page = load_page(pages_ptr, 0, end)  # always a tile ahead
-    for first in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
+    begin = 0
+    if FIRST_TOKEN > 0:
+        begin = tl.minimum(tl.cdiv(FIRST_TOKEN, BLOCK_N) * BLOCK_N, end)
+        seen_by_all = tl.maximum(seen_by_all, begin)
+        for first in tl.range(0, begin, BLOCK_N, num_stages=1):
+            row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
+            page = load_page(pages_ptr, first + BLOCK_N, end)
+            top, total, acc = _attend_tile(
+                q,
+                k_cache_ptr,
+                v_cache_ptr,
+                row_of_tile,
+                first,
+                position + start + row,
+                end,
+                top,
+                total,
+                acc,
+                DIM,
+                BLOCK_N,
+                True,
+                FIRST_TOKEN,
+            )
+    for first in tl.range(begin, seen_by_all, BLOCK_N, num_stages=STAGES):
         row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
         page = load_page(pages_ptr, first + BLOCK_N, end)
         top, total, acc = _attend_tile(
@@ -192,6 +227,7 @@ def _flash_kernel(
             DIM,
             BLOCK_N,
             False,
+            0,
         )
     for first in tl.range(seen_by_all, end, BLOCK_N, num_stages=STAGES):
         row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
@@ -210,10 +246,13 @@ def _flash_kernel(
             DIM,
             BLOCK_N,
             True,
+            0,
         )
     if BLOCK_M > 32:
         gate = tl.load(gate_tile, mask=inside, other=0.0)
     o = acc / total[:, None] * tl.sigmoid(gate.to(tl.float32))
+    if FIRST_TOKEN > 0:
+        inside &= (position + start + row >= FIRST_TOKEN)[:, None]
     tl.store(out_tile, tl.where(inside, o, 0.0).to(out_ptr.dtype.element_ty), mask=in_out)
 
 
@@ -233,6 +272,8 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
     rows = triton.next_power_of_2(shape["GROUP"])
     grid = (tokens, shape["KV_HEADS"])
     launch(_append_kernel, grid, *inputs, q, tokens, ROWS=rows, **shape, **config)
+    if shape["FIRST_TOKEN"] >= PAGE_SIZE * shape["MAX_PAGES"]:  # no row attends to anything
+        return torch.zeros_like(out)
     table = "attention_prefill" if qkv.element_size() == 2 else "attention_prefill_fp32"
     config = find_config(table, tokens=tokens)
     launch(
@@ -248,7 +289,7 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
         out,
         tokens,
         HEADS=heads,
-        **{n: shape[n] for n in ("GROUP", "DIM", "HAS_NUM_TOKENS")},
+        **{n: shape[n] for n in ("GROUP", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN")},
         **config,
     )
     return out

@@ -11,6 +11,7 @@ from et_moe.backends.cuda.triton.moe import cases as moe
 from et_moe.backends.cuda.triton.quantization import cases as quantization
 from et_moe.backends.cuda.triton.router import cases as router
 from et_moe.backends.cuda.triton.sampling import cases as sampling
+from et_moe.backends.cuda.triton.token_shift import cases as token_shift
 
 OP_CASES: tuple[OpCase, ...] = (
     *attention.CASES,
@@ -22,6 +23,7 @@ OP_CASES: tuple[OpCase, ...] = (
     *quantization.CASES,
     *router.CASES,
     *sampling.CASES,
+    *token_shift.CASES,
 )
 
 TUNING_CANDIDATES: dict[str, list[dict[str, int]]] = {

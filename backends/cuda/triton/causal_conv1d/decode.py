@@ -1,4 +1,5 @@
-"""The convolution of one token: in a kernel of its own, or at the end of the one that makes x.
+"""The convolution of one token, or of a few: in a kernel of its own, or, of one, at the end of the
+kernel that makes x.
 
 Both compute with the same instructions, so a sequence gets the same bits from either.
 """
@@ -11,8 +12,34 @@ from et_moe.backends.cuda.triton.common.dependent_launch import start_next, wait
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.store_once import store_once
-from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, load_version
 from et_moe.backends.cuda.triton.tuning import find_config
+
+
+@triton.jit
+def find_conv_state(
+    state_ptr, slots_ptr, CHANNELS: tl.constexpr, TAPS: tl.constexpr, VERSIONS: tl.constexpr
+):
+    """Where a sequence's state begins, with version 0 of what a call leaves.
+
+    Args:
+        state_ptr: `[S, TAPS - 2 + VERSIONS, CHANNELS]`. slots_ptr: that of the sequence.
+    """
+    slot = tl.load(slots_ptr).to(tl.int64)
+    return state_ptr + slot * ((TAPS - 2 + VERSIONS) * CHANNELS)
+
+
+@triton.jit
+def find_conv_version(state_ptr, versions_ptr, CHANNELS: tl.constexpr, VERSIONS: tl.constexpr):
+    """Where the earlier inputs lie of a sequence whose state begins at state_ptr. Nothing may be
+    stored there: torch would take the versions for updated.
+
+    Args:
+        versions_ptr: that of the sequence, or None if VERSIONS is 1 and there is nothing to choose.
+    """
+    if versions_ptr is not None:
+        state_ptr += load_version(versions_ptr, VERSIONS) * CHANNELS
+    return state_ptr
 
 
 @triton.jit
@@ -86,34 +113,54 @@ def _conv_step_kernel(
     weight_ptr,
     state_ptr,
     slots_ptr,
+    versions_ptr,
     num_tokens_ptr,
     out_ptr,
     ROW: tl.constexpr,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
+    VERSIONS: tl.constexpr,
+    TOKENS: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One token of one sequence, BLOCK_C channels. A sequence without a valid row gets zeros."""
+    """TOKENS tokens of one sequence, each of which leaves a version; BLOCK_C channels. A sequence
+    without a valid row gets zeros."""
     # One token takes less time here than the next kernel needs to load its state.
     start_next()
     sequence = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < CHANNELS
-    valid = count_valid_tokens(num_tokens_ptr + sequence, 1, HAS_NUM_TOKENS) > 0
-    own = in_channels & valid
-    state_ptr += tl.load(slots_ptr + sequence).to(tl.int64) * ((TAPS - 1) * CHANNELS)
-    window = load_conv_window(weight_ptr, state_ptr, channel, own, CHANNELS, TAPS)
-    _, earlier = window
+    count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
+    own = in_channels & (count > 0)
+    versions = None if versions_ptr is None else versions_ptr + sequence
+    state_ptr = find_conv_state(state_ptr, slots_ptr + sequence, CHANNELS, TAPS, VERSIONS)
+    old_ptr = find_conv_version(state_ptr, versions, CHANNELS, VERSIONS)
+    window = load_conv_window(weight_ptr, old_ptr, channel, own, CHANNELS, TAPS)
+    taps, inputs = window
     wait_for_previous()
-    x = tl.load(x_ptr + sequence.to(tl.int64) * ROW + channel, mask=own, other=0.0)
-    out = out_ptr + sequence.to(tl.int64) * CHANNELS + channel
-    tl.store(out, convolve(x, window, TAPS), mask=in_channels)
+    x_ptr += sequence.to(tl.int64) * (TOKENS * ROW) + channel
+    for token in tl.static_range(TOKENS):
+        inside = own if token == 0 else in_channels & (token < count)
+        inputs += (tl.load(x_ptr + token * ROW, mask=inside, other=0.0),)
+    out = out_ptr + sequence.to(tl.int64) * (TOKENS * CHANNELS) + channel
+    for token in tl.static_range(TOKENS):
+        earlier = ()
+        for tap in tl.static_range(TAPS - 1):
+            earlier += (inputs[token + tap],)
+        y = convolve(inputs[token + TAPS - 1], (taps, earlier), TAPS)
+        tl.store(out + token * CHANNELS, y, mask=in_channels)
     tl.debug_barrier()  # until every warp of this program has read the old state
-    for tap in tl.static_range(TAPS - 1):
-        value = earlier[tap + 1] if tap + 1 < TAPS - 1 else x
-        value = value.to(state_ptr.dtype.element_ty)
-        tl.store(state_ptr + tap * CHANNELS + channel, value, mask=own)
+    for row in tl.static_range(TAPS - 2 + TOKENS):
+        value = inputs[row + 1].to(state_ptr.dtype.element_ty)
+        # From row TAPS - 2 on it is a new input.
+        inside = own if row <= TAPS - 2 else in_channels & (row - (TAPS - 2) < count)
+        tl.store(state_ptr + row * CHANNELS + channel, value, mask=inside)
+
+
+def count_conv_versions(state: torch.Tensor, taps: int) -> int:
+    """How many versions a convolution's state `[S, W - 2 + V, C]` has."""
+    return state.shape[1] - (taps - 2)
 
 
 def conv_decode(
@@ -122,10 +169,13 @@ def conv_decode(
     state: torch.Tensor,
     slots: torch.Tensor,
     num_tokens: torch.Tensor | None,
+    versions: torch.Tensor | None,
+    tokens: int,
 ) -> torch.Tensor:
-    """`causal_conv1d` of one token of each sequence, with its arguments: `[B, C]` in x's dtype."""
-    sequences, (channels, taps) = x.shape[0], weight.shape
-    out = x.new_empty((sequences, channels))
+    """`causal_conv1d` of `tokens` tokens of each sequence, with its arguments, each of which leaves
+    a version: `[B tokens, C]` in x's dtype."""
+    sequences, (channels, taps) = slots.shape[0], weight.shape
+    out = x.new_empty((x.shape[0], channels))
     config = find_config("causal_conv1d_step", tokens=sequences)
     launch(
         _conv_step_kernel,
@@ -134,11 +184,14 @@ def conv_decode(
         weight,
         state,
         slots,
+        versions,
         slots if num_tokens is None else num_tokens,
         out,
         ROW=x.stride(0),
         CHANNELS=channels,
         TAPS=taps,
+        VERSIONS=count_conv_versions(state, taps),
+        TOKENS=tokens,
         HAS_NUM_TOKENS=num_tokens is not None,
         **config,
     )

@@ -23,17 +23,48 @@ def is_decode(tokens: int | torch.SymInt) -> bool:
     return find_largest(tokens) <= DECODE_TOKENS
 
 
-def has_one_row_each(rows: int | torch.SymInt, sequences: int | torch.SymInt) -> bool:
-    """Whether a call has one row of each sequence, in every call; else it has rows of one sequence.
+def count_decode_rows(
+    rows: int | torch.SymInt,
+    sequences: int | torch.SymInt,
+    each_row: bool,
+    most: int = LINEAR_ROWS,
+) -> int:
+    """How many rows every call has of each sequence, if kernels for decoding shall take them; else
+    0, and the rows are of one sequence.
+
+    These kernels take one row or, with each_row, up to `most`, each of which has the bits that it
+    has alone.
 
     Raises:
-        ValueError: it has other rows of several sequences, which no kernel takes.
+        ValueError: there are other rows, which no kernel takes.
     """
-    if statically_known_true(rows == sequences):
-        return True
-    if not is_one(sequences):
-        raise ValueError(f"{rows} rows of {sequences} sequences: expected one row of each")
-    return False
+    limit = most if each_row else 1
+    for each in range(1, limit + 1):
+        if statically_known_true(rows == each * sequences):
+            return each
+    if each_row or not is_one(sequences):
+        wanted = f"1 to {limit} rows" if each_row else "one row"
+        raise ValueError(f"{rows} rows of {sequences} sequences: expected {wanted} of each")
+    return 0
+
+
+@triton.jit
+def find_sequence(row, TOKENS: tl.constexpr):
+    """The sequence of a row, and how many of its rows come first; each sequence has TOKENS."""
+    if TOKENS == 1:
+        return row, 0
+    else:
+        return row // TOKENS, row % TOKENS
+
+
+@triton.jit
+def load_version(versions_ptr, VERSIONS: tl.constexpr):
+    """The version of a state that a sequence goes on from, int64; one below or above those that
+    there are counts as the first or the last.
+
+    Nobody writes versions while a program runs, so they are read before `wait_for_previous`.
+    """
+    return tl.minimum(tl.maximum(tl.load(versions_ptr), 0), VERSIONS - 1)
 
 
 @triton.jit

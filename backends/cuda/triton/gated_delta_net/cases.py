@@ -17,9 +17,18 @@ _STREAMS = {"_step_kernel": ("state_ptr",)}
 
 
 def _net_arguments(
-    dtype: torch.dtype, key_heads: int, heads: int, head_dim: int, batch: bool = False
+    dtype: torch.dtype,
+    key_heads: int,
+    heads: int,
+    head_dim: int,
+    batch: bool = False,
+    versions: int = 0,
+    each_row: bool = False,
 ):
-    """Arguments of m tokens of one sequence or, if batch, of one token of each of m sequences."""
+    """Arguments of m tokens of one sequence or, if batch, of one token of each of m sequences.
+
+    versions: of the states, if they have any.
+    """
     values, taps = heads * head_dim, 4
     channels = 2 * key_heads * head_dim + values
 
@@ -28,14 +37,17 @@ def _net_arguments(
             return random_tensor(*shape, device=device, dtype=dtype)
 
         sequences, count = (m, 1) if batch else (1, m)
-        return {
+        own = (versions,) if versions else ()
+        taken = {"versions": torch.zeros(sequences, dtype=torch.int64, device=device)}
+        taken |= {"each_row": each_row}
+        return (taken if versions else {}) | {
             "projected": normal(m, channels + values + 2 * heads),
             "conv_weight": normal(channels, taps),
             "a_log": normal(heads),
             "dt_bias": normal(heads),
             "norm_weight": normal(head_dim),
-            "conv_state": normal(sequences, taps - 1, channels),
-            "recurrent_state": torch.randn(sequences, heads, *2 * (head_dim,), device=device),
+            "conv_state": normal(sequences, taps - 2 + max(versions, 1), channels),
+            "recurrent_state": torch.randn(sequences, *own, heads, *2 * (head_dim,), device=device),
             "slots": torch.arange(sequences, dtype=torch.int32, device=device),
             "num_tokens": None if m == 1 else torch.full((sequences,), count, device=device),
         }
@@ -62,16 +74,32 @@ def _batch_case(name: str, *shape) -> OpCase:
     )
 
 
+def _versions_case(name: str, *shape) -> OpCase:
+    arguments = _net_arguments(*shape, versions=4)
+    return OpCase(f"gated_delta_net/{name}_versions", gated_delta_net, arguments, streams=_STREAMS)
+
+
+def _drafts_case(name: str, *shape) -> OpCase:
+    return OpCase(
+        f"gated_delta_net/{name}_drafts",
+        gated_delta_net,
+        _net_arguments(*shape, versions=4, each_row=True),
+        tokens=(2, 3, 4),
+        streams=_STREAMS,
+    )
+
+
 _QWEN3_5_35B = (torch.bfloat16, 16, 32, 128)
 
 
-def _projected_case(planes: int, bits: int) -> OpCase:
+def _projected_case(planes: int, bits: int, versions: int = 0) -> OpCase:
     hidden = 2048
 
     def arguments(m, device):
-        given = _net_arguments(*_QWEN3_5_35B)(m, device)
+        given = _net_arguments(*_QWEN3_5_35B, versions=versions)(m, device)
         n = given.pop("projected").shape[1]
         del given["num_tokens"]
+        given.pop("each_row", None)
         return given | {
             "x": random_tensor(m, hidden, device=device),
             **({"group_size": None} | example_weight(n, hidden, device, bits)),
@@ -82,7 +110,7 @@ def _projected_case(planes: int, bits: int) -> OpCase:
         }
 
     return OpCase(
-        f"gated_delta_net_projected/w{bits}a{8 * planes}",
+        f"gated_delta_net_projected/w{bits}a{8 * planes}{'_versions' if versions else ''}",
         gated_delta_net_projected,
         arguments,
         tables=(f"linear_w{bits}_gemv", "gated_delta_step"),
@@ -108,6 +136,7 @@ CASES = [
     _projected_case(1, bits=4),
     _projected_case(2, bits=4),
     _projected_case(1, bits=8),
+    _projected_case(1, bits=4, versions=4),
     OpCase(
         "gated_delta_rule",
         gated_delta_rule,
@@ -117,6 +146,9 @@ CASES = [
     ),
     _net_case("qwen3_5_35b", *_QWEN3_5_35B),
     _batch_case("qwen3_5_35b", *_QWEN3_5_35B),
+    _versions_case("qwen3_5_35b", *_QWEN3_5_35B),
+    _drafts_case("qwen3_5_35b", *_QWEN3_5_35B),
+    _drafts_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("narrow", torch.bfloat16, 2, 4, 32),
 ]

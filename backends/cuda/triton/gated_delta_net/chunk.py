@@ -26,6 +26,7 @@ from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, find_gates
+from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces, find_state
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES, prepare_kernel
 from et_moe.backends.cuda.triton.tuning import find_config
 
@@ -69,6 +70,7 @@ def _scan_kernel(
     factors_ptr,
     state_ptr,
     slots_ptr,
+    versions_ptr,
     num_tokens_ptr,
     out_ptr,
     tokens,
@@ -81,11 +83,13 @@ def _scan_kernel(
     DK: tl.constexpr,
     DV: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
+    VERSIONS: tl.constexpr,
     LOG_CHUNK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Carries BLOCK_V columns of one head's state through all chunks; o goes to `[T, HEADS * DV]`.
+    What it leaves is version 0.
 
     Everything is transposed: value columns by tokens, or by keys. The result of a product is then
     where the next product, whose left operand it is, needs it in registers. So no warp waits for
@@ -111,7 +115,9 @@ def _scan_kernel(
     out_ptr += head * DV
     squares_ptr += chunk * (SQUARES * CHUNK * CHUNK)
     factors_ptr += chunk * (FACTORS * CHUNK)
-    state_ptr += tl.load(slots_ptr).to(tl.int64) * (HEADS * DK * DV)
+    STATE: tl.constexpr = HEADS * DK * DV
+    pool_ptr = state_ptr
+    state_ptr = find_state(pool_ptr, slots_ptr, versions_ptr, STATE, VERSIONS)
     in_state = head * (DK * DV) + dk[:, None] * DV + column[None, :]
     state = tl.trans(tl.load(state_ptr + in_state))
     whole = valid // CHUNK * CHUNK
@@ -134,6 +140,8 @@ def _scan_kernel(
         squares = squares_ptr + in_square
         state, o = _advance_chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
         tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty), mask=inside)
+    if versions_ptr is not None:  # found anew, since registers are scarce until here
+        state_ptr = find_state(pool_ptr, slots_ptr, None, STATE, VERSIONS)
     tl.store(state_ptr + in_state, tl.trans(state))
 
 
@@ -173,9 +181,7 @@ def chunk_gated_delta(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     columns: tuple[int, int],
     gates: tuple[torch.Tensor, torch.Tensor] | Gating,
-    state: torch.Tensor,
-    slots: torch.Tensor,
-    num_tokens: torch.Tensor | None,
+    places: StatePlaces,
     key_heads: int,
 ) -> torch.Tensor:
     """The gated delta rule of a prompt; with a `Gating` also the gates and the layer's gated norm.
@@ -184,14 +190,13 @@ def chunk_gated_delta(
         qkv: q, k and v, each with one row per token; it may be the same tensor three times.
         columns: the columns of their rows at which k and v begin; q begins at 0.
         gates: g and beta, `float32 [T, Hv]`, or what they are made of.
-        state: `float32 [S, Hv, Dk, Dv]`, updated in place.
-        slots: `int32 [1]`; num_tokens: `int64 [1]` or None for T.
+        places: where the state lies of the sequence, of which there is one.
         key_heads: Hk.
 
     Returns:
         `[T, Hv * Dv]` in the dtype of q.
     """
-    (q, k, v), (_, heads, key_dim, value_dim) = qkv, state.shape
+    (q, k, v), (heads, key_dim, value_dim) = qkv, places.shape
     tokens, values = q.shape[0], heads * value_dim
     log_chunk = LOG_CHUNK[q.element_size()]
     chunk = 1 << log_chunk
@@ -199,6 +204,7 @@ def chunk_gated_delta(
     out = q.new_empty((tokens, values))
     squares = q.new_empty((heads, chunks, SQUARES.value, chunk, chunk))
     factors = q.new_empty((heads, chunks, FACTORS.value, chunk), dtype=torch.float32)
+    state, slots, num_tokens, versions = places
     counted = {"HAS_NUM_TOKENS": num_tokens is not None}
     shape = counted | {
         "K_ROW": k.stride(0),
@@ -221,7 +227,8 @@ def chunk_gated_delta(
     config["BLOCK_V"] = min(config["BLOCK_V"], max(value_dim // 2, 16))
     grid = (value_dim // config["BLOCK_V"], heads)
     rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "HEADS": heads, "DV": value_dim}
-    arguments = (q, k, v, squares, factors, state, slots, num_tokens, out)
+    rows |= {"VERSIONS": places.count}
+    arguments = (q, k, v, squares, factors, state, slots, versions, num_tokens, out)
     launch(_scan_kernel, grid, *arguments, tokens, **shape, **rows, **config)
     if found.gated:
         arguments = (found.z, found.norm_weight, num_tokens, out)

@@ -3,12 +3,14 @@
 import torch
 
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
-from et_moe.backends.cuda.triton.common.tokens import has_one_row_each
+from et_moe.backends.cuda.triton.common.tokens import count_decode_rows
 from et_moe.backends.cuda.triton.gated_delta_net.chunk import chunk_gated_delta
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating
+from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces
 from et_moe.backends.cuda.triton.gated_delta_net.step import step_gated_delta
 from et_moe.backends.cuda.triton.linear.decode import linear_decode
 from et_moe.backends.cuda.triton.linear.op import check_linear
+from et_moe.backends.ops.sequences import check_each_row
 
 
 def gated_delta_rule(
@@ -20,39 +22,47 @@ def gated_delta_rule(
     state: torch.Tensor,
     slots: torch.Tensor,
     num_tokens: torch.Tensor | None = None,
+    versions: torch.Tensor | None = None,
+    each_row: bool = False,
 ) -> torch.Tensor:
-    """`ops.gated_delta_rule` in one launch for one token of each sequence, else in two.
+    """`ops.gated_delta_rule` in one launch for one token of each sequence or, with each_row, up to
+    four; else in two.
 
-    Either B or R is 1. Dk and Dv are powers of two from 16 on; q, k and v are contiguous, bf16 or
-    fp32.
+    Else B is 1. Dk and Dv are powers of two from 16 on; q, k and v are contiguous, bf16 or fp32. A
+    version below or above those that there are counts as the first or the last.
 
     Returns:
         `[B R, Hv, Dv]` in v's dtype.
 
     Raises:
-        ValueError: several sequences have another number of rows than one each.
+        ValueError: sequences have other rows, or each_row without versions or with too few.
     """
-    one_each = has_one_row_each(v.shape[0], slots.shape[0])
-    run = step_gated_delta if one_each else chunk_gated_delta
-    return run((q, k, v), (0, 0), (g, beta), state, slots, num_tokens, q.shape[1]).view(v.shape)
+    places = StatePlaces(state, slots, num_tokens, versions)
+    return _run((q, k, v), (0, 0), (g, beta), places, each_row, q.shape[1]).view(v.shape)
+
+
+def _run(qkv, columns, gates, places: StatePlaces, each_row: bool, key_heads: int) -> torch.Tensor:
+    """The rule, by the kernels for as many rows, as from `chunk_gated_delta`."""
+    rows = count_decode_rows(qkv[0].shape[0], places.slots.shape[0], each_row)
+    check_each_row(each_row, rows, places.versions, places.count)
+    if rows:
+        return step_gated_delta(qkv, columns, gates, places, key_heads, rows)
+    return chunk_gated_delta(qkv, columns, gates, places, key_heads)
 
 
 def _behind_convolution(
     qkv: torch.Tensor,
     channels: int,
     gating: Gating,
-    state: torch.Tensor,
-    slots: torch.Tensor,
-    num_tokens: torch.Tensor | None,
+    places: StatePlaces,
+    each_row: bool,
 ) -> torch.Tensor:
     """All that `gated_delta_net` does behind its convolution, whose results are the first channels
     of the rows of qkv."""
-    _, heads, key_dim, value_dim = state.shape
+    heads, key_dim, value_dim = places.shape
     keys = (channels - heads * value_dim) // 2
     columns, key_heads = (keys, 2 * keys), keys // key_dim
-    one_each = has_one_row_each(qkv.shape[0], slots.shape[0])
-    run = step_gated_delta if one_each else chunk_gated_delta
-    return run((qkv, qkv, qkv), columns, gating, state, slots, num_tokens, key_heads)
+    return _run((qkv, qkv, qkv), columns, gating, places, each_row, key_heads)
 
 
 def gated_delta_net(
@@ -66,21 +76,26 @@ def gated_delta_net(
     slots: torch.Tensor,
     eps: float = 1e-6,
     num_tokens: torch.Tensor | None = None,
+    versions: torch.Tensor | None = None,
+    each_row: bool = False,
 ) -> torch.Tensor:
-    """`ops.gated_delta_net` in two launches for one token of each sequence, else in four.
+    """`ops.gated_delta_net` in two launches for one token of each sequence or, with each_row, up to
+    four; else in four.
 
-    Either B or R is 1. Dk and Dv are powers of two from 16 on; all tensors are contiguous, floats
-    bf16 or fp32.
+    Else B is 1. Dk and Dv are powers of two from 16 on; all tensors are contiguous, floats bf16 or
+    fp32. A version below or above those that there are counts as the first or the last.
 
     Returns:
         `[B R, V]` in projected's dtype. The outputs of padding are zeros.
 
     Raises:
-        ValueError: several sequences have another number of rows than one each.
+        ValueError: sequences have other rows, or each_row without versions or with too few.
     """
-    qkv = causal_conv1d(projected, conv_weight, conv_state, slots, num_tokens)
+    where = (slots, num_tokens, versions)
+    qkv = causal_conv1d(projected, conv_weight, conv_state, *where, each_row)
     gating, channels = Gating(projected, a_log, dt_bias, norm_weight, eps), conv_weight.shape[0]
-    return _behind_convolution(qkv, channels, gating, recurrent_state, slots, num_tokens)
+    places = StatePlaces(recurrent_state, *where)
+    return _behind_convolution(qkv, channels, gating, places, each_row)
 
 
 def gated_delta_net_projected(
@@ -99,6 +114,7 @@ def gated_delta_net_projected(
     recurrent_state: torch.Tensor,
     slots: torch.Tensor,
     eps: float,
+    versions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A linear layer on one token and the `gated_delta_net` behind it, in two launches.
 
@@ -109,8 +125,8 @@ def gated_delta_net_projected(
         x, weight, scale, group_size, input_norm_weight, input_eps: as `linear_w4a8` takes them for
             planes 1, or `linear_w4a16` for planes 2; with group_size None, as `linear_w8a8` and
             `linear_w8a16` take them. x is `[1, K]` with K as in `supports_k`.
-        conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, slots, eps: as
-            `gated_delta_net` takes them.
+        conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, slots, eps,
+            versions: as `gated_delta_net` takes them.
 
     Returns:
         `[1, V]` in x's dtype, as from the two ops.
@@ -128,7 +144,8 @@ def gated_delta_net_projected(
         input_eps,
         None,
         planes,
-        (conv_weight, conv_state, slots),
+        (conv_weight, conv_state, slots, versions),
     )
     gating, channels = Gating(projected, a_log, dt_bias, norm_weight, eps), conv_weight.shape[0]
-    return _behind_convolution(projected, channels, gating, recurrent_state, slots, None)
+    places = StatePlaces(recurrent_state, slots, None, versions)
+    return _behind_convolution(projected, channels, gating, places, False)

@@ -1,4 +1,5 @@
-"""The gated delta rule of one token of a sequence, and what its layer does before and behind it."""
+"""The gated delta rule of one token of a sequence, or of a few, and what its layer does before and
+behind it."""
 
 import torch
 import triton
@@ -7,8 +8,9 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.silu import silu
-from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, load_version
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, compute_gates, find_gates
+from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces
 from et_moe.backends.cuda.triton.tuning import find_config
 
 
@@ -40,6 +42,44 @@ def _copy_to_every_warp(x, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _load_token(
+    qkv,
+    gates,
+    sequence,
+    key,
+    first,
+    dv,
+    head,
+    column,
+    STRIDE: tl.constexpr,
+    B_COLUMN: tl.constexpr,
+    A_COLUMN: tl.constexpr,
+    Z_COLUMN: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """A token's q, k, v, b, a and, with GATED, z, all fp32; q and k have the dimensions of a state.
+
+    Args:
+        qkv: pointers to its q, k and v; key and first + dv: which elements of them.
+        gates: pointers to b, a and z, of whose rows each sequence has STRIDE elements; the columns
+            are counted from there.
+        column: which elements of z.
+    """
+    q_ptr, k_ptr, v_ptr = qkv
+    b_ptr, a_ptr, z_ptr = gates
+    q = tl.load(q_ptr + key).to(tl.float32)[:, None, :, None, None]
+    k = tl.load(k_ptr + key).to(tl.float32)[:, None, :, None, None]
+    v = tl.load(v_ptr + first + dv).to(tl.float32)
+    b = tl.load(b_ptr + sequence * STRIDE + B_COLUMN + head).to(tl.float32)
+    a = tl.load(a_ptr + sequence * STRIDE + A_COLUMN + head).to(tl.float32)
+    z = 0.0
+    if GATED:
+        z_ptr += sequence * STRIDE + Z_COLUMN
+        z = tl.load(z_ptr + column).to(tl.float32)
+    return q, k, v, b, a, z
+
+
+@triton.jit
 def _step_kernel(
     q_ptr,
     k_ptr,
@@ -53,6 +93,7 @@ def _step_kernel(
     num_tokens_ptr,
     state_ptr,
     slots_ptr,
+    versions_ptr,
     out_ptr,
     K_ROW: tl.constexpr,
     K_COLUMN: tl.constexpr,
@@ -71,8 +112,11 @@ def _step_kernel(
     GATED: tl.constexpr,
     EPS: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
+    VERSIONS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """One token of a sequence, BLOCK_V columns of a value head. With q and k scaled to unit length:
+    """TOKENS tokens of a sequence, BLOCK_V columns of a value head. With q and k scaled to unit
+    length, of each:
 
         delta = beta (v - exp(g) k^T S)
         o = exp(g) q^T S + (q . k) delta
@@ -80,7 +124,7 @@ def _step_kernel(
 
     With GATED, b and a are yet to become beta and g, o is RMS-normed and multiplied by SiLU(z), and
     BLOCK_V must be the whole head. A sequence without a valid row gets zeros, and nothing is read
-    through its slot.
+    through its slot. The state stays in registers from token to token, and each leaves a version.
 
     Latency is what counts here, so threads exchange as little as possible. A warp has some columns
     of the state to itself, and sums over their rows in registers first, then over lanes. Every warp
@@ -104,90 +148,134 @@ def _step_kernel(
     lane, warp = row % K_LANES, row // K_LANES % WARPS
     row = lane * ROWS + row // (K_LANES * WARPS)
     sequence = tl.program_id(2).to(tl.int64)
-    valid = count_valid_tokens(num_tokens_ptr + sequence, 1, HAS_NUM_TOKENS) > 0
+    count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
+    valid = count > 0
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    if versions_ptr is not None:
+        slot *= VERSIONS
     state_tile = state_ptr + (slot * HEADS + head) * (DK * DV) + tl.program_id(1) * BLOCK_V
     state_tile += (row * DV + warp * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
-    state = tl.load(state_tile, mask=valid, other=0.0)
+    old_tile = state_tile
+    if versions_ptr is not None:
+        old_tile += load_version(versions_ptr + sequence, VERSIONS) * (HEADS * DK * DV)
+    state = tl.load(old_tile, mask=valid, other=0.0)
     state = state.reshape(ROWS, WARPS, K_LANES, V_LANES, VECTOR)
+    a_log, dt_bias, norm_weight = 0.0, 0.0, 0.0
     if GATED:
         a_log = tl.load(a_log_ptr + head).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-        z = tl.load(norm_weight_ptr + tl.arange(0, DV)).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + tl.arange(0, DV)).to(tl.float32)
     wait_for_previous()
-    q_ptr += sequence * K_ROW
-    k_ptr += sequence * K_ROW + K_COLUMN
-    v_ptr += sequence * V_ROW + V_COLUMN
-    q = tl.load(q_ptr + key).to(tl.float32)[:, None, :, None, None]
-    k = tl.load(k_ptr + key).to(tl.float32)[:, None, :, None, None]
-    v = tl.load(v_ptr + first + dv).to(tl.float32)
-    beta = tl.load(b_ptr + sequence * GATE_ROW + B_COLUMN + head).to(tl.float32)
-    g = tl.load(a_ptr + sequence * GATE_ROW + A_COLUMN + head).to(tl.float32)
-    if GATED:
-        z_ptr += sequence * GATE_ROW + Z_COLUMN
-        z *= silu(tl.load(z_ptr + column).to(tl.float32))
-        beta, g = compute_gates(beta, g, a_log, dt_bias)
-    decay = tl.exp(g)
+    q_ptr += sequence * (TOKENS * K_ROW)
+    k_ptr += sequence * (TOKENS * K_ROW) + K_COLUMN
+    v_ptr += sequence * (TOKENS * V_ROW) + V_COLUMN
+    gates = (b_ptr, a_ptr, z_ptr)
+    STRIDE: tl.constexpr = TOKENS * GATE_ROW
+    inputs = _load_token(
+        (q_ptr, k_ptr, v_ptr),
+        gates,
+        sequence,
+        key,
+        first,
+        dv,
+        head,
+        column,
+        STRIDE,
+        B_COLUMN,
+        A_COLUMN,
+        Z_COLUMN,
+        GATED,
+    )
+    for token in tl.static_range(TOKENS):
+        q, k, v, b, a, z = inputs
+        if token + 1 < TOKENS:  # on their way while this token is computed
+            q_ptr += K_ROW
+            k_ptr += K_ROW
+            v_ptr += V_ROW
+            inputs = _load_token(
+                (q_ptr, k_ptr, v_ptr),
+                gates,
+                sequence,
+                key,
+                first,
+                dv,
+                head,
+                column,
+                STRIDE,
+                B_COLUMN + (token + 1) * GATE_ROW,
+                A_COLUMN + (token + 1) * GATE_ROW,
+                Z_COLUMN + (token + 1) * GATE_ROW,
+                GATED,
+            )
+        if GATED:
+            z = norm_weight * silu(z)
+            b, a = compute_gates(b, a, a_log, dt_bias)
+        decay = tl.exp(a)
 
-    # Sums are over registers first, then over lanes. q and k get the dimensions of the state that
-    # they lack, so that they are spread as it is, and their sums are where its sums are.
-    q_lane = tl.broadcast_to(q, (ROWS, WARPS, K_LANES, V_LANES, 1))
-    k_lane = tl.broadcast_to(k, (ROWS, WARPS, K_LANES, V_LANES, 1))
-    squares = tl.reduce((q_lane * q_lane, k_lane * k_lane, q_lane * k_lane), 0, _add_3)
-    qq, kk, qk_product = tl.reduce(squares, 1, _add_3)
-    k_state, q_state = tl.reduce(tl.reduce((state * k, state * q), 0, _add_2), 1, _add_2)
-    q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
-    k_scale = tl.rsqrt(kk + 1e-6)
-    delta = beta * (v - decay * k_scale * k_state)
-    o = q_scale * (decay * q_state + k_scale * qk_product * delta)
-    state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
-    tl.store(state_tile, state.reshape(WARPS * DK, COLUMNS), mask=valid)
-    o = _copy_to_every_warp(o, WARPS)
-    if GATED:
-        # Two threads that add each other's product would each fuse their own multiplication with
-        # the addition, and their sums would differ in the last bit. Adding 0 takes up the fusion.
-        o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
-    warp = tl.arange(0, WARPS)[:, None]
-    if HAS_NUM_TOKENS:
-        o = tl.where(valid, o, 0.0)
-    out_ptr += sequence * (HEADS * DV)
-    target = out_ptr + warp * 0 + column[None, :]
-    mask = warp == tl.arange(0, BLOCK_V)[None, :] // COLUMNS
-    tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
+        # Sums are over registers first, then over lanes. q and k get the dimensions of the state
+        # that they lack, so that they are spread as it is, and their sums are where its sums are.
+        q_lane = tl.broadcast_to(q, (ROWS, WARPS, K_LANES, V_LANES, 1))
+        k_lane = tl.broadcast_to(k, (ROWS, WARPS, K_LANES, V_LANES, 1))
+        squares = tl.reduce((q_lane * q_lane, k_lane * k_lane, q_lane * k_lane), 0, _add_3)
+        qq, kk, qk_product = tl.reduce(squares, 1, _add_3)
+        k_state, q_state = tl.reduce(tl.reduce((state * k, state * q), 0, _add_2), 1, _add_2)
+        q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
+        k_scale = tl.rsqrt(kk + 1e-6)
+        delta = b * (v - decay * k_scale * k_state)
+        o = q_scale * (decay * q_state + k_scale * qk_product * delta)
+        state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
+        tl.store(state_tile, state.reshape(WARPS * DK, COLUMNS), mask=valid)
+        o = _copy_to_every_warp(o, WARPS)
+        if GATED:
+            # Two threads that add each other's product would each fuse their own multiplication
+            # with the addition, and their sums would differ in the last bit. Adding 0 takes up the
+            # fusion.
+            o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
+        warp = tl.arange(0, WARPS)[:, None]
+        if HAS_NUM_TOKENS:
+            o = tl.where(valid, o, 0.0)
+        out_ptr += sequence * (TOKENS * HEADS * DV) if token == 0 else HEADS * DV
+        target = out_ptr + warp * 0 + column[None, :]
+        mask = warp == tl.arange(0, BLOCK_V)[None, :] // COLUMNS
+        tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
+        if token + 1 < TOKENS:
+            state_tile += HEADS * DK * DV
+            valid = count > token + 1
 
 
 def step_gated_delta(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     columns: tuple[int, int],
     gates: tuple[torch.Tensor, torch.Tensor] | Gating,
-    state: torch.Tensor,
-    slots: torch.Tensor,
-    num_tokens: torch.Tensor | None,
+    places: StatePlaces,
     key_heads: int,
+    tokens: int,
 ) -> torch.Tensor:
-    """`chunk_gated_delta` of one token of each of B sequences, in one launch.
+    """`chunk_gated_delta` of `tokens` tokens of each of B sequences, in one launch; each token
+    leaves a version.
 
-    slots and num_tokens have B elements, and all else has B rows.
+    All else has B times `tokens` rows.
 
     Returns:
-        `[B, Hv * Dv]` in the dtype of q.
+        `[B * tokens, Hv * Dv]` in the dtype of q.
     """
-    (q, k, v), (_, heads, key_dim, value_dim) = qkv, state.shape
-    values, sequences = heads * value_dim, q.shape[0]
-    out = q.new_empty((sequences, values))
+    (q, k, v), (heads, key_dim, value_dim) = qkv, places.shape
+    values, slots, num_tokens = heads * value_dim, places.slots, places.num_tokens
+    out = q.new_empty((q.shape[0], values))
     found = find_gates(gates, columns[1] + values, values, heads)
     block = value_dim if found.gated else min(value_dim, 32)
     config = find_config("gated_delta_step", state_elements=key_dim * block)
     launch(
         _step_kernel,
-        (heads, value_dim // block, sequences),
+        (heads, value_dim // block, slots.shape[0]),
         q,
         k,
         v,
         *found[:6],
         slots if num_tokens is None else num_tokens,
-        state,
+        places.state,
         slots,
+        places.versions,
         out,
         K_ROW=k.stride(0),
         K_COLUMN=columns[0],
@@ -206,6 +294,8 @@ def step_gated_delta(
         GATED=found.gated,
         EPS=found.eps,
         HAS_NUM_TOKENS=num_tokens is not None,
+        VERSIONS=places.count,
+        TOKENS=tokens,
         **config,
     )
     return out

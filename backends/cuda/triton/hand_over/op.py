@@ -25,6 +25,65 @@ def _hand_over_kernel(token, positions, drawn, tokens, sequences, ROW, BLOCK: tl
     tl.store(positions + sequence, at + 1, mask=inside)
 
 
+@triton.jit
+def _hand_over_drafts_kernel(
+    step, positions, drawn, tokens, versions, calls, ROW, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What `hand_over_drafts` does for one sequence, with BLOCK from WIDTH on. ROW: elements of
+    drawn from call to call."""
+    wait_for_previous()
+    sequence = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    value = tl.load(step + sequence * WIDTH + column, mask=inside)
+    accepted = tl.load(step + sequence * WIDTH)
+    call = tl.load(calls + sequence)
+    tl.store(drawn + (call & 1) * ROW + sequence * WIDTH + column, value, mask=inside)
+    # The first element is no token.
+    tl.store(tokens + sequence * (WIDTH - 1) + column - 1, value, mask=inside & (column > 0))
+    tl.store(positions + sequence, tl.load(positions + sequence) + accepted + 1)
+    tl.store(versions + sequence, accepted)
+    tl.store(calls + sequence, call + 1)
+
+
+def hand_over_drafts(
+    step: torch.Tensor,
+    positions: torch.Tensor,
+    drawn: torch.Tensor,
+    tokens: torch.Tensor,
+    versions: torch.Tensor,
+    calls: torch.Tensor,
+) -> None:
+    """Writes step b to drawn[calls[b] % 2, b] and prepares the inputs of the next call.
+
+    How far a call goes that is fed drafts is not known before, so calls are counted here.
+
+    Args:
+        step: `int64 [B, 1 + R]`: how many drafts were accepted, and the tokens of the next call.
+        positions: `int64 [B]`; they are increased by 1 + accepted in place.
+        drawn: `int64 [2, B, 1 + R]`, memory that the host can read, too. Its first dimension may
+            have another stride.
+        tokens: `int64 [B, R]`, the method's input, which becomes the tokens.
+        versions: `int64 [B]`, the method's input, which becomes the number of accepted drafts.
+        calls: `int64 [B]`, increased by 1 in place.
+    """
+    sequences, width = step.shape
+    launch(
+        _hand_over_drafts_kernel,
+        (sequences,),
+        step,
+        positions,
+        drawn,
+        tokens,
+        versions,
+        calls,
+        drawn.stride(0),
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=1,
+    )
+
+
 def hand_over(
     token: torch.Tensor,
     positions: torch.Tensor,

@@ -11,6 +11,7 @@ from et_moe.backends.cuda.triton.linear.op import (
     linear_w8a8,
     linear_w8a16,
 )
+from et_moe.backends.cuda.triton.linear.row_quantization import rms_norm
 
 
 def example_weight(n: int, k: int, device: torch.device, bits: int = 4) -> dict:
@@ -76,7 +77,16 @@ def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
 # Of INT8 weights the shapes that differ in what is fused.
 _TWO = {name: _SHAPES[name] for name in ("in_proj", "out_proj")}
 
+
+def _norm_arguments(m: int, device: torch.device) -> dict:
+    return {
+        "x": random_tensor(m, 2048, device=device),
+        "weight": random_tensor(2048, device=device),
+    }
+
+
 CASES = [
+    OpCase("rms_norm", rms_norm, _norm_arguments),
     *_cases(linear_w4a8, 4, _SHAPES),
     *_cases(linear_w4a16, 4, _SHAPES),
     *_cases(linear_w8a8, 8, _TWO),

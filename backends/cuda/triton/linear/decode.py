@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.causal_conv1d.decode import load_conv_window, store_convolved
+from et_moe.backends.cuda.triton.causal_conv1d.decode import (
+    count_conv_versions,
+    find_conv_state,
+    find_conv_version,
+    load_conv_window,
+    store_convolved,
+)
 from et_moe.backends.cuda.triton.common.dependent_launch import prefetch, wait_for_previous
 from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, pack_bytes
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
@@ -132,11 +138,13 @@ def _gemv_kernel(
     conv_weight,
     conv_state,
     conv_slots,
+    conv_versions,
     out,
     eps,
     N,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
+    VERSIONS: tl.constexpr,
     BLOCKS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -190,8 +198,9 @@ def _gemv_kernel(
         gain = tl.load(norm_weight + at)
     n = first_n + rows_n
     if conv_weight is not None:
-        conv_state += tl.load(conv_slots).to(tl.int64) * ((TAPS - 1) * CHANNELS)
-        window = load_conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
+        conv_state = find_conv_state(conv_state, conv_slots, CHANNELS, TAPS, VERSIONS)
+        old_state = find_conv_version(conv_state, conv_versions, CHANNELS, VERSIONS)
+        window = load_conv_window(conv_weight, old_state, n, n >= own_n, CHANNELS, TAPS)
     wait_for_previous()
     value = tl.load(x + at).to(tl.float32)
     if residual is not None:
@@ -218,7 +227,7 @@ def _gemv_kernel(
             if residual is not None:
                 addend = tl.load(residual + n)
             if conv_weight is not None:
-                window = load_conv_window(conv_weight, conv_state, n, n >= own_n, CHANNELS, TAPS)
+                window = load_conv_window(conv_weight, old_state, n, n >= own_n, CHANNELS, TAPS)
 
 
 def floor_power_of_two(limit: int) -> int:
@@ -240,13 +249,13 @@ def linear_decode(
     eps: float,
     residual: torch.Tensor | None,
     planes: int,
-    conv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    conv: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """A linear layer (`op.py`) on x `[1, K]`, K as in `supports_k`.
 
     Args:
         group_size: None for INT8 weights; planes: INT8 planes of the activations.
-        conv: weight `[C, W]`, state `[S, W - 1, C]`, updated in place, and slots `int32 [1]` of a
+        conv: weight `[C, W]`, state, updated in place, slots `int32 [1]` and versions of a
             `causal_conv1d` whose result takes the place of the first C columns; or None.
 
     Returns:
@@ -257,7 +266,7 @@ def linear_decode(
     config = find_config(f"linear_w{bits}_gemv", out_features=n)
     block_n = min(config.pop("BLOCK_ROWS") // blocks, floor_power_of_two(n))
     repeat = min(config.pop("REPEAT"), floor_power_of_two(n // block_n))
-    conv_weight, conv_state, conv_slots = (None, None, None) if conv is None else conv
+    conv_weight, conv_state, conv_slots, conv_versions = conv or (None, None, None, None)
     channels, taps = (0, 1) if conv_weight is None else conv_weight.shape
     out = x.new_empty((1, n))
     launch(
@@ -271,11 +280,13 @@ def linear_decode(
         conv_weight,
         conv_state,
         conv_slots,
+        conv_versions,
         out,
         eps,
         n,
         CHANNELS=channels,
         TAPS=taps,
+        VERSIONS=1 if conv is None else count_conv_versions(conv_state, taps),
         BLOCKS=blocks,
         SPAN=min(config.pop("SPAN"), blocks),
         GROUP=group_size,

@@ -15,7 +15,7 @@ from et_moe.backends.cuda.triton.common.store_once import store_once
 from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode import floor_power_of_two
 from et_moe.backends.cuda.triton.linear.op import check_norm_and_residual
-from et_moe.backends.cuda.triton.linear.row_quantization import norm_rows
+from et_moe.backends.cuda.triton.linear.row_quantization import rms_norm
 from et_moe.backends.cuda.triton.linear.tiles import place_tile, store_tile
 from et_moe.backends.cuda.triton.tuning import find_config, find_largest
 
@@ -161,7 +161,7 @@ def linear(
         ValueError: the arguments do not fit each other.
     """
     _check(x, weight, norm_weight, residual)
-    x = x.contiguous() if norm_weight is None else norm_rows(x.contiguous(), norm_weight, eps)
+    x = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
     out = x.new_empty((x.shape[0], weight.shape[0]))
     rows, step = find_largest(x.shape[0]), _WARP_BYTES // weight.itemsize
     row_bytes = weight.shape[1] * weight.itemsize

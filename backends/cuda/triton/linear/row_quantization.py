@@ -129,12 +129,13 @@ def quantize_rows_kernel(
     tl.store(at, tile_scale * SCALE_FACTOR, mask=tile * TILE < PADDED_K)
 
 
-def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of the rows of x `[T, K]`, in x's dtype."""
-    (m, k), out = x.shape, torch.empty_like(x)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """`ops.rms_norm` of x `[T, K]`, bf16 or fp32, in one launch."""
+    x, (m, k) = x.contiguous(), x.shape
+    out = torch.empty_like(x)
     tiles = triton.next_power_of_2(cdiv(k, ACTIVATION_TILE))
     sizes = {"K": k, "TILES": tiles, "TILE": ACTIVATION_TILE}
-    launch(_norm_rows_kernel, (m,), x, norm_weight, out, eps, **sizes, num_warps=4)
+    launch(_norm_rows_kernel, (m,), x, weight, out, eps, **sizes, num_warps=4)
     return out
 
 

@@ -7,14 +7,14 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.float_order import from_order_key, to_order_key
 from et_moe.backends.cuda.triton.common.launch import launch
-from et_moe.backends.cuda.triton.common.tokens import has_one_row_each
+from et_moe.backends.ops.sequences import rows_each
 
 
 @triton.jit
 def _choose_kernel(
     logits,
     num_tokens,
-    rows_each,
+    own_rows,
     topk_weights,
     topk_ids,
     EXPERTS: tl.constexpr,
@@ -28,7 +28,7 @@ def _choose_kernel(
     The weights are the softmax of the chosen logits if NORMALIZE, else that of all logits.
 
     logits is fp32 `[T, EXPERTS + 1]`, and the last is that of the shared experts' gate.
-    num_tokens is int64 `[T / rows_each]`: how many of each sequence's rows are valid. topk_weights
+    num_tokens is int64 `[T / own_rows]`: how many of each sequence's rows are valid. topk_weights
     is fp32, topk_ids int32, both `[T, TOP_K + NUM_SHARED]`.
     """
     wait_for_previous()
@@ -42,7 +42,7 @@ def _choose_kernel(
     gate = tl.load(at + EXPERTS)
     valid = row >= 0
     if num_tokens is not None:
-        valid = row % rows_each < tl.load(num_tokens + row // rows_each)
+        valid = row % own_rows < tl.load(num_tokens + row // own_rows)
     # NaNs come first, whatever their sign.
     keys = tl.where(values == values, to_order_key(values), 0x7FFFFFFF)
     keys = tl.where(expert < EXPERTS, keys, LEAST)
@@ -80,20 +80,17 @@ def choose_experts(
     Args:
         logits: `float32 [T, E + 1]`, the shared experts' gate last.
         num_tokens, top_k, num_shared, normalize: as `ops.moe_router` takes them.
-
-    Raises:
-        ValueError: several sequences have another number of rows than one each.
     """
     tokens, experts = logits.shape[0], logits.shape[1] - 1
     slots = (tokens, top_k + num_shared)
     topk_weights, topk_ids = logits.new_empty(slots), logits.new_empty(slots, dtype=torch.int32)
-    one_each = num_tokens is not None and has_one_row_each(tokens, num_tokens.shape[0])
+    each = tokens if num_tokens is None else rows_each(tokens, num_tokens.shape[0])
     launch(
         _choose_kernel,
         (tokens,),
         logits,
         num_tokens,
-        1 if one_each else tokens,
+        each,
         topk_weights,
         topk_ids,
         EXPERTS=experts,

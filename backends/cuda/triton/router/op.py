@@ -26,15 +26,14 @@ def moe_router(
 
     Args:
         x: `[T, H]`, bf16 or fp32; norm_weight `[H]` and weight `[E + 1, H]` have the same dtype.
-        num_tokens: `int64 [B]` or None, where either B or T / B is 1.
+        num_tokens: `int64 [B]` or None.
 
     Returns:
         x normed, `[T, H]` in x's dtype; weights `float32` and ids `int32`, both
         `[T, top_k + num_shared]`.
 
     Raises:
-        ValueError: there are fewer experts than top_k, or several sequences have another number of
-            rows than one each.
+        ValueError: there are fewer experts than top_k.
     """
     m, experts = x.shape[0], weight.shape[0] - 1
     if not 0 < top_k <= experts:

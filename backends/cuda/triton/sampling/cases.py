@@ -18,4 +18,12 @@ def _arguments(m: int, device: torch.device) -> dict:
     }
 
 
-CASES = [OpCase("sample", sample, _arguments, tokens=(1,))]
+def _draft_arguments(m: int, device: torch.device) -> dict:
+    """Arguments of m rows of one sequence."""
+    return _arguments(1, device) | {"logits": torch.randn((m, 248320), device=device) * 4}
+
+
+CASES = [
+    OpCase("sample", sample, _arguments, tokens=(1,)),
+    OpCase("sample/drafts", sample, _draft_arguments, tokens=(2, 3, 4)),
+]

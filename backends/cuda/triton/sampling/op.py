@@ -15,8 +15,9 @@ to find the bound.
    top_p.
 
 The kernels read the temperature, so one CUDA graph serves greedy decoding and sampling. Tokens are
-collected in any order, on which nothing depends; weights are added as integers. Rows share nothing:
-program id 1, in the third kernel 0, is the row, and pointers are advanced to it first.
+collected in any order, on which nothing depends; weights are added as integers. Rows share nothing
+but the parameters of their sequence: program id 1, in the third kernel 0, is the row, and pointers
+are advanced to it first.
 """
 
 import torch
@@ -26,6 +27,8 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.float_order import to_order_key
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.tokens import find_sequence
+from et_moe.backends.ops.sequences import rows_each
 
 BLOCK = 1024
 GROUP = 128
@@ -96,6 +99,7 @@ def _block_kernel(
     BLOCKS,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Reduces one block of the vocabulary, with l = logit / temperature, or the logit for 0.
 
@@ -108,11 +112,13 @@ def _block_kernel(
     row = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
-    t = tl.load(temperature + row)
+    sequence, offset = find_sequence(row, TOKENS)
+    t = tl.load(temperature + sequence)
     if t > 0.0:
         value = tl.div_rn(value, tl.broadcast_to(t, value.shape))
-        if not _is_filtered(tl.load(top_k + row), tl.load(top_p + row), V):
-            value += _draw_gumbel(token, tl.load(positions + row), tl.load(seed + row))
+        if not _is_filtered(tl.load(top_k + sequence), tl.load(top_p + sequence), V):
+            position = tl.load(positions + sequence) + offset
+            value += _draw_gumbel(token, position, tl.load(seed + sequence))
     best, best_id = _find_first_max(value, token)
     GROUPS: tl.constexpr = BLOCK // GROUP
     block += row * BLOCKS
@@ -157,11 +163,14 @@ def _collect_kernel(
     PADDED_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Appends l, l + noise and id of those tokens of one block that may be kept."""
     wait_for_previous()
     row = tl.program_id(1)
-    t, k, p = tl.load(temperature + row), tl.load(top_k + row), tl.load(top_p + row)
+    sequence, offset = find_sequence(row, TOKENS)
+    t, k = tl.load(temperature + sequence), tl.load(top_k + sequence)
+    p = tl.load(top_p + sequence)
     block_value += row * BLOCKS
     block_sum += row * BLOCKS
     group_value += row * BLOCKS * (BLOCK // GROUP)
@@ -184,7 +193,8 @@ def _collect_kernel(
         if amount > 0:
             place = tl.atomic_add(count + row, amount) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
             place += first
-            noisy = value + _draw_gumbel(token, tl.load(positions + row), tl.load(seed + row))
+            position = tl.load(positions + sequence) + offset
+            noisy = value + _draw_gumbel(token, position, tl.load(seed + sequence))
             tl.store(kept + place, value, mask=keep)
             tl.store(kept_noisy + place, noisy, mask=keep)
             tl.store(kept_id + place, token, mask=keep)
@@ -233,6 +243,7 @@ def _finish_kernel(
     BLOCKS,
     PADDED_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Chooses the token from the blocks' maxima, or with top-k or top-p from those collected."""
     wait_for_previous()
@@ -248,7 +259,9 @@ def _finish_kernel(
     value = tl.load(block_value + b, mask=b < BLOCKS, other=float("-inf"))
     ids = tl.load(block_id + b, mask=b < BLOCKS, other=0x7FFFFFFF)
     _, token = _find_first_max(value, ids)
-    t, k, p = tl.load(temperature + row), tl.load(top_k + row), tl.load(top_p + row)
+    sequence, _ = find_sequence(row, TOKENS)
+    t, k = tl.load(temperature + sequence), tl.load(top_k + sequence)
+    p = tl.load(top_p + sequence)
     if (t > 0.0) & _is_filtered(k, p, V):
         maximum, total = _sum_weights(block_value, block_sum, BLOCKS, PADDED_BLOCKS)
         n = tl.load(count + row)
@@ -282,13 +295,14 @@ def sample(
     """`ops.sample` in three launches.
 
     Args:
-        logits: `float32 [B, V]`.
+        logits: `float32 [B R, V]`.
         temperature, top_p: `float32 [B]`. top_k, seed, positions: `int64 [B]`.
 
     Returns:
-        `int64 [B, 1]`.
+        `int64 [B, R]`.
     """
-    rows, vocabulary = logits.shape
+    (rows, vocabulary), sequences = logits.shape, positions.shape[0]
+    tokens = rows_each(rows, sequences)
 
     def scratch(size, dtype=torch.float32):
         return logits.new_empty((rows, size), dtype=dtype)
@@ -315,6 +329,7 @@ def sample(
         blocks,
         BLOCK=BLOCK,
         GROUP=GROUP,
+        TOKENS=tokens,
         num_warps=4,
     )
     kept = (scratch(vocabulary), scratch(vocabulary), scratch(vocabulary, torch.int32), count)
@@ -333,9 +348,10 @@ def sample(
         PADDED_GROUPS=triton.next_power_of_2(groups),
         BLOCK=BLOCK,
         GROUP=GROUP,
+        TOKENS=tokens,
         num_warps=4,
     )
-    out = logits.new_empty((rows, 1), dtype=torch.int64)
+    out = logits.new_empty((sequences, tokens), dtype=torch.int64)
     launch(
         _finish_kernel,
         (rows,),
@@ -346,6 +362,7 @@ def sample(
         blocks,
         **sizes,
         TILE=TILE,
+        TOKENS=tokens,
         num_warps=8,
     )
     return out

@@ -276,3 +276,73 @@ def test_several_rows_of_several_sequences(device):
     inputs["qkv"] = inputs["qkv"].repeat(2, 1)
     with pytest.raises(ValueError, match="14 rows of 7 sequences: expected one row of each"):
         attention(**inputs)
+
+
+@pytest.mark.usefixtures("few_splits", "small_tiles")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("first", [1, 15, 16, 17, 40, 64])
+@pytest.mark.parametrize("tokens,position", [(1, 0), (1, 15), (1, 70), (40, 0), (40, 50)])
+def test_first_token(tokens, position, first, dtype, device):
+    """What lies before it is never read, whatever it is, and rows there get zeros."""
+    inputs = make_inputs(GROUP_3, tokens, position, dtype, device)
+    token = torch.arange(min(first, position), device=device)
+    where = inputs["pages"][0, token // ops.PAGE_SIZE].long(), slice(None), token % ops.PAGE_SIZE
+    for name in ("k_cache", "v_cache"):
+        inputs[name][where] = float("nan")
+    got_inputs, expected_inputs = clone(inputs), clone(inputs)
+    got = attention(**got_inputs, first_token=first)
+    expected = ops.attention(**expected_inputs, first_token=first)
+    hidden = max(0, min(first - position, tokens))
+    assert torch.isfinite(got).all() and torch.count_nonzero(got[:hidden]) == 0
+    if hidden < tokens:
+        assert relative_error(got, expected) < TOLERANCE[dtype]
+    for name in ("k_cache", "v_cache"):
+        left, wanted = (x[name].nan_to_num(nan=0.5) for x in (got_inputs, expected_inputs))
+        assert relative_error(left, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_rows_of_drafts(rows, first, dtype, programs, device):
+    """Each row of each sequence gets the bits that it gets in a call of its own. Under the
+    interpreter this is only a hint that it holds on a GPU."""
+    valid = [min(rows, n) for n in (3, 4, 2, 1, 0, 0, 4)]
+    inputs = make_inputs(GROUP_3, rows * len(LENGTHS), 0, dtype, device)
+    pages, total = make_pages([a + b for a, b in zip(LENGTHS, valid, strict=True)])
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = torch.randn(total, *inputs[name].shape[1:]).to(inputs[name])
+    inputs |= {"pages": pages.to(device), "positions": torch.tensor(LENGTHS, device=device)}
+    counts = {"num_tokens": torch.tensor(valid, device=device)}
+    given, expected_inputs = clone(inputs | counts), clone(inputs | counts)
+    with record_launches(run=True) as recorded:
+        out = attention(**given, first_token=first, each_row=True)
+    assert len(recorded) == 3
+    expected = ops.attention(**expected_inputs, first_token=first, each_row=True)
+    out, expected = (x.unflatten(0, (len(LENGTHS), rows)) for x in (out, expected))
+    step = clone(inputs)
+    for r in range(rows):
+        is_valid = torch.tensor([r < n for n in valid], device=device)
+        step["qkv"] = inputs["qkv"].unflatten(0, (len(LENGTHS), rows)).select(1, r).contiguous()
+        step["positions"] = inputs["positions"] + r
+        alone = attention(**step, num_tokens=is_valid.long(), first_token=first)
+        assert torch.equal(out[:, r], alone)
+        assert torch.count_nonzero(out[~is_valid, r]) == 0
+        assert relative_error(out[is_valid, r], expected[is_valid, r]) < TOLERANCE[dtype]
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(given[name], step[name])
+        assert relative_error(given[name], expected_inputs[name]) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("few_splits")
+def test_rows_of_drafts_of_one_sequence(device):
+    inputs = make_inputs(ONE_KV, 3, 62, torch.float32, device)
+    step, together = clone(inputs), clone(inputs)
+    out = attention(**together, each_row=True)
+    for r in range(3):
+        step |= {"qkv": inputs["qkv"][r : r + 1], "positions": inputs["positions"] + r}
+        assert torch.equal(attention(**step)[0], out[r])
+    assert torch.equal(together["k_cache"], step["k_cache"])
+    with pytest.raises(ValueError, match="5 rows of 1 sequences: expected 1 to 4 rows of each"):
+        attention(**make_inputs(ONE_KV, 5, 0, torch.float32, device), each_row=True)

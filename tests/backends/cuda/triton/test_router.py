@@ -127,9 +127,13 @@ def test_rows_do_not_depend_on_others(tokens, dtype, device):
         assert all(torch.equal(a, b[rows]) for a, b in zip(got, expected, strict=True))
 
 
-def test_several_rows_of_several_sequences(device):
-    with pytest.raises(ValueError, match="6 rows of 3 sequences: expected one row of each"):
-        moe_router(*inputs(6, device), 4, 1, num_tokens=torch.tensor([1, 2, 1], device=device))
+@pytest.mark.parametrize("rows", [2, 7])
+def test_several_rows_of_several_sequences(rows, device):
+    """Padding stands behind the rows of each sequence and is routed nowhere."""
+    given, counts = inputs(3 * rows, device), torch.tensor([1, 0, 2], device=device)
+    got = moe_router(*given, 4, 1, num_tokens=counts)
+    check(got, ops.moe_router(*given, 4, 1, num_tokens=counts))
+    assert ((got[2] >= 0).all(-1).view(3, rows).sum(1) == counts).all()
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -138,3 +138,21 @@ def test_rows(device):
     for b in range(len(ROWS)):
         row = slice(b, b + 1)
         assert sampling.sample(logits[row], *(p[row] for p in parameters)) == got[b]
+
+
+def test_rows_of_sequences(device):
+    """Each row of a sequence is drawn with its parameters, as it is drawn alone at its position."""
+    each, vocabulary = 3, 1000
+    logits = torch.randn(each * len(ROWS), vocabulary, device=device) * 2
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.int64, torch.int64)
+    values = zip(*ROWS, strict=True)
+    parameters = [
+        torch.tensor(v, dtype=t, device=device) for v, t in zip(values, dtypes, strict=True)
+    ]
+    got = sampling.sample(logits, *parameters)
+    assert got.shape == (len(ROWS), each) and got.dtype == torch.int64
+    assert torch.equal(got, ops.sample(logits, *parameters))
+    for r in range(each):
+        own = logits.view(len(ROWS), each, vocabulary).select(1, r).contiguous()
+        alone = sampling.sample(own, *parameters[:-1], parameters[-1] + r)
+        assert torch.equal(alone.flatten(), got.select(1, r))

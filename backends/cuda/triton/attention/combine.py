@@ -1,0 +1,70 @@
+"""How a cache is divided into splits, and how what was attended to in each is joined."""
+
+import triton
+import triton.language as tl
+
+from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_sequence
+
+
+@triton.jit
+def divide(position, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many cached tokens a split has, an equal share rounded up to whole tiles of BLOCK_N, and
+    how many splits there are with that, at least 1."""
+    length = tl.maximum(tl.cdiv(tl.cdiv(position, SPLITS), BLOCK_N), 1) * BLOCK_N
+    return length, tl.maximum(tl.cdiv(position, length), 1)
+
+
+@triton.jit
+def combine_kernel(
+    qkv_ptr,
+    positions_ptr,
+    num_tokens_ptr,
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
+    out_ptr,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HAS_NUM_TOKENS: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Joins the splits of one row and query head, for BLOCK_D columns, and applies the output gate.
+
+    Padding becomes 0, and so do rows in front of FIRST_TOKEN.
+    """
+    head = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.arange(0, SPLITS)
+    item = tl.program_id(2)
+    sequence, token = find_sequence(item, TOKENS)
+    position = tl.load(positions_ptr + sequence).to(tl.int32) + token
+    valid = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS) - token
+    if FIRST_TOKEN > 0:
+        valid = tl.where(position < FIRST_TOKEN, 0, valid)
+    qkv_ptr += item.to(tl.int64) * (2 * (HEADS + KV_HEADS) * DIM)
+    gate = tl.load(qkv_ptr + head * (2 * DIM) + DIM + column).to(tl.float32)
+    wait_for_previous()
+    target = out_ptr + item.to(tl.int64) * (HEADS * DIM) + head * DIM + column
+    if valid <= 0:
+        tl.store(target, tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty))
+        return
+    _, splits = divide(position, SPLITS, BLOCK_N)
+    used = split < splits
+    first = item * (SPLITS * HEADS)
+    slot = split * HEADS + head
+    part = tl.load(
+        partial_ptr + first.to(tl.int64) * DIM + slot[:, None] * DIM + column[None, :],
+        mask=used[:, None],
+        other=0.0,
+    )
+    top = tl.load(max_ptr + first + slot, mask=used, other=float("-inf"))
+    total = tl.load(sum_ptr + first + slot, mask=used, other=0.0)
+    weight = tl.exp2(top - tl.max(top, 0))
+    o = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0) * tl.sigmoid(gate)
+    tl.store(target, o.to(out_ptr.dtype.element_ty))
