@@ -26,6 +26,7 @@ import numpy
 import typer
 from tokenizers import Tokenizer
 
+from et_moe.backends.atomic_file import write_file
 from et_moe.examples.qwen3_5_moe.tokenizer import END_OF_TEXT
 from et_moe.scripts.train_demo import train_tokenizer
 
@@ -114,7 +115,10 @@ def collect(packages: Path) -> tuple[list[str], list[dict]]:
     seen: set[bytes] = set()
     texts, rows = [], []
     for name, (licence, patterns) in PACKAGES.items():
-        (deb,) = packages.glob(f"{name}_*.deb")
+        debs = list(packages.glob(f"{name}_*.deb"))
+        if len(debs) != 1:
+            raise typer.BadParameter(f"{packages} holds {len(debs)} of {name}_*.deb, expected one")
+        (deb,) = debs
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(["dpkg-deb", "-x", deb, folder], check=True)
             own = []
@@ -182,7 +186,7 @@ def main(
         texts, rows = collect(packages)
     parts = split(texts, seed)
     tokenizer = train_tokenizer(sample(parts["train"], TOKENIZER_SAMPLE), VOCAB_SIZE)
-    tokenizer.save(str(output / "tokenizer.json"), pretty=False)
+    write_file(output / "tokenizer.json", tokenizer.to_str().encode())
     counts = {}
     for name, part in parts.items():
         tokens = encode(tokenizer, part)
@@ -192,10 +196,9 @@ def main(
             "tokens": len(tokens),
         }
         typer.echo(f"{name}: {counts[name]}")
-        packed = lzma.compress(tokens.tobytes(), preset=6)
-        (output / f"{name}.bin.xz").write_bytes(packed)
+        write_file(output / f"{name}.bin.xz", lzma.compress(tokens.tobytes(), preset=6))
     text = json.dumps({"parts": counts, "packages": rows}, indent=1)
-    (output / "sources.json").write_text(text + "\n")
+    write_file(output / "sources.json", f"{text}\n".encode())
 
 
 if __name__ == "__main__":
