@@ -57,20 +57,27 @@ def _table(rows: Iterable[dict]) -> list[str]:
     return table((*HEAD, "perplexity"), map(_cells, rows), text_columns=3)
 
 
-def _reached(rows: list[dict]) -> str:
+def _nearest(rows: list[dict], activations: str) -> list[str]:
     """Which row of few enough bits is best, and whether it reaches what it is to."""
-    small = [row for row in rows if row["bits"] <= BITS]
-    if not small:
-        return f"No row takes at most {BITS} bits a weight."
-    best = min(small, key=lambda row: row["kl"])
+    rows = [r for r in rows if r["bits"] <= BITS and r["activations"] == activations]
+    if not rows:
+        return []
+    best = min(rows, key=lambda row: row["kl"])
     reached = best["kl"] <= KL and best["top1"] >= TOP1
-    verdict = "which reaches it" if reached else "which does not reach it"
-    return (
+    return [
+        f"With {activations} activations `{best['recipe']}` comes nearest, its scales by "
+        f"{best['scales']}: KL {best['kl']:.4f}, top-1 {best['top1']:.1%} at {best['bits']:.2f} "
+        f"bits, which {'reaches it' if reached else 'does not reach it'}."
+    ]
+
+
+def _reached(rows: list[dict]) -> str:
+    found = [text for dtype in ("int8", "bf16") for text in _nearest(rows, dtype)]
+    goal = (
         f"The goal is a divergence of at most {KL} and an agreement of at least {TOP1:.0%} at "
-        f"{BITS} bits a weight or less. Nearest is `{best['recipe']}` with scales by "
-        f"{best['scales']} and {best['activations']} activations: KL {best['kl']:.4f}, top-1 "
-        f"{best['top1']:.1%} at {best['bits']:.2f} bits, {verdict}."
+        f"{BITS} bits a weight or less."
     )
+    return " ".join([goal, *(found or ["No row takes so few bits."])])
 
 
 def _sources(text: dict) -> str:

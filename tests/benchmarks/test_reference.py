@@ -226,7 +226,7 @@ def test_command_trains_and_measures_in_its_time(text, tmp_path, monkeypatch, to
         (4.5, 0.009, 0.97, "which reaches it"),
         (4.5, 0.011, 0.97, "which does not reach it"),
         (4.5, 0.009, 0.95, "which does not reach it"),
-        (4.7, 0.001, 0.99, "No row takes at most 4.6 bits"),
+        (4.7, 0.001, 0.99, "No row takes so few bits"),
     ],
 )
 def test_page_says_whether_the_goal_is_reached(bits, kl, top1, text):
