@@ -11,12 +11,10 @@ import typer
 
 from et_moe.backends.atomic_file import check_writable
 from et_moe.benchmarks.result import REPO, RUNNER
-from et_moe.pipeline.entry import PATH, show_error
+from et_moe.pipeline.entry import PATH, invoke, show_error
 
 # Modules that measure are imported where they are used: torch and Triton take seconds.
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
-)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 RESULTS = Path("build/results")
 
 
@@ -283,7 +281,7 @@ def report(
 def main() -> None:
     """Entry point: a bad input ends with one line on stderr and exit code 1."""
     try:
-        app(prog_name="python -m et_moe.benchmarks")
+        invoke(app, prog_name="python -m et_moe.benchmarks")
     except (ValueError, OSError) as error:
         show_error(error)
         sys.exit(1)

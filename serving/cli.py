@@ -76,11 +76,13 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Serves a program over HTTP: OpenAI's interface, and a page to chat with at `/`."""
+    from et_moe.serving.run_server import check_address
     from et_moe.serving.run_server import serve as run
     from et_moe.serving.server import create_app
 
     if api_key is not None and not api_key.strip():
         raise typer.BadParameter("--api-key: expected a key")
+    check_address(host, port)
     open_model = _model_opener(
         program,
         model_name,

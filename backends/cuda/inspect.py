@@ -27,6 +27,8 @@ def inspect(pte: bytes) -> dict[str, object]:
         ValueError: not a `.pte`, none of this backend's, of another format version, or damaged (the
             digest of every blob is checked).
     """
+    if pte[4:8] != b"ET12":
+        raise ValueError("not a program (.pte), expected one that `et-moe export` wrote")
     try:
         file = deserialize_pte_binary(pte)
     except (ValueError, AssertionError, IndexError, KeyError, struct.error) as e:
