@@ -235,6 +235,21 @@ def cpu(
 
 
 @app.command()
+def clients(
+    program: Annotated[Path, typer.Option(help="Folder of a program.", **PATH)] = (
+        REPO / "build/demo"
+    ),
+    count: Annotated[int, typer.Option("--clients", help="How many there are.", min=1)] = 500,
+    seconds: Annotated[float, typer.Option(help="For which they come and go.", min=1)] = 600,
+    seed: Annotated[int, typer.Option(help="Of what they ask, and when.")] = 0,
+) -> None:
+    """Serve a program to clients that come and go at random, and check each answer."""
+    from et_moe.benchmarks.clients import measure
+
+    raise typer.Exit(not measure(program, count, seconds, seed))
+
+
+@app.command()
 def memory(
     folder: Annotated[
         Path, typer.Argument(help="For the files: 3 GB a layer, removed again.", **PATH)

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from served_app import DEMO
 
 pytest.importorskip("ray")
 
@@ -25,15 +23,7 @@ REPLICAS, TOKENS = 2, 600
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    command = ["et-moe", "export", "--model-dir", DEMO, "--output-dir", folder]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(program: Path):
+def url(demo_program: Path):
     """Of the application, with a key."""
     import ray
     from ray import serve
@@ -46,7 +36,7 @@ def url(program: Path):
     ray.init(num_cpus=REPLICAS, include_dashboard=False, object_store_memory=100 << 20)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     arguments = Arguments(
-        program=program,
+        program=demo_program,
         model_name="demo",
         api_key="secret",
         num_gpus=0,
