@@ -176,6 +176,17 @@ class FunctionTool(Function):
         return {"type": "function", "function": function}
 
 
+_LEFT_OUT = ("custom", "namespace", "web_search")
+"""Types of tools that agents offer besides functions, whatever the server. The model is not shown
+them; whoever offers one of another type means it."""
+
+
+def _shown(tools: object) -> object:
+    if not isinstance(tools, list):
+        return tools
+    return [t for t in tools if not (isinstance(t, dict) and t.get("type") in _LEFT_OUT)]
+
+
 def _tool_choice(value: object) -> object:
     if value is None or value in ("none", "auto", "required"):
         return value
@@ -235,7 +246,9 @@ class ResponsesRequest(SamplingRequest):
     instructions: str | None = None
     n: Literal[1] = 1
     max_output_tokens: Count | None = None
-    tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Annotated[list[FunctionTool] | None, BeforeValidator(_shown)] = Field(
+        None, max_length=MAX_TOOLS
+    )
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | NamedTool | None, PlainValidator(_tool_choice)
     ] = None
