@@ -79,7 +79,7 @@ async def _payloads(response: httpx.Response) -> AsyncIterator[dict]:
 class Load:
     """What became of the requests so far."""
 
-    url: str
+    session: httpx.AsyncClient
     outcomes: Counter = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)  # seconds to the first event
@@ -87,12 +87,10 @@ class Load:
     files: list[int] = field(default_factory=list)
 
     async def ask(self, question: Question) -> str:
-        """The answer, over a connection of its own. Raises RuntimeError for a failure."""
+        """The answer. Raises RuntimeError for a failure."""
         begin, text, first = time.monotonic(), "", None
-        async with (
-            httpx.AsyncClient(base_url=self.url, timeout=600) as client,
-            client.stream("POST", f"/v1/{question.path}", json=question.body) as response,
-        ):
+        request = self.session.stream("POST", f"/v1/{question.path}", json=question.body)
+        async with request as response:
             if response.status_code != 200:
                 raise RuntimeError(f"status {response.status_code}: {await response.aread()}")
             async for payload in _payloads(response):
@@ -104,8 +102,7 @@ class Load:
 
     async def refused(self) -> None:
         """A request that is not valid is told so."""
-        async with httpx.AsyncClient(base_url=self.url, timeout=600) as client:
-            response = await client.post("/v1/chat/completions", json={"messages": []})
+        response = await self.session.post("/v1/chat/completions", json={"messages": []})
         if response.status_code != 400:
             raise RuntimeError(f"an empty conversation got status {response.status_code}")
 
@@ -138,8 +135,12 @@ class Load:
             self.files.append(process.num_fds())
             await asyncio.sleep(1)
 
-    def is_well(self, sequences_left: float) -> bool:
-        """Whether all is as it should be; prints what was seen."""
+    def is_well(self, left: float) -> bool:
+        """Whether all is as it should be; prints what was seen.
+
+        Args:
+            left: sequences that the server still has.
+        """
         quarter = max(1, len(self.memory) // 4)
         early = statistics.mean(self.memory[quarter : 2 * quarter] or self.memory)
         late = statistics.mean(self.memory[-quarter:])
@@ -151,12 +152,13 @@ class Load:
         )
         print(
             f"memory {early / 2**20:.1f} MiB in the second quarter, {late / 2**20:.1f} in the "
-            f"last, at most {max(self.memory) / 2**20:.1f}; at most {max(self.files)} open files"
+            f"last, at most {max(self.memory) / 2**20:.1f}"
         )
+        print(f"at most {max(self.files)} open files; {left:.0f} sequences left")
         for fault in self.faults[:10]:
             print(fault)
         grows = late > early * GROWTH + SLACK
-        return not (self.outcomes["wrong"] or self.faults or grows or sequences_left)
+        return not (self.outcomes["wrong"] or self.faults or grows or left)
 
 
 @contextmanager
@@ -182,25 +184,24 @@ def _server(program: Path, clients: int):
             process.send_signal(signal.SIGTERM)
 
 
-async def _run(load: Load, pid: int, clients: int, seconds: float, seed: int) -> float:
+async def _run(url: str, pid: int, clients: int, seconds: float, seed: int) -> bool:
+    """Whether all went well."""
     rng = random.Random(seed)
     questions = [Question.draw(rng) for _ in range(QUESTIONS)]
-    answers = [(question, await load.ask(question)) for question in questions]
-    load.first.clear()
-    watch = asyncio.ensure_future(load.watch(psutil.Process(pid)))
-    until = time.monotonic() + seconds
-    await asyncio.gather(
-        *(
-            load.client(random.Random(f"{seed} {number}"), answers, until)
-            for number in range(clients)
-        )
-    )
-    watch.cancel()
-    await asyncio.sleep(0.5)  # for the last that left
-    async with httpx.AsyncClient(base_url=load.url) as client:
-        metrics = (await client.get("/metrics")).text.splitlines()
+    own = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # a request's connection
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=own) as session:
+        load = Load(session)
+        answers = [(question, await load.ask(question)) for question in questions]
+        load.first.clear()
+        watch = asyncio.ensure_future(load.watch(psutil.Process(pid)))
+        until = time.monotonic() + seconds
+        rngs = [random.Random(f"{seed} {number}") for number in range(clients)]
+        await asyncio.gather(*(load.client(rng, answers, until) for rng in rngs))
+        watch.cancel()
+        await asyncio.sleep(0.5)  # for the last that left
+        metrics = (await session.get("/metrics")).text.splitlines()
     states = ("et_moe_requests_waiting ", "et_moe_requests_running ")
-    return sum(float(line.split()[1]) for line in metrics if line.startswith(states))
+    return load.is_well(sum(float(line.split()[1]) for line in metrics if line.startswith(states)))
 
 
 def measure(program: Path, clients: int, seconds: float, seed: int) -> bool:
@@ -211,8 +212,6 @@ def measure(program: Path, clients: int, seconds: float, seed: int) -> bool:
         running, and the server ended in order.
     """
     with _server(program, clients) as (process, url):
-        load = Load(url)
-        left = asyncio.run(_run(load, process.pid, clients, seconds, seed))
-        is_well = load.is_well(left)
-    print(f"{left:.0f} requests left, exit code {process.returncode}")
+        is_well = asyncio.run(_run(url, process.pid, clients, seconds, seed))
+    print(f"exit code {process.returncode}")
     return is_well and process.returncode == 0
