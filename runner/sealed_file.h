@@ -18,7 +18,7 @@ constexpr size_t kTrailerSize = 24;
 /// what is no such file at all is not to be called a damaged one.
 ///
 /// Args:
-///   kind: what was expected, such as "a program (.pte)".
+///   kind: what was expected, such as "a FlatTensor file (.ptd)".
 void check_kind(const MappedFile& file, const std::string& path, std::string_view identifier,
                 const std::string& kind);
 

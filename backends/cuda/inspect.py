@@ -28,7 +28,8 @@ def inspect(pte: bytes) -> dict[str, object]:
             digest of every blob is checked).
     """
     if pte[4:8] != b"ET12":
-        raise ValueError("not a program (.pte), expected one that `et-moe export` wrote")
+        expected = "expected one that `et-moe export` wrote"
+        raise ValueError(f"not an ExecuTorch program (.pte), {expected}")
     try:
         file = deserialize_pte_binary(pte)
     except (ValueError, AssertionError, IndexError, KeyError, struct.error) as e:

@@ -27,7 +27,8 @@ def test_inspect_of_a_folder_says_which_file(run: Run, tmp_path: Path) -> None:
     code, _, error = run("inspect", tmp_path)
     assert code == 1 and f"expected a .pte, such as {tmp_path}/model.pte" in error
     code, _, error = run("inspect", tmp_path / "model.pte")
-    assert code == 1 and error.startswith(f"error: {tmp_path}/model.pte: not a program (.pte), exp")
+    assert code == 1
+    assert error.startswith(f"error: {tmp_path}/model.pte: not an ExecuTorch program (.pte), exp")
 
 
 def test_a_refused_export_shows_no_progress(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -330,8 +330,8 @@ def test_files_of_another_kind_are_not_called_damaged(
         file = tmp_path / f"file{i}"
         file.write_bytes(content or b"")
         for flag, kind, other in (
-            ("model_path", "a program (.pte)", weights),
-            ("data_path", "weights (.ptd)", program),
+            ("model_path", "an ExecuTorch program (.pte)", weights),
+            ("data_path", "a FlatTensor file (.ptd)", program),
         ):
             given = file if content is not None else other
             message = f"{given}: not {kind}, expected one that `et-moe export` wrote"
