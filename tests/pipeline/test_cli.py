@@ -16,6 +16,7 @@ from et_moe.pipeline import export
 from et_moe.pipeline.make_bundle import make_bundle
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import DEFAULT_RECIPE
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -61,7 +62,7 @@ def test_make_checkpoint(run: Run, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "b", MODEL, "tiny", 5, 2)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert run("make-checkpoint", "--output", tmp_path / "c", "--quantized", *arguments)[0] == 0
-    make_bundle(tmp_path / "d", MODEL, "tiny", 5, 2)
+    make_bundle(tmp_path / "d", MODEL, "tiny", 5, 2, DEFAULT_RECIPE)
     assert files_of(tmp_path / "c") == files_of(tmp_path / "d")
 
 
