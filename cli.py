@@ -6,9 +6,7 @@ from et_moe.pipeline import cli as pipeline
 from et_moe.pipeline.entry import run
 from et_moe.serving import cli as serving
 
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
-)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 app.add_typer(pipeline.app)
 app.add_typer(serving.app)
 

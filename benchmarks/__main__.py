@@ -11,12 +11,10 @@ import typer
 
 from et_moe.backends.atomic_file import check_writable
 from et_moe.benchmarks.result import REPO, RUNNER
-from et_moe.pipeline.entry import PATH, show_error
+from et_moe.pipeline.entry import PATH, invoke, show_error
 
 # Modules that measure are imported where they are used: torch and Triton take seconds.
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
-)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 RESULTS = Path("build/results")
 
 
@@ -237,6 +235,21 @@ def cpu(
 
 
 @app.command()
+def clients(
+    program: Annotated[Path, typer.Option(help="Folder of a program.", **PATH)] = (
+        REPO / "build/demo"
+    ),
+    count: Annotated[int, typer.Option("--clients", help="How many there are.", min=1)] = 500,
+    seconds: Annotated[float, typer.Option(help="For which they come and go.", min=1)] = 600,
+    seed: Annotated[int, typer.Option(help="Of what they ask, and when.")] = 0,
+) -> None:
+    """Serve a program to clients that come and go at random, and check each answer."""
+    from et_moe.benchmarks.clients import measure
+
+    raise typer.Exit(not measure(program, count, seconds, seed))
+
+
+@app.command()
 def memory(
     folder: Annotated[
         Path, typer.Argument(help="For the files: 3 GB a layer, removed again.", **PATH)
@@ -283,7 +296,7 @@ def report(
 def main() -> None:
     """Entry point: a bad input ends with one line on stderr and exit code 1."""
     try:
-        app(prog_name="python -m et_moe.benchmarks")
+        invoke(app, prog_name="python -m et_moe.benchmarks")
     except (ValueError, OSError) as error:
         show_error(error)
         sys.exit(1)

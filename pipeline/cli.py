@@ -30,9 +30,7 @@ from et_moe.pipeline.options import (
     takes_storage_flags,
 )
 
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
-)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 
 
 def _progress() -> Progress:
@@ -179,7 +177,6 @@ def export(
         source = source_of(model_dir, model_id, prequantized, flags)
 
     from et_moe.pipeline import export as exporter
-    from et_moe.pipeline.locks import sole_writer
 
     dtype = dtype or (Dtype.BFLOAT16 if backend is Backend.CUDA else Dtype.FLOAT32)
     options = exporter.ExportOptions(
@@ -193,22 +190,22 @@ def export(
         debug_sidecar,
         draft_tokens,
     )
-    with _progress() as progress:
+    writing = exporter.output_folder(
+        source, output_dir, options, graph=not weights_only, weights=not graph_only
+    )
+    with writing, _progress() as progress:
         task = progress.add_task("exporting", total=source.config.num_hidden_layers + 4)
 
         def show(stage: str) -> None:
             progress.update(task, advance=1, description=stage)
 
         if graph_only:
-            with sole_writer(output_dir, ["model.pte"]):
-                exporter.write_graphs(exporter.lower(source, options), output_dir, options)
+            exporter.write_graphs(exporter.lower(source, options), output_dir, options)
         elif weights_only:
-            exporter.check_tokenizer(source.directory)
-            with sole_writer(output_dir, ["model.ptd"]):
-                plan = exporter.plan_weights(source, options)
-                exporter.write_weights(source, plan, output_dir, options, show)
+            plan = exporter.plan_weights(source, options)
+            exporter.write_weights(source, plan, output_dir, options, show)
         else:
-            exporter.export(source, output_dir, options, show)
+            exporter.write_program(source, output_dir, options, show)
     console.print(f"wrote {output_dir}", soft_wrap=True)
 
 
@@ -269,7 +266,9 @@ def inspect(
     from et_moe.backends.cuda.inspect import print_tables
 
     if file.is_dir():
-        raise ValueError(f"{file}: a folder, expected a .pte, such as {file / 'model.pte'}")
+        inside = file / "model.pte"
+        hint = f"such as {inside}" if inside.exists() else "and the folder has no model.pte"
+        raise ValueError(f"{file}: a folder, expected a .pte, {hint}")
     if file.exists() and not file.is_file():
         raise ValueError(f"{file}: not a regular file, expected a .pte")
     try:

@@ -3,12 +3,15 @@
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from et_moe.backends.cuda.errors import ToolchainError
 from et_moe.pipeline.signals import Ended, ending_signals
@@ -33,6 +36,8 @@ def _show_warning(message, category, *_) -> None:
 
 def show_error(error: object) -> None:
     """One line on stderr."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        error = f"{os.fsdecode(error.filename)}: {error.strerror}"
     console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -49,6 +54,18 @@ def _flush_output() -> None:
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
+def invoke(app: typer.Typer, **options: object) -> NoReturn:
+    """Runs the command that the arguments name, or prints the help where there are none, and exits.
+    A wrong use of it ends with one line on stderr and exit code 2."""
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False, **options) or 0)
+    except TyperException as error:
+        text = " ".join(error.format_message().split()).replace(": Value error, ", ": ")
+        text = re.sub(r"^Invalid value for '([^']*)'", r"\1", text)
+        show_error(text.removeprefix("Invalid value: "))
+        sys.exit(error.exit_code)
+
+
 def run(app: typer.Typer) -> None:
     """Runs a command line. A bad input or a machine that lacks a tool ends with one line on stderr
     and exit code 1; SIGTERM and SIGHUP with one line and 128 plus their number."""
@@ -60,7 +77,7 @@ def run(app: typer.Typer) -> None:
     try:
         with ending_signals():
             try:
-                app()
+                invoke(app)
             finally:
                 _flush_output()
     except ModuleNotFoundError as error:

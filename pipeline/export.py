@@ -1,5 +1,6 @@
 """Exports the model: graphs to `model.pte`, weights to `model.ptd`, the tokenizer beside them."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -296,9 +297,28 @@ def lower(target: Target, options: ExportOptions):
     return cpu.lower(graphs, constants)
 
 
-def _files(options: ExportOptions) -> list[str]:
-    """What `export` writes besides the tokenizer's files."""
-    return ["model.ptd", "model.pte", *(["kernels.json"] if options.debug_sidecar else [])]
+@contextlib.contextmanager
+def output_folder(
+    target: Target, output: Path, options: ExportOptions, graph: bool = True, weights: bool = True
+) -> Iterator[None]:
+    """Refuses early what could not be exported, and holds `output` for this process alone.
+
+    Args:
+        graph, weights: whether `model.pte`, and `model.ptd` with the tokenizer, will be written.
+
+    Raises:
+        ConfigError, OSError: as `export`.
+    """
+    resolve_sizes(target.config, options)
+    _check_kernels(target, options.backend)
+    names = []
+    if weights:
+        check_tokenizer(target.directory)
+        names.append("model.ptd")
+    if graph:
+        names += ["model.pte", *(["kernels.json"] if options.debug_sidecar else [])]
+    with sole_writer(output, names):
+        yield
 
 
 def export(
@@ -319,13 +339,22 @@ def export(
             would refuse, or another process that writes to `output`.
         OSError: the output cannot be written; nothing is left under a final name.
     """
-    check_tokenizer(source.directory)
-    with sole_writer(output, _files(options)):
-        lowered = lower(source, options)
-        progress("graphs")
-        write_weights(source, lowered.plan, output, options, progress)
-        write_graphs(lowered, output, options)
-        progress("files")
+    with output_folder(source, output, options):
+        write_program(source, output, options, progress)
+
+
+def write_program(
+    source: WeightSource,
+    output: Path,
+    options: ExportOptions,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> None:
+    """`export`, inside of an `output_folder`."""
+    lowered = lower(source, options)
+    progress("graphs")
+    write_weights(source, lowered.plan, output, options, progress)
+    write_graphs(lowered, output, options)
+    progress("files")
 
 
 def write_weights(

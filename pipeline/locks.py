@@ -25,7 +25,7 @@ def sole_writer(directory: Path, names: Iterable[str]) -> Iterator[None]:
     """
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make(directory)
         with _locked(directory):
             for name in names:
                 check_writable(directory / name)
@@ -34,6 +34,17 @@ def sole_writer(directory: Path, names: Iterable[str]) -> Iterator[None]:
         with contextlib.suppress(OSError):  # one that is not empty, and those above it
             for folder in made:
                 folder.rmdir()
+
+
+def _make(directory: Path) -> None:
+    """Errors say what was tried: where no folder can be made, as in /proc, the kernel's word is
+    that there is no such one."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        exists = isinstance(error, FileExistsError)
+        problem = "not a folder" if exists else f"cannot make this folder: {error.strerror}"
+        raise OSError(error.errno, problem, str(directory)) from None
 
 
 @contextlib.contextmanager

@@ -78,10 +78,10 @@ _TYPES |= {bool: "boolean", type(None): "null"}
 
 
 class _Refused(Exception):
-    """The key at fault, and why."""
+    """The key at fault, empty for the file itself, and why."""
 
     def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"{key}: {problem}")
+        super().__init__(f"{key}: {problem}" if key else problem)
 
 
 def _excerpt(value: Any) -> str:
@@ -97,7 +97,7 @@ def _check(value: Any, key: str, schema: str) -> None:
     """Checks an object against a schema; the type first, for where it is wrong, so is the rest."""
     rules = SCHEMAS[schema]
     if not isinstance(value, dict):
-        raise _Refused(key or "file", "expected an object")
+        raise _Refused(key, "expected an object")
     prefix = f"{key}." if key else ""
     for name in sorted(rules, key=lambda name: name != "type"):
         rule, found = rules[name], value.get(name)
@@ -242,7 +242,7 @@ def check_tokenizer(directory: Path) -> None:
         raise ConfigError(f"{path}: not readable as JSON: {e}") from None
     try:
         if _depth(content) > MAX_DEPTH:
-            raise _Refused("file", "JSON nested too deeply")
+            raise _Refused("", "JSON nested too deeply")
         _check_content(content)
     except _Refused as e:
         raise ConfigError(f"{path}: {e}; the runner's tokenizer cannot honour it") from None

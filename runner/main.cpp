@@ -112,7 +112,13 @@ int main(int argc, char** argv) {
       "loading one from a source you do not trust is running a program from it."};
   Flags flags;
   et_moe::add_flags(app, flags);
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help
+    std::fprintf(stderr, "error: %s\n", e.what());
+    return 2;
+  }
   std::signal(SIGPIPE, SIG_IGN);
   et_moe::handle_ending_signals();
   try {

@@ -145,6 +145,7 @@ std::vector<const void*> LoadedMethod::run(const Call& call) {
 ProgramFile::ProgramFile(const std::string& path) : path_(path), file_(path) {
   executorch::runtime::runtime_init();
   capture_log();
+  check_kind(file_, path, "ET12", "an ExecuTorch program (.pte)");
   const size_t size = file_.size() - kTrailerSize;
   if (check_seal(file_, path) != size) {
     throw std::runtime_error(path + ": damaged: its checksum does not cover all of it");

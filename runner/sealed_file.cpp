@@ -8,6 +8,16 @@
 
 namespace et_moe {
 
+void check_kind(const MappedFile& file, const std::string& path, std::string_view identifier,
+                const std::string& kind) {
+  constexpr size_t kOffset = 4;  // of the identifier, behind that of the root table
+  if (file.size() >= kOffset + identifier.size() &&
+      std::memcmp(file.data() + kOffset, identifier.data(), identifier.size()) == 0) {
+    return;
+  }
+  throw std::runtime_error(path + ": not " + kind + ", expected one that `et-moe export` wrote");
+}
+
 size_t check_seal(const MappedFile& file, const std::string& path) {
   constexpr char kMagic[] = "ETMOESUM";
   const auto damaged = [&path](const char* what) {

@@ -6,12 +6,21 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "runner/files.h"
 
 namespace et_moe {
 
 constexpr size_t kTrailerSize = 24;
+
+/// Throws std::runtime_error that names `path` unless the file is a flatbuffer with the identifier:
+/// what is no such file at all is not to be called a damaged one.
+///
+/// Args:
+///   kind: what was expected, such as "a FlatTensor file (.ptd)".
+void check_kind(const MappedFile& file, const std::string& path, std::string_view identifier,
+                const std::string& kind);
 
 /// Checks the trailer and the hash of what it covers; returns the number of bytes covered.
 /// Throws std::runtime_error that names `path` and says what is wrong.

@@ -32,6 +32,7 @@ void parallel(size_t count, const Task& task) {
 }  // namespace
 
 FlatTensorMap Weights::read(const MappedFile& file, const std::string& path) {
+  check_kind(file, path, "FT01", "a FlatTensor file (.ptd)");
   const size_t covered = check_seal(file, path);
   try {
     FlatTensorMap tensors(file.data(), file.size() - kTrailerSize);

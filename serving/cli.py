@@ -1,6 +1,5 @@
 """The commands of serving, which `et-moe` has beside those of the pipeline."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,25 +31,6 @@ MemoryFraction = Annotated[
 ]
 
 
-def _model_opener(program: Path, name: str | None, **engine_options):
-    """A program's files are read now, so that what is wrong with them is said at once; the
-    asynchronous function that is returned makes the model on the running event loop."""
-    from et_moe.serving.engine import AsyncEngine, load_engine, load_tokenizer
-    from et_moe.serving.served_model import ServedModel
-
-    try:
-        tokenizer = load_tokenizer(program)
-        engine = load_engine(program, **engine_options)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
-
-    async def open_model() -> ServedModel:
-        folder = os.fsencode(program.resolve().name).decode(errors="replace")
-        return ServedModel.make(name or folder, AsyncEngine(engine), tokenizer, program)
-
-    return open_model
-
-
 @app.command()
 def serve(
     program: Program,
@@ -76,12 +56,15 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Serves a program over HTTP: OpenAI's interface, and a page to chat with at `/`."""
+    from et_moe.serving.run_server import check_address
     from et_moe.serving.run_server import serve as run
+    from et_moe.serving.served_model import model_opener
     from et_moe.serving.server import create_app
 
     if api_key is not None and not api_key.strip():
         raise typer.BadParameter("--api-key: expected a key")
-    open_model = _model_opener(
+    check_address(host, port)
+    open_model = model_opener(
         program,
         model_name,
         max_sequences=max_sequences,
@@ -97,6 +80,7 @@ def chat(program: Program) -> None:
     """Chats with a program in the terminal."""
     import asyncio
 
+    from et_moe.serving.served_model import model_opener
     from et_moe.serving.terminal_chat import terminal_chat
 
-    asyncio.run(terminal_chat(_model_opener(program, None, max_sequences=1)))
+    asyncio.run(terminal_chat(model_opener(program, None, max_sequences=1)))

@@ -5,6 +5,7 @@ import asyncio
 import logging
 import resource
 import signal
+import socket
 import sys
 from types import FrameType
 
@@ -59,6 +60,20 @@ class _Server(uvicorn.Server):
     def _end_requests(self) -> None:
         """Streams end with an event that says so, other requests with status 503."""
         self._app.state.model.cancel_all()
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ValueError where nothing can listen at an address, which is said before a model is
+    loaded for minutes."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own
+                probe.bind(address)
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: {error.strerror}") from None
 
 
 def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> None:

@@ -1,14 +1,15 @@
 """A program folder, loaded: all that requests for it need."""
 
+import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from et_moe.serving.chat_template import ChatTemplate, read_chat_template
-from et_moe.serving.engine import AsyncEngine
+from et_moe.serving.engine import AsyncEngine, load_engine, load_tokenizer
 from et_moe.serving.generation import Generation
 from et_moe.serving.generation_config import read_sampling_defaults
 from et_moe.serving.guidance import Guide, Guides
@@ -107,3 +108,30 @@ class ServedModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+
+OpenModel = Callable[[], Awaitable[ServedModel]]
+"""Makes the model on the running event loop."""
+
+
+def model_opener(program: Path, name: str | None, **engine_options) -> OpenModel:
+    """A program's files are read now, so that what is wrong with them is said at once.
+
+    Args:
+        name: that clients ask for; None for the folder's.
+        engine_options: as `load_engine` takes them.
+
+    Raises:
+        ValueError: a file is missing or does not fit, or there is too little memory.
+    """
+    try:
+        tokenizer = load_tokenizer(program)
+        engine = load_engine(program, **engine_options)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+    async def open_model() -> ServedModel:
+        folder = os.fsencode(program.resolve().name).decode(errors="replace")
+        return ServedModel.make(name or folder, AsyncEngine(engine), tokenizer, program)
+
+    return open_model

@@ -1,7 +1,7 @@
 """The HTTP server: OpenAI's interface, a page to chat with, health and metrics."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -25,13 +25,10 @@ from et_moe.serving.openai.protocol import (
 from et_moe.serving.openai.responses import ModelResponse
 from et_moe.serving.openai.responses_protocol import ResponsesRequest
 from et_moe.serving.page import PAGE_PATHS, add_page
-from et_moe.serving.served_model import ServedModel
+from et_moe.serving.served_model import OpenModel, ServedModel
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
-
-OpenModel = Callable[[], Awaitable[ServedModel]]
-"""Makes the model on the server's event loop."""
 
 
 class _ClientLeft(Exception):

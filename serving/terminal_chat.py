@@ -226,7 +226,11 @@ async def terminal_chat(open_model: Callable[[], Awaitable[ServedModel]]) -> Non
     model = await open_model()
     try:
         if model.template is None:
-            raise ValueError("the program has no chat template; export it from a checkpoint of one")
+            raise ValueError(
+                f"{model.name}: no chat template: copy chat_template.jinja, or a "
+                "tokenizer_config.json that has one, from the checkpoint into this folder; "
+                "`et-moe serve` answers /v1/completions without one"
+            )
         await TerminalChat(model, Console(), _reader()).run()
     finally:
         model.guides.close()

@@ -1,8 +1,13 @@
 """The wheel: built, installed with `[serve]` where there is nothing else, and run."""
 
+import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -88,6 +93,40 @@ def test_it_generates_where_there_is_nothing_else(environment, tiny_program, run
     flags = ("--prompt_ids=58,151,241,26,230", "--max_new_tokens=6", "--temperature=0")
     printed = run(environment / "qwen3_5_moe_runner", *files, *flags).stdout
     assert list(map(int, printed.splitlines()[0].split())) == expected
+
+
+def image_instructions() -> dict[str, str]:
+    """Instruction -> its arguments, of those that the Dockerfile has once."""
+    text = (REPO / "Dockerfile").read_text().replace("\\\n", " ")
+    return dict(line.split(" ", 1) for line in text.splitlines() if re.match("[A-Z]+ ", line))
+
+
+@pytest.mark.timeout(1800)
+def test_what_the_image_starts(environment, tiny_program, tmp_path) -> None:
+    """Its command serves the program of its volume, its health check sees that, and it ends by the
+    signal that containers get. What it installs is what `environment` has."""
+    image = image_instructions()
+    assert '"${wheel}[serve]"' in image["RUN"] and image["FROM"] == "python:3.11-slim-bookworm"
+    command = json.loads(image["ENTRYPOINT"]) + json.loads(image["CMD"])
+    check = json.loads(image["HEALTHCHECK"].partition("CMD ")[2])
+    port = command[command.index("--port") + 1]
+    assert image["EXPOSE"] == port and f":{port}/health" in check[-1]
+    with socket.socket() as probe:
+        probe.bind(("0.0.0.0", 0))
+        free = str(probe.getsockname()[1])
+    command = [{port: free, "/program": tiny_program}.get(part, part) for part in command]
+    check = [part.replace(f":{port}/", f":{free}/") for part in check]
+    with subprocess.Popen([environment / command[0], *command[1:]], cwd=tmp_path) as served:
+        try:
+            for _ in range(600):
+                healthy = subprocess.run([environment / check[0], *check[1:]], capture_output=True)
+                if healthy.returncode == 0 or served.poll() is not None:
+                    break
+                time.sleep(0.1)
+        finally:
+            served.send_signal(signal.SIGTERM)
+    assert healthy.returncode == 0, healthy.stderr
+    assert served.returncode == 0
 
 
 @pytest.mark.timeout(1800)

@@ -27,6 +27,9 @@ def inspect(pte: bytes) -> dict[str, object]:
         ValueError: not a `.pte`, none of this backend's, of another format version, or damaged (the
             digest of every blob is checked).
     """
+    if pte[4:8] != b"ET12":
+        expected = "expected one that `et-moe export` wrote"
+        raise ValueError(f"not an ExecuTorch program (.pte), {expected}")
     try:
         file = deserialize_pte_binary(pte)
     except (ValueError, AssertionError, IndexError, KeyError, struct.error) as e:

@@ -76,8 +76,9 @@ std::string excerpt(const json& value) {
   return text;
 }
 
+/// Of the file itself where `key` is empty.
 [[noreturn]] void fail(const std::string& key, const std::string& message) {
-  throw std::runtime_error(key + ": " + message);
+  throw std::runtime_error(key.empty() ? message : key + ": " + message);
 }
 
 std::string element(const std::string& key, size_t index) {
@@ -88,7 +89,7 @@ std::string element(const std::string& key, size_t index) {
 void check(const json& object, const std::string& key, const char* schema_name) {
   const json& rules = schema(schema_name);
   const std::string prefix = key.empty() ? "" : key + ".";
-  if (!object.is_object()) fail(key.empty() ? "file" : key, "expected an object");
+  if (!object.is_object()) fail(key, "expected an object");
   const auto check_rule = [&](const std::string& name, const json& rule) {
     static const json null;
     const auto found = object.find(name);
@@ -162,21 +163,21 @@ int depth_of(std::string_view text) {
 json parse_file(const std::string& path) {
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
-  if (status.type() == std::filesystem::file_type::none) fail("file", error.message());
-  if (!std::filesystem::exists(status)) fail("file", "not found");
-  if (!std::filesystem::is_regular_file(status)) fail("file", "not a regular file");
+  if (status.type() == std::filesystem::file_type::none) fail("", error.message());
+  if (!std::filesystem::exists(status)) fail("", "no such file");
+  if (!std::filesystem::is_regular_file(status)) fail("", "not a regular file");
   const uintmax_t size = std::filesystem::file_size(path, error);
-  if (error || size > kMaxFileBytes) fail("file", "larger than 64 MiB or of unknown size");
+  if (error || size > kMaxFileBytes) fail("", "larger than 64 MiB or of unknown size");
   std::string text(size, '\0');
   std::ifstream file(path, std::ios::binary);
-  if (!file.read(text.data(), static_cast<std::streamsize>(size))) fail("file", "cannot be read");
+  if (!file.read(text.data(), static_cast<std::streamsize>(size))) fail("", "cannot be read");
   // The parser would take it for the end.
-  if (text.find('\0') != std::string::npos) fail("file", "not JSON: it has a byte 0");
-  if (depth_of(text) > kMaxDepth) fail("file", "JSON nested too deeply");
+  if (text.find('\0') != std::string::npos) fail("", "not JSON: it has a byte 0");
+  if (depth_of(text) > kMaxDepth) fail("", "JSON nested too deeply");
   try {
     return parse_json(text);
   } catch (const json::exception& exception) {
-    fail("file", "not JSON: " + reason(exception));
+    fail("", "not JSON: " + reason(exception));
   }
 }
 

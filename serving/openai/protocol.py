@@ -5,9 +5,10 @@ cannot be honoured are refused.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -125,6 +126,43 @@ class NamedTool(Model):
     function: NamedFunction
 
 
+class AllowedTools(Model):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedChoice(Model):
+    """The choice between some of a request's tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def choice_of(value: object, kinds: Mapping[str, Callable[[object], Any]]) -> object:
+    """A `tool_choice`, so that what is said of a bad one is about what it was meant to be.
+
+    Args:
+        kinds: type of an object -> what reads it.
+    """
+    if value is None or value in ("none", "auto", "required"):
+        return value
+    if isinstance(value, (NamedTool, AllowedChoice)):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind in kinds:
+        return kinds[kind](value)
+    types = " or ".join(map(repr, kinds))
+    raise ValueError(f"expected 'none', 'auto', 'required' or an object of type {types}")
+
+
+def _tool_choice(value: object) -> object:
+    kinds = {"function": NamedTool.model_validate, "allowed_tools": AllowedChoice.model_validate}
+    return choice_of(value, kinds)
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None
+
+
 class JsonSchema(Model):
     name: str = ""
     json_schema: dict[str, Any] = Field(alias="schema", default_factory=dict)
@@ -193,7 +231,7 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
@@ -209,12 +247,18 @@ class ChatRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
-        names = self.tool_schemas()
-        if self.tool_choice == "required" and not names:
+        """Of `allowed_tools`, what they allow is left, as if the request had no other tools."""
+        choice, names = self.tool_choice, self.tool_schemas()
+        if choice == "required" and not names:
             raise ValueError("tool_choice: 'required' needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            name = self.tool_choice.function.name
-            raise ValueError(f"tool_choice: there is no tool {name!r}")
+        allowed = choice.allowed_tools.tools if isinstance(choice, AllowedChoice) else ()
+        for named in (choice,) if isinstance(choice, NamedTool) else allowed:
+            if named.function.name not in names:
+                raise ValueError(f"tool_choice: there is no tool {named.function.name!r}")
+        if isinstance(choice, AllowedChoice):
+            chosen = {named.function.name for named in allowed}
+            self.tools = [t for t in self.tools or () if t["function"]["name"] in chosen]
+            self.tool_choice = choice.allowed_tools.mode
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         for message in self.messages:

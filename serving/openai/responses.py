@@ -12,18 +12,25 @@ from et_moe.serving.openai.conversation import Answer, Conversation
 from et_moe.serving.openai.errors import APIError
 from et_moe.serving.openai.events import Streamed, event, usage
 from et_moe.serving.openai.logprobs import chat_logprobs
-from et_moe.serving.openai.protocol import NamedTool
+from et_moe.serving.openai.protocol import AllowedChoice, NamedTool
 from et_moe.serving.openai.response_items import Output
 from et_moe.serving.openai.responses_protocol import ResponsesRequest, TextConfig
 from et_moe.serving.output_parser import Content
 from et_moe.serving.served_model import ServedModel
 
 
+def _flat(tool: NamedTool) -> dict:
+    return {"type": tool.type, "name": tool.function.name}
+
+
 def _head(request: ResponsesRequest, model: ServedModel, params: SamplingParams) -> dict:
     """What a response says of its request, with the values that hold where it gave none."""
     choice = request.tool_choice or "auto"
     if isinstance(choice, NamedTool):
-        choice = {"type": "function", "name": choice.function.name}
+        choice = _flat(choice)
+    elif isinstance(choice, AllowedChoice):
+        tools = [_flat(tool) for tool in choice.allowed_tools.tools]
+        choice = {"type": choice.type, "mode": choice.allowed_tools.mode, "tools": tools}
     text = request.text or TextConfig()
     return {
         "id": f"resp_{uuid.uuid4().hex}",

@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from et_moe.serving.openai.protocol import (
     MAX_LOGPROBS,
     MAX_TOOLS,
+    AllowedChoice,
+    AllowedTools,
     ChatRequest,
     Count,
     Effort,
@@ -22,6 +24,8 @@ from et_moe.serving.openai.protocol import (
     SamplingRequest,
     Text,
     ToolCall,
+    ToolChoice,
+    choice_of,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -176,13 +180,41 @@ class FunctionTool(Function):
         return {"type": "function", "function": function}
 
 
+_LEFT_OUT = ("custom", "namespace", "web_search")
+"""Types of tools that agents offer besides functions, whatever the server. The model is not shown
+them; whoever offers one of another type means it."""
+
+
+def _shown(tools: object) -> object:
+    if not isinstance(tools, list):
+        return tools
+    return [t for t in tools if not (isinstance(t, dict) and t.get("type") in _LEFT_OUT)]
+
+
+class FunctionName(NamedFunction):
+    type: Literal["function"]
+
+
+class AllowedNames(Model):
+    """`allowed_tools` in the flat form."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionName], BeforeValidator(_shown)] = Field(min_length=1)
+
+    def nested(self) -> AllowedChoice:
+        """In the form of chat completions."""
+        tools = [NamedTool(type="function", function=tool) for tool in self.tools]
+        choice = AllowedTools(mode=self.mode, tools=tools)
+        return AllowedChoice(type="allowed_tools", allowed_tools=choice)
+
+
+def _named(value: object) -> NamedTool:
+    return NamedTool(type="function", function=NamedFunction.model_validate(value))
+
+
 def _tool_choice(value: object) -> object:
-    if value is None or value in ("none", "auto", "required"):
-        return value
-    if isinstance(value, dict) and value.get("type") == "function":
-        return NamedTool(type="function", function=NamedFunction.model_validate(value))
-    expected = "'none', 'auto', 'required' or an object of type 'function' with a name"
-    raise ValueError(f"expected {expected}")
+    allowed = lambda value: AllowedNames.model_validate(value).nested()  # noqa: E731
+    return choice_of(value, {"function": _named, "allowed_tools": allowed})
 
 
 class TextFormat(Model):
@@ -235,10 +267,10 @@ class ResponsesRequest(SamplingRequest):
     instructions: str | None = None
     n: Literal[1] = 1
     max_output_tokens: Count | None = None
-    tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Annotated[
-        Literal["none", "auto", "required"] | NamedTool | None, PlainValidator(_tool_choice)
-    ] = None
+    tools: Annotated[list[FunctionTool] | None, BeforeValidator(_shown)] = Field(
+        None, max_length=MAX_TOOLS
+    )
+    tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None

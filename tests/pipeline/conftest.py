@@ -20,8 +20,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
         with pytest.raises(SystemExit) as ended:
             cli.main()
         out, err = capsys.readouterr()
-        # Typer reports wrong options in a box.
-        return ended.value.code, out, " ".join(err.replace("│", " ").split())
+        return ended.value.code, out, " ".join(err.split())
 
     return et_moe
 

@@ -16,13 +16,33 @@ from et_moe.pipeline import export
 from et_moe.pipeline.make_bundle import make_bundle
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import DEFAULT_RECIPE
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 def test_inspect_of_a_folder_says_which_file(run: Run, tmp_path: Path) -> None:
     code, _, error = run("inspect", tmp_path)
-    assert code == 1 and f"{tmp_path}: a folder, expected a .pte, such as" in error
+    assert code == 1 and f"{tmp_path}: a folder, expected a .pte, and the folder has no" in error
+    (tmp_path / "model.pte").write_text("This is no program.")
+    code, _, error = run("inspect", tmp_path)
+    assert code == 1 and f"expected a .pte, such as {tmp_path}/model.pte" in error
+    code, _, error = run("inspect", tmp_path / "model.pte")
+    assert code == 1
+    assert error.startswith(f"error: {tmp_path}/model.pte: not an ExecuTorch program (.pte), exp")
+
+
+def test_a_refused_export_shows_no_progress(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    bundle = ("export", "--prequantized", tiny_bundle)
+    for options, fault in (
+        (("--max-seq-len", 0, "--output-dir", tmp_path / "x"), "--max-seq-len 0: expected 3 to"),
+        (("--output-dir", "/proc/x9"), "/proc/x9: cannot make this folder: No such file or"),
+        (("--output-dir", tmp_path / "file"), f"{tmp_path / 'file'}: not a folder"),
+    ):
+        for part in ((), ("--graph-only",), ("--weights-only",)):
+            code, _, error = run(*bundle, *options, *part)
+            assert code == 1 and error.startswith(f"error: {fault}"), error
 
 
 @pytest.fixture
@@ -42,7 +62,7 @@ def test_make_checkpoint(run: Run, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "b", MODEL, "tiny", 5, 2)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert run("make-checkpoint", "--output", tmp_path / "c", "--quantized", *arguments)[0] == 0
-    make_bundle(tmp_path / "d", MODEL, "tiny", 5, 2)
+    make_bundle(tmp_path / "d", MODEL, "tiny", 5, 2, DEFAULT_RECIPE)
     assert files_of(tmp_path / "c") == files_of(tmp_path / "d")
 
 
@@ -94,6 +114,9 @@ def test_help_and_unknown_words(run: Run, refused) -> None:
         assert code == 0 and "--" in out
         refused(command, "--no-such-option", parts=["--no-such-option"], code=2)
         refused(command, parts=["Missing option"], code=2)
+    said = refused("export", "--output-dir", "x", "--recipe", "foo", parts=[], code=2)
+    assert said == "error: --recipe: 'foo' is not one of '4w', 'mixed', 'dense'."
+    assert run()[0] == 0
     refused("no-such-command", parts=["no-such-command"], code=2)
     refused("make-checkpoint", "--output", "x", "--preset", "big", parts=["'big'"], code=2)
     refused("make-checkpoint", "--output", "x", "--seed", "x", parts=["--seed"], code=2)

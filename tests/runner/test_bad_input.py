@@ -309,5 +309,30 @@ def test_flags_that_are_missing(refused, runner, tmp_path: Path) -> None:
     ids = tmp_path / "ids.json"
     ids.write_text("[1, 2]")
     refused(f"--score_ids_path={ids}", parts=["needs --logprobs_path or --logits_path"])
-    done = subprocess.run([runner.binary], capture_output=True, text=True)
-    assert done.returncode > 0 and "--model_path is required" in done.stderr
+    for flags, fault in (
+        ((), "--model_path is required"),
+        (("--model_path=x", "--data_path=y", "--prompt=z", "--top_k=x"), "no decimal integer"),
+        (("--model_path=x", "--data_path=y", "--prompt=z", "--foo"), "not expected: --foo"),
+    ):
+        done = subprocess.run([runner.binary, *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and fault in done.stderr and not done.stdout
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    done = subprocess.run([runner.binary, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--prompts_path" in done.stdout and not done.stderr
+
+
+def test_files_of_another_kind_are_not_called_damaged(
+    refused, tiny_program: Path, tmp_path: Path
+) -> None:
+    """As a text, and each in the other's place."""
+    program, weights = tiny_program / "model.pte", tiny_program / "model.ptd"
+    for i, content in enumerate((b"Read me. " * 100, b"short", None)):
+        file = tmp_path / f"file{i}"
+        file.write_bytes(content or b"")
+        for flag, kind, other in (
+            ("model_path", "an ExecuTorch program (.pte)", weights),
+            ("data_path", "a FlatTensor file (.ptd)", program),
+        ):
+            given = file if content is not None else other
+            message = f"{given}: not {kind}, expected one that `et-moe export` wrote"
+            refused("--prompt_ids=1", parts=[message], **{flag: given})

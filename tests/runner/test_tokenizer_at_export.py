@@ -61,7 +61,7 @@ def test_none(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"{", "not readable as JSON"),
-        (b"[]", "file: expected an object"),
+        (b"[]", r"tokenizer\.json: expected an object"),
         (b"\xff", "not readable"),
     ],
 )

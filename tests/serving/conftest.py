@@ -1,6 +1,10 @@
-"""A server over a fake engine, in this process, with the demo's tokenizer and chat template."""
+"""A server over a fake engine, in this process, with the demo's tokenizer and chat template.
+
+And the demo's program, for those that need a model."""
 
 import asyncio
+import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
@@ -42,3 +46,12 @@ def ask(engine, tokenizer):
         return asyncio.run(run())
 
     return send
+
+
+@pytest.fixture(scope="session")
+def demo_program(tmp_path_factory) -> Path:
+    """The program of the demo checkpoint, for the CPU. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("program") / "demo"
+    command = ["et-moe", "export", "--model-dir", DEMO, "--output-dir", folder]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return folder

@@ -20,6 +20,11 @@ def tool(name: str = "f", **schema) -> dict:
     return {"type": "function", "function": {"name": name, "parameters": schema}}
 
 
+def allowed(*names: str, mode: str = "auto") -> dict:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def form(schema: object) -> dict:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
@@ -83,12 +88,17 @@ def error(response, status: int) -> dict:
         ({"tools": [{"type": "web_search"}]}, "type: "),
         ({"tools": [tool("a b")]}, "name: "),
         ({"tool_choice": "required"}, "needs tools"),
-        ({"tool_choice": "maybe"}, "tool_choice"),
+        ({"tool_choice": "maybe"}, "tool_choice: expected 'none'"),
+        ({"tool_choice": {"type": []}}, "tool_choice: expected 'none'"),
         (
             {"tools": [tool()],
              "tool_choice": {"type": "function", "function": {"name": "g"}}},
             "there is no tool 'g'",
         ),
+        ({"tools": [tool()], "tool_choice": allowed("f", "g")}, "there is no tool 'g'"),
+        ({"tool_choice": allowed("f")}, "there is no tool 'f'"),
+        ({"tools": [tool()], "tool_choice": allowed()}, "tool_choice.allowed_tools.tools: .*1"),
+        ({"tool_choice": allowed("f", mode="x")}, "tool_choice.allowed_tools.mode: "),
         ({"response_format": {"type": "xml"}}, "response_format.type: "),
         ({"response_format": {"type": "json_schema"}}, "needs a json_schema"),
         ({"response_format": form({"type": "nothing"})}, "response_format: the schema"),

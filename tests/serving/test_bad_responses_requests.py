@@ -17,6 +17,11 @@ def form(**fields) -> dict:
     return {"text": {"format": {"type": "json_schema", **fields}}}
 
 
+def allowed(*names: str, mode: str = "auto") -> dict:
+    tools = [{"type": "function", "name": name} for name in names]
+    return {"type": "allowed_tools", "mode": mode, "tools": tools}
+
+
 def call(arguments: str) -> dict:
     fields = {"call_id": "1", "name": "f", "arguments": arguments}
     return {"input": [USER, {"type": "function_call", **fields}]}
@@ -61,7 +66,8 @@ def call(arguments: str) -> dict:
         ({"temperature": "hot"}, "temperature", "number"),
         ({"top_p": 2}, "top_p", "less"),
         ({"n": 2}, "n", "1"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0", "'web_search' are not supported"),
+        ({"tools": [{"type": "mcp"}]}, "tools.0", "'mcp' are not supported"),
+        ({"tools": [{"type": "custom"}], "tool_choice": "required"}, None, "needs tools"),
         ({"tools": [{**TOOL, "name": "a b"}]}, "tools.0.name", "pattern"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name", "required"),
         ({"tools": [TOOL] * 257}, "tools", "at most 256"),
@@ -74,6 +80,9 @@ def call(arguments: str) -> dict:
             None,
             "tool_choice: there is no tool 'g'",
         ),
+        ({"tools": [TOOL], "tool_choice": allowed("g")}, None, "there is no tool 'g'"),
+        ({"tools": [TOOL], "tool_choice": allowed()}, "tool_choice.tools", "at least 1"),
+        ({"tools": [TOOL], "tool_choice": allowed(mode="x")}, "tool_choice.mode", "'required'"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "'text'"),
         (form(name="x"), "text.format", "needs a name and a schema"),
         (form(schema={}), "text.format", "needs a name and a schema"),

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from et_moe.serving import cli
 from et_moe.serving.engine import load_engine, load_tokenizer
 from et_moe.serving.llm import LLM
+from et_moe.serving.served_model import model_opener
 
 
 def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, kind in (("missing", "no such folder"), ("file", "not a folder")):
-        for load in (LLM, lambda folder: cli._model_opener(folder, None)):
+        for load in (LLM, lambda folder: model_opener(folder, None)):
             with pytest.raises(ValueError, match=f"{name}: {kind}, expected one that `et-moe exp"):
                 load(tmp_path / name)
 
@@ -31,7 +31,7 @@ def test_names_that_the_locale_does_not_have(tiny_program: Path, tmp_path: Path,
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
     shown = ascii(name.decode("ascii", "surrogateescape"))[1:-1].encode()
-    assert done.stderr == b"error: " + shown + b"/tokenizer.json: file: not found\n"
+    assert done.stderr == b"error: " + shown + b"/tokenizer.json: no such file\n"
     assert done.returncode == 1
 
 

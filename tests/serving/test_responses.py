@@ -379,3 +379,18 @@ def test_the_openai_package_names_the_fault(use) -> None:
             )
         )
     assert caught.value.param == "previous_response_id"
+
+
+def test_tools_that_agents_send_along_are_not_shown(ask, engine) -> None:
+    """As Codex does, which calls its functions alone."""
+    others = [
+        {"type": "web_search", "external_web_access": True},
+        {"type": "namespace", "name": "agents", "description": "Agents.", "tools": [WEATHER]},
+        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+    ]
+    for tools in ([WEATHER], [others[0], WEATHER, *others[1:]]):
+        response = ask("/v1/responses", {"input": "Hi", "tools": tools})
+        assert response.status_code == 200, response.text
+        assert [tool["name"] for tool in response.json()["tools"]] == ["get_weather"]
+    (alone, _), (beside, _) = engine.submitted
+    assert alone == beside

@@ -50,6 +50,14 @@ def test_what_the_program_refuses(server) -> None:
     assert response.status_code == 400 and "no chat template" in response.text
 
 
+def test_a_port_in_use_is_found_before_the_model_is_loaded(server, tmp_path) -> None:
+    """The folder holds no model."""
+    command = ["et-moe", "serve", tmp_path, "--port", str(server.port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == f"error: --host 127.0.0.1 --port {server.port}: Address already in use\n"
+
+
 def test_it_ends_in_order(server) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0

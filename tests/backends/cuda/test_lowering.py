@@ -321,7 +321,7 @@ def test_damaged_files_are_noticed(lowered, description):
         with pytest.raises(ValueError, match=r"decode, sm_80, up to 1: the code is damaged"):
             inspect(bytes(flipped))
     for damaged in (b"", b"not a program", pte[:1000], pte[: len(pte) // 2]):
-        with pytest.raises(ValueError, match="not an ExecuTorch program, or damaged"):
+        with pytest.raises(ValueError, match="not an ExecuTorch program"):
             inspect(damaged)
 
 
