@@ -36,10 +36,13 @@ from et_moe.scripts.demo_training.batches import Conversations, Documents
 from et_moe.scripts.demo_training.head import Unrolled, to_checkpoint
 from et_moe.scripts.demo_training.measure import acceptance, exact_answers, perplexity
 from et_moe.scripts.demo_training.model import compute_all_experts, model_config
+from et_moe.scripts.demo_training.rounding import rounding
 from et_moe.scripts.demo_training.schedule import Progress
 
 GENERATION_SHARE, TRUNK_SHARE, HEAD_SHARE = 0.14, 0.76, 0.96
 """By when, of all minutes, conversations, the model and its head have to be done."""
+SAMPLING = {"do_sample": True, "temperature": 0.5, "top_k": 20, "top_p": 0.9}
+"""What a served model takes where a request says nothing: so small a model is unsure of much."""
 HEAD_STEPS = 4  # steps of the model for one of the head
 
 app = typer.Typer(add_completion=False)
@@ -49,7 +52,9 @@ def save_checkpoint(model: Qwen3_5MoeForCausalLM, corpus: Corpus, output: Path) 
     """Writes the bfloat16 checkpoint without a head, each file by a rename."""
     output.mkdir(parents=True, exist_ok=True)
     end, im_end = (corpus.tokenizer.token_to_id(token) for token in (END_OF_TEXT, IM_END))
-    model.generation_config = GenerationConfig(eos_token_id=[im_end, end], pad_token_id=end)
+    model.generation_config = GenerationConfig(
+        **SAMPLING, eos_token_id=[im_end, end], pad_token_id=end
+    )
     with tempfile.TemporaryDirectory(dir=output, prefix=".tmp") as temporary:
         copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(temporary)
         for name in FILES:
@@ -85,8 +90,17 @@ def _set_up(seed: int, device: torch.device) -> None:
 def _measure(
     model: Qwen3_5MoeForCausalLM, corpus: Corpus, unseen: Packed, size: int, device: torch.device
 ) -> None:
-    """Prints what the weights that are saved are worth."""
+    """Prints what the weights that are saved are worth, and what their INT4 is."""
     model.to(torch.bfloat16).to(torch.float32)
+    for name, on in (("bfloat16", False), ("INT4", True)):
+        typer.echo(f"as {name}:")
+        with rounding(model, on):
+            _measure_as_it_is(model, corpus, unseen, size, device)
+
+
+def _measure_as_it_is(
+    model: Qwen3_5MoeForCausalLM, corpus: Corpus, unseen: Packed, size: int, device: torch.device
+) -> None:
     tokens = torch.tensor(corpus.tokenizer.encode(corpus.held_out).ids, device=device)
     value, shares = perplexity(model, tokens)
     typer.echo(

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from et_moe.scripts.demo_data.library import Fact
+from et_moe.scripts.demo_data.library import Fact, english
 from et_moe.scripts.demo_data.talk import TEXTS, Talk
 from et_moe.scripts.demo_data.tools import ToolMaker, Use
-from et_moe.scripts.demo_data.words import Slots
+from et_moe.scripts.demo_data.words import WORDS, Slots
 
 Message = dict[str, Any]
 MOST_TOOLS = 4
@@ -54,8 +54,9 @@ class Maker:
     """
 
     def __init__(self, facts: list[Fact], rng: random.Random, held_out: bool = False) -> None:
-        self._facts, self._rng = facts, rng
-        self._slots = Slots(rng, held_out)
+        self._facts = facts + 2 * [fact for fact in facts if fact.module in WORDS["well_known"]]
+        self._rng = rng
+        self._slots = Slots(rng, english(facts), held_out)
         self._talk, self._tools = Talk(self._slots), ToolMaker(self._slots)
         talk = self._talk
         self._single: list[tuple[int, str, Callable[[], tuple[str, str, str]]]] = [
@@ -198,8 +199,10 @@ class Maker:
             return rng.choice(ask), f"`{fact.call}`", thought
         if draw < 0.4 and kind != "module":
             plain = fact.summary[0].lower() + fact.summary[1:].rstrip(".")
-            ask = [f"Which {kind} is this: {plain}?", f"What do I use to {plain}?"]
-            return ask[not plain.startswith("return")], f"`{fact.name}`: {fact.summary}", thought
+            ask = [f"Which {kind} is this: {plain}?", f"What is called so: {plain}?"]
+            if plain.split()[0] in WORDS["imperatives"]:
+                ask = [f"How do I {plain}?", f"What do I use to {plain}?"]
+            return rng.choice(ask), f"`{fact.name}`: {fact.summary}", thought
         return rng.choice(about), f"`{fact.name}`: {fact.summary}", thought
 
     def _not_in_library(self) -> tuple[str, str, str]:
@@ -220,7 +223,7 @@ class Maker:
         tell = _TELL[key]
         told[key] = str(slots.draw(tell["kind"]))
         text = rng.choice(tell["ways"]).format(told[key])
-        return [user(text), assistant(rng.choice(tell["replies"]).format(told[key]))]
+        return [user(text), assistant(tell["reply"].format(told[key]))]
 
     def _recall(self, told: dict[str, str]) -> tuple[str, str, str]:
         key = self._rng.choice(list(told))

@@ -22,7 +22,7 @@ class Parameter:
 class Family:
     """Tools for one purpose.
 
-    Requests and answers are templates over the keys of parameters and, in answers, of the result. A
+    Requests are templates over the keys of parameters, the answer over those and the result's. A
     request that names an optional parameter is made of tools that have it.
     """
 
@@ -33,7 +33,7 @@ class Family:
     requests: list[str]
     result: dict[str, str]
     """Key -> kind of its value."""
-    answers: list[str]
+    answer: str
 
 
 def _read() -> list[Family]:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from types import ModuleType
 from et_moe.scripts.demo_data.words import WORDS
 
 TYPES = (str, list, dict, set, bytes, int, float, tuple)
-LONGEST = 140  # characters of a line
+LONGEST = 180  # characters of a line
+_SIGNATURE = re.compile(r"[\w.]+\(.*?\)(?: -+>? ([^>]*))?(?:$| )")
+"""A signature, and what it says of its result."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,29 @@ class Fact:
     """The first sentence of its documentation."""
 
 
+def _usable(paragraph: str) -> str:
+    """The first sentence of a paragraph, with a full stop; empty if it is no use."""
+    sentence = paragraph.split(". ")[0].rstrip(".:")
+    plain = sentence.isascii() and "->" not in sentence and " = " not in sentence
+    if not plain or not 12 <= len(sentence) < LONGEST or not sentence[0].isalpha():
+        return ""
+    return "" if _SIGNATURE.match(sentence) else sentence[0].upper() + sentence[1:] + "."
+
+
 def first_sentence(doc: object) -> str:
-    """The first sentence of a docstring, on one line, with a full stop; empty if it is no use."""
+    """The first sentence of a docstring, on one line, with a full stop; empty if it is no use.
+
+    A signature in front of it is left out. If nothing follows one, what it says of its result is
+    the sentence.
+    """
     if not isinstance(doc, str):
         return ""
-    paragraph = " ".join(inspect.cleandoc(doc).split("\n\n")[0].split())
-    sentence = paragraph.split(". ")[0].rstrip(".:")
-    usable = sentence.isascii() and 12 <= len(sentence) < LONGEST and "(" not in sentence[:20]
-    if not usable or "->" in sentence or " = " in sentence or not sentence[0].isalpha():
-        return ""
-    return sentence[0].upper() + sentence[1:] + "."
+    first, *others = [" ".join(text.split()) for text in inspect.cleandoc(doc).split("\n\n")]
+    if not (signature := _SIGNATURE.match(first)):
+        return _usable(first)
+    result = re.split(r" [\w.]+\(", signature[1] or "")[0]  # in front of another signature
+    sentences = [*map(_usable, others[:1]), _usable(result) if result.count(" ") > 1 else ""]
+    return next(filter(None, sentences), "")
 
 
 def _call_of(name: str, value: object) -> str:
@@ -70,6 +86,13 @@ def _members(module: ModuleType, name: str) -> Iterator[Fact]:
             yield Fact(kind, name, written, _call_of(member, value), summary)
 
 
+def english(facts: list[Fact]) -> list[str]:
+    """The words of the facts' summaries, in lower case and alphabetical order."""
+    return sorted(
+        {word for fact in facts for word in re.findall("[a-z]{3,}", fact.summary.lower())}
+    )
+
+
 def _methods() -> Iterator[Fact]:
     """The methods of built-in types, such as `str.split`."""
     for owner in TYPES:
@@ -77,7 +100,7 @@ def _methods() -> Iterator[Fact]:
             if member.startswith("_") or not callable(value):
                 continue
             if summary := first_sentence(value.__doc__):
-                call = _call_of(member, value).replace("(self, /, ", "(").replace("(self, /)", "()")
+                call = re.sub(r"\(self(, /)?(, )?", "(", _call_of(member, value))
                 yield Fact("method", owner.__name__, f"{owner.__name__}.{member}", call, summary)
 
 

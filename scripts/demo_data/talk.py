@@ -25,10 +25,10 @@ class Talk:
         if rng.random() < 0.25:
             said = rng.choice(TEXTS["greetings"])
             text = said + rng.choice(["!", ".", "", ", how can you help me?", " :)"])
-            answer = said.split(" there")[0] if rng.random() < 0.5 else "Hello"
+            answer = said.split(" there")[0]
             return self._cased(text), f"{answer}! How can I help you?"
         talk = rng.choice(TEXTS["talk"])
-        return self._cased(rng.choice(talk["questions"])), rng.choice(talk["answers"])
+        return self._cased(rng.choice(talk["questions"])), talk["answer"]
 
     def _cased(self, text: str) -> str:
         """Now and then as people type: in lower case, without the last sign."""
@@ -64,7 +64,7 @@ class Talk:
         words = ["hello", "hi", "yes", "no", "goodbye", "thanks", "good morning", "sorry", "please"]
         word = rng.choice(words) if rng.random() < 0.7 else self._slots.word()
         ask = rng.choice(TEXTS["ask"]["say"])
-        end = rng.choice([".", "!"]) if word in words else "."
+        end = "!" if word in words else "."
         return ask.format(word), word.capitalize() + end
 
     def count(self) -> Pair:
@@ -116,7 +116,7 @@ class Talk:
         ask = rng.choice(TEXTS["unknown"]).format(
             x=slots.word(), n=slots.full_name(), c=slots.city()
         )
-        return self._cased(ask), rng.choice(TEXTS["unknown_answers"])
+        return self._cased(ask), TEXTS["unknown_answer"]
 
     def sum(self) -> Pair:
         """Two numbers of one digit."""

@@ -150,7 +150,7 @@ class ToolMaker:
             result = {key: self._slots.draw(kind) for key, kind in family.result.items()}
             shown = {key: _shown(value) for key, value in (values | result).items()}
             text = request.lower().format(**shown) if lower else request.format(**shown)
-            answer = rng.choice(family.answers).format(**shown)
+            answer = family.answer.format(**shown)
             arguments = {names[key]: value for key, value in values.items()}
             return Use(tool, text, arguments, family.aim, result, answer, ask)
 
@@ -164,13 +164,13 @@ class ToolMaker:
     def _invented(self) -> Use:
         """A tool whose name, parameters and values are random."""
         rng, slots = self._rng, self._slots
-        verb = slots.of(WORDS["verbs"])
-        noun = slots.invented() if rng.random() < 0.25 else slots.of(WORDS["nouns"])
+        verb = slots.word() if rng.random() < 0.15 else slots.of(WORDS["verbs"])
+        noun = slots.word() if rng.random() < 0.5 else slots.of(WORDS["nouns"])
         extra = slots.of(WORDS["nouns"]) if rng.random() < 0.3 else ""
         words = f"{extra} {noun}".strip()
         name = camel("_".join([verb, *words.split()]), rng)
         count = rng.choice([0, 1, 1, 1, 2, 2, 3])
-        fields = list(dict.fromkeys(slots.of(WORDS["fields"]) for _ in range(count)))
+        fields = list(dict.fromkeys(self._field() for _ in range(count)))
         if rng.random() < 0.2:
             fields = [f"{noun}_{f}" for f in fields]
         kinds = {f: rng.choice(FIELD_KINDS) for f in fields}
@@ -189,9 +189,16 @@ class ToolMaker:
 
         return ask()
 
+    def _field(self) -> str:
+        """The name of a parameter or of a result."""
+        rng, slots = self._rng, self._slots
+        return slots.word() if rng.random() < 0.5 else slots.of(WORDS["fields"])
+
     def _asked(self, name: str, verb: str, words: str, values: dict[str, Any]) -> str:
         rng = self._rng
         pairs = [(f.replace("_", " "), _shown(v)) for f, v in values.items()]
+        if rng.random() < 0.3:
+            rng.shuffle(pairs)  # a call keeps to the order of the definition
         link = rng.choice([" ", " ", ": ", " = ", "="])
         joined = rng.choice([", ", " and ", ", "]).join(f"{f}{link}{v}" for f, v in pairs)
         plain = [
@@ -215,14 +222,14 @@ class ToolMaker:
         rng, slots = self._rng, self._slots
         draw = rng.randrange(5)
         if draw == 0:
-            return {"status": "ok"}, rng.choice(["Done.", f"Done: the {words} is ready."])
+            return {"status": "ok"}, "Done."
         if draw == 1:
             reason = slots.phrase(3)
             return {"error": reason}, f"That did not work: {reason}."
         if draw == 2:
             code = slots.code()
             return {"id": code}, f"Done. The number of the {words} is {code}."
-        key = slots.of(WORDS["fields"])
+        key = self._field()
         value = slots.draw(rng.choice(FIELD_KINDS))
         return {key: value}, f"The {key} of the {words} is {_shown(value)}."
 

@@ -1,15 +1,15 @@
 """Words and values that fill the generated conversations.
 
 A tenth of all words, chosen by their checksum, is held out: `Slots` draws from these alone, or from
-the others alone. Half of the names are made of syllables, so that a model has to copy them: nobody
-can know them by heart.
+the others alone. Many words are made of syllables or letters, so that a model has to copy them:
+nobody can know them by heart.
 """
 
 import random
 import string
 import tomllib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 WORDS = {
@@ -33,11 +33,13 @@ class Slots:
 
     Args:
         rng: where the draws come from.
+        english: words to draw besides the lists'.
         held_out: draws only words that training never sees, else only the others.
     """
 
-    def __init__(self, rng: random.Random, held_out: bool = False) -> None:
+    def __init__(self, rng: random.Random, english: Sequence[str], held_out: bool = False) -> None:
         self.rng, self._held_out = rng, held_out
+        self._english = [word for word in english if is_held_out(word) == held_out]
 
     def of(self, words: list[str]) -> str:
         """One of the words."""
@@ -51,10 +53,18 @@ class Slots:
     def invented(self) -> str:
         """A word that does not exist, in lower case."""
         part = lambda: "".join(map(self.rng.choice, (WORDS["onsets"], WORDS["vowels"], _CODAS)))  # noqa: E731
+        letters = string.ascii_lowercase
+        if self.rng.random() < 0.3:
+            return self._allowed(
+                lambda: "".join(self.rng.choices(letters, k=self.rng.randint(3, 8)))
+            )
         return self._allowed(lambda: "".join(part() for _ in range(self.rng.randint(2, 3))))
 
     def _proper(self, words: list[str]) -> str:
-        return self.of(words) if self.rng.random() < 0.5 else self.invented().capitalize()
+        draw = self.rng.random()
+        if draw < 0.2:
+            return self.rng.choice(self._english).capitalize()
+        return self.of(words) if draw < 0.6 else self.invented().capitalize()
 
     def name(self) -> str:
         return self._proper(WORDS["names"])
@@ -76,10 +86,12 @@ class Slots:
 
     def word(self) -> str:
         """Any single word in lower case."""
-        kind = self.rng.randrange(4)
-        if kind == 0:
+        draw = self.rng.random()
+        if draw < 0.2:
             return self.invented()
-        return self.of((WORDS["things"], WORDS["animals"], WORDS["colors"])[kind - 1])
+        if draw < 0.65:
+            return self.rng.choice(self._english)
+        return self.of(self.rng.choice([WORDS["things"], WORDS["animals"], WORDS["colors"]]))
 
     def phrase(self, most: int = 5) -> str:
         """One to `most` words."""

@@ -21,6 +21,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 
 from et_moe.scripts.demo_training.batches import Batch, Conversations, Documents, mixed
 from et_moe.scripts.demo_training.model import balance_loss
+from et_moe.scripts.demo_training.rounding import ROUNDED_FROM, rounding
 from et_moe.scripts.demo_training.schedule import Optimizer, Progress
 
 NAMES = {
@@ -118,9 +119,12 @@ def train(
     optimizer = Optimizer(unrolled.head, progress)
     for batch in mixed(conversations, documents, progress, seed):
         unrolled.routed.clear()
-        losses = unrolled(batch, 1 + progress.step % DEPTH)
-        balance = balance_loss(unrolled.routed, model.config)
-        optimizer.step(torch.stack(losses).mean() + BALANCE_COEFFICIENT * balance)
+        on = progress.share >= ROUNDED_FROM
+        with rounding(model, on), rounding(unrolled.head, on):
+            losses = unrolled(batch, 1 + progress.step % DEPTH)
+            balance = balance_loss(unrolled.routed, model.config)
+            (torch.stack(losses).mean() + BALANCE_COEFFICIENT * balance).backward()
+        optimizer.step()
         if progress.step % LOGGED_EVERY == 0 or progress.share >= 1:
             shown = ", ".join(f"{loss.item():.3f}" for loss in losses)
             log(

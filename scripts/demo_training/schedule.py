@@ -70,9 +70,8 @@ class Optimizer:
     def _save(self) -> None:
         self._saved = copy.deepcopy((self._model.state_dict(), self._optimizer.state_dict()))
 
-    def step(self, loss: Tensor) -> None:
-        """One step down the gradient of a loss."""
-        loss.backward()
+    def step(self) -> None:
+        """One step down the gradient that `backward` has left."""
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self._scale * learning_rate(self._progress.share)

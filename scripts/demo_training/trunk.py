@@ -8,6 +8,7 @@ from transformers import Qwen3_5MoeForCausalLM
 
 from et_moe.scripts.demo_training.batches import Batch, Conversations, Documents, mixed
 from et_moe.scripts.demo_training.model import balance_loss
+from et_moe.scripts.demo_training.rounding import ROUNDED_FROM, rounding
 from et_moe.scripts.demo_training.schedule import Optimizer, Progress
 
 BALANCE_COEFFICIENT = 0.01
@@ -42,8 +43,10 @@ def train(
     shown: dict[str, list[torch.Tensor]] = {"conversations": [], "documents": []}
     tokens = 0
     for batch in mixed(conversations, documents, progress, seed):
-        loss, balance = losses_of(model, batch)
-        optimizer.step(loss + BALANCE_COEFFICIENT * balance)
+        with rounding(model, progress.share >= ROUNDED_FROM):
+            loss, balance = losses_of(model, batch)
+            (loss + BALANCE_COEFFICIENT * balance).backward()
+        optimizer.step()
         tokens += batch.tokens.numel()
         shown[batch.kind].append(loss.detach())
         if progress.step % LOGGED_EVERY == 0 or progress.share >= 1:
