@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from et_moe.backends.atomic_file import write_file
 from et_moe.examples.qwen3_5_moe.tokenizer import END_OF_TEXT
-from et_moe.scripts.train_demo import train_tokenizer
+from et_moe.scripts.demo_data.documents import train_tokenizer
 
 PACKAGES = {
     "python3.11-doc": ("PSF-2", ("*.rst.txt",)),

@@ -1,317 +1,179 @@
-"""Train the demo checkpoint: a small Qwen3.5 MoE that writes Python documentation.
+"""Train the demo checkpoint: a small Qwen3.5 MoE that chats about Python and calls tools.
 
-    python scripts/train_demo.py --output DIR [--steps N] [--seed S]
+    python scripts/train_demo.py prepare --output CORPUS
+    python scripts/train_demo.py train --corpus CORPUS --output DIR --minutes 5
 
-The text is the documentation in the running Python's standard library: the docstrings of its
-modules and the language reference behind `help()` (PSF licence). The same Python, seed and number
-of steps give the same checkpoint on one machine.
+The first command gathers what the running Python documents of itself (PSF licence), and takes no
+GPU. The second one generates conversations about it, trains the model on both, and then its head
+for multi-token prediction. With `--steps` in place of `--minutes` the same Python, seed and number
+of steps give the same checkpoint on a CPU.
 """
 
 from __future__ import annotations
 
-import ast
+import copy
 import json
 import math
 import os
-import random
-import sysconfig
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Annotated
 
 import torch
 import typer
-from tokenizers import Tokenizer
-from tokenizers.trainers import BpeTrainer
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import GenerationConfig, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import load_balancing_loss_func
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, Qwen3_5MoeForCausalLM
 
-from et_moe.examples.qwen3_5_moe.tokenizer import (
-    END_OF_TEXT,
-    IM_END,
-    PLAIN_ADDED_TOKENS,
-    SPECIAL_TOKENS,
-    byte_alphabet,
-    tokenizer_json,
-)
-from et_moe.pipeline.make_checkpoint import write_tokenizer
+from et_moe.examples.qwen3_5_moe.tokenizer import END_OF_TEXT, IM_END
+from et_moe.scripts.demo_data.corpus import FILES, Corpus
+from et_moe.scripts.demo_data.corpus import prepare as prepare_corpus
+from et_moe.scripts.demo_data.samples import Packed, generate, make_samples
+from et_moe.scripts.demo_training import head as head_training
+from et_moe.scripts.demo_training import trunk
+from et_moe.scripts.demo_training.batches import Conversations, Documents
+from et_moe.scripts.demo_training.head import Unrolled, to_checkpoint
+from et_moe.scripts.demo_training.measure import acceptance, exact_answers, perplexity
+from et_moe.scripts.demo_training.model import compute_all_experts, model_config
+from et_moe.scripts.demo_training.rounding import rounding
+from et_moe.scripts.demo_training.schedule import Progress
 
-VOCAB_SIZE = 2048
-CONTEXT = 256
-BATCH = 8
-PEAK_LR = 3e-3
-WARMUP_STEPS = 100
-BALANCE_COEFFICIENT = 0.01
-HELD_OUT_BYTES = 30_000
-EXCLUDED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-TO_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "–": "-", "—": "-"})
+GENERATION_SHARE, TRUNK_SHARE, HEAD_SHARE = 0.14, 0.76, 0.96
+"""By when, of all minutes, conversations, the model and its head have to be done."""
+SAMPLING = {"do_sample": True, "temperature": 0.5, "top_k": 20, "top_p": 0.9}
+"""What a served model takes where a request says nothing: so small a model is unsure of much."""
+HEAD_STEPS = 4  # steps of the model for one of the head
+
+app = typer.Typer(add_completion=False)
 
 
-def clean(text: str) -> str:
-    """The text with plain quotes, and without spaces at the ends of lines."""
-    return "\n".join(line.rstrip() for line in text.translate(TO_ASCII).strip().splitlines())
-
-
-def docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings at and below `node`, in source order and without their indentation."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-        yield clean(text)
-    for child in ast.iter_child_nodes(node):
-        yield from docstrings(child)
-
-
-def collect_documents() -> dict[str, str]:
-    """A text for the name of each standard library module and of each topic of `help()`.
-
-    No docstring appears twice; those that are shorter than 20 characters or not ASCII are left out.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()
-    documents: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if EXCLUDED_DIRECTORIES & set(relative.parts):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # lib2to3 and others keep templates that are not Python 3
-            continue
-        kept = []
-        for text in docstrings(tree):
-            if len(text) >= 20 and text.isascii() and text not in seen:
-                seen.add(text)
-                kept.append(text)
-        if kept:
-            documents[relative.as_posix()] = "\n\n".join(kept)
-    for name, text in sorted(topics.items()):
-        documents[f"topic {name}"] = clean(text)
-    return documents
-
-
-def split_held_out(documents: dict[str, str], seed: int) -> tuple[list[str], list[str]]:
-    """The training and the held-out documents, both shuffled; no topic is held out."""
-    names = sorted(documents)
-    random.Random(seed).shuffle(names)
-    held_out: list[str] = []
-    size = 0
-    for name in names:
-        length = len(documents[name])
-        if size < HELD_OUT_BYTES and not name.startswith("topic ") and 500 < length < 6000:
-            held_out.append(name)
-            size += length
-    training = [documents[name] for name in names if name not in held_out]
-    return training, [documents[name] for name in held_out]
-
-
-def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A tokenizer of `vocab_size` tokens, added ones included, with merges from `documents`."""
-    tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json() | {"added_tokens": []}))
-    trainer = BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(PLAIN_ADDED_TOKENS),
-        initial_alphabet=byte_alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return Tokenizer.from_str(json.dumps(tokenizer_json(merges)))
-
-
-def model_config(tokenizer: Tokenizer) -> Qwen3_5MoeTextConfig:
-    """A small model with every feature of Qwen3.5 MoE; INT4 groups of 128 divide all widths."""
-    return Qwen3_5MoeTextConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        num_hidden_layers=6,
-        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        linear_conv_kernel_dim=4,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        shared_expert_intermediate_size=128,
-        tie_word_embeddings=False,
-        max_position_embeddings=2048,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-        },
-        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
-        pad_token_id=tokenizer.token_to_id(END_OF_TEXT),
-    )
-
-
-def encode_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """The documents' tokens, int64 [n], with END_OF_TEXT after each."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    return torch.tensor(
-        [token for text in documents for token in [*tokenizer.encode(text).ids, end]]
-    )
-
-
-def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yields int64 [BATCH, CONTEXT] without end; each epoch cuts the stream at a new offset and
-    shuffles the pieces."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        offset = int(torch.randint(CONTEXT, (), generator=generator))
-        count = (len(tokens) - offset) // CONTEXT
-        blocks = tokens[offset : offset + count * CONTEXT].view(count, CONTEXT)
-        yield from blocks[torch.randperm(count, generator=generator)].split(BATCH)
-
-
-def balance_loss(router_logits: Sequence[Tensor], config: Qwen3_5MoeTextConfig) -> Tensor:
-    """The load balancing loss of Switch Transformer (arXiv 2101.03961), averaged over the layers.
-
-    Hugging Face's own `aux_loss` sums the layers before it balances, which lets a layer ignore
-    most of its experts while another makes up for it.
-    """
-    experts, top_k = config.num_experts, config.num_experts_per_tok
-    losses = [load_balancing_loss_func((logits,), experts, top_k) for logits in router_logits]
-    return torch.stack(losses).mean()
-
-
-class Optimizer:
-    """AdamW with a linear warm-up and a cosine decay to 5% of the peak, for so many steps."""
-
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        self._model = model
-        self._optimizer = _adamw(model)
-        warmup = min(WARMUP_STEPS, max(1, steps // 10))
-
-        def scale(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = (step - warmup) / max(1, steps - warmup)
-            return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, scale)
-
-    def step(self, loss: Tensor) -> None:
-        """One step down the gradient of a loss."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad()
-
-
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=PEAK_LR,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-
-
-def train(model: Qwen3_5MoeForCausalLM, tokens: Tensor, steps: int, seed: int) -> None:
-    """Trains a model on batches of `tokens`, int64 [n]."""
-    optimizer = Optimizer(model, steps)
-    model.train()
-    start = time.monotonic()
-    for step, batch in zip(range(steps), batches(tokens, seed), strict=False):
-        output = model(input_ids=batch, output_router_logits=True, use_cache=False)
-        loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        balance = balance_loss(output.router_logits, model.config)
-        optimizer.step(loss + BALANCE_COEFFICIENT * balance)
-        if step % 50 == 0 or step == steps - 1:
-            typer.echo(
-                f"step {step} loss {loss.item():.3f} balance {balance.item():.3f} "
-                f"{time.monotonic() - start:.0f} s"
-            )
-
-
-@torch.no_grad()
-def evaluate(
-    model: Qwen3_5MoeForCausalLM, tokens: Tensor, window: int = 2 * CONTEXT
-) -> tuple[float, Tensor]:
-    """Perplexity of `tokens`, int64 [n], and the share of each expert in the routing.
-
-    Each token but the first is scored once, given those before it in its window. The shares are
-    float32 [layers, experts]; a row sums to 1.
-    """
-    model.eval()
-    config = model.config
-    total = 0.0
-    counts = torch.zeros(config.num_hidden_layers, config.num_experts)
-    for begin in range(0, len(tokens) - 1, window):
-        piece = tokens[begin : begin + window + 1]
-        output = model(input_ids=piece[None, :-1], output_router_logits=True, use_cache=False)
-        total += F.cross_entropy(output.logits[0].float(), piece[1:], reduction="sum").item()
-        for layer, logits in enumerate(output.router_logits):
-            chosen = logits.topk(config.num_experts_per_tok).indices.flatten()
-            counts[layer] += chosen.bincount(minlength=config.num_experts)
-    return math.exp(total / (len(tokens) - 1)), counts / counts.sum(-1, keepdim=True)
-
-
-def save_checkpoint(
-    model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, held_out: str, output: Path
-) -> None:
-    """Write the bfloat16 checkpoint, its tokenizer and the held-out text, each file by a rename."""
+def save_checkpoint(model: Qwen3_5MoeForCausalLM, corpus: Corpus, output: Path) -> None:
+    """Writes the bfloat16 checkpoint without a head, each file by a rename."""
     output.mkdir(parents=True, exist_ok=True)
-    end, im_end = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_END)
-    model.generation_config = GenerationConfig(eos_token_id=[im_end, end], pad_token_id=end)
+    end, im_end = (corpus.tokenizer.token_to_id(token) for token in (END_OF_TEXT, IM_END))
+    model.generation_config = GenerationConfig(
+        **SAMPLING, eos_token_id=[im_end, end], pad_token_id=end
+    )
     with tempfile.TemporaryDirectory(dir=output, prefix=".tmp") as temporary:
-        model.to(torch.bfloat16).save_pretrained(temporary)
-        fields = json.loads(tokenizer.to_str())
-        write_tokenizer(fields, Path(temporary), model.config.max_position_embeddings)
-        (Path(temporary) / "heldout.txt").write_text(held_out)
+        copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(temporary)
+        for name in FILES:
+            shutil.copy(corpus.folder / name, temporary)
         for path in sorted(Path(temporary).iterdir()):
             os.replace(path, output / path.name)
 
 
-def be_deterministic(seed: int) -> None:
-    """From now on the same training gives the same weights."""
-    torch.set_num_threads(1)  # the result depends on the number of threads
+def save_head(unrolled: Unrolled, checkpoint: Path) -> None:
+    """Adds a head to a checkpoint of one file, or replaces the one that it has."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors = {name: t for name, t in tensors.items() if not name.startswith("mtp.")}
+    config = json.loads((checkpoint / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    with tempfile.TemporaryDirectory(dir=checkpoint, prefix=".tmp") as temporary:
+        folder = Path(temporary)
+        tensors |= to_checkpoint(unrolled.head.state_dict())
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / "config.json").write_text(text)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(folder / name, checkpoint / name)
+
+
+def _set_up(seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(1)  # the result depends on the number of threads
+        torch.use_deterministic_algorithms(True)
 
 
-def main(
-    output: Annotated[Path, typer.Option(help="directory to write the checkpoint into")],
-    steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 2000,
-    seed: Annotated[int, typer.Option(help="of the split, the weights and the batches")] = 0,
+def _measure(
+    model: Qwen3_5MoeForCausalLM, corpus: Corpus, unseen: Packed, size: int, device: torch.device
 ) -> None:
-    """Train the demo checkpoint and write it in Hugging Face layout."""
-    be_deterministic(seed)
-    training, held_out = split_held_out(collect_documents(), seed)
-    tokenizer = train_tokenizer(training)
-    tokens = encode_stream(tokenizer, training)
-    held_out_text = "\n\n".join(held_out) + "\n"
-    model = Qwen3_5MoeForCausalLM(model_config(tokenizer))
-    typer.echo(
-        f"{sum(map(len, training))} bytes of text, {len(tokens)} tokens, "
-        f"{sum(p.numel() for p in model.parameters())} parameters"
-    )
-    train(model, tokens, steps, seed)
+    """Prints what the weights that are saved are worth, and what their INT4 is."""
+    model.to(torch.bfloat16).to(torch.float32)
+    for name, on in (("bfloat16", False), ("INT4", True)):
+        typer.echo(f"as {name}:")
+        with rounding(model, on):
+            _measure_as_it_is(model, corpus, unseen, size, device)
 
-    model.to(torch.bfloat16).to(torch.float32)  # what is measured is what is saved
-    held_out_tokens = torch.tensor(tokenizer.encode(held_out_text).ids)
-    perplexity, shares = evaluate(model, held_out_tokens)
+
+def _measure_as_it_is(
+    model: Qwen3_5MoeForCausalLM, corpus: Corpus, unseen: Packed, size: int, device: torch.device
+) -> None:
+    tokens = torch.tensor(corpus.tokenizer.encode(corpus.held_out).ids, device=device)
+    value, shares = perplexity(model, tokens)
     typer.echo(
-        f"held-out: perplexity {perplexity:.3f} per token, "
-        f"{math.log2(perplexity) * len(held_out_tokens) / len(held_out_text):.3f} bits per byte, "
+        f"held-out text: perplexity {value:.3f} per token, "
+        f"{math.log2(value) * len(tokens) / len(corpus.held_out):.3f} bits per byte, "
         f"expert shares {shares.min():.3f} to {shares.max():.3f}"
     )
-    if shares.min() == 0:
-        raise SystemExit("an expert is never chosen on the held-out text: nothing is written")
-    save_checkpoint(model, tokenizer, held_out_text, output)
+    for kind, (share, count) in exact_answers(model, unseen, size, device).items():
+        typer.echo(f"held-out conversations: {kind}: {share:.1%} of {count} answers exact")
+
+
+@app.command()
+def prepare(
+    output: Annotated[Path, typer.Option(help="folder to make")],
+    seed: Annotated[int, typer.Option(help="of the split into texts to train and hold out")] = 0,
+) -> None:
+    """Gather the running Python's documentation, and make a tokenizer of it."""
+    prepare_corpus(output, seed)
+
+
+@app.command()
+def train(
+    corpus: Annotated[Path, typer.Option(help="folder made by `prepare`")],
+    output: Annotated[Path, typer.Option(help="folder to write the checkpoint into")],
+    minutes: Annotated[float | None, typer.Option(help="how long all of it may take")] = None,
+    steps: Annotated[int | None, typer.Option(min=4, help="steps of the model, in place")] = None,
+    conversations: Annotated[int, typer.Option(min=1, help="how many to make")] = 240_000,
+    unseen: Annotated[int, typer.Option(min=1, help="how many to make for measurements")] = 2000,
+    batch_tokens: Annotated[int, typer.Option(min=512, help="tokens of a batch")] = 32_768,
+    processes: Annotated[int, typer.Option(min=1, help="that make conversations")] = 16,
+    seed: Annotated[int, typer.Option(help="of weights, conversations and batches")] = 0,
+) -> None:
+    """Train the demo checkpoint and its head, and write them in Hugging Face layout."""
+    start = time.monotonic()
+    if (minutes is None) == (steps is None):
+        raise typer.BadParameter("--minutes or --steps: expected one of them")
+
+    def progress(share: float, number: int | None) -> Progress:
+        return Progress(number, None if minutes is None else start + share * 60 * minutes)
+
+    seconds = math.inf if minutes is None else GENERATION_SHARE * 60 * minutes
+    text = Corpus.read(corpus)
+    packed = generate(corpus, text.facts, seed, conversations, processes, seconds)
+    held_out = Packed.of(make_samples(corpus, text.facts, f"{seed} held out", unseen, True))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _set_up(seed, device)
+    documents = Documents(torch.tensor(text.document_ids()), batch_tokens // 2, device)
+    talks = Conversations(packed, batch_tokens, device)
+    model = Qwen3_5MoeForCausalLM(model_config(text.tokenizer)).to(device)
+    compute_all_experts(model)
+    typer.echo(
+        f"{len(packed.lengths)} conversations of {len(packed.ids)} tokens, of which "
+        f"{packed.learned.sum()} are learned; {len(documents)} tokens of documents; "
+        f"{sum(p.numel() for p in model.parameters())} parameters; "
+        f"{time.monotonic() - start:.0f} seconds"
+    )
+    trunk.train(model, talks, documents, progress(TRUNK_SHARE, steps), seed, typer.echo)
+    _measure(model, text, held_out, batch_tokens, device)
+    save_checkpoint(model, text, output)
+
+    head_steps = None if steps is None else max(1, steps // HEAD_STEPS)
+    rest = progress(HEAD_SHARE, head_steps)
+    unrolled = head_training.train(model, talks, documents, rest, seed + 1, typer.echo)
+    save_head(unrolled, output)
+    unrolled.head.to(torch.bfloat16).to(torch.float32)
+    unseen_talks = Conversations(held_out, batch_tokens, device)
+    shares = acceptance(unrolled, unseen_talks, head_training.DEPTH)
+    typer.echo(
+        "held-out conversations: drafts accepted: "
+        + ", ".join(f"{share:.1%}" for share in shares)
+        + f"; {time.monotonic() - start:.0f} seconds in all"
+    )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -143,6 +143,21 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, W4A8 for the CPU as scripts/demo.sh exports it."""
+    from checkpoints import storages
+
+    from et_moe.pipeline.checkpoint import Checkpoint
+    from et_moe.pipeline.export import ExportOptions, export
+    from et_moe.pipeline.quantize import QuantizedCheckpoint
+
+    directory = tmp_path_factory.mktemp("demo")
+    checkpoint = Checkpoint(REPO / "examples/qwen3_5_moe/demo_checkpoint")
+    export(QuantizedCheckpoint(checkpoint, storages("4w", 32, "8w")), directory, ExportOptions())
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_program(tiny_bundle: Path) -> Path:
     """What `et-moe export` makes of `tiny_bundle` for the CPU, with a context of 32 tokens."""
     from et_moe.pipeline.bundle import Bundle

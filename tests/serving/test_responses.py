@@ -8,6 +8,7 @@ import pytest
 from conftest import END, running_app
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
+from served_app import DEMO
 
 WEATHER = {
     "type": "function",
@@ -121,23 +122,25 @@ def test_a_response(respond, engine, tokenizer) -> None:
 
 def test_what_a_response_says_of_its_request(respond, engine) -> None:
     answer = respond()
-    assert (answer.temperature, answer.top_p) == (1, 1) and answer.tool_choice == "auto"
+    recommended = json.loads((DEMO / "generation_config.json").read_text())
+    assert (answer.temperature, answer.top_p) == (recommended["temperature"], recommended["top_p"])
+    assert answer.tool_choice == "auto"
     assert answer.text.format.type == "text" and answer.tools == [] and answer.metadata == {}
     assert answer.parallel_tool_calls and answer.truncation == "disabled" and not answer.store
     answer = respond(
-        instructions="Be brief.", temperature=0.5, top_p=0.9, max_output_tokens=40, user="u",
+        instructions="Be brief.", temperature=0.25, top_p=0.75, max_output_tokens=40, user="u",
         metadata={"a": "b"}, tools=[WEATHER], parallel_tool_calls=False, store=True,
         tool_choice={"type": "function", "name": "get_weather"}, truncation="disabled",
         reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"],
         extra_body={"top_k": 7, "seed": 3},
     )  # fmt: skip
     assert answer.instructions == "Be brief." and answer.max_output_tokens == 40
-    assert (answer.temperature, answer.top_p, answer.user) == (0.5, 0.9, "u")
+    assert (answer.temperature, answer.top_p, answer.user) == (0.25, 0.75, "u")
     assert answer.metadata == {"a": "b"} and answer.parallel_tool_calls is False
     assert answer.tool_choice.name == "get_weather" and answer.reasoning.effort == "low"
     assert answer.tools[0].model_dump(exclude_none=True) == WEATHER
     params = engine.submitted[-1][1]
-    assert (params.temperature, params.top_p, params.max_tokens) == (0.5, 0.9, 40)
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.25, 0.75, 40)
     assert (params.top_k, params.seed) == (7, 3)
 
 
