@@ -301,6 +301,14 @@ def test_first_token(tokens, position, first, dtype, device):
         assert relative_error(left, wanted) < TOLERANCE[dtype]
 
 
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """On a GPU Triton 3.6 fuses other products of two kernels in fp32, as in test_linear.py."""
+    if torch.cuda.is_available() and triton.__version__ < "3.7" and got.dtype == torch.float32:
+        assert relative_error(got, expected) < TOLERANCE[torch.float32]
+    else:
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("first", [0, 1])
@@ -327,11 +335,11 @@ def test_rows_of_drafts(rows, first, dtype, programs, device):
         step["qkv"] = inputs["qkv"].unflatten(0, (len(LENGTHS), rows)).select(1, r).contiguous()
         step["positions"] = inputs["positions"] + r
         alone = attention(**step, num_tokens=is_valid.long(), first_token=first)
-        assert torch.equal(out[:, r], alone)
+        assert_same_bits(out[:, r], alone)
         assert torch.count_nonzero(out[~is_valid, r]) == 0
         assert relative_error(out[is_valid, r], expected[is_valid, r]) < TOLERANCE[dtype]
     for name in ("k_cache", "v_cache"):
-        assert torch.equal(given[name], step[name])
+        assert_same_bits(given[name], step[name])
         assert relative_error(given[name], expected_inputs[name]) < TOLERANCE[dtype]
 
 
@@ -342,7 +350,7 @@ def test_rows_of_drafts_of_one_sequence(device):
     out = attention(**together, each_row=True)
     for r in range(3):
         step |= {"qkv": inputs["qkv"][r : r + 1], "positions": inputs["positions"] + r}
-        assert torch.equal(attention(**step)[0], out[r])
+        assert_same_bits(attention(**step)[0], out[r])
     assert torch.equal(together["k_cache"], step["k_cache"])
     with pytest.raises(ValueError, match="5 rows of 1 sequences: expected 1 to 4 rows of each"):
         attention(**make_inputs(ONE_KV, 5, 0, torch.float32, device), each_row=True)

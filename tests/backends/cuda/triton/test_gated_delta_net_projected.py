@@ -55,7 +55,7 @@ def check(layer: Layer, steps: int = 4) -> None:
     """Runs one token after the other and compares the results and the states that they leave."""
     weight = layer.fused["conv_weight"]
     dtype = weight.dtype
-    tolerance = max(TOLERANCE[dtype], 1e-5 if PLANES[layer.op] == 1 else 5e-4)
+    tolerance = max(TOLERANCE[dtype], 1e-5 if PLANES[layer.op] == 1 else 7e-4)
     for _ in range(steps):
         x = torch.randn(1, layer.k).to(weight)
         got, expected = layer.run_fused(x), layer.run_reference(x)
