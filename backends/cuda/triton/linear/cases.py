@@ -50,19 +50,22 @@ _SHAPES = {
 }
 
 
-_KERNELS = ("_gemv_kernel", "_gemv_loop_kernel", "_gemm_kernel")
-
-
 def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
     gemv, few = f"linear_w{bits}_gemv", f"linear_w{bits}_rows"
 
-    def case(name, arguments, tokens, *kernels, tables=(op.__name__, gemv)):
+    # Activations of 16 bits are quantized ahead of few rows.
+    rows, tables = (
+        ("_gemv_loop_kernel", (gemv,)) if "a8" in op.__name__ else ("_rows_kernel", (gemv, few))
+    )
+    multiply = ("_gemv_kernel", rows, "_gemm_kernel")
+
+    def case(name, arguments, tokens, *kernels, tables=(op.__name__, *tables)):
         gemms = frozenset(kernels) & {"_gemm_kernel"}
         streams = {kernel: ("weight",) for kernel in kernels}
         return OpCase(f"{op.__name__}/{name}", op, arguments, tables, tokens, gemms, streams)
 
     found = [
-        case(name, _arguments(*shape, bits), (1, LINEAR_ROWS, PREFILL_TOKENS), *_KERNELS)
+        case(name, _arguments(*shape, bits), (1, LINEAR_ROWS, PREFILL_TOKENS), *multiply)
         for name, shape in shapes.items()
     ]
     lm_head = _arguments(248320, 2048, True, False, bits, torch.float32)

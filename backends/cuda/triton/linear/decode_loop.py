@@ -39,7 +39,6 @@ def _gemv_loop_kernel(
     SPAN: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """RMSNorm, quantization, product and residual of M rows; see `_gemv_kernel`."""
@@ -78,20 +77,23 @@ def _gemv_loop_kernel(
         if norm_weight is not None:
             squares = tl.sum(tl.reshape(value * value, (TILES * HALF,)), axis=0)
             value = apply_rms_norm(value, gain, squares / (TILES * HALF), eps, x.dtype.element_ty)
-        q, q0, x_scales = order_row(value, PLANES, RUNS, SPAN, BITS)
-        y = multiply_row(w, scales, q, q0, x_scales, PLANES, BITS, SCALE_TYPE)
+        q, q0, x_scales = order_row(value, 1, RUNS, SPAN, BITS)
+        y = multiply_row(w, scales, q, q0, x_scales, 1, BITS, SCALE_TYPE)
         if residual is not None:
             y += addend.to(tl.float32)
         store_once(out + m * N + n, y.to(out.dtype.element_ty), n >= 0, PIECES)
 
 
-def supports_loop(n: int, k: int, bits: int = 4) -> bool:
-    """Whether `linear_decode_loop` takes a weight `[N, K]` of 4 or 8 bits.
+def supports_loop(n: int, k: int, bits: int, planes: int) -> bool:
+    """Whether `linear_decode_loop` takes a weight `[N, K]` of 4 or 8 bits and activations of so
+    many planes.
 
     It does where `linear_decode` takes it, one block of results a program. With several a program
-    would have the rows wait for the weights, or read these again for each of them.
+    would have the rows wait for the weights, or read these again for each of them. And two planes
+    beside the next row and the weights are more than the registers hold.
     """
-    return supports_k(k) and find_config(f"linear_w{bits}_gemv", out_features=n)["REPEAT"] == 1
+    repeat = find_config(f"linear_w{bits}_gemv", out_features=n)["REPEAT"]
+    return planes == 1 and supports_k(k) and repeat == 1
 
 
 def linear_decode_loop(
@@ -102,12 +104,11 @@ def linear_decode_loop(
     norm_weight: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
-    planes: int,
 ) -> torch.Tensor:
     """A linear layer (`op.py`) on x `[T, K]`, `supports_loop` given.
 
     Args:
-        group_size: None for INT8 weights; planes: INT8 planes of the activations.
+        group_size: None for INT8 weights.
 
     Returns:
         `[T, N]` in x's dtype.
@@ -134,7 +135,6 @@ def linear_decode_loop(
         SPAN=min(config.pop("SPAN"), blocks),
         GROUP=group_size,
         BITS=bits,
-        PLANES=planes,
         BLOCK_N=block_n,
         **config,
     )

@@ -57,8 +57,8 @@ def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) ->
     if is_one(x.shape[0]) and supports_k(x.shape[1]):
         return linear_decode(*arguments)
     rows, bits = find_largest(x.shape[0]), 8 if group_size is None else 4
-    if rows <= LINEAR_ROWS and supports_loop(weight.shape[0], x.shape[1], bits):
-        return linear_decode_loop(*arguments)
+    if rows <= LINEAR_ROWS and supports_loop(weight.shape[0], x.shape[1], bits, planes):
+        return linear_decode_loop(*arguments[:-1])
     if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], bits):
         return linear_decode_rows(*arguments, rows)
     return linear_prefill(*arguments)
