@@ -68,6 +68,8 @@ def quantize(
     check_one(**{"--model-dir": model_dir, "--model-id": model_id})
     checkpoint = open_checkpoint(model_dir, model_id)
     storages = flags.storages(checkpoint.config)
+    if importance is not None and scale_method == ScaleMethod.MINMAX:
+        raise typer.BadParameter("--scale-method minmax takes no --importance: mse or search")
     columns = None if importance is None else Importance(importance, checkpoint)
     method = scale_method or (ScaleMethod.MSE if columns is None else ScaleMethod.SEARCH)
     source = QuantizedCheckpoint(checkpoint, storages, method.value, columns)

@@ -106,18 +106,24 @@ class Importance:
             if entry.shape != self._important[name] or entry.dtype != "F32":
                 found, expected = (entry.dtype, entry.shape), ("F32", self._important[name])
                 raise ConfigError(f"{path}: {name} is {found}, expected {expected}: {other}")
+        for name in self._important:  # before hours of quantizing
+            self._columns(name)
+
+    def _columns(self, name: str) -> Tensor:
+        """The importance of a weight's columns, as the file has it but in bfloat16."""
+        columns = self._file.read(name).bfloat16()
+        if not ((columns >= 0).all() and torch.isfinite(columns).all()):
+            raise ConfigError(
+                f"{self._file.path}: {name} has entries that are negative or not finite"
+            )
+        return columns
 
     def _read(self, name: str) -> Tensor:
         """The importance of every entry of a weight, bfloat16, without memory for its rows."""
         shape = self._shapes[name]
         if name not in self._important:
             return torch.ones((), dtype=torch.bfloat16).expand(shape)
-        columns = self._file.read(name)
-        if not ((columns >= 0).all() and torch.isfinite(columns).all()):
-            raise ConfigError(
-                f"{self._file.path}: {name} has entries that are negative or not finite"
-            )
-        return columns.bfloat16().unsqueeze(-2).expand(shape)
+        return self._columns(name).unsqueeze(-2).expand(shape)
 
     def groups(self, storages: Storages) -> Iterator[dict[str, Parts]]:
         """The importance of every entry of the parameters, in the parts that `Checkpoint.groups`

@@ -135,6 +135,15 @@ void Model::settle() {
   const std::vector<Session*> sessions = std::exchange(ahead_, {});
   const std::vector<int64_t> values = device_->settle();
   if (values.empty()) return;
+  const size_t width = ahead_drafts_ ? static_cast<size_t>(2 + info_.draft_tokens) : 1;
+  if (const size_t expected = sessions.size() * width; values.size() != expected) {
+    for (Session* session : sessions) {
+      if (session) session->failed_ = true;
+    }
+    throw std::runtime_error(both_files(program_.path(), weights_->path()) +
+                             ": a call hands over " + std::to_string(values.size()) +
+                             " values, expected " + std::to_string(expected));
+  }
   std::vector<Drawn> drawn = read_drawn(values.data(), sessions.size(), ahead_drafts_);
   for (size_t i = 0; i < sessions.size(); ++i) {
     if (sessions[i]) sessions[i]->overtaken_ = std::move(drawn[i]);
@@ -291,7 +300,7 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const std::vector<
     const int64_t before = session.position_;
     steps.push_back(advance(session, tokens[i], std::move(drawn[i])));
     if (logits) steps[i].logits = logits + static_cast<std::ptrdiff_t>(i) * info_.vocab_size;
-    if (options.remember) remember(session, before, drafts || width == 1);
+    if (options.remember && feeds[i].remember) remember(session, before, drafts || width == 1);
     if (run_ahead) ahead_.push_back(&session);
   }
   return steps;

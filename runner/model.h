@@ -100,6 +100,7 @@ struct Feed {
   int64_t token;
   Sampling sampling;
   int64_t most = INT64_MAX;  // tokens that may be drawn, in this call and those that follow
+  bool remember = true;      // whether nothing that this call feeds will be taken back
 };
 
 /// What a call drew: the next token, and with drafts one more for each that was accepted. The

@@ -69,7 +69,10 @@ class Sequence {
   /// What it feeds in a decode call.
   Feed feed() const {
     const int64_t most = limit_ - static_cast<int64_t>(replayed_) - 1;
-    return {session_.get(), ids_[replayed_], request_.params.sampling, most};
+    // What is drawn once more may differ from what was drawn at first, and the drafts that were
+    // accepted behind it are taken back then: no other sequence may have seen them.
+    return {session_.get(), ids_[replayed_], request_.params.sampling, most,
+            !(replays() && drafts())};
   }
   bool wants_logits() const { return sampler_ || request_.params.logprobs; }
   /// Whether its decode calls can be fed drafts.

@@ -73,7 +73,8 @@ class HttpLimits:
                 await APIError(500, "internal error").response()(scope, receive, send_with_id)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        if self._key is not None and scope["path"] not in self._open_paths:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._key is not None and path not in self._open_paths:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             right = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
             if scheme.lower() != "bearer" or not right:

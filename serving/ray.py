@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -41,7 +41,7 @@ class Arguments(BaseModel):
     """What `serve run` and a Serve configuration may say, with the meaning that the options of
     `et-moe serve` have."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
     program: Path
     model_name: str | None = None
@@ -53,6 +53,13 @@ class Arguments(BaseModel):
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     num_gpus: float = Field(1, ge=0)
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_a_key(cls, key: str | None) -> str | None:
+        if key is not None and not key.strip():
+            raise ValueError("expected a key, got an empty text")
+        return key
 
 
 class Replica:
@@ -121,12 +128,17 @@ class Front:
         self._replicas = replicas.options(method_name="respond", stream=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == "/metrics":
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1003})
+        # Under a route prefix, which Ray leaves in the path.
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        if path == "/metrics":
             message = "replicas are measured by Ray, whose metrics say how many requests each has"
             return await APIError(404, message).response()(scope, receive, send)
         body = (await receive()).get("body", b"") if scope["method"] == "POST" else b""
         replicas = self._replicas.options(session_id=conversation_key(body))
-        plain = {key: scope[key] for key in _SCOPE if key in scope} | {"root_path": ""}
+        plain = {key: scope[key] for key in _SCOPE if key in scope}
+        plain |= {"root_path": "", "path": path, "raw_path": path.encode()}
         for _ in range(ATTEMPTS):
             answer = _Answer(send)
             try:

@@ -67,10 +67,16 @@ def check_address(host: str, port: int) -> None:
     loaded for minutes."""
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own
+            try:
+                probe = socket.socket(family, kind, protocol)
+            except OSError:
+                continue  # the server, too, leaves out a family that the machine lacks
+            with probe:  # with the options of the server's own
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind(address)
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror}") from None
