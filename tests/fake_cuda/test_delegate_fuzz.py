@@ -16,13 +16,14 @@ import pytest
 from file_fuzzer import changed_delegate, random_delegate
 from mutations import SEED, fuzz_count
 
-COUNT = fuzz_count(60)
+COUNT = fuzz_count(30)
 BATCH = 20  # files that one process is given
 
 
 @pytest.mark.timeout(600 + 2 * COUNT)
-def test_random_descriptions(sanitized, programs: Path, tmp_path: Path) -> None:
-    pte, ptd = programs / "cuda/model.pte", programs / "cuda/model.ptd"
+@pytest.mark.parametrize("program", ["cuda", "drafts/cuda"])
+def test_random_descriptions(sanitized, programs: Path, tmp_path: Path, program: str) -> None:
+    pte, ptd = programs / program / "model.pte", programs / program / "model.ptd"
     original = pte.read_bytes()
     refused = 0
     for first in range(0, COUNT, BATCH):

@@ -190,8 +190,8 @@ def test_importance_that_is_negative_is_refused(small, tmp_path):
     path = tmp_path / "importance"
     importance_file(path, small[0], **{"lm_head.weight": -torch.ones(32)})
     message = f"{path}: lm_head.weight has entries that are negative or not finite"
-    with pytest.raises(ConfigError, match=message):
-        quantized(small[0], storages("4w", 32), path)
+    with pytest.raises(ConfigError, match=message):  # before anything is quantized
+        Importance(path, Checkpoint(small[0]))
 
 
 def test_other_files_are_refused(small, tmp_path):
@@ -252,6 +252,9 @@ def test_command_line(run, small, text, tmp_path):
     assert plain != mse != search != plain
     code, _, err = run("quantize", *flags, "--output-dir", tmp_path / "no", "--importance", text)
     assert code == 1 and f"{text}: not a valid safetensors file" in err
+    more = ("--importance", out, "--scale-method", "minmax")
+    code, _, err = run("quantize", *flags, "--output-dir", tmp_path / "no", *more)
+    assert code == 2 and "--scale-method minmax takes no --importance" in err
     assert not (tmp_path / "no").exists()
 
 
