@@ -215,6 +215,15 @@ std::pair<std::unique_ptr<LoadedMethod>, EValue> ProgramFile::constant(
   return {std::move(loaded), value};
 }
 
+bool ProgramFile::has(const std::string& name) const {
+  // To ask for a method that is not there would be noted as an error.
+  for (size_t i = 0; i < program_->num_methods(); ++i) {
+    const auto method = program_->get_method_name(i);
+    if (method.ok() && name == *method) return true;
+  }
+  return false;
+}
+
 int64_t ProgramFile::count(const std::string& name) const {
   const auto [method, value] = constant(name);
   if (!value.isInt() || value.toInt() < 0 || value.toInt() > INT32_MAX) {

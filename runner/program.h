@@ -64,7 +64,7 @@ class ProgramFile {
   const std::string& path() const { return path_; }
 
   /// Whether there is a method of this name.
-  bool has(const std::string& name) const { return program_->method_meta(name.c_str()).ok(); }
+  bool has(const std::string& name) const;
   /// What a constant method returns. Throws std::runtime_error if there is none of this name, or if
   /// it returns something else than an integer from 0 to INT32_MAX, or than a text.
   int64_t count(const std::string& name) const;

@@ -148,7 +148,7 @@ def test_the_shared_experts_importance_goes_where_its_weight_goes(small, tmp_pat
     """In the tables it takes two slots: the first columns of its `down` meet those of the first."""
     folder, config, tensors = small
     path, shared = tmp_path / "importance", "layers.0.mlp.shared_expert.down_proj.weight"
-    columns = torch.rand(40)
+    columns = torch.rand(40).bfloat16().float()
     importance_file(path, folder, **{shared: columns})
     joined = quantized(folder, storages("4w", 32), path)["layers.0.mlp.experts.w2"]
     first = ops.quantize_w4(tensors[shared][:, :32], 32, "search", importance=columns[:32])[0]

@@ -78,7 +78,8 @@ def test_every_tuned_entry_is_reached_by_a_program() -> None:
     for names in targets():
         with tuning.tuning_target(*names), record_lookups() as lookups, record_launches():
             for case in OP_CASES:
-                for tokens in _program_sizes() if len(case.tokens) > 1 else case.tokens:
+                several = len(case.tokens) > 1 and not case.name.endswith("_drafts")
+                for tokens in _program_sizes() if several else case.tokens:
                     case.op(**case.arguments(tokens, torch.device("meta")))
         reached |= {(lookup.table, lookup.gpu, lookup.index) for lookup in lookups}
     assert sorted(all_entries() - reached) == []

@@ -334,7 +334,7 @@ def test_a_random_head_is_made_and_read(tmp_path: Path, model) -> None:
 
 def test_the_command_line_makes_one(tmp_path: Path) -> None:
     flags = ["make-checkpoint", "--layers", "1", "--mtp", "--output-dir"]
-    for name, further in (("checkpoint", []), ("bundle", ["--quantized"])):
+    for name, further in (("checkpoint", []), ("bundle", ["--quantized", "--recipe", "4w"])):
         done = CliRunner().invoke(app, [*flags, str(tmp_path / name), *further])
         assert done.exit_code == 0, done.output
     assert Checkpoint(tmp_path / "checkpoint").config.mtp_num_hidden_layers == 1

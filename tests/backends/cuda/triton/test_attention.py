@@ -352,5 +352,5 @@ def test_rows_of_drafts_of_one_sequence(device):
         step |= {"qkv": inputs["qkv"][r : r + 1], "positions": inputs["positions"] + r}
         assert_same_bits(attention(**step)[0], out[r])
     assert torch.equal(together["k_cache"], step["k_cache"])
-    with pytest.raises(ValueError, match="5 rows of 1 sequences: expected 1 to 4 rows of each"):
-        attention(**make_inputs(ONE_KV, 5, 0, torch.float32, device), each_row=True)
+    with pytest.raises(ValueError, match="6 rows of 1 sequences: expected 1 to 5 rows of each"):
+        attention(**make_inputs(ONE_KV, 6, 0, torch.float32, device), each_row=True)
