@@ -9,11 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from served_app import DEMO, running_app
+from served_app import DEMO, END, running_app
 
 from et_moe.runner.python import Tokenizer
-
-END = 2045
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from et_moe.serving.served_model import ServedModel
 from et_moe.serving.server import create_app
 
 DEMO = Path(__file__).resolve().parents[2] / "examples/qwen3_5_moe/demo_checkpoint"
+END = 2045
+"""The demo's token that ends an answer."""
 
 
 @asynccontextmanager

@@ -5,10 +5,9 @@ import json
 
 import openai
 import pytest
-from conftest import END, running_app
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
-from served_app import DEMO
+from served_app import DEMO, END, running_app
 
 WEATHER = {
     "type": "function",
