@@ -128,6 +128,10 @@ size_t StateSpec::nbytes_each() const { return in({1, 1}).nbytes(); }
 
 VersionBytes StateSpec::version_bytes(int32_t versions) const {
   if (versions == 1) return {nbytes_each(), 0};
+  if (shape.size() < 2 || shape[1] < versions) {
+    throw std::runtime_error("the state " + name + " is " + describe() + ", too small for " +
+                             std::to_string(versions) + " versions");
+  }
   const size_t row = nbytes_each() / static_cast<size_t>(shape[1]);
   return {row * static_cast<size_t>(shape[1] - versions + 1), row};
 }

@@ -60,7 +60,8 @@ struct StateSpec : TensorSpec {
   /// Bytes of one page or slot.
   size_t nbytes_each() const;
   /// Version v of a slot with so many versions, where its rows are [D, ...], are its rows v to
-  /// D - versions + v: those of a convolution overlap.
+  /// D - versions + v: those of a convolution overlap. Throws std::runtime_error if D is less than
+  /// versions.
   VersionBytes version_bytes(int32_t versions) const;
 };
 

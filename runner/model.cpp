@@ -135,8 +135,8 @@ void Model::settle() {
   const std::vector<Session*> sessions = std::exchange(ahead_, {});
   const std::vector<int64_t> values = device_->settle();
   if (values.empty()) return;
-  const size_t width = ahead_drafts_ ? static_cast<size_t>(2 + info_.draft_tokens) : 1;
-  if (const size_t expected = sessions.size() * width; values.size() != expected) {
+  if (const size_t expected = sessions.size() * drawn_width(ahead_drafts_);
+      values.size() != expected) {
     for (Session* session : sessions) {
       if (session) session->failed_ = true;
     }
@@ -171,7 +171,7 @@ std::vector<Drawn> Model::read_drawn(const int64_t* values, size_t sequences, bo
       drawn.push_back({0, values[i], {}});
       continue;
     }
-    const int64_t* row = values + i * static_cast<size_t>(2 + info_.draft_tokens);
+    const int64_t* row = values + i * drawn_width(drafts);
     drawn.push_back({row[0], row[1], {row + 2, row + 2 + info_.draft_tokens}});
   }
   return drawn;

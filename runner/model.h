@@ -211,6 +211,10 @@ class Model {
   Step advance(Session& session, const Tokens& fed, Drawn drawn);
   /// What a session was fed ahead of its call.
   static Tokens fed_ahead(const Session& session);
+  /// How many values a decode call returns of a sequence: `token`, or `step`.
+  size_t drawn_width(bool drafts) const {
+    return drafts ? static_cast<size_t>(2 + info_.draft_tokens) : 1;
+  }
   /// What the method of a call drew for each sequence, of the values that it returns.
   std::vector<Drawn> read_drawn(const int64_t* values, size_t sequences, bool drafts) const;
   /// What a decode call feeds of a sequence.

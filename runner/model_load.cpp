@@ -175,6 +175,7 @@ size_t Model::choose_pages(const ModelOptions& options, const Bindings& bindings
 void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
   const size_t pages = choose_pages(options, bindings);
   const size_t slots = options.max_sequences + options.snapshots;
+  const auto versions = static_cast<int32_t>(1 + info_.draft_tokens);
   for (const StateSpec& state : bindings.state) {
     const size_t wanted = state.pool == Pool::kPages ? pages : slots;
     if (wanted < static_cast<size_t>(state.min_shape[0]) ||
@@ -183,16 +184,12 @@ void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
                                state.describe() + ", " + std::to_string(slots) + " slots and " +
                                std::to_string(pages) + " pages do not fit");
     }
-    if (state.pool == Pool::kSlots && info_.draft_tokens > 0 &&
-        (state.shape.size() < 2 || state.shape[1] <= info_.draft_tokens)) {
-      throw std::runtime_error(program_.path() + ": the state " + state.name + " is " +
-                               state.describe() + ", too small for " +
-                               std::to_string(info_.draft_tokens) + " drafts");
+    if (state.pool == Pool::kSlots) {
+      in_file(program_.path(), [&] { return state.version_bytes(versions); });
     }
   }
   pool_.emplace(static_cast<int32_t>(pages), static_cast<int32_t>(options.max_sequences),
-                static_cast<int32_t>(options.snapshots),
-                static_cast<int32_t>(1 + info_.draft_tokens));
+                static_cast<int32_t>(options.snapshots), versions);
   if (options.snapshots > 0) cache_.emplace(*pool_, static_cast<size_t>(info_.page_size));
   try {
     device_->allocate(pool_->sizes);

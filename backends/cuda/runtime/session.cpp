@@ -1,12 +1,10 @@
 #include "backends/cuda/runtime/session.h"
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 #include <utility>
 
 #include "backends/cuda/runtime/alignment.h"
-#include "backends/cuda/runtime/errors.h"
 
 namespace et_moe::cuda {
 
@@ -32,14 +30,6 @@ Calls::Calls(size_t inputs_size, int64_t sequences, const std::optional<HandOver
 
 Session::Session(const Stream& stream, const std::vector<StateSpec>& state,
                  const PoolSizes& sizes) {
-  for (const StateSpec& spec : state) {
-    if (spec.pool == Pool::kSlots && sizes.versions > 1 &&
-        (spec.shape.size() < 2 || spec.shape[1] < sizes.versions)) {
-      throw DelegateError(Error::InvalidProgram, "the state " + spec.name + " is " +
-                                                     spec.describe() + ", expected room for " +
-                                                     std::to_string(sizes.versions) + " versions");
-    }
-  }
   // Tensors with slots that are made alike lie behind each other, so that few calls zero a slot.
   const auto kind = [&sizes](const StateSpec& spec) {
     const bool slots = spec.pool == Pool::kSlots;
