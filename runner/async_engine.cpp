@@ -39,7 +39,7 @@ AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_pat
 
 AsyncEngine::~AsyncEngine() { close(); }
 
-uint64_t AsyncEngine::submit(Request request) {
+void AsyncEngine::check(const Request& request) const {
   if (request.prompt_ids.empty()) throw InvalidRequest("the prompt is empty");
   if (request.prompt_ids.size() > static_cast<size_t>(info_.max_seq_len)) {
     throw InvalidRequest("the prompt has " + std::to_string(request.prompt_ids.size()) +
@@ -47,19 +47,32 @@ uint64_t AsyncEngine::submit(Request request) {
                          std::to_string(info_.max_seq_len));
   }
   check_ids(request.prompt_ids, info_.vocab_size, "the prompt: ");
-  check(request.params, info_.vocab_size);
+  et_moe::check(request.params, info_.vocab_size);
+}
+
+uint64_t AsyncEngine::submit(Request request) {
+  std::vector<Request> requests;
+  requests.push_back(std::move(request));
+  return submit(std::move(requests)).front();
+}
+
+std::vector<uint64_t> AsyncEngine::submit(std::vector<Request> requests) {
+  for (const Request& request : requests) check(request);
   const std::lock_guard<std::mutex> lock(mutex_);
   if (refusal_) throw EngineBroken(*refusal_);
   // Those that the thread has not admitted yet, though there is a place, do not wait for one.
-  if (live_.size() >= options_.model.max_sequences + options_.max_waiting) {
+  if (live_.size() + requests.size() > options_.model.max_sequences + options_.max_waiting) {
     throw QueueFull("the queue is full: " + std::to_string(waiting_.size()) +
                     " requests wait already");
   }
-  const uint64_t id = next_id_++;
-  live_.emplace(id, Live{request.params.guided, false, {}});
-  waiting_.push_back(std::make_unique<Sequence>(id, std::move(request), *model_));
+  std::vector<uint64_t> ids;
+  for (Request& request : requests) {
+    const uint64_t id = ids.emplace_back(next_id_++);
+    live_.emplace(id, Live{request.params.guided, false, {}});
+    waiting_.push_back(std::make_unique<Sequence>(id, std::move(request), *model_));
+  }
   changed_.notify_one();
-  return id;
+  return ids;
 }
 
 void AsyncEngine::cancel(uint64_t id) {

@@ -84,6 +84,8 @@ class AsyncEngine {
   /// fit the context or has an id outside the vocabulary, a parameter out of range; QueueFull;
   /// EngineBroken.
   uint64_t submit(Request request);
+  /// Queues all of them or none, so that none begins before the others are there.
+  std::vector<uint64_t> submit(std::vector<Request> requests);
   /// Ends a request at its next token; nothing if it has ended.
   void cancel(uint64_t id);
   /// Which tokens the next one of a guided request may be: one call a token; the first may come at
@@ -108,6 +110,7 @@ class AsyncEngine {
     bool cancelled = false;
     std::deque<TokenMask> masks;
   };
+  void check(const Request& request) const;
   // All that follows runs on the engine's thread.
   void run(const std::string& pte_path, const std::string& ptd_path,
            std::promise<ModelInfo> loaded);

@@ -60,7 +60,7 @@ class Run {
 };
 
 void Run::submit() {
-  for (size_t i = 0; i < requests_.size(); ++i) index_.emplace(engine_.submit(requests_[i]), i);
+  for (const uint64_t id : engine_.submit(requests_)) index_.emplace(id, index_.size());
 }
 
 void Run::take(const Event& event, llm::Stats& stats) {

@@ -103,8 +103,7 @@ std::pair<std::vector<Request>, std::vector<Event>> serve_alone(Client& client, 
 void together(Client& client, size_t count) {
   std::mt19937 random(7);
   const auto [requests, alone] = serve_alone(client, count, random);
-  std::vector<uint64_t> ids;
-  for (const Request& request : requests) ids.push_back(client.engine().submit(request));
+  const std::vector<uint64_t> ids = client.engine().submit(requests);
   for (size_t i = 0; i < count; ++i) {
     expect(same(client.wait(ids[i]), alone[i]), "request " + std::to_string(i) + " as it is alone");
   }
