@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # From a fresh Linux machine to .venv and build/runner/qwen3_5_moe_runner. Run it again at any time:
 # what is up to date stays. With ET_MOE_APT=no, which demo.sh and test.sh pass on, no system package is
-# installed: those that are missing are named, and it ends.
+# installed: those that are missing are named, and it ends. `--for-tests` installs what tests alone
+# need, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(g++ python3-dev python3-venv libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcli11-dev
   libxxhash-dev libsodium-dev libgtest-dev)
+# A browser for the page's tests, which are skipped where there is none. Only Debian has this package.
+if [ "${1:-}" = --for-tests ] && grep -qs '^ID=debian' /etc/os-release; then
+  packages+=(chromium-headless-shell)
+fi
 python_headers='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
 
 install_system_packages() {

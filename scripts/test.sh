@@ -2,7 +2,7 @@
 # Everything that can be tested without a GPU: linters, C++ tests, Python tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/setup.sh
+scripts/setup.sh --for-tests
 export PATH="$PWD/.venv/bin:$PATH"
 
 ruff check .

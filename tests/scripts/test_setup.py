@@ -19,7 +19,7 @@ def setup(tmp_path: Path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, script in {
-        "dpkg": '[ "$2" != libpcre2-dev ]',
+        "dpkg": "case $2 in libpcre2-dev | chromium-headless-shell) exit 1 ;; esac",
         "apt-get": f'echo "$@" >>{tmp_path / "apt.log"}',
         "python3": 'case $2 in "import ensurepip"* | "import os, sysconfig"*) ;; *) exit 1 ;; esac',
         "g++": "true",
@@ -30,9 +30,9 @@ def setup(tmp_path: Path):
     (tmp_path / "scripts").mkdir()
     shutil.copy(REPO / "scripts/setup.sh", tmp_path / "scripts")
 
-    def run(**environment: str) -> tuple[int, str, str, list[str]]:
+    def run(*flags: str, **environment: str) -> tuple[int, str, str, list[str]]:
         done = subprocess.run(
-            [tmp_path / "scripts/setup.sh"],
+            [tmp_path / "scripts/setup.sh", *flags],
             env={"PATH": f"{tools}:{os.defpath}"} | environment,
             capture_output=True,
             text=True,
@@ -55,6 +55,14 @@ def test_apt_can_be_refused(setup) -> None:
     code, output, error, installed = setup(ET_MOE_APT="no")
     assert (code, output, installed) == (1, "", [])
     assert "ET_MOE_APT=no" in error and "apt-get install libpcre2-dev" in error
+
+
+def test_a_browser_is_for_tests(setup) -> None:
+    """Only Debian has the package."""
+    is_debian = "\nID=debian" in "\n" + Path("/etc/os-release").read_text()
+    *_, installed = setup("--for-tests")
+    browser = " chromium-headless-shell" if is_debian else ""
+    assert installed[-1] == f"install -y -qq libpcre2-dev{browser}"
 
 
 def test_the_lock_has_a_hash_of_everything() -> None:

@@ -34,9 +34,10 @@ def server():
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    names = ("chromium-headless-shell", "chromium", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
     if chromium is None:
-        pytest.skip("no Chromium found: apt-get install chromium")
+        pytest.skip(f"none of {', '.join(names)} found; see scripts/setup.sh --for-tests")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
