@@ -71,6 +71,9 @@ class ChatTemplate:
         sources: name -> template; "default", and perhaps "tool_use" for conversations with tools.
         special_tokens: what templates see as `bos_token`, `eos_token` and the like.
 
+    Attributes:
+        source: the default template.
+
     Raises:
         ChatTemplateError: a template cannot be compiled, or there is no default.
     """
@@ -81,6 +84,7 @@ class ChatTemplate:
         if "default" not in sources:
             names = ", ".join(sources) or "none"
             raise ChatTemplateError(f"chat templates: expected one named default, found {names}")
+        self.source = sources["default"]
         self._templates = {name: _compile(source) for name, source in sources.items()}
         self._special_tokens = dict(special_tokens or {})
 
@@ -140,6 +144,15 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     except (UnicodeDecodeError, ChatTemplateError) as e:
         where = jinja_file if jinja_file.is_file() else file
         raise ChatTemplateError(f"{where}: {e}") from None
+
+
+def read_special_tokens(directory: Path) -> dict[str, str]:
+    """`bos_token`, `eos_token` and the like, as `tokenizer_config.json` has them.
+
+    Raises:
+        ChatTemplateError: the file cannot be read as such.
+    """
+    return _special_tokens(_read_object(directory / "tokenizer_config.json"))
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from et_moe.serving.chat_template import ChatTemplate, read_chat_template
+from et_moe.serving.chat_template import ChatTemplate, read_chat_template, read_special_tokens
 from et_moe.serving.engine import AsyncEngine, load_engine, load_tokenizer
 from et_moe.serving.generation import Generation
 from et_moe.serving.generation_config import read_sampling_defaults
@@ -33,14 +33,16 @@ class ServedModel:
 
     Args:
         name: that clients ask for.
-        defaults: sampling parameters for requests that do not give them.
         template: None if the program has no chat template, and cannot chat.
+        special_tokens: `eos_token` and the like, by name.
+        defaults: sampling parameters for requests that do not give them.
     """
 
     name: str
     engine: AsyncEngine
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    special_tokens: Mapping[str, str]
     defaults: Mapping[str, Any]
     metrics: Metrics
     guides: Guides
@@ -62,6 +64,7 @@ class ServedModel:
             engine,
             tokenizer,
             read_chat_template(program_dir),
+            read_special_tokens(program_dir),
             read_sampling_defaults(program_dir),
             Metrics(native.status),
             Guides(tokenizer, native.info),

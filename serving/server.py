@@ -183,6 +183,15 @@ def _add_tokens(app: FastAPI) -> None:
             raise bad_request(f"tokens: expected ids from 0 to {size - 1}", "tokens")
         return {"prompt": model.decode(body.tokens)}
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(request: Request) -> dict:
+        """What evaluation harnesses want to render conversations themselves; vLLM has it too."""
+        model: ServedModel = request.app.state.model
+        template = model.template.source if model.template else None
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: model.special_tokens.get(name) for name in names}
+        return {"chat_template": template, **tokens, **model.special_tokens}
+
 
 def _tokenize(body: TokenizeRequest, model: ServedModel) -> list[int]:
     text = body.prompt

@@ -3,6 +3,8 @@
 import pytest
 from test_chat import events
 
+from et_moe.serving.chat_template import ChatTemplate
+
 
 @pytest.fixture
 def complete(ask):
@@ -85,3 +87,14 @@ def test_tokenize(ask, tokenizer) -> None:
     assert ask("/tokenize", chat).json()["tokens"] == tokenizer.encode(prompt, True)
     assert ask("/detokenize", {"tokens": [5, -1]}).status_code == 400
     assert ask("/detokenize", {"tokens": [2048]}).status_code == 400
+
+
+def test_what_renders_conversations(ask) -> None:
+    """A harness renders as the server does."""
+    info = ask("/tokenizer_info").json()
+    assert info["eos_token"] == "<|endoftext|>" and info["bos_token"] is None
+    messages = [{"role": "user", "content": "Hello"}]
+    tokens = {name: value for name, value in info.items() if name.endswith("_token") and value}
+    text = ChatTemplate({"default": info["chat_template"]}, tokens).render(messages)
+    ids = ask("/tokenize", {"messages": messages}).json()["tokens"]
+    assert ask("/tokenize", {"prompt": text, "add_special_tokens": False}).json()["tokens"] == ids
