@@ -54,9 +54,11 @@ class ModelConfig:
     Attributes:
         mtp_num_hidden_layers: decoder layers of the head for multi-token prediction (see `mtp.py`),
             0 without one. Hugging Face's class does not know it, config.json has it all the same.
+        default_mtp_layers: how many a configuration has that does not say so.
     """
 
     model_type: ClassVar[str] = "qwen3_5_moe"
+    default_mtp_layers: ClassVar[int] = 0
 
     vocab_size: int
     hidden_size: int
@@ -151,14 +153,14 @@ def parse_config(
         **further,
         layer_types=read_layer_types(raw, values["num_hidden_layers"], LAYER_TYPES, where),
         eos_token_ids=read_eos_token_ids(raw, config, generation, vocab_size, where),
-        mtp_num_hidden_layers=_read_mtp_num_hidden_layers(raw, where),
+        mtp_num_hidden_layers=_read_mtp_num_hidden_layers(raw, kind.default_mtp_layers, where),
     )
     _check(model, where)
     return model
 
 
-def _read_mtp_num_hidden_layers(raw: Mapping[str, Any], where: str) -> int:
-    value = raw.get("mtp_num_hidden_layers", 0)
+def _read_mtp_num_hidden_layers(raw: Mapping[str, Any], default: int, where: str) -> int:
+    value = raw.get("mtp_num_hidden_layers", default)
     if type(value) is not int or value not in (0, 1):
         expected = "only 0 (no head) and 1 are supported"
         raise ConfigError(f"{where}: mtp_num_hidden_layers is {value!r}, {expected}")

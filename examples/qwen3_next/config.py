@@ -31,6 +31,9 @@ class ModelConfig(qwen3_5_moe.ModelConfig):
     """
 
     model_type: ClassVar[str] = "qwen3_next"
+    # Published checkpoints have the head, but no key for it; vLLM (`config/speculative.py`) assumes
+    # one layer, too. A checkpoint without its tensors has none.
+    default_mtp_layers: ClassVar[int] = 1
     intermediate_size: int
     norm_topk_prob: bool
     decoder_sparse_step: int

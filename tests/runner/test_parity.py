@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
@@ -13,7 +14,7 @@ from transformers import (
 
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import ExportOptions, export
-from et_moe.pipeline.models import model_of
+from et_moe.pipeline.models import MTP, load_config, model_of
 from et_moe.pipeline.quantize import QuantizedCheckpoint
 from et_moe.pipeline.storage import choose_storages
 
@@ -89,6 +90,18 @@ MODELS = {
     **{n: (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM, c) for n, c in CONFIGS.items()},
     **{n: (Qwen3NextConfig, Qwen3NextForCausalLM, c) for n, c in NEXT_CONFIGS.items()},
 }
+WITH_DRAFTS = ("next_dense_layers",)
+
+
+def add_random_head(directory: Path) -> None:
+    """The tensors of a head for multi-token prediction, which Hugging Face's models do not read. As
+    in published checkpoints of Qwen3-Next, no key of config.json speaks of it."""
+    config = load_config(directory)
+    assert config.mtp_num_hidden_layers == 1
+    shapes = model_of(config).tensors.shapes(config, ())
+    file = directory / "model.safetensors"
+    head = {n: torch.randn(shape) * 0.1 for n, shape in shapes.items() if n.startswith(MTP)}
+    save_file(load_file(file) | head, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -107,10 +120,13 @@ def case(request, tmp_path_factory):
                 parameter.mul_(2.5)  # wider logits and decisive routing than at initialisation
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder / "checkpoint")
+    drafts = 2 if request.param in WITH_DRAFTS else 0
+    if drafts:
+        add_random_head(folder / "checkpoint")
     checkpoint = Checkpoint(folder / "checkpoint")
     unquantized = choose_storages(model_of(checkpoint.config).parts, "none", 128, "none")
     source = QuantizedCheckpoint(checkpoint, unquantized)
-    export(source, folder / "program", ExportOptions(dtype=torch.float32))
+    export(source, folder / "program", ExportOptions(dtype=torch.float32, draft_tokens=drafts))
     return model, folder / "program"
 
 

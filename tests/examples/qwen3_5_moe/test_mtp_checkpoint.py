@@ -33,6 +33,7 @@ from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.quantize import QuantizedCheckpoint, count_groups, parameter_groups
+from et_moe.pipeline.storage import choose_storages
 
 LAYER = "mtp.layers.0"
 EXPERTS = tuple(f"{p}_proj.weight" for p in ("gate", "up", "down"))
@@ -314,7 +315,7 @@ def test_a_head_that_is_not_finite(small, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [MODEL, QWEN3_NEXT], ids=["qwen3_5_moe", "qwen3_next"])
 def test_a_random_head_is_made_and_read(tmp_path: Path, model) -> None:
     """The other tensors are those of a checkpoint without it. Qwen3-Next's head has a mixture even
-    where the model's layers are dense, and no key of its own in published configurations."""
+    where the model's layers are dense."""
     overrides = {"mtp_num_hidden_layers": 1}
     if model is QWEN3_NEXT:
         overrides |= {"decoder_sparse_step": 2}
@@ -330,6 +331,20 @@ def test_a_random_head_is_made_and_read(tmp_path: Path, model) -> None:
     assert config["mtp_num_hidden_layers"] == 1
     *_, head = Checkpoint(tmp_path / "with").groups(storages())
     assert f"{LAYER}.mlp.experts.w13" in head
+
+
+def test_published_configurations_of_qwen3_next(tmp_path: Path) -> None:
+    """They have no key for the head: its tensors tell."""
+    for layers in (0, 1):
+        folder, overrides = tmp_path / str(layers), {"mtp_num_hidden_layers": layers}
+        make_checkpoint(folder, QWEN3_NEXT, "tiny", layers=1, overrides=overrides)
+        config = json.loads((folder / "config.json").read_text())
+        del config["mtp_num_hidden_layers"]
+        (folder / "config.json").write_text(json.dumps(config))
+        source = QuantizedCheckpoint(Checkpoint(folder), choose_storages(QWEN3_NEXT.parts))
+        write_bundle(source, tmp_path / f"{layers} bundle")
+        for read in (Checkpoint(folder), Bundle(tmp_path / f"{layers} bundle")):
+            assert read.config.mtp_num_hidden_layers == layers
 
 
 def test_the_command_line_makes_one(tmp_path: Path) -> None:
