@@ -157,6 +157,12 @@ def export(
             help="Tokens that the head for multi-token prediction guesses for each step, 0 to 3."
         ),
     ] = 0,
+    draft_vocabulary: Annotated[
+        int,
+        typer.Option(
+            help="Guess among so many tokens only, the first, which is faster; 0 for all."
+        ),
+    ] = 0,
     cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
     cache_dir: Annotated[Path, typer.Option(help="Where to keep it.", **PATH)] = Path(
         "~/.cache/et-moe/cuda"
@@ -191,6 +197,7 @@ def export(
         cache_dir if cache else None,
         debug_sidecar,
         draft_tokens,
+        draft_vocabulary,
     )
     writing = exporter.output_folder(
         source, output_dir, options, graph=not weights_only, weights=not graph_only

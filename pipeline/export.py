@@ -19,6 +19,7 @@ from et_moe.backends.sealed_file import FINGERPRINT, LAYOUT, PtdWriter, write_se
 from et_moe.backends.threads import write_behind
 from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
+from et_moe.pipeline.draft_head import check_draft_vocabulary, with_draft_head
 from et_moe.pipeline.footprint import footprint
 from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.models import Graph, Input, Method, Sizes, model_of
@@ -92,6 +93,9 @@ def build_graphs(config: Config, precision: Precision, sizes: Sizes) -> dict[str
     Works on fake tensors: no weight is allocated, whatever the model's size.
     """
     graph = meta_graph(config, precision)
+    if sizes.draft_vocabulary:
+        with torch.device("meta"):
+            graph.shorten_drafts(sizes.draft_vocabulary)
     spec = parameter_spec(graph)
     state_spec, pools = graph.state_spec(sizes.draft_tokens), _pool_dims()
     methods = model_of(config).methods(config, sizes)
@@ -139,8 +143,10 @@ def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
             f"--draft-tokens {options.draft_tokens}: the model has no head for multi-token "
             "prediction (mtp_num_hidden_layers in its config.json, tensors mtp.*), expected 0"
         )
+    check_draft_vocabulary(options.draft_vocabulary, config.vocab_size, options.draft_tokens)
     prefill_tokens = min(max_seq_len, MAX_PREFILL_TOKENS)
-    return Sizes(max_seq_len, prefill_tokens, options.max_sequences, options.draft_tokens)
+    drafts = options.draft_tokens, options.draft_vocabulary
+    return Sizes(max_seq_len, prefill_tokens, options.max_sequences, *drafts)
 
 
 def constant_methods(config: Config, precision: Precision, sizes: Sizes) -> dict[str, object]:
@@ -195,6 +201,7 @@ class ExportOptions:
             model's own limit, at most 4096.
         max_sequences: most sequences of one decode call, at most 256.
         draft_tokens: that the MTP head guesses behind each token that is drawn, 0 to 3.
+        draft_vocabulary: among how many tokens, the first ones; 0 for all.
         cuda_archs: architectures to compile for, such as "sm_90".
         cache_dir: where compiled CUDA code is kept for the next export; None for nowhere.
         debug_sidecar: also write `kernels.json`, the source of every CUDA kernel.
@@ -209,6 +216,7 @@ class ExportOptions:
     cache_dir: Path | None = None
     debug_sidecar: bool = False
     draft_tokens: int = 0
+    draft_vocabulary: int = 0
 
 
 class Target(Protocol):
@@ -240,7 +248,7 @@ def fingerprint(target: Target, options: ExportOptions) -> str:
             "storages": storages_to_json(target.storages),
             "dtype": str(options.dtype).removeprefix("torch."),
             "backend": options.backend,
-            **({"draft_tokens": options.draft_tokens} if options.draft_tokens else {}),
+            **{n: v for n in ("draft_tokens", "draft_vocabulary") if (v := getattr(options, n))},
         },
         sort_keys=True,
     )
@@ -372,7 +380,8 @@ def write_weights(
         def packed() -> Iterator[list[tuple[str, Tensor]]]:
             # The MTP head, which comes last, is in no program without drafts.
             wanted = parameter_groups(plan.spec)
-            for names, group in zip(wanted, source.groups(), strict=False):
+            groups = with_draft_head(source.groups(), options.draft_vocabulary)
+            for names, group in zip(wanted, groups, strict=False):
                 yield list(plan.pack({name: group.pop(name) for name in names}))
 
         def write(tensors: list[tuple[str, Tensor]]) -> None:

@@ -30,6 +30,9 @@ MTP = "mtp."
 """What names of the head for multi-token prediction begin with, in checkpoints (whatever prefix the
 others have) and in graphs."""
 
+HEAD = "lm_head."
+"""What names of the model's head begin with, in graphs."""
+
 Shapes = dict[str, tuple[int, ...]]
 Parts = list[Tensor]
 """Tensors that make up one parameter when concatenated along dimension 0."""
@@ -67,12 +70,14 @@ class Sizes:
         max_prefill_tokens: most tokens of one prefill call, at least 2.
         max_sequences: most sequences of one decode call.
         draft_tokens: of each sequence in a decode call that is fed drafts; 0 for no such methods.
+        draft_vocabulary: drafts are among so many tokens, the first ones; 0 for all.
     """
 
     max_seq_len: int
     max_prefill_tokens: int
     max_sequences: int
     draft_tokens: int = 0
+    draft_vocabulary: int = 0
 
     @property
     def max_pages(self) -> int:
@@ -170,6 +175,11 @@ class Graph(nn.Module):
         """Every state tensor by name; a sequence starts with a slot of zeros. With drafts a slot
         has a version behind the token that a call feeds and behind each draft, see
         `backends/ops/sequences.py`: as many rows more in its first dimension."""
+        raise NotImplementedError
+
+    def shorten_drafts(self, vocabulary: int) -> None:
+        """Has the MTP head draft among so many tokens, the first ones. The weights of the rows that
+        it needs then are `pipeline.draft_head`'s."""
         raise NotImplementedError
 
     def advance(self, group: int, x: Tensor, sequences: int, state: Mapping[str, Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ from et_moe.backends.ops import PAGE_SIZE
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
 from et_moe.examples.qwen3_5_moe.graph import DecoderLayer, Places, Qwen3_5Moe, State
 from et_moe.examples.qwen3_5_moe.tensors import MTP_LAYER
+from et_moe.pipeline.draft_head import DRAFT_HEAD
 from et_moe.pipeline.layers import Linear, Weight
 from et_moe.pipeline.models import MTP, Graph, StateTensor
 from et_moe.pipeline.storage import Precision
@@ -119,6 +120,11 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
         super().__init__(c, p, layer)
         self.mtp = Mtp(c, p, layer)
 
+    def shorten_drafts(self, vocabulary: int) -> None:
+        eps, precision = self.config.rms_norm_eps, self.lm_head.precision
+        sizes = (self.config.hidden_size, vocabulary, eps, precision)
+        self.mtp.draft_head = Linear(DRAFT_HEAD.removesuffix("."), "head", *sizes)
+
     def state_spec(self, draft_tokens: int = 0) -> dict[str, StateTensor]:
         spec = super().state_spec(draft_tokens) | self.kv_cache(f"{MTP_LAYER}.self_attn")
         if draft_tokens:
@@ -150,13 +156,14 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
 
         Returns:
             g_t of each row, `[B R, H]`, and the logits of the token behind `tokens`,
-            `float32 [B R, V]`. A draft is the greatest of them, the lowest id of equal ones.
+            `float32 [B R, V]`, or those of the tokens that are drafted. A draft is the greatest of
+            them, the lowest id of equal ones.
         """
         embedded = self.embed_tokens(tokens.reshape(-1))
         hidden = hidden.reshape(-1, hidden.shape[-1])
         x = self.mtp(embedded, hidden, places, state, first_token, accepted)
         states = et.rms_norm(x, self.mtp.norm.weight, self.config.rms_norm_eps)
-        return states, self.lm_head(states.float())
+        return states, getattr(self.mtp, "draft_head", self.lm_head)(states.float())
 
     def forward(
         self,

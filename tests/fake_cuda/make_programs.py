@@ -45,7 +45,7 @@ MAX_SEQ_LEN = 80
 MAX_SEQUENCES = 5
 """More than a power of two, so that calls are padded, too."""
 
-DRAFT_TOKENS = 2
+DRAFT_TOKENS, DRAFT_VOCABULARY = 2, 37
 
 # One layer has a dense MLP, the other a mixture whose weights do not add up to 1.
 NEXT_FOR_CUDA = SMALL_FOR_CUDA | {
@@ -112,7 +112,7 @@ def export_model(
     max_sequences: int,
     recipe: str = "4w",
     change: Callable[[Path], Path] = lambda checkpoint: checkpoint,
-    draft_tokens: int = 0,
+    **drafting: int,
 ) -> None:
     """A random model for the CPU and for CUDA, whose methods take their inputs turned around."""
     make_checkpoint(folder / "checkpoint", model, "tiny", seed=3, overrides=overrides)
@@ -128,7 +128,7 @@ def export_model(
             max_sequences=max_sequences,
             cuda_archs=("sm_90",),
             debug_sidecar=backend == "cuda",
-            draft_tokens=draft_tokens,
+            **drafting,
         )
         kind = type(model)
         methods = _turned(kind.methods) if backend == "cuda" else kind.methods
@@ -155,8 +155,8 @@ def main() -> None:
     # Its ranges for more tokens, and for many sequences, would have the same kernels.
     export.MAX_PREFILL_TOKENS = 4
     with_head = SMALL_FOR_CUDA | {"mtp_num_hidden_layers": 1}
-    drafting = {"change": of_few_tokens, "draft_tokens": DRAFT_TOKENS}
-    export_model(folder / "drafts", QWEN3_5_MOE, with_head, 3, **drafting)
+    drafting = {"draft_tokens": DRAFT_TOKENS, "draft_vocabulary": DRAFT_VOCABULARY}
+    export_model(folder / "drafts", QWEN3_5_MOE, with_head, 3, change=of_few_tokens, **drafting)
     export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, 1, "mixed", quantized_checkpoint)
 
 

@@ -44,13 +44,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def program(bundle: Path) -> Callable[[int], Path]:
-    """The demo with so many drafts, exported once."""
+def program(bundle: Path) -> Callable[..., Path]:
+    """The demo with so many drafts, among so many tokens or all, exported once."""
 
     @functools.cache
-    def make(drafts: int) -> Path:
-        folder = bundle.with_name(f"{drafts} drafts")
-        options = ExportOptions(max_seq_len=CONTEXT, max_sequences=SEQUENCES, draft_tokens=drafts)
+    def make(drafts: int, vocabulary: int = 0) -> Path:
+        folder = bundle.with_name(f"{drafts} drafts of {vocabulary}")
+        drafting = {"draft_tokens": drafts, "draft_vocabulary": vocabulary}
+        options = ExportOptions(max_seq_len=CONTEXT, max_sequences=SEQUENCES, **drafting)
         export(Bundle(bundle), folder, options)
         return folder
 
@@ -116,6 +117,18 @@ def test_no_token_changes(serve, program, text: Ids, drafts: int, sampled: bool)
         shares.append(accepted[0] / stats["draft_steps"])
     assert min(shares) > 0.4
     assert shares[0] == shares[1]
+
+
+def test_no_token_changes_with_a_shortened_vocabulary(serve, program, text: Ids) -> None:
+    """A quarter of the tokens, those that texts have most of, are drafted nearly as well."""
+    requests = [
+        request for sampled in (False, True) for request in some_requests(text, 16, sampled)
+    ]
+    expected, whole = serve(program(3), requests)
+    tokens, stats = serve(program(3, 512), requests)
+    assert tokens == expected
+    shares = [s["accepted_draft_tokens_per_position"][0] / s["draft_steps"] for s in (whole, stats)]
+    assert 0.7 < shares[1] / shares[0] < 1
 
 
 @pytest.mark.parametrize("drafts", DRAFTS)
