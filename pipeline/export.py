@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.export import Dim
+from torch import Tensor
 
 from et_moe.backends.atomic_file import write_file
-from et_moe.backends.method_graph import PAGES, POOLS, SLOTS, MethodGraph
+from et_moe.backends.method_graph import PAGES, SLOTS, MethodGraph
 from et_moe.backends.ops import PAGE_SIZE
 from et_moe.backends.sealed_file import FINGERPRINT, LAYOUT, PtdWriter, write_sealed
 from et_moe.backends.threads import write_behind
@@ -21,13 +19,13 @@ from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
 from et_moe.pipeline.draft_head import check_draft_vocabulary, with_draft_head
 from et_moe.pipeline.footprint import footprint
+from et_moe.pipeline.graphs import build_graphs
 from et_moe.pipeline.locks import sole_writer
-from et_moe.pipeline.models import Graph, Input, Method, Sizes, model_of
+from et_moe.pipeline.models import Sizes, model_of
 from et_moe.pipeline.quantize import (
     WeightSource,
     meta_graph,
     parameter_groups,
-    parameter_spec,
 )
 from et_moe.pipeline.storage import (
     STORAGES,
@@ -45,88 +43,8 @@ MAX_SEQUENCES = 256
 """Most sequences of one decode call that are supported."""
 MAX_DRAFT_TOKENS = 3
 """Most drafts of a sequence in a decode call that are supported."""
-POOL_LIMIT = 1 << 20
-"""Most pages, or slots, of a state pool."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class _Method(nn.Module):
-    """The model with its weights passed in, so that the graph has them as inputs."""
-
-    def __init__(self, graph: Graph, method: Method) -> None:
-        super().__init__()
-        self._graph = (graph,)  # in a tuple: its own parameters must not become the program's
-        self._names = [i.name for i in method.inputs]
-        self._more = {"draft_tokens": method.draft_tokens} if method.draft_tokens else {}
-
-    def forward(self, inputs: list[Tensor], state: dict[str, Tensor], weights: dict[str, Tensor]):
-        arguments = dict(zip(self._names, inputs, strict=True))
-        return torch.func.functional_call(
-            self._graph[0], weights, (), {**arguments, **self._more, "state": state}
-        )
-
-
-EXAMPLE_SIZE = 8
-"""Size that a dimension which varies has while a method is traced, where its range allows it."""
-
-
-def _example(given: Input) -> Tensor:
-    sizes = (s if isinstance(s, int) else min(EXAMPLE_SIZE, s.high) for s in given.shape)
-    return torch.empty(tuple(sizes), dtype=given.dtype)
-
-
-def _dynamic(given: Input) -> dict[int, Dim] | None:
-    """The dimensions of an input that vary, as torch.export wants them."""
-    ranges = {i: s for i, s in enumerate(given.shape) if not isinstance(s, int)}
-    dims = {i: Dim(f"from_{r.low}_to_{r.high}", min=r.low, max=r.high) for i, r in ranges.items()}
-    return dims or None
-
-
-def _pool_dims() -> dict[str, Dim]:
-    return {pool: Dim(f"{pool}_in_pool", min=1, max=POOL_LIMIT) for pool in POOLS}
-
-
-def build_graphs(config: Config, precision: Precision, sizes: Sizes) -> dict[str, MethodGraph]:
-    """Exports the model's methods.
-
-    Works on fake tensors: no weight is allocated, whatever the model's size.
-    """
-    graph = meta_graph(config, precision)
-    if sizes.draft_vocabulary:
-        with torch.device("meta"):
-            graph.shorten_drafts(sizes.draft_vocabulary)
-    spec = parameter_spec(graph)
-    state_spec, pools = graph.state_spec(sizes.draft_tokens), _pool_dims()
-    methods = model_of(config).methods(config, sizes)
-    graphs = {}
-    for method, given in methods.items():
-        with FakeTensorMode():
-            inputs = [_example(i) for i in given.inputs]
-            state = {
-                name: torch.empty((EXAMPLE_SIZE + 1, *given.shape), dtype=given.dtype)
-                for name, given in state_spec.items()
-            }
-            weights = {n: torch.empty(shape, dtype=kind) for n, (kind, shape) in spec.items()}
-        program = torch.export.export(
-            _Method(graph, given),
-            (inputs, state, weights),
-            dynamic_shapes=(
-                [_dynamic(i) for i in given.inputs],
-                {name: {0: pools[given.pool]} for name, given in state_spec.items()},
-                dict.fromkeys(weights),
-            ),
-            strict=False,
-        )
-        graphs[method] = MethodGraph(
-            program=program,
-            inputs=[i.name for i in given.inputs],
-            outputs=list(given.outputs),
-            state={name: given.pool for name, given in state_spec.items()},
-            weights=list(weights),
-            hand_over=given.hand_over,
-        )
-    return graphs
 
 
 def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:

@@ -15,7 +15,7 @@ from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.linear.op import linear_w4a8
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.benchmarks import roofline
-from et_moe.pipeline.export import build_graphs
+from et_moe.pipeline.graphs import build_graphs
 from et_moe.pipeline.models import Sizes, parse_config
 from et_moe.pipeline.storage import Precision
 

@@ -281,7 +281,7 @@ def _launches(folder: Path) -> None:
     from et_moe.backends.cuda.compile import compile_method
     from et_moe.backends.cuda.prepack import plan_weights
     from et_moe.examples.qwen3_5_moe.model import MODEL
-    from et_moe.pipeline.export import build_graphs
+    from et_moe.pipeline.graphs import build_graphs
     from et_moe.pipeline.make_checkpoint import text_config
     from et_moe.pipeline.models import Sizes, parse_config
     from et_moe.pipeline.storage import Precision

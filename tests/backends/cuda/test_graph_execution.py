@@ -14,7 +14,7 @@ from et_moe.backends.cuda.prepack import plan_weights
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.export import build_graphs
+from et_moe.pipeline.graphs import build_graphs
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.models import Sizes
 from et_moe.pipeline.quantize import QuantizedCheckpoint
