@@ -107,18 +107,24 @@ class Program:
         self.run(self.command(*flags, "--temperature=0", f"--output_ids_path={output}"))
         return json.loads(output.read_text())
 
-    def generate_at_once(self, cases: Sequence["Case"]) -> list[list[int]]:
-        """The greedy tokens of several cases, whose sequences share decode calls."""
-        prompts, output = self.scratch / "prompts.jsonl", self.scratch / "ids.json"
+    def answer(self, requests: Sequence[dict], *flags: str) -> tuple[list[list[int]], dict]:
+        """The tokens of requests, lines of `--prompts_path`, which share decode calls, and the
+        stats."""
+        names = ("prompts.jsonl", "ids.json", "stats.json")
+        prompts, output, stats = (self.scratch / name for name in names)
         output.unlink(missing_ok=True)
-        lines = [
+        prompts.write_text("".join(json.dumps(request) + "\n" for request in requests))
+        files = (f"--prompts_path={prompts}", f"--output_ids_path={output}")
+        self.run(self.command(*files, f"--stats_path={stats}", *flags))
+        return json.loads(output.read_text()), json.loads(stats.read_text())
+
+    def generate_at_once(self, cases: Sequence["Case"]) -> list[list[int]]:
+        """The greedy tokens of several cases."""
+        requests = [
             {"prompt_ids": case.prompt_ids, "max_new_tokens": len(case.expected_ids)}
             for case in cases
         ]
-        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        flags = (f"--prompts_path={prompts}", "--temperature=0", f"--output_ids_path={output}")
-        self.run(self.command(*flags))
-        return json.loads(output.read_text())
+        return self.answer(requests, "--temperature=0")[0]
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Teacher-forced logits that predict ids[1:], float32 [len(ids) - 1, vocabulary]."""

@@ -25,6 +25,7 @@ from acceptance_session import (
     StepFailed,
     run_steps,
 )
+from acceptance_tokens import check_same_tokens
 from rich.console import Console
 from rich.table import Table
 
@@ -101,6 +102,29 @@ def models(session: Session) -> dict:
     return {"checks": found}
 
 
+def same_tokens(session: Session) -> dict:
+    """Compares tokens alone with those in batches and with drafts."""
+    entry = session.manifest["same_tokens"]
+    found: list[dict] = []
+    for mode, flags in MODES.items():
+        program, drafting = (
+            Program(
+                session.run,
+                session.runner,
+                session.folder / "models" / entry[name],
+                session.scratch,
+                flags,
+            )
+            for name in ("model", "drafting")
+        )
+        for check in check_same_tokens(program, drafting, entry["prompts"]):
+            found.append({"mode": mode, **check})
+    wrong = [f"{c['mode']}, {c['check']}: {c['error']}" for c in found if c["error"]]
+    if wrong:
+        raise StepFailed("; ".join(wrong), {"checks": found})
+    return {"checks": found}
+
+
 def find_sanitizer() -> str | None:
     """The path of compute-sanitizer, on the PATH or in the CUDA toolkit."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -108,12 +132,16 @@ def find_sanitizer() -> str | None:
 
 
 def sanitize(session: Session) -> dict:
-    """Runs a prompt and some decoded tokens of the first model under compute-sanitizer."""
+    """Runs prompts and some decoded tokens of the first model under compute-sanitizer: steps of
+    three sequences, then of one."""
     tool = find_sanitizer()
     if tool is None:
         raise NotRun("compute-sanitizer is not installed")
     model = Model.from_json(session.manifest["models"][0])
     ids = next(case.prompt_ids for case in model.cases if len(case.prompt_ids) > 16)
+    prompts = session.scratch / "sanitized.jsonl"
+    requests = [{"prompt_ids": ids[i:], "max_new_tokens": 3 if i else 5} for i in range(3)]
+    prompts.write_text("".join(json.dumps(request) + "\n" for request in requests))
     runs = [("memcheck", "graphs")]
     if not session.quick:
         runs += [("memcheck", "eager"), ("racecheck", "eager")]
@@ -121,7 +149,7 @@ def sanitize(session: Session) -> dict:
     for check, mode in runs:
         folder = session.folder / "models" / model.name
         program = Program(session.run, session.runner, folder, session.scratch, MODES[mode])
-        flags = (f"--prompt_ids={','.join(map(str, ids))}", "--max_new_tokens=4")
+        flags = (f"--prompts_path={prompts}", f"--output_ids_path={session.scratch / 'ids.json'}")
         command = [tool, f"--tool={check}", "--error-exitcode=86", *program.command(*flags)]
         try:
             code, output = session.call(command)
@@ -185,10 +213,11 @@ def demo_benchmark(session: Session) -> dict:
 # time on compiling.
 STEPS = (
     Step("models", models, (80, 40)),
+    Step("same tokens", same_tokens, (40, 20)),
     Step("compute-sanitizer", sanitize, (60, 20)),
-    Step("kernel tests", kernel_tests, (200, 100)),
-    Step("kernel benchmark", kernel_benchmark, (90, 40)),
-    Step("demo benchmark", demo_benchmark, (60, 30)),
+    Step("kernel tests", kernel_tests, (190, 90)),
+    Step("kernel benchmark", kernel_benchmark, (70, 35)),
+    Step("demo benchmark", demo_benchmark, (50, 25)),
 )
 
 

@@ -49,9 +49,14 @@ MODELS = {
     "tiny": ("float32", (1, 2, 65, 300, 2100)),  # the last one needs two calls of prefill
     "demo-float32": ("float32", (1, 17, 130, 700)),
     "demo-bfloat16": ("bfloat16", (1, 17, 130, 700)),
+    "demo-drafts": ("bfloat16", (17, 700)),
     "heads": ("bfloat16", ()),  # random, hence full of near ties: only logits are compared
 }
 """Name -> dtype, and lengths of the prompts whose next tokens are checked."""
+DRAFTING = {"demo-drafts": 2}
+"""Name -> drafts of a step."""
+SAME_TOKENS = {"model": "demo-bfloat16", "drafting": "demo-drafts"}
+"""Programs of the same weights whose tokens are compared with each other."""
 HEADS = {
     "hidden_size": 256,
     "head_dim": 256,
@@ -178,6 +183,7 @@ def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], fold
         folder.mkdir(parents=True)
         np.save(folder / EXPECTED_LOGITS, program.logits(scored))
     target = ("--backend", "cuda", "--cuda-arch", ",".join(archs), "--dtype", dtype)
+    target += ("--draft-tokens", str(DRAFTING.get(name, 0)))
     et_moe("export", *model, *target, "--output-dir", folder)
     return Model(name, dtype, cases, scored)
 
@@ -203,6 +209,7 @@ def pack(folder: Path, runner: Path, archs: list[str]) -> None:
         "archs": archs,
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "triton", "executorch")},
         "models": [model.to_json() for model in models],
+        "same_tokens": {**SAME_TOKENS, "prompts": prompts(SAME_TOKENS["model"], 60)[::2]},
         "files": committed_files(),
     }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

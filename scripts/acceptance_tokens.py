@@ -1,0 +1,76 @@
+"""Tokens that must not depend on what a sequence shares a call with, nor on drafts, bit by bit.
+
+What a program gives one request at a time says what is right: here it is compared with itself, so
+no near tie is an excuse. Up to four rows of a call have the bits that they have alone (the section
+on a row's bits in docs/performance.md), and so have rows of drafts. Of more sequences it is only
+counted how many have the same tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from acceptance_models import Program, compare_tokens
+
+SAME = 4
+"""So many sequences at once have the bits that they have alone."""
+MORE = 16
+
+NEW_TOKENS = 40
+
+
+def requests_of(prompts: Sequence[list[int]]) -> list[dict]:
+    """Requests of different lengths, every other one sampled, which tells of smaller differences
+    than greedy ones do."""
+    requests = []
+    for i, ids in enumerate(prompts):
+        request = {"prompt_ids": ids, "max_new_tokens": NEW_TOKENS + i}
+        requests.append(request | ({"temperature": 0.8, "seed": i} if i % 2 else {}))
+    return requests
+
+
+def check_same_tokens(
+    program: Program, drafting: Program, prompts: Sequence[list[int]]
+) -> Iterator[dict]:
+    """Yields what each check found, with an `error` or None.
+
+    Args:
+        program, drafting: of the same weights, the second one with drafts.
+    """
+    requests = requests_of(prompts)
+
+    def answer(of: Program, sequences: int) -> tuple[list[list[int]], dict]:
+        return of.answer(requests, f"--max_sequences={sequences}")
+
+    alone, _ = answer(program, 1)
+
+    def together() -> dict:
+        return {"error": first_difference(answer(program, SAME)[0], alone)}
+
+    def many() -> dict:
+        tokens, _ = answer(program, MORE)
+        same = sum(a == b for a, b in zip(tokens, alone, strict=True))
+        return {"same": same, "of": len(alone), "error": None}
+
+    def with_drafts(sequences: int) -> dict:
+        tokens, stats = answer(drafting, sequences)
+        names = ("draft_tokens", "accepted_draft_tokens")
+        found = {name: stats.get(name, 0) for name in names}
+        if not all(found.values()):
+            return {**found, "error": f"no drafts were accepted: {found}"}
+        return {**found, "error": first_difference(tokens, alone)}
+
+    checks: dict[str, Callable[[], dict]] = {
+        f"{SAME} at once": together,
+        f"{MORE} at once": many,
+        "drafts": lambda: with_drafts(1),
+        f"drafts, {SAME} at once": lambda: with_drafts(SAME),
+    }
+    for name, check in checks.items():
+        yield {"check": name, **check()}
+
+
+def first_difference(actual: list[list[int]], expected: list[list[int]]) -> str | None:
+    """Which request has other tokens, and where, or None."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if error := compare_tokens(a, e):
+            return f"request {i}: {error}"
+    return None
