@@ -83,6 +83,7 @@ void Run::take(const Event& event, llm::Stats& stats) {
     drawn_ms_.push_back(drawn);
   }
   stats.num_generated_tokens = static_cast<int64_t>(drawn_ms_.size());
+  if (stats.batch->cached_tokens) *stats.batch->cached_tokens += event.cached_tokens;
   if (stats.drafts) stats.drafts->add(event.drafts);
   if (!event.end) return;
   answer.has_ended = true;
@@ -125,6 +126,7 @@ void Run::print_next(const Tokenizer* tokenizer) {
 
 void Run::run(llm::Stats& stats, bool is_measured, bool printed, const Tokenizer* tokenizer) {
   stats.batch.emplace();
+  if (flags_.prefix_cache) stats.batch->cached_tokens = 0;
   if (engine_.info().draft_tokens > 0) stats.drafts.emplace();
   stats.inference_start_ms = stats.model_execution_start_ms = llm::now_ms();
   submit();
@@ -179,7 +181,8 @@ void generate_batch(const Flags& f, const Tokenizer* tokenizer) {
     const size_t most = std::min(requests.size(), static_cast<size_t>(info.max_sequences));
     llm::Stats stats;
     stats.model_load_start_ms = llm::now_ms();
-    const ModelOptions options = model_options(f, f.max_sequences.value_or(most));
+    ModelOptions options = model_options(f, f.max_sequences.value_or(most));
+    if (f.prefix_cache) options.snapshots = snapshots_for(options.max_sequences);
     AsyncEngine engine(f.model_path, f.data_path, {options, requests.size()});
     stats.model_load_end_ms = llm::now_ms();
     const EngineStatus status = engine.status();

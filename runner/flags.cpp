@@ -144,6 +144,10 @@ void add_flags(CLI::App& app, Flags& f) {
               "as a call of the program takes",
               1, 1000000)
       ->needs(prompts);
+  app.add_flag("--prefix_cache", f.prefix_cache,
+               "Prompts of --prompts_path that begin as earlier ones did take over what these "
+               "computed; so do those of further runs (--num_iters)")
+      ->needs(prompts);
   app.add_option("--memory_fraction", f.memory_fraction,
                  "Of a GPU's memory, for weights and state together, more than 0 and at most 1: "
                  "bounds how many tokens are cached")

@@ -22,7 +22,7 @@ struct Flags {
   std::optional<size_t> max_sequences;
   std::optional<double> memory_fraction;
   int warmup = 0, num_iters = 1;
-  bool cuda_graph = false, parse_special = true;
+  bool cuda_graph = false, parse_special = true, prefix_cache = false;
 };
 
 void add_flags(CLI::App& app, Flags& flags);

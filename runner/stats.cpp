@@ -103,6 +103,7 @@ std::string Stats::to_json() const {
   }
   if (batch) {
     json["requests"] = batch->first_token_ms.size();
+    if (batch->cached_tokens) json["cached_prompt_tokens"] = *batch->cached_tokens;
     json["output_token_per_sec"] = output_token_per_sec();
     for (const auto& [name, times] : {std::pair("time_to_first_token_ms", &batch->first_token_ms),
                                       {"time_between_tokens_ms", &batch->between_tokens_ms}}) {
@@ -132,6 +133,9 @@ std::string Stats::to_table() const {
   };
   if (batch) row("Requests", "%.0f", static_cast<double>(batch->first_token_ms.size()), "");
   row("Prompt", "%.0f", static_cast<double>(num_prompt_tokens), "tokens");
+  if (batch && batch->cached_tokens) {
+    row("From prefix cache", "%.0f", static_cast<double>(*batch->cached_tokens), "tokens");
+  }
   row("Generated", "%.0f", static_cast<double>(num_generated_tokens), "tokens");
   row("Model load", "%.1f", model_load_end_ms - model_load_start_ms, "ms");
   if (batch) {

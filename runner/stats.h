@@ -26,6 +26,7 @@ struct BatchStats {
   std::vector<double> first_token_ms;     // from the start, one of each request that drew a token
   std::vector<double> between_tokens_ms;  // from each token to the next one of its request
   int64_t generated_in_prefill = 0;       // tokens of all requests until the end of prefill
+  std::optional<int64_t> cached_tokens;   // of prompts, taken from a prefix cache, if there is one
 };
 
 /// Of tokens that were guessed before they were drawn.

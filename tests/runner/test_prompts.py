@@ -145,6 +145,21 @@ def test_stats(runner, tiny_program: Path, tmp_path: Path) -> None:
     assert [row[-1] for row in table if "Time" in row] == ["median", "median"]
 
 
+def test_a_prefix_cache(runner, answer, long_program: Path, tmp_path: Path) -> None:
+    """A second run takes over what the first one computed, up to its last full page."""
+    rng = random.Random(5)
+    shared = [rng.randrange(1, VOCABULARY - 4) for _ in range(2000)]
+    lines = [{"prompt_ids": [*shared, *range(1, 20 + i)], "max_new_tokens": 4} for i in range(3)]
+    stats = tmp_path / "stats"
+    flags = (f"--stats_path={stats}", "--num_iters=2", "--max_sequences=1")
+    alone = answer(lines, *flags, program=long_program)
+    assert "cached_prompt_tokens" not in stats.read_text()
+    assert answer(lines, "--prefix_cache", *flags, program=long_program) == alone
+    first, second = (json.loads(line) for line in stats.read_text().splitlines())
+    assert 2 * 1800 < first["cached_prompt_tokens"] < second["cached_prompt_tokens"]
+    assert second["cached_prompt_tokens"] > 0.95 * second["prompt_tokens"]
+
+
 NEITHER = "expected one of prompt and prompt_ids"
 LINES = {
     '{"prompt_ids": [1], "stop": "x"}': 'unknown key "stop", expected prompt, prompt_ids, max_new',
@@ -245,6 +260,7 @@ FLAGS = {
     "--memory_fraction=1.1": "--memory_fraction: Value 1.1: expected more than 0 and at most 1",
     "--memory_fraction=0.9": "model.pte is a program for the CPU, which has no GPU memory",
     "--prompt_ids=1": "Exactly 1 option from",
+    "--prefix_cache=x": "--prefix_cache",
 }
 
 
