@@ -93,6 +93,9 @@ def batch(
         list[str], typer.Option(help="SEQUENCES:PROMPT:NEW_TOKENS[:REQUESTS]; repeatable.")
     ] = LOADS,
     profile: Annotated[bool, typer.Option(help="Kernels of a step, on a GPU.")] = False,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="The prompts have been answered once before.")
+    ] = False,
     model_dir: ModelDir = None,
     runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = RUNNER,
 ) -> None:
@@ -101,8 +104,8 @@ def batch(
     from et_moe.benchmarks.shape import model_shape
 
     loads = [Load.parse(text) for text in load]
-    succeeded = measure(runner, program, loads, profile, model_shape(model_dir), out)
-    raise typer.Exit(not succeeded)
+    how = {"profiled": profile, "prefix_cache": prefix_cache}
+    raise typer.Exit(not measure(runner, program, loads, model_shape(model_dir), out, **how))
 
 
 @app.command()

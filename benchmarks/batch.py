@@ -89,8 +89,8 @@ def _command(runner: Path, program: Path, load: Load, folder: Path) -> list[str 
     ]
 
 
-def _run(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
-    """The runner's stats of the second of two runs.
+def _run(runner: Path, program: Path, load: Load, vocabulary: int, more: list[str]) -> dict:
+    """The runner's stats of the second of two runs, with further flags.
 
     Raises:
         RuntimeError: the runner fails; with its message.
@@ -100,7 +100,7 @@ def _run(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
         load.write(folder / "prompts", vocabulary)
         stats = folder / "stats"
         command = _command(runner, program, load, folder)
-        command += ["--num_iters=2", f"--stats_path={stats}"]
+        command += ["--num_iters=2", f"--stats_path={stats}", *more]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-500:] or f"exit code {done.returncode}")
@@ -129,12 +129,21 @@ def _profile(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
 
 
 def measure(
-    runner: Path, program: Path, loads: list[Load], profiled: bool, c: ModelConfig, out: Path
+    runner: Path,
+    program: Path,
+    loads: list[Load],
+    c: ModelConfig,
+    out: Path,
+    *,
+    profiled: bool = False,
+    prefix_cache: bool = False,
 ) -> bool:
     """Measures each load, and writes `out` after each.
 
     Args:
         profiled: whether a step of each is profiled kernel by kernel on a GPU.
+        prefix_cache: whether the run that counts, the second one, takes over what the first one
+            computed of the same prompts, as a conversation's next turn does.
 
     Returns:
         Whether no measurement failed.
@@ -146,12 +155,15 @@ def measure(
         row: dict = dataclasses.asdict(load)
         result["rows"].append(row)
         try:
-            stats = _run(runner, program, load, c.vocab_size)
+            more = ["--prefix_cache"] if prefix_cache else []
+            stats = _run(runner, program, load, c.vocab_size, more)
         except RuntimeError as e:  # one failure must not end the benchmark
             row["error"] = str(e)
         else:
             row |= {name: stats[name] for name in (*_RATES, *_TIMES)}
             row |= steps_of(stats, load.sequences)
+            if prefix_cache:
+                row["cached_prompt_tokens"] = stats["cached_prompt_tokens"]
             if gpu:
                 step = roofline.batch_step(load.sequences, c, load.prompt + load.new_tokens // 2)
                 row["roof_ms"] = 1e3 * sum(kernel.seconds(**gpu["roof"]) for kernel in step)

@@ -19,7 +19,7 @@ def test_rows_of_a_program(runner, tiny_program, tiny_checkpoint, tmp_path: Path
     out = tmp_path / "batch.json"
     shape = model_shape(tiny_checkpoint)
     loads = [Load(1, 1, 10, 8), Load(3, 3, 10, 8), Load(2, 5, 10, 8)]
-    assert batch.measure(runner.binary, tiny_program, loads, False, shape, out)
+    assert batch.measure(runner.binary, tiny_program, loads, shape, out)
     result = json.loads(out.read_text())
     assert [row["requests"] for row in result["rows"]] == [1, 3, 5]
     for row in result["rows"]:
@@ -27,6 +27,16 @@ def test_rows_of_a_program(runner, tiny_program, tiny_checkpoint, tmp_path: Path
         assert "roof_ms" not in row  # there is no GPU to have one
     lines = report.section(result)
     assert any(line.startswith("| 2 | 5 | ") for line in lines)
+
+
+def test_prompts_that_have_been_answered_before(
+    runner, tiny_program, tiny_checkpoint, tmp_path: Path
+) -> None:
+    out, shape = tmp_path / "batch.json", model_shape(tiny_checkpoint)
+    loads = [Load.parse("1:20:8")]
+    assert batch.measure(runner.binary, tiny_program, loads, shape, out, prefix_cache=True)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["cached_prompt_tokens"] == 0  # less than a page
 
 
 def test_a_step_draws_what_is_accepted_besides() -> None:
@@ -43,7 +53,7 @@ def test_a_failure_is_kept(runner, tiny_program, tiny_checkpoint, tmp_path: Path
     """The prompts do not fit the context."""
     out, shape = tmp_path / "batch.json", model_shape(tiny_checkpoint)
     loads = [Load.parse("2:1000:8")]
-    assert not batch.measure(runner.binary, tiny_program, loads, False, shape, out)
+    assert not batch.measure(runner.binary, tiny_program, loads, shape, out)
     (row,) = json.loads(out.read_text())["rows"]
     assert "context" in row["error"] and row["error"] in report.cells(row)
 
