@@ -1,52 +1,113 @@
 #!/usr/bin/env bash
-# Qwen3.5-35B-A3B at full size on one GPU, in one command: random weights of the true shape, the
-# end-to-end benchmark, many sequences at once, INT8 against bf16 activations, the peers, and the kernels against those of
-# the ExecuTorch wheel. Takes a folder made by scripts/pack_acceptance.sh and
-# scripts/pack_full_size.sh; needs no network, 40 GB of disk, and a python3 with torch, triton and
-# transformers. With FOLDER/llama-bench (benchmarks/peers/llama_cpp.py says how it is built)
-# llama.cpp is a peer, too, for 20 GB more. Results go to FOLDER/results; of these
-# `python -m et_moe.benchmarks report FOLDER/results` makes docs/results.md.
-# Usage: scripts/gpu_full_size.sh FOLDER
+# Qwen3.5-35B-A3B at full size on one GPU, in one command, with random weights of the true shape. Takes
+# a folder made by scripts/pack_acceptance.sh and scripts/pack_full_size.sh; needs no network, 70 GB of
+# disk, and a python3 with torch, triton and transformers. With FOLDER/llama-bench
+# (benchmarks/peers/llama_cpp.py says how it is built) llama.cpp is a peer, too, for 20 GB more.
+# Results go to FOLDER/results; of these `python -m et_moe.benchmarks report FOLDER/results` makes
+# docs/results.md. What is measured, all of it or what is named:
+#   e2e          one sequence: prefill and decode with INT8 and bf16 activations
+#   batch        many sequences at once
+#   activations  INT8 against bf16 activations
+#   peers        other engines (after e2e)
+#   kernels      the kernels, against those of the ExecuTorch wheel
+#   drafts       one to four sequences without and with drafts
+#   state        256 sequences with a recurrent state of bfloat16
+#   second_turn  the first token of a conversation of 32,000 tokens that goes on
+#   mixed        one sequence with the recipe "mixed"
+# Usage: scripts/gpu_full_size.sh FOLDER [MEASUREMENT...]
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
-folder=$(cd "${1:?usage: $0 FOLDER}" && pwd)
-if [ ! -f "$folder/full_size/int8/model.pte" ]; then
-  echo "$folder: no full-size programs: run scripts/pack_full_size.sh" >&2
-  exit 2
-fi
+usage="usage: $0 FOLDER [MEASUREMENT...]"
+folder=$(cd "${1:?$usage}" && pwd)
+wanted=("${@:2}")
+[ ${#wanted[@]} -gt 0 ] ||
+  wanted=(e2e batch activations peers kernels drafts state second_turn mixed)
+. "$repo/scripts/full_size_programs.sh"
 . "$repo/scripts/packed_environment.sh"
 cd "$repo"
-scratch=$folder/scratch results=$folder/results
+scratch=$folder/scratch results=$folder/results runner=$folder/bin/qwen3_5_moe_runner
 mkdir -p "$scratch" "$results"
-rm -f "$results/e2e.tsv"
+failed=0
 
-et_moe() {  # also writes down how long it took
+et_moe() { # also writes down how long it took
   local begin=$SECONDS
   python3 -m et_moe.pipeline.cli "$@"
   printf '%s\tet-moe %s\n' $((SECONDS - begin)) "${*//"$folder"/FOLDER}" >>"$results/e2e.tsv"
 }
-measure() {
-  python3 -m et_moe.benchmarks "$@" || failed=1
+
+# The bundle of a recipe. There is room for one: that of another recipe goes, with its weights.
+bundle() {
+  [ -d "$scratch/$1" ] && return
+  rm -rf "$scratch"
+  et_moe make-checkpoint --preset 35b --mtp --quantized --recipe "$1" --output-dir "$scratch/$1"
 }
 
-et_moe make-checkpoint --preset 35b --quantized --recipe 4w --output-dir "$scratch/bundle"
-et_moe export --prequantized "$scratch/bundle" --weights-only --backend cuda \
-  --max-seq-len 4608 --output-dir "$scratch/program"
-for activations in int8 bf16; do  # they differ in the code, not in the weights
-  ln -sfn "$scratch/program/model.ptd" "$folder/full_size/$activations/model.ptd"
-done
+# Weights for a program. Programs that differ in the code alone share them; those with drafts, which
+# have weights of their own, give them back with `give_back`.
+weights() {
+  local name=$1 count=${drafts[$1]:-0} of=${recipe[$1]:-4w}
+  local target=$scratch/weights-$of-$count
+  if [ ! -f "$folder/full_size/$name/model.pte" ]; then
+    echo "$folder: no program $name: run scripts/pack_full_size.sh" >&2
+    exit 2
+  fi
+  bundle "$of"
+  [ -f "$target/model.ptd" ] || et_moe export --prequantized "$scratch/$of" --weights-only \
+    --backend cuda --max-seq-len 4608 --draft-tokens "$count" --output-dir "$target"
+  ln -sfn "$target/model.ptd" "$folder/full_size/$name/model.ptd"
+}
+give_back() { rm -rf "$scratch/weights-4w-$1"; }
 
-failed=0
-measure e2e --runner "$folder/bin/qwen3_5_moe_runner" --model-dir "$scratch/bundle" \
-  --program "int8=$folder/full_size/int8" --program "bf16=$folder/full_size/bf16" \
-  --out "$results/e2e.json"
-measure batch --runner "$folder/bin/qwen3_5_moe_runner" --model-dir "$scratch/bundle" \
-  --program "$folder/full_size/int8" --out "$results/batch.json"
-measure activations --bundle "$scratch/bundle" --out "$results/activations.json"
-llama=()
-if [ -x "$folder/llama-bench" ]; then
-  llama=(--llama-bench "$folder/llama-bench" --gguf "$scratch/model.gguf")
-fi
-measure peers --e2e "$results/e2e.json" --prompts 1600 --out "$results/peers.json" "${llama[@]}"
-measure kernels --out "$results/kernels.json"
+measure() { # COMMAND RESULT FLAGS...
+  python3 -m et_moe.benchmarks "$1" --out "$results/$2.json" "${@:3}" || failed=1
+}
+batch() { # RESULT PROGRAM FLAGS...
+  weights "$2"
+  measure batch "$1" --runner "$runner" --model-dir "$scratch/${recipe[$2]:-4w}" \
+    --program "$folder/full_size/$2" "${@:3}"
+}
+single() { # RESULT PROGRAM...
+  local programs=() name
+  for name in "${@:2}"; do
+    weights "$name"
+    programs+=(--program "$name=$folder/full_size/$name")
+  done
+  measure e2e "$1" --runner "$runner" --model-dir "$scratch/${recipe[$2]:-4w}" "${programs[@]}"
+}
+
+few=(--load 1:1600:512 --load 2:1600:512 --load 4:1600:512 --profile)
+for what in "${wanted[@]}"; do
+  case $what in
+    e2e)
+      rm -f "$results/e2e.tsv"
+      single e2e int8 bf16
+      ;;
+    batch) batch batch int8 ;;
+    activations)
+      bundle 4w
+      measure activations activations --bundle "$scratch/4w"
+      ;;
+    peers)
+      llama=()
+      [ -x "$folder/llama-bench" ] &&
+        llama=(--llama-bench "$folder/llama-bench" --gguf "$folder/model.gguf")
+      measure peers peers --e2e "$results/e2e.json" --prompts 1600 "${llama[@]}"
+      ;;
+    kernels) measure kernels kernels ;;
+    drafts)
+      batch few int8 "${few[@]}"
+      for count in 1 2; do
+        batch "drafts$count" "drafts$count" "${few[@]}"
+        give_back "$count"
+      done
+      ;;
+    state) batch state state --load 256:1700:600 --profile ;;
+    second_turn) batch second_turn long --load 1:32000:32 --prefix-cache ;;
+    mixed) single mixed mixed ;;
+    *)
+      echo "$what: no such measurement; $usage" >&2
+      exit 2
+      ;;
+  esac
+done
 exit $failed
