@@ -163,6 +163,14 @@ def export(
             help="Guess among so many tokens only, the first, which is faster; 0 for all."
         ),
     ] = 0,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score",
+            help="With a method for the log-probabilities of given texts, 64 tokens a call instead "
+            "of one: for `eval` and for completions with echo and logprobs. The program is larger.",
+        ),
+    ] = False,
     cache: Annotated[bool, typer.Option(help="Keep and reuse compiled CUDA code.")] = True,
     cache_dir: Annotated[Path, typer.Option(help="Where to keep it.", **PATH)] = Path(
         "~/.cache/et-moe/cuda"
@@ -198,6 +206,7 @@ def export(
         debug_sidecar,
         draft_tokens,
         draft_vocabulary,
+        score,
     )
     writing = exporter.output_folder(
         source, output_dir, options, graph=not weights_only, weights=not graph_only

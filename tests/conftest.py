@@ -166,3 +166,23 @@ def tiny_program(tiny_bundle: Path) -> Path:
     directory = tiny_bundle.with_name("program")
     export(Bundle(tiny_bundle), directory, ExportOptions(max_seq_len=32))
     return directory
+
+
+@pytest.fixture(scope="session")
+def scored_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `checkpoint`, a small model with a head for drafts and a context of 256 tokens,
+    and its programs for the CPU, in fp32 and not quantized: `plain`, `score` with the method of
+    this name, and `drafts` with it and with two drafts."""
+    from checkpoints import make_small, storages
+
+    from et_moe.pipeline.checkpoint import Checkpoint
+    from et_moe.pipeline.export import ExportOptions, export
+    from et_moe.pipeline.quantize import QuantizedCheckpoint
+
+    folder = tmp_path_factory.mktemp("scored")
+    make_small(folder / "checkpoint", max_position_embeddings=256, mtp_num_hidden_layers=1)
+    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("none", 128, "none"))
+    for name, more in (("plain", {}), ("score", {}), ("drafts", {"draft_tokens": 2})):
+        options = ExportOptions(max_sequences=2, score=name != "plain", **more)
+        export(source, folder / name, options)
+    return folder
