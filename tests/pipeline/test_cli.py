@@ -106,6 +106,13 @@ def test_eval(run: Run, tiny_checkpoint, tiny_program, build_dir: Path, tmp_path
     assert abs(result["perplexity_growth"]) < 0.2 and 0 <= result["kl_divergence"] < 0.5
     code, out, _ = run(*common)
     assert code == 0 and f"{result['perplexity']:.4f}" in out
+    common = ("eval", "--text", text, "--window", 16, "--runner", runner)
+    common += ("--program-dir", tiny_program, "--reference-program", tiny_program)
+    code, out, err = run(*common, "--json")
+    assert code == 0 and "tokens" in err, err
+    found = json.loads(out)
+    assert found["perplexity"] == found["reference_perplexity"] == result["perplexity"]
+    assert (found["kl_divergence"], found["top1_agreement"]) == (0, 1)
 
 
 def test_help_and_unknown_words(run: Run, refused) -> None:
@@ -365,6 +372,7 @@ def test_eval_of_what_is_not_there(
     check([missing, "cannot be run"], runner=missing)
     check([missing / "model.pte"], program_dir=missing)
     check(["--window 1: expected at least 2"], window=1)
+    check(["--model-dir and --reference-program: expected at most one"], reference_program=missing)
     make_small(tmp_path / "other", vocab_size=320)
     check([tmp_path / "other", "320", "264"], model_dir=tmp_path / "other")
     (tmp_path / "other" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
