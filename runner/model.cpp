@@ -12,6 +12,21 @@ namespace {
 /// Tokens for which a call that may be followed by others at once takes pages in advance.
 constexpr size_t kTokensAhead = 16;
 
+/// The method of a call of so many sequences with so many rows each.
+const std::string& method_of(const CallOptions& options, size_t sequences, size_t width) {
+  if (sequences > 1) return options.drafts ? kDraftDecodeBatch : kDecodeBatch;
+  if (options.drafts) return kDraftDecode;
+  if (options.full_logits) return kScore;
+  return width > 1 ? kPrefill : kDecode;
+}
+
+/// What a call returns.
+const std::vector<std::string>& outputs_of(const CallOptions& options) {
+  static const std::vector<std::string> step{kStep}, token{kToken}, both{kToken, kLogits};
+  if (options.drafts) return step;
+  return options.logits || options.full_logits ? both : token;
+}
+
 }  // namespace
 
 Session::~Session() {
@@ -268,8 +283,6 @@ std::vector<Drawn> Model::run_or_settle(const Call& call, const std::vector<Toke
 
 std::vector<Step> Model::call(const std::vector<Feed>& feeds, const std::vector<Tokens>& tokens,
                               const CallOptions& options) {
-  static const std::vector<std::string> step_only{kStep}, token_only{kToken},
-      with_logits{kToken, kLogits};
   const bool drafts = options.drafts;
   std::vector<TextRow> rows;
   bool run_ahead = options.run_ahead;
@@ -279,24 +292,16 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const std::vector<
     rows.push_back({tokens[i].data(), tokens[i].size(), session.position_, session.version_,
                     session.slot_, session.pages_, feeds[i].sampling});
   }
-  const size_t width = drafts                ? static_cast<size_t>(reach(true))
-                       : options.full_logits ? static_cast<size_t>(info_.score_tokens)
-                                             : tokens[0].size();
+  size_t width = tokens[0].size();
+  if (drafts) width = static_cast<size_t>(reach(true));
+  if (options.full_logits) width = static_cast<size_t>(info_.score_tokens);
   inputs_->set(rows, width);
-  const std::string& alone = drafts                ? kDraftDecode
-                             : options.full_logits ? kScore
-                             : width > 1           ? kPrefill
-                                                   : kDecode;
-  const std::string& several = drafts ? kDraftDecodeBatch : kDecodeBatch;
+  const std::string& method = method_of(options, feeds.size(), width);
   for (const Feed& feed : feeds) feed.session->failed_ = true;
   ahead_.clear();
   const float* logits = nullptr;
-  std::vector<Drawn> drawn = run_or_settle({feeds.size() > 1 ? several : alone, inputs_->inputs(),
-                                            drafts ? step_only
-                                            : options.logits || options.full_logits ? with_logits
-                                                                                    : token_only,
-                                            run_ahead},
-                                           tokens, &logits);
+  std::vector<Drawn> drawn =
+      run_or_settle({method, inputs_->inputs(), outputs_of(options), run_ahead}, tokens, &logits);
   ahead_drafts_ = drafts;
   std::vector<Step> steps;
   for (size_t i = 0; i < feeds.size(); ++i) {

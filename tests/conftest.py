@@ -182,7 +182,7 @@ def scored_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `checkpoint`, a small model in fp32 with a head for drafts and a context of 256
     tokens, and its programs for the CPU, not quantized: `plain`, `score` with the method of this
     name, and `drafts` with it and with two drafts."""
-    from checkpoints import make_small, storages
+    from checkpoints import change_config, make_small, storages
 
     from et_moe.pipeline.checkpoint import Checkpoint
     from et_moe.pipeline.export import ExportOptions, export
@@ -190,9 +190,8 @@ def scored_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("scored")
     sizes = {"max_position_embeddings": 256, "mtp_num_hidden_layers": 1}
-    config, _ = make_small(folder / "checkpoint", **sizes)
-    config["dtype"] = "float32"
-    (folder / "checkpoint" / "config.json").write_text(json.dumps(config))
+    make_small(folder / "checkpoint", **sizes)
+    change_config(folder / "checkpoint", dtype="float32")
     source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("none", 128, "none"))
     for name, more in (("plain", {}), ("score", {}), ("drafts", {"draft_tokens": 2})):
         options = ExportOptions(max_sequences=1, score=name != "plain", **more)
