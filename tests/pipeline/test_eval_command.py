@@ -68,3 +68,11 @@ def test_eval_of_what_is_not_there(
     for file in (tmp_path / "other").glob("*.safetensors"):
         file.rename(file.with_name("pytorch_model.bin"))
     check([tmp_path / "other", "safetensors"], model_dir=tmp_path / "other")
+
+
+def test_exports_with_a_method_for_it(run: Run, tmp_path: Path) -> None:
+    command = ("export", "--preset", "tiny", "--graph-only", "--output-dir", tmp_path / "program")
+    for flags in ((), ("--score",)):
+        assert run(*command, *flags)[0] == 0
+        pte = (tmp_path / "program" / "model.pte").read_bytes()
+        assert (b"get_score_tokens" in pte) == (b'"score"' in pte) == bool(flags)
