@@ -169,7 +169,9 @@ def _read_windows(
         from transformers import AutoTokenizer
 
         load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
-        ids = AutoTokenizer.from_pretrained(model_dir, **LOCAL)(content)["input_ids"]
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
+        # Not verbose: that a text is longer than the model's context does not matter here.
+        ids = tokenizer(content, verbose=False)["input_ids"]
     else:
         from tokenizers import Tokenizer
 

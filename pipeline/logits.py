@@ -90,6 +90,7 @@ class ProgramLogits(contextlib.AbstractContextManager):
             f"--data_path={self._program_dir / 'model.ptd'}",
             f"--score_ids_path={ids}",
             f"--logits_path=/dev/fd/{writing}",
+            "--cuda_graph",  # a CPU program ignores it
         ]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         try:
