@@ -108,7 +108,8 @@ class ProgramLogits(contextlib.AbstractContextManager):
             self._process.wait()
 
     def _failure(self) -> ConfigError:
-        """What is wrong where the rows end too early."""
+        """What is wrong where the rows end too early, or are none."""
+        self._rows.close()  # what still writes must not wait for a reader
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip()

@@ -162,6 +162,10 @@ def test_windows_of_one_length_are_a_batch(scored_model, token_ids, monkeypatch)
         ("header(9)", "failed: it gave fewer logits than expected"),
         ("out.write(b'not what it was asked for')", "failed: it gave fewer logits than expected"),
         ("header(9)\nos.kill(os.getpid(), signal.SIGKILL)", r"failed: \(ended by SIGKILL\)"),
+        (
+            "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\nwhile True: out.write(bytes(10**6))",
+            r"failed: \(ended by SIGPIPE\)",
+        ),
     ],
 )
 def test_a_runner_that_fails(scored_model, text, tmp_path: Path, body: str, message: str) -> None:
