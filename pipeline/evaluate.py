@@ -1,129 +1,245 @@
-"""How far an exported model is from the Hugging Face model: perplexity, KL divergence, top-1."""
+"""How good an exported model is on a text, and how far from a reference: perplexity, KL divergence,
+top-1."""
 
+import contextlib
 import json
 import math
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy
 import torch
+from torch import Tensor
 
 from et_moe.pipeline.config import ConfigError, read_text
+from et_moe.pipeline.logits import LOCAL, HuggingFaceLogits, Logits, ProgramLogits, Windows
 from et_moe.pipeline.models import load_config
+from et_moe.pipeline.tokenizer import check_tokenizer
 
-LOCAL = {"local_files_only": True, "trust_remote_code": False}
-"""How transformers opens a checkpoint: no network, and none of the code that it may bring."""
+ROWS = 64
+"""Rows of logits that are compared at once."""
+
+
+@dataclass(frozen=True)
+class HalfWindows:
+    """Perplexity as llama.cpp's `llama-perplexity` has it, so that figures can be compared.
+
+    A text is cut into windows of n tokens; what is left behind the last full one is dropped. In
+    each the tokens behind the one with index n // 2 count, n - 1 - n // 2 of them, so that each has
+    at least half a window before it. The tool refuses a text of fewer than two windows, and its
+    windows have 512 tokens unless `-c` says otherwise. Source: the function `perplexity` in
+    `tools/perplexity/perplexity.cpp` of llama.cpp (`examples/perplexity` in older versions). For a
+    tokenizer that begins texts with a token of its own it also replaces the first token of every
+    window by that one; Qwen's have none.
+
+    Attributes:
+        tokens: how many count.
+        perplexity: exp of their mean negative log-likelihood.
+        error: the tool's "+/-", the perplexity times the standard error of that mean.
+    """
+
+    tokens: int
+    perplexity: float
+    error: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all predicted tokens.
+    """Means over all predicted tokens; what compares with a reference is None without one.
 
     Attributes:
         tokens: how many were predicted.
-        reference_perplexity, perplexity: of the Hugging Face model (in the checkpoint's dtype) and
-            of the exported one.
+        perplexity: of the exported model.
+        reference_perplexity: of the reference: a Hugging Face model (in the checkpoint's dtype), or
+            another program.
         kl_divergence: of the exported model's distribution from the reference's, in nats.
         top1_agreement: share of positions where both have the same likeliest token.
+        llama_cpp, reference_llama_cpp: of both models, or None if the text has fewer than two full
+            windows, or these have no token that counts.
     """
 
     tokens: int
-    reference_perplexity: float
     perplexity: float
-    kl_divergence: float
-    top1_agreement: float
+    reference_perplexity: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+    llama_cpp: HalfWindows | None = None
+    reference_llama_cpp: HalfWindows | None = None
 
     @property
-    def perplexity_growth(self) -> float:
+    def perplexity_growth(self) -> float | None:
         """perplexity / reference_perplexity - 1."""
+        if self.reference_perplexity is None:
+            return None
         return self.perplexity / self.reference_perplexity - 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"perplexity_growth": self.perplexity_growth})
 
     def to_table(self) -> str:
-        rows = (
-            ("Predicted tokens", f"{self.tokens}"),
-            ("Perplexity, reference", f"{self.reference_perplexity:.4f}"),
-            ("Perplexity, exported", f"{self.perplexity:.4f} ({self.perplexity_growth:+.2%})"),
-            ("KL divergence", f"{self.kl_divergence:.5f} nats"),
-            ("Top-1 agreement", f"{self.top1_agreement:.2%}"),
-        )
-        return "\n".join(f"  {name:<22} {value}" for name, value in rows)
+        rows = [("Predicted tokens", f"{self.tokens}")]
+        growth = ""
+        if self.reference_perplexity is not None:
+            rows.append(("Perplexity, reference", f"{self.reference_perplexity:.4f}"))
+            growth = f" ({self.perplexity_growth:+.2%})"
+        rows.append(("Perplexity, exported", f"{self.perplexity:.4f}{growth}"))
+        pairs = (("reference", self.reference_llama_cpp), ("exported", self.llama_cpp))
+        for name, found in pairs:
+            if found is not None:
+                value = f"{found.perplexity:.4f} +/- {found.error:.5f}"
+                rows.append((f"As llama.cpp, {name}", value))
+        if self.kl_divergence is not None:
+            rows.append(("KL divergence", f"{self.kl_divergence:.5f} nats"))
+            rows.append(("Top-1 agreement", f"{self.top1_agreement:.2%}"))
+        return "\n".join(f"  {name:<23} {value}" for name, value in rows)
 
 
-def runner_logits(runner: Path, program_dir: Path, ids: list[int]) -> torch.Tensor:
-    """Logits of the exported model that predict ids[1:], `float32 [len(ids) - 1, V]`."""
-    with tempfile.TemporaryDirectory() as folder:
-        ids_path, logits_path = Path(folder, "ids.json"), Path(folder, "logits.npy")
-        ids_path.write_text(json.dumps(ids))
-        command = [
-            runner,
-            f"--model_path={program_dir / 'model.pte'}",
-            f"--data_path={program_dir / 'model.ptd'}",
-            f"--score_ids_path={ids_path}",
-            f"--logits_path={logits_path}",
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError as e:
-            raise ConfigError(f"{runner}: cannot be run ({e.strerror}); is it built?") from None
-        if done.returncode:
-            raise ConfigError(f"{runner} failed: {done.stderr.strip()}")
-        return torch.from_numpy(numpy.load(logits_path))
+class _Likelihood:
+    """Sums of one model's negative log-likelihoods: of all tokens, and of those in the second
+    halves of full windows."""
+
+    def __init__(self) -> None:
+        self._count = self._half_count = 0
+        self._sum = self._half_sum = self._half_squares = 0.0
+
+    def add(self, nll: Tensor, in_half: Tensor) -> None:
+        """Args: nll: float64 `[R]`. in_half: bool `[R]`, which are in such a half."""
+        half = nll[in_half]
+        self._count += len(nll)
+        self._sum += nll.sum().item()
+        self._half_count += len(half)
+        self._half_sum += half.sum().item()
+        self._half_squares += half.square().sum().item()
+
+    def perplexity(self) -> float:
+        return math.exp(self._sum / self._count)
+
+    def half_windows(self) -> HalfWindows:
+        count = self._half_count
+        mean = self._half_sum / count
+        variance = max(0.0, self._half_squares / count - mean * mean)
+        perplexity = math.exp(mean)
+        return HalfWindows(count, perplexity, perplexity * math.sqrt(variance / max(1, count - 1)))
 
 
-def evaluate(
-    model_dir: Path,
-    program_dir: Path,
-    text: Path,
-    runner: Path,
-    window: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """Scores `text` in windows of `window` tokens with both models.
+class _Comparison:
+    """Reads the rows of both models, and what follows from them."""
 
-    Args:
-        model_dir: the Hugging Face checkpoint with its tokenizer.
-        program_dir: `model.pte` and `model.ptd` exported from it.
-        progress: called with the windows done and their number.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    def __init__(self, exported: Logits, reference: Logits | None) -> None:
+        self._exported, self._reference = exported, reference
+        self._ours, self._theirs = _Likelihood(), _Likelihood()
+        self._count = self._agree = 0
+        self._kl = 0.0
 
+    def add(self, targets: Tensor, in_half: Tensor) -> None:
+        """Takes the next rows: those that predict `targets`, int64 `[R]`."""
+
+        def read(logits: Logits, likelihood: _Likelihood) -> Tensor:
+            rows = logits.read(len(targets)).double().log_softmax(-1)
+            likelihood.add(-rows.gather(1, targets[:, None])[:, 0], in_half)
+            return rows
+
+        exported = read(self._exported, self._ours)
+        self._count += len(targets)
+        if self._reference is None:
+            return
+        reference = read(self._reference, self._theirs)
+        self._kl += (reference.exp() * (reference - exported)).sum().item()
+        self._agree += int((reference.argmax(-1) == exported.argmax(-1)).sum())
+
+    def result(self, has_halves: bool) -> Evaluation:
+        count = self._count
+        ours = self._ours.half_windows() if has_halves else None
+        if self._reference is None:
+            return Evaluation(count, self._ours.perplexity(), llama_cpp=ours)
+        theirs = self._theirs.half_windows() if has_halves else None
+        agreement = self._agree / count
+        perplexities = self._ours.perplexity(), self._theirs.perplexity()
+        return Evaluation(count, *perplexities, self._kl / count, agreement, ours, theirs)
+
+
+def _read_windows(
+    text: Path, program_dir: Path, model_dir: Path | None, window: int
+) -> list[list[int]]:
+    """The text's token ids in windows, of which the last may be shorter, and has at least two."""
     if window < 2:
         raise ConfigError(f"--window {window}: expected at least 2 tokens")
     content = read_text(text)
-    load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
-    ids = AutoTokenizer.from_pretrained(model_dir, **LOCAL)(content)["input_ids"]
+    if model_dir is not None:
+        from transformers import AutoTokenizer
+
+        load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
+        # Not verbose: that a text is longer than the model's context does not matter here.
+        ids = tokenizer(content, verbose=False)["input_ids"]
+    else:
+        from tokenizers import Tokenizer
+
+        path = program_dir / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; --model-dir names a checkpoint with one")
+        check_tokenizer(program_dir)
+        ids = Tokenizer.from_file(str(path)).encode(content).ids
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     if not windows:
         raise ConfigError(f"{text}: holds fewer than two tokens")
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype="auto", use_safetensors=True, **LOCAL
-    ).eval()
-    count, agree = 0, 0
-    nll = reference_nll = kl = 0.0
-    for done, piece in enumerate(windows, start=1):
-        with torch.no_grad():
-            # Without a cache: that of transformers wants a layer of full attention.
-            logits = model(torch.tensor([piece]), use_cache=False).logits[0, :-1]
-        reference = logits.double().log_softmax(-1)
-        scored = runner_logits(runner, program_dir, piece)
-        if scored.shape != logits.shape:
-            ours, theirs = scored.shape[1], logits.shape[1]
-            raise ConfigError(f"{program_dir}: vocabulary of {ours}, {model_dir} has {theirs}")
-        exported = scored.double().log_softmax(-1)
-        targets = torch.tensor(piece[1:])[:, None]
-        nll -= exported.gather(1, targets).sum().item()
-        reference_nll -= reference.gather(1, targets).sum().item()
-        kl += (reference.exp() * (reference - exported)).sum().item()
-        agree += int((reference.argmax(-1) == exported.argmax(-1)).sum())
-        count += len(piece) - 1
-        progress(done, len(windows))
-    return Evaluation(
-        count, math.exp(reference_nll / count), math.exp(nll / count), kl / count, agree / count
-    )
+    return windows
+
+
+def _open_reference(
+    stack: contextlib.ExitStack,
+    windows: Windows,
+    runner: Path,
+    model_dir: Path | None,
+    reference_program: Path | None,
+) -> Logits | None:
+    if reference_program is not None:
+        return stack.enter_context(ProgramLogits(runner, reference_program, windows))
+    return None if model_dir is None else HuggingFaceLogits(model_dir, windows)
+
+
+def evaluate(
+    program_dir: Path,
+    text: Path,
+    runner: Path,
+    window: int,
+    model_dir: Path | None = None,
+    reference_program: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Scores `text` in windows of `window` tokens, with the exported model and with the reference,
+    if there is one.
+
+    Args:
+        program_dir: `model.pte` and `model.ptd`, for whatever the runner finds here: CPU or GPU.
+        model_dir: the Hugging Face checkpoint with its tokenizer, as the reference.
+        reference_program: another program of the same vocabulary, as the reference. Texts are read
+            by the tokenizer of `program_dir` where there is no `model_dir`.
+        progress: called with the tokens that are predicted and their number.
+
+    Raises:
+        ConfigError: names the file, the flag or the program at fault; what the runner says where it
+            fails.
+    """
+    if model_dir is not None and reference_program is not None:
+        raise ConfigError("--model-dir and --reference-program: expected at most one reference")
+    windows = _read_windows(text, program_dir, model_dir, window)
+    total, done = sum(len(w) - 1 for w in windows), 0
+    with contextlib.ExitStack() as stack:
+        exported = stack.enter_context(ProgramLogits(runner, program_dir, windows))
+        reference = _open_reference(stack, windows, runner, model_dir, reference_program)
+        if reference is not None and reference.vocabulary != exported.vocabulary:
+            raise ConfigError(
+                f"{program_dir}: vocabulary of {exported.vocabulary}, "
+                f"{reference_program or model_dir} has {reference.vocabulary}"
+            )
+        comparison = _Comparison(exported, reference)
+        for ids in map(torch.tensor, windows):
+            # Row i predicts token i + 1.
+            in_half = torch.arange(len(ids) - 1) >= (window // 2 if len(ids) == window else window)
+            for targets, half in zip(ids[1:].split(ROWS), in_half.split(ROWS), strict=True):
+                comparison.add(targets, half)
+                done += len(targets)
+                progress(done, total)
+    return comparison.result(window > 2 and sum(len(w) == window for w in windows) > 1)

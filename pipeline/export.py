@@ -43,6 +43,8 @@ MAX_SEQUENCES = 256
 """Most sequences of one decode call that are supported."""
 MAX_DRAFT_TOKENS = 3
 """Most drafts of a sequence in a decode call that are supported."""
+SCORE_TOKENS = 64
+"""Of a call of `score`, whose logits with a vocabulary of 248,320 take 64 MB."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,16 +65,17 @@ def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
         )
     check_draft_vocabulary(options.draft_vocabulary, config.vocab_size, options.draft_tokens)
     prefill_tokens = min(max_seq_len, MAX_PREFILL_TOKENS)
+    score_tokens = min(prefill_tokens, SCORE_TOKENS) if options.score else 0
     drafts = options.draft_tokens, options.draft_vocabulary
-    return Sizes(max_seq_len, prefill_tokens, options.max_sequences, *drafts)
+    return Sizes(max_seq_len, prefill_tokens, options.max_sequences, *drafts, score_tokens)
 
 
 def constant_methods(config: Config, precision: Precision, sizes: Sizes) -> dict[str, object]:
     """Methods without inputs that tell a runner about the model (ExecuTorch's names)."""
     quantization = storages_to_json(precision.storages)
     taken = footprint(meta_graph(config, precision))
-    drafts = {"get_draft_tokens": sizes.draft_tokens} if sizes.draft_tokens else {}
-    return drafts | {
+    more = {"get_draft_tokens": sizes.draft_tokens, "get_score_tokens": sizes.score_tokens}
+    return {name: value for name, value in more.items() if value} | {
         "get_max_seq_len": sizes.max_seq_len,
         "get_max_prefill_tokens": sizes.max_prefill_tokens,
         "get_max_sequences": sizes.max_sequences,
@@ -120,6 +123,7 @@ class ExportOptions:
         max_sequences: most sequences of one decode call, at most 256.
         draft_tokens: that the MTP head guesses behind each token that is drawn, 0 to 3.
         draft_vocabulary: among how many tokens, the first ones; 0 for all.
+        score: whether there is a method that returns the logits behind every token it is fed.
         cuda_archs: architectures to compile for, such as "sm_90".
         cache_dir: where compiled CUDA code is kept for the next export; None for nowhere.
         debug_sidecar: also write `kernels.json`, the source of every CUDA kernel.
@@ -135,6 +139,7 @@ class ExportOptions:
     debug_sidecar: bool = False
     draft_tokens: int = 0
     draft_vocabulary: int = 0
+    score: bool = False
 
 
 class Target(Protocol):

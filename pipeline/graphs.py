@@ -22,7 +22,8 @@ class _Method(nn.Module):
         super().__init__()
         self._graph = (graph,)  # in a tuple: its own parameters must not become the program's
         self._names = [i.name for i in method.inputs]
-        self._more = {"draft_tokens": method.draft_tokens} if method.draft_tokens else {}
+        more = {"draft_tokens": method.draft_tokens, "full_logits": method.full_logits}
+        self._more = {name: value for name, value in more.items() if value}
 
     def forward(self, inputs: list[Tensor], state: dict[str, Tensor], weights: dict[str, Tensor]):
         arguments = dict(zip(self._names, inputs, strict=True))

@@ -71,6 +71,8 @@ class Sizes:
         max_sequences: most sequences of one decode call.
         draft_tokens: of each sequence in a decode call that is fed drafts; 0 for no such methods.
         draft_vocabulary: drafts are among so many tokens, the first ones; 0 for all.
+        score_tokens: most tokens of one call that returns the logits behind each; 0 for no such
+            method, else at least 2.
     """
 
     max_seq_len: int
@@ -78,6 +80,7 @@ class Sizes:
     max_sequences: int
     draft_tokens: int = 0
     draft_vocabulary: int = 0
+    score_tokens: int = 0
 
     @property
     def max_pages(self) -> int:
@@ -124,13 +127,15 @@ class Method:
         inputs: runtime inputs, in order.
         outputs: names of what it returns, in order.
         hand_over: how its next call follows from what it returns, or None.
-        draft_tokens: further argument of the graph's `forward`, where it is not 0.
+        draft_tokens, full_logits: further arguments of the graph's `forward`, where they are not 0
+            and not False.
     """
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     hand_over: HandOver | None = None
     draft_tokens: int = 0
+    full_logits: bool = False
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,6 @@ def _part(what: str) -> object:
     return Annotated[QWeight | None, typer.Option(help=text)]
 
 
-ModelDir = Annotated[Path, typer.Option(help="Hugging Face checkpoint directory.", **PATH)]
 ModelDirOrNone = Annotated[
     Path | None, typer.Option(help="Hugging Face checkpoint directory.", show_default=False, **PATH)
 ]

@@ -130,20 +130,32 @@ Generation Engine::append(const std::vector<int64_t>& ids, const GenerationConfi
   return generation;
 }
 
-void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_logits) {
+void Engine::check_score(const std::vector<int64_t>& ids) const {
   if (ids.size() < 2) throw std::runtime_error("scoring needs at least two token ids");
   const ModelInfo& info = model_->info();
   if (static_cast<int64_t>(ids.size()) > info.max_seq_len + 1) {
     throw std::runtime_error(std::to_string(ids.size()) + " tokens do not fit the context of " +
                              std::to_string(info.max_seq_len));
   }
-  check_ids(ids, info.vocab_size);  // the callback looks an id up before it is fed
+  check_ids(ids, info.vocab_size);
+}
+
+void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_logits) {
+  check_score(ids);  // the callback looks an id up before it is fed
   reset();
+  const ModelInfo& info = model_->info();
   CallOptions options;
+  options.full_logits = info.score_tokens > 0;
   options.logits = true;
-  for (size_t i = 0; i + 1 < ids.size(); ++i) {
-    tokens_.push_back(ids[i]);
-    on_logits(i + 1, model_->run(*session_, &ids[i], 1, Sampling(), options).logits);
+  const auto piece = static_cast<size_t>(std::max<int64_t>(1, info.score_tokens));
+  for (size_t begin = 0; begin + 1 < ids.size();) {
+    const size_t count = std::min(piece, ids.size() - 1 - begin);
+    const Step step = model_->run(*session_, &ids[begin], count, Sampling(), options);
+    const float* row = step.logits;
+    for (const size_t end = begin + count; begin < end; row += info.vocab_size) {
+      tokens_.push_back(ids[begin]);
+      on_logits(++begin, row);
+    }
   }
 }
 

@@ -68,10 +68,15 @@ class Engine {
   Generation append(const std::vector<int64_t>& ids, const GenerationConfig& config,
                     llm::Stats& stats, const TokenCallback& on_token);
 
-  /// Teacher-forced: starts a new sequence, feeds `ids` one by one and reports the logits that
-  /// predict ids[1], ids[2], ... The sequence then has all but the last. Throws like `append`; at
-  /// least two ids.
+  /// Teacher-forced: starts a new sequence, feeds `ids`, as many in a call as the program's method
+  /// `score` takes or one by one without it, and reports the logits that predict ids[1], ids[2],
+  /// ... The sequence then has all but the last. Throws like `check_score`, and for a failure of
+  /// the program.
   void score(const std::vector<int64_t>& ids, const LogitsCallback& on_logits);
+
+  /// Throws std::runtime_error unless `ids` can be scored: fewer than two, more than the context
+  /// holds and one, an id outside the vocabulary.
+  void check_score(const std::vector<int64_t>& ids) const;
 
   const Model& model() const { return *model_; }
 

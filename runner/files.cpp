@@ -133,33 +133,49 @@ void append_all(const std::string& path, int fd, std::string& content) {
   }
 }
 
-/// What a parser reads of a JSON list of token ids. It stops at the first fault.
+/// What a parser reads of a JSON list of token ids, or of a list of such lists where `takes_lists`.
+/// It stops at the first fault.
 struct IdList : nlohmann::json_sax<nlohmann::json> {
-  std::vector<int64_t> ids;
+  const bool takes_lists;
+  Windows windows;
   std::string error;
-  bool in_list = false;
+  int depth = 0;
+
+  explicit IdList(bool lists) : takes_lists(lists) {}
 
   bool fail(const std::string& what) {
     error = what;
     return false;
   }
   bool other() {
-    return fail(in_list ? "entry " + std::to_string(ids.size()) + " is not a token id"
-                        : "expected a JSON list of token ids");
+    const auto& lists = windows.ids;
+    if (depth == 0) return fail("expected a JSON list of token ids");
+    if (depth == 1 && windows.is_list) {
+      return fail("entry " + std::to_string(lists.size()) + " is not a list of token ids");
+    }
+    const std::string of = depth == 2 ? " of list " + std::to_string(lists.size() - 1) : "";
+    return fail("entry " + std::to_string(lists.back().size()) + of + " is not a token id");
   }
   bool number_integer(int64_t value) override {
-    if (!in_list) return other();
-    ids.push_back(value);
+    if (depth == 0 || (depth == 1 && windows.is_list)) return other();
+    windows.ids.back().push_back(value);
     return true;
   }
   bool number_unsigned(uint64_t value) override {
     return value <= INT64_MAX ? number_integer(static_cast<int64_t>(value)) : other();
   }
   bool start_array(size_t) override {
-    if (in_list) return other();
-    return in_list = true;
+    const bool is_item = depth == 1 && takes_lists && (windows.is_list || windows.ids[0].empty());
+    if (depth > 0 && !is_item) return other();
+    if (depth == 0 || windows.is_list) windows.ids.emplace_back();
+    windows.is_list = is_item;
+    ++depth;
+    return true;
   }
-  bool end_array() override { return true; }
+  bool end_array() override {
+    --depth;
+    return true;
+  }
   bool parse_error(size_t, const std::string&, const nlohmann::json::exception& e) override {
     return fail("not a JSON list of token ids: " + reason(e));
   }
@@ -172,6 +188,20 @@ struct IdList : nlohmann::json_sax<nlohmann::json> {
   bool key(std::string&) override { return other(); }
   bool end_object() override { return other(); }
 };
+
+/// Has `list` read a file.
+void read_list(const std::string& path, IdList& list) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"),
+                                                             std::fclose);
+  if (!file) fail(path, "cannot be opened");
+  needing_memory(path, [&] { nlohmann::json::sax_parse(file.get(), &list); });
+  if (std::ferror(file.get())) fail(path, "cannot be read");
+  // The parser takes a byte 0 for the end.
+  const bool met_end =
+      list.error.empty() || list.error.find("unexpected end of input") != std::string::npos;
+  if (met_end && !std::feof(file.get())) list.fail("not a JSON list of token ids: it has a byte 0");
+  if (!list.error.empty()) throw std::runtime_error(path + ": " + list.error);
+}
 
 }  // namespace
 
@@ -276,18 +306,15 @@ void write_file(const std::string& path, std::string_view content) {
 }
 
 std::vector<int64_t> read_ids(const std::string& path) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"),
-                                                             std::fclose);
-  if (!file) fail(path, "cannot be opened");
-  IdList list;
-  needing_memory(path, [&] { nlohmann::json::sax_parse(file.get(), &list); });
-  if (std::ferror(file.get())) fail(path, "cannot be read");
-  // The parser takes a byte 0 for the end.
-  const bool met_end =
-      list.error.empty() || list.error.find("unexpected end of input") != std::string::npos;
-  if (met_end && !std::feof(file.get())) list.fail("not a JSON list of token ids: it has a byte 0");
-  if (!list.error.empty()) throw std::runtime_error(path + ": " + list.error);
-  return std::move(list.ids);
+  IdList list(false);
+  read_list(path, list);
+  return std::move(list.windows.ids.front());
+}
+
+Windows read_windows(const std::string& path) {
+  IdList list(true);
+  read_list(path, list);
+  return std::move(list.windows);
 }
 
 MappedFile::MappedFile(const std::string& path) {

@@ -55,6 +55,15 @@ void write_file(const std::string& path, std::string_view content);
 /// ids. Throws std::runtime_error that names the file and the entry at fault.
 std::vector<int64_t> read_ids(const std::string& path);
 
+/// Texts as token ids: windows, or a single one that is no list of lists.
+struct Windows {
+  std::vector<std::vector<int64_t>> ids;
+  bool is_list = false;
+};
+
+/// A JSON list of token ids, or a list of such lists, read like `read_ids`.
+Windows read_windows(const std::string& path);
+
 /// A file mapped read-only.
 class MappedFile {
  public:

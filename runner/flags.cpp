@@ -125,13 +125,16 @@ void add_flags(CLI::App& app, Flags& f) {
       "any of max_new_tokens, temperature, top_k, top_p, min_p, seed, presence_penalty, "
       "frequency_penalty, repetition_penalty; what a line leaves out comes from the flags");
   auto* score = add_path(*prompt, "--score_ids_path", f.score_ids_path,
-                         "A JSON list of token ids to score instead of generating");
+                         "A JSON list of token ids to score instead of generating, or a list of "
+                         "such lists, each a text of its own");
   prompt->require_option(1);
   add_path(app, "--logprobs_path", f.logprobs_path,
-           "Where scoring writes a JSON list of log-probabilities, one per id after the first")
+           "Where scoring writes a JSON list of log-probabilities, one per id after the first, or "
+           "a list of such lists")
       ->needs(score);
   add_path(app, "--logits_path", f.logits_path,
-           "Where scoring writes the logits behind them, float32 [ids - 1, vocabulary] .npy")
+           "Where scoring writes the logits behind them, float32 [rows, vocabulary] .npy, in the "
+           "order of the ids; row by row where it is a pipe")
       ->needs(score);
   auto& g = f.generation;
   add_integer(app, "--max_new_tokens", g.max_new_tokens, "Most tokens to generate");

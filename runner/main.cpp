@@ -29,22 +29,38 @@ using et_moe::Flags;
 using et_moe::Interrupted;
 using et_moe::llm::Stats;
 
+/// The windows of --score_ids_path, all of which can be scored.
+et_moe::Windows read_scored(const Engine& engine, const std::string& path) {
+  et_moe::Windows windows = et_moe::read_windows(path);
+  for (size_t i = 0; i < windows.ids.size(); ++i) {
+    const std::string where = windows.is_list ? path + ": window " + std::to_string(i) : path;
+    et_moe::in_context(where, [&] { engine.check_score(windows.ids[i]); });
+  }
+  return windows;
+}
+
 void score(Engine& engine, const Flags& f) {
-  const std::vector<int64_t> ids = et_moe::read_ids(*f.score_ids_path);
+  const et_moe::Windows windows = read_scored(engine, *f.score_ids_path);
   const int64_t vocabulary = engine.model().info().vocab_size;
   std::optional<et_moe::NpyWriter> logits_file;
-  nlohmann::json logprobs = nlohmann::json::array();
-  engine.score(ids, [&](size_t i, const float* logits) {
-    if (!f.logits_path.empty()) {
-      if (!logits_file) {
-        logits_file.emplace(f.logits_path, ids.size() - 1, static_cast<size_t>(vocabulary));
-      }
-      logits_file->write_row(logits);
-    }
-    logprobs.push_back(et_moe::log_probability(logits, vocabulary, ids[i]));
-  });
+  if (!f.logits_path.empty()) {
+    size_t rows = 0;
+    for (const auto& ids : windows.ids) rows += ids.size() - 1;
+    logits_file.emplace(f.logits_path, rows, static_cast<size_t>(vocabulary));
+  }
+  auto logprobs = nlohmann::json::array();
+  for (const auto& ids : windows.ids) {
+    auto found = nlohmann::json::array();
+    engine.score(ids, [&](size_t i, const float* logits) {
+      if (logits_file) logits_file->write_row(logits);
+      if (f.logprobs_path.empty()) return;
+      found.push_back(et_moe::log_probability(logits, vocabulary, ids[i]));
+    });
+    logprobs.push_back(std::move(found));
+  }
   if (logits_file) logits_file->close();
-  if (!f.logprobs_path.empty()) et_moe::write_file(f.logprobs_path, et_moe::to_text(logprobs));
+  if (f.logprobs_path.empty()) return;
+  et_moe::write_file(f.logprobs_path, et_moe::to_text(windows.is_list ? logprobs : logprobs[0]));
 }
 
 void generate(Engine& engine, const Flags& f, const et_moe::Tokenizer* tokenizer,

@@ -12,6 +12,21 @@ namespace {
 /// Tokens for which a call that may be followed by others at once takes pages in advance.
 constexpr size_t kTokensAhead = 16;
 
+/// The method of a call of so many sequences with so many rows each.
+const std::string& method_of(const CallOptions& options, size_t sequences, size_t width) {
+  if (sequences > 1) return options.drafts ? kDraftDecodeBatch : kDecodeBatch;
+  if (options.drafts) return kDraftDecode;
+  if (options.full_logits) return kScore;
+  return width > 1 ? kPrefill : kDecode;
+}
+
+/// What a call returns.
+const std::vector<std::string>& outputs_of(const CallOptions& options) {
+  static const std::vector<std::string> step{kStep}, token{kToken}, both{kToken, kLogits};
+  if (options.drafts) return step;
+  return options.logits || options.full_logits ? both : token;
+}
+
 }  // namespace
 
 Session::~Session() {
@@ -45,13 +60,14 @@ void Model::reset(Session& session) {
   session.failed_ = false;
 }
 
-void Model::check_call(const Session& session, const int64_t* tokens, size_t count) const {
+void Model::check_call(const Session& session, const int64_t* tokens, size_t count,
+                       int64_t most) const {
   if (session.failed_) {
     throw std::runtime_error("the session's last call failed: reset it before another");
   }
-  if (count == 0 || count > static_cast<size_t>(info_.max_prefill_tokens)) {
-    throw std::runtime_error("a call takes 1 to " + std::to_string(info_.max_prefill_tokens) +
-                             " tokens, got " + std::to_string(count));
+  if (count == 0 || count > static_cast<size_t>(most)) {
+    throw std::runtime_error("a call takes 1 to " + std::to_string(most) + " tokens, got " +
+                             std::to_string(count));
   }
   for (size_t i = 0; i < count; ++i) {
     if (tokens[i] < 0 || tokens[i] >= info_.vocab_size) {
@@ -150,10 +166,10 @@ void Model::settle() {
   }
 }
 
-void Model::check_logits(const float* logits, size_t sequences) const {
+void Model::check_logits(const float* logits, size_t rows) const {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const auto size = static_cast<size_t>(info_.vocab_size);
-  for (const float* row = logits; row != logits + sequences * size; row += size) {
+  for (const float* row = logits; row != logits + rows * size; row += size) {
     int broken = 0;  // no search: this is what a compiler makes vectors of
     for (size_t i = 0; i < size; ++i) broken |= !(row[i] < kInfinity);
     if (broken == 0) continue;
@@ -252,7 +268,7 @@ std::vector<Drawn> Model::run_or_settle(const Call& call, const std::vector<Toke
     for (size_t i = 0; i < fed.size(); ++i) check_drawn(drawn[i], fed[i].size());
     if (outputs.size() > 1) {
       *logits = static_cast<const float*>(outputs[1]);
-      check_logits(*logits, fed.size());
+      check_logits(*logits, call.method == kScore ? fed[0].size() : fed.size());
     }
     return drawn;
   } catch (...) {
@@ -267,8 +283,6 @@ std::vector<Drawn> Model::run_or_settle(const Call& call, const std::vector<Toke
 
 std::vector<Step> Model::call(const std::vector<Feed>& feeds, const std::vector<Tokens>& tokens,
                               const CallOptions& options) {
-  static const std::vector<std::string> step_only{kStep}, token_only{kToken},
-      with_logits{kToken, kLogits};
   const bool drafts = options.drafts;
   std::vector<TextRow> rows;
   bool run_ahead = options.run_ahead;
@@ -278,19 +292,16 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const std::vector<
     rows.push_back({tokens[i].data(), tokens[i].size(), session.position_, session.version_,
                     session.slot_, session.pages_, feeds[i].sampling});
   }
-  const size_t width = drafts ? static_cast<size_t>(reach(true)) : tokens[0].size();
+  size_t width = tokens[0].size();
+  if (drafts) width = static_cast<size_t>(reach(true));
+  if (options.full_logits) width = static_cast<size_t>(info_.score_tokens);
   inputs_->set(rows, width);
-  const std::string& alone = drafts ? kDraftDecode : width > 1 ? kPrefill : kDecode;
-  const std::string& several = drafts ? kDraftDecodeBatch : kDecodeBatch;
+  const std::string& method = method_of(options, feeds.size(), width);
   for (const Feed& feed : feeds) feed.session->failed_ = true;
   ahead_.clear();
   const float* logits = nullptr;
-  std::vector<Drawn> drawn = run_or_settle({feeds.size() > 1 ? several : alone, inputs_->inputs(),
-                                            drafts           ? step_only
-                                            : options.logits ? with_logits
-                                                             : token_only,
-                                            run_ahead},
-                                           tokens, &logits);
+  std::vector<Drawn> drawn =
+      run_or_settle({method, inputs_->inputs(), outputs_of(options), run_ahead}, tokens, &logits);
   ahead_drafts_ = drafts;
   std::vector<Step> steps;
   for (size_t i = 0; i < feeds.size(); ++i) {
@@ -308,11 +319,13 @@ std::vector<Step> Model::call(const std::vector<Feed>& feeds, const std::vector<
 
 Step Model::run(Session& session, const int64_t* tokens, size_t count, const Sampling& sampling,
                 const CallOptions& options) {
-  check_call(session, tokens, count);
-  if (count > 1) {
+  const bool full_logits = options.full_logits;
+  check_call(session, tokens, count, full_logits ? info_.score_tokens : info_.max_prefill_tokens);
+  if (count > 1 || full_logits) {
     settle();
     check_overtaken(session, tokens[0], session.sampling_);
     if (session.overtaken_) {
+      if (full_logits) throw std::runtime_error("the session has gone on without logits");
       session.overtaken_->accepted = 0;  // drafts that were fed, too, are not what follows here
       take_overtaken(session);
       ++tokens;
@@ -320,7 +333,7 @@ Step Model::run(Session& session, const int64_t* tokens, size_t count, const Sam
     }
   }
   const Feed feed{&session, tokens[0], sampling};
-  if (count == 1) return decode({feed}, options).front();
+  if (count == 1 && !full_logits) return decode({feed}, options).front();
   take_pages({feed}, count, false);
   CallOptions without_next = options;
   // A next call would be one of another method.
@@ -357,7 +370,7 @@ std::vector<Step> Model::decode(const std::vector<Feed>& feeds, const CallOption
     throw std::runtime_error("a call takes 1 to " + std::to_string(info_.max_sequences) +
                              " sequences, got " + std::to_string(feeds.size()));
   }
-  for (const Feed& feed : feeds) check_call(*feed.session, &feed.token, 1);
+  for (const Feed& feed : feeds) check_call(*feed.session, &feed.token, 1, 1);
   if (!is_ahead(feeds, options.drafts)) settle();
   std::vector<Feed> rest;
   for (const Feed& feed : feeds) {

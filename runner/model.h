@@ -19,7 +19,7 @@
 namespace et_moe {
 
 /// What the program's constant methods say. One that only programs with drafts have is
-/// `get_draft_tokens`.
+/// `get_draft_tokens`, and one that only those with the method `score` have `get_score_tokens`.
 struct ModelInfo {
   int64_t max_seq_len;         // most tokens of a sequence
   int64_t max_prefill_tokens;  // most tokens of one prefill call
@@ -27,6 +27,7 @@ struct ModelInfo {
   int64_t page_size;           // tokens of a page of the KV cache
   int64_t max_pages;           // of a sequence
   int64_t draft_tokens;        // of a decode call that is fed drafts; 0: there is none
+  int64_t score_tokens;        // most tokens of one `score` call; 0: there is no such method
   int64_t vocab_size;
   int64_t n_layers;
   std::vector<int64_t> eos_ids;
@@ -106,7 +107,8 @@ struct Feed {
 /// What a call drew: the next token, and with drafts one more for each that was accepted. The
 /// logits that the token was drawn from are there if they were asked for: vocab_size floats in host
 /// memory, none of them NaN or +infinity, valid until the model runs again. Else null, as they are
-/// for a token that was drawn ahead of a call that was not the one expected.
+/// for a token that was drawn ahead of a call that was not the one expected. If full logits were
+/// asked for there are those behind each token that was fed, one row after the other.
 struct Step {
   std::vector<int64_t> tokens;
   const float* logits;
@@ -121,6 +123,8 @@ struct CallOptions {
                            // GPU may begin it at once
   bool remember = true;    // whether the prefix cache, if there is one, is left what was fed so far
   bool drafts = false;     // whether a decode call is fed drafts, too; of a program that has them
+  bool full_logits = false;  // whether `run` returns the logits behind every token, through the
+                             // method `score`; of a program that has it
 };
 
 /// A `.pte` with its `.ptd`, and the state of the sequences on it. Not thread-safe.
@@ -163,9 +167,11 @@ class Model {
 
   /// Feeds `count` tokens that follow those of the session, and draws the next one: one token as
   /// `decode` does, more through the method `prefill`. They may begin with the token that the last
-  /// call drew, if the session was asked to run ahead.
+  /// call drew, if the session was asked to run ahead. With full logits all go through `score`, and
+  /// the session must not have been asked to run ahead.
   ///
-  /// Throws std::runtime_error: no tokens or more than max_prefill_tokens, an id outside the
+  /// Throws std::runtime_error: no tokens or more than max_prefill_tokens (score_tokens with full
+  /// logits), an id outside the
   /// vocabulary, more tokens than max_seq_len, another token than the one that a session that ran
   /// ahead was fed, or a failure of the program, which names the files: it says so, or what it
   /// returns are no tokens and logits; OutOfPages. After a failure the session has to be reset.
@@ -196,12 +202,13 @@ class Model {
   void allocate(const ModelOptions& options, const Bindings& bindings);
   /// How many pages there are to be. Throws std::runtime_error if one sequence takes more.
   size_t choose_pages(const ModelOptions& options, const Bindings& bindings) const;
-  void check_call(const Session& session, const int64_t* tokens, size_t count) const;
+  /// Throws std::runtime_error unless a session may be fed these, at most `most` in a call.
+  void check_call(const Session& session, const int64_t* tokens, size_t count, int64_t most) const;
   /// Throws std::runtime_error, with the files, unless tokens that were drawn are of the
   /// vocabulary, and no more drafts were accepted than there were among `fed` tokens.
   void check_drawn(const Drawn& drawn, size_t fed) const;
   /// Throws std::runtime_error, with the files, for NaN and +infinity.
-  void check_logits(const float* logits, size_t sequences) const;
+  void check_logits(const float* logits, size_t rows) const;
   /// Throws std::runtime_error unless this token, drawn like this, is what the session was fed, and
   /// what that drew in turn are tokens. If not, the session has failed.
   void check_overtaken(Session& session, int64_t token, const Sampling& sampling) const;
@@ -233,7 +240,8 @@ class Model {
   /// Ends running ahead: its sessions keep the tokens that were drawn.
   void settle();
   /// A call of the device that feeds each sequence its tokens. Returns what it drew for each, and
-  /// in `logits` where these are, if they are wanted; if it fails nothing runs ahead any more.
+  /// in `logits` where these are, if they are wanted: a row of each sequence, or of `score` of each
+  /// token. If it fails nothing runs ahead any more.
   std::vector<Drawn> run_or_settle(const Call& call, const std::vector<Tokens>& fed,
                                    const float** logits);
   /// One call of sessions whose pages are there, which feeds each its tokens.

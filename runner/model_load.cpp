@@ -16,16 +16,18 @@ constexpr int64_t kFormatVersion = 4;
 constexpr int64_t kMostDrafts = 3;
 
 /// Throws std::runtime_error unless a method returns for B sequences what it has to: `token`,
-/// int64 [B, 1], and `logits`, float32 [B, vocab_size]; fed drafts `step`, int64 [B, 2 + drafts].
+/// int64 [B, 1], and `logits`, float32 [B, vocab_size], of `score` [tokens, vocab_size]; fed drafts
+/// `step`, int64 [B, 2 + drafts].
 void check_outputs(const std::string& method, const MethodSpec& spec, SizeRange sequences,
-                   int64_t vocab_size, int64_t drafts) {
-  const auto expect = [&sequences](const std::string& name, ScalarType dtype, int64_t width) {
+                   SizeRange tokens, int64_t vocab_size, int64_t drafts) {
+  const auto expect = [](const std::string& name, ScalarType dtype, SizeRange rows, int64_t width) {
     const auto columns = static_cast<int32_t>(width);
-    return TensorSpec{name, dtype, {sequences.most, columns}, {sequences.least, columns}};
+    return TensorSpec{name, dtype, {rows.most, columns}, {rows.least, columns}};
   };
-  const std::vector<TensorSpec> usual{expect(kToken, ScalarType::Long, 1),
-                                      expect(kLogits, ScalarType::Float, vocab_size)};
-  const std::vector<TensorSpec> of_drafts{expect(kStep, ScalarType::Long, 2 + drafts)};
+  const SizeRange rows = method == kScore ? tokens : sequences;
+  const std::vector<TensorSpec> usual{expect(kToken, ScalarType::Long, sequences, 1),
+                                      expect(kLogits, ScalarType::Float, rows, vocab_size)};
+  const std::vector<TensorSpec> of_drafts{expect(kStep, ScalarType::Long, sequences, 2 + drafts)};
   for (const TensorSpec& expected : drafts > 0 ? of_drafts : usual) {
     const size_t i = find_tensor(spec.outputs, expected.name);
     if (i == spec.outputs.size()) {
@@ -66,6 +68,7 @@ ModelInfo read_info(const ProgramFile& program) {
                  program.count("get_page_size"),
                  program.count("get_max_pages"),
                  program.has("get_draft_tokens") ? program.count("get_draft_tokens") : 0,
+                 program.has("get_score_tokens") ? program.count("get_score_tokens") : 0,
                  program.count("get_vocab_size"),
                  program.count("get_n_layers"),
                  {},
@@ -87,6 +90,12 @@ ModelInfo read_info(const ProgramFile& program) {
     throw std::runtime_error(program.path() + ": get_draft_tokens is " +
                              std::to_string(info.draft_tokens) + ", expected at most " +
                              std::to_string(kMostDrafts));
+  }
+  if (info.score_tokens > info.max_prefill_tokens) {
+    throw std::runtime_error(program.path() + ": get_score_tokens is " +
+                             std::to_string(info.score_tokens) + ", expected at most " +
+                             std::to_string(info.max_prefill_tokens) +
+                             ", which get_max_prefill_tokens is");
   }
   // Drafts behind those that are fed lie behind the last token, too.
   const int64_t tokens = info.max_seq_len + 2 * info.draft_tokens;
@@ -125,9 +134,11 @@ void Model::check_methods(const Bindings& bindings) const {
   const auto most_tokens = static_cast<int32_t>(info_.max_prefill_tokens);
   const auto most_sequences = static_cast<int32_t>(info_.max_sequences);
   const auto most_drafts = static_cast<int32_t>(info_.draft_tokens);
+  const auto score = static_cast<int32_t>(info_.score_tokens);
   const SizeRange one{1, 1}, several{2, most_sequences}, drafts{1 + most_drafts, 1 + most_drafts};
   std::vector<std::tuple<std::string, SizeRange, SizeRange, int64_t>> methods = {
       {kPrefill, one, {2, most_tokens}, 0}, {kDecode, one, one, 0}};
+  if (score > 0) methods.push_back({kScore, one, {score, score}, 0});
   if (most_sequences > 1) methods.push_back({kDecodeBatch, several, one, 0});
   if (most_drafts > 0) methods.push_back({kDraftDecode, one, drafts, most_drafts});
   if (most_drafts > 0 && most_sequences > 1) {
@@ -137,7 +148,7 @@ void Model::check_methods(const Bindings& bindings) const {
     const auto method = bindings.methods.find(name);
     if (method == bindings.methods.end()) throw std::runtime_error("has no method " + name);
     inputs_->check(name, method->second, sequences, tokens);
-    check_outputs(name, method->second, sequences, info_.vocab_size, fed);
+    check_outputs(name, method->second, sequences, tokens, info_.vocab_size, fed);
   }
 }
 

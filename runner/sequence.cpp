@@ -65,8 +65,10 @@ size_t Sequence::piece_end() const {
   const auto most = static_cast<size_t>(model_.info().max_prefill_tokens);
   const auto page = static_cast<size_t>(model_.info().page_size);
   const size_t size = request_.prompt_ids.size();
-  // Only the last token of a call has logits.
-  if (request_.params.prompt_logprobs) return fed_ + 1;
+  if (request_.params.prompt_logprobs) {
+    // Without a method for it only the last token of a call has logits.
+    return std::min(size, fed_ + std::max<size_t>(1, most_scored()));
+  }
   // Pieces end where they would without a prefix that is reused, at the last full page of a long
   // prompt, and where other prompts have gone other ways.
   size_t end = std::min(size, most % page == 0 ? (fed_ / most + 1) * most : fed_ + most);
@@ -89,22 +91,30 @@ size_t Sequence::pages_to_go_on() const {
 Event Sequence::feed_prompt() {
   const std::vector<int64_t>& ids = request_.prompt_ids;
   const SamplingParams& params = request_.params;
-  const size_t count = next_count();
-  const bool is_last = fed_ + count == ids.size();
+  const int64_t vocabulary = model_.info().vocab_size;
+  const size_t count = next_count(), end = fed_ + count;
+  const bool is_last = end == ids.size();
   CallOptions options;
+  options.full_logits = params.prompt_logprobs && most_scored() > 0;
   options.logits = is_last ? wants_logits() : params.prompt_logprobs.has_value();
-  options.remember = fed_ + count == piece_end();
+  options.remember = end == piece_end();
+  if (options.full_logits) {
+    // Of these short pieces only the one that ends with the last full page leaves a snapshot.
+    const auto page = static_cast<size_t>(model_.info().page_size);
+    options.remember = end / page == ids.size() / page;
+  }
   const Step step = model_.run(*session_, ids.data() + fed_, count, params.sampling, options);
-  fed_ += count;
-  Event event = empty_event();
-  if (is_last) {
-    advance(step.tokens[0], step.logits, event);
-    return event;
-  }
-  if (params.prompt_logprobs) {
+  const size_t rows = options.full_logits ? count : 1;  // of logits, the last behind the last token
+  const auto row = [&](size_t i) { return step.logits + i * static_cast<size_t>(vocabulary); };
+  for (size_t i = 0; params.prompt_logprobs && i < rows; ++i) {
+    const size_t next = end - rows + i + 1;
+    if (next == ids.size()) break;
     prompt_logprobs_.push_back(
-        token_logprob(step.logits, model_.info().vocab_size, ids[fed_], *params.prompt_logprobs));
+        token_logprob(row(i), vocabulary, ids[next], *params.prompt_logprobs));
   }
+  fed_ = end;
+  Event event = empty_event();
+  if (is_last) advance(step.tokens[0], step.logits ? row(rows - 1) : nullptr, event);
   return event;
 }
 

@@ -89,6 +89,8 @@ class Sequence {
   size_t next_count() const;
   /// For how many tokens the next call needs pages.
   size_t next_tokens() const { return in_prompt() ? next_count() : model_.decode_tokens(drafts()); }
+  /// How many tokens a call can be fed whose logits are all wanted, with a method for that; else 0.
+  size_t most_scored() const { return static_cast<size_t>(model_.info().score_tokens); }
   /// Whether the next call was made before.
   bool replays() const { return replayed_ + 1 < ids_.size(); }
   Event empty_event() const { return {id_, {}, {}, {}, {}, {}}; }

@@ -15,6 +15,10 @@ namespace et_moe {
 inline const std::string kPrefill = "prefill", kDecode = "decode", kDecodeBatch = "decode_batch";
 inline const std::string kToken = "token", kLogits = "logits";
 
+/// A method that a program may have besides: as `prefill`, with the logits behind every token. Its
+/// calls have always as many rows, those behind the tokens being padding.
+inline const std::string kScore = "score";
+
 /// Methods that a program with drafts has besides: a token and k drafts of those behind it, of one
 /// sequence and of each of several. They return `step`.
 inline const std::string kDraftDecode = "draft_decode", kDraftDecodeBatch = "draft_decode_batch";

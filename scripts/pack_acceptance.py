@@ -55,6 +55,8 @@ MODELS = {
 """Name -> dtype, and lengths of the prompts whose next tokens are checked."""
 DRAFTING = {"demo-drafts": 2}
 """Name -> drafts of a step."""
+SCORING = ("demo-float32", "heads")
+"""Those with the method `score`, which their logits come from; those of others from `decode`."""
 SAME_TOKENS = {"model": "demo-bfloat16", "drafting": "demo-drafts"}
 """Programs of the same weights whose tokens are compared with each other."""
 HEADS = {
@@ -184,6 +186,7 @@ def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], fold
         np.save(folder / EXPECTED_LOGITS, program.logits(scored))
     target = ("--backend", "cuda", "--cuda-arch", ",".join(archs), "--dtype", dtype)
     target += ("--draft-tokens", str(DRAFTING.get(name, 0)))
+    target += ("--score",) if name in SCORING else ()
     et_moe("export", *model, *target, "--output-dir", folder)
     return Model(name, dtype, cases, scored)
 

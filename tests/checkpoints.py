@@ -88,6 +88,12 @@ def make_small(directory: Path, **overrides) -> tuple[dict, Tensors]:
     return json.loads((directory / "config.json").read_text()), tensors
 
 
+def change_config(directory: Path, **values: object) -> None:
+    """Sets keys of a checkpoint's or bundle's config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def export_small(
     folder: Path, context: int, max_sequences: int, eos_token_id: list[int] | None = None
 ) -> Path:

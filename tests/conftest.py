@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._export.utils as torch_export
@@ -94,6 +95,14 @@ class Runner:
             self.run(program, f"--score_ids_path={ids_path}", f"--logprobs_path={output}")
             return json.loads(output.read_text())
 
+    def logits(self, program: Path, ids: list[int]) -> torch.Tensor:
+        """Teacher-forced logits that predict ids[1:], float32 [len(ids) - 1, V]."""
+        with tempfile.TemporaryDirectory() as folder:
+            ids_path, output = Path(folder, "ids.json"), Path(folder, "logits.npy")
+            ids_path.write_text(json.dumps(ids))
+            self.run(program, f"--score_ids_path={ids_path}", f"--logits_path={output}")
+            return torch.from_numpy(np.load(output))
+
 
 @pytest.fixture(scope="session")
 def runner(build_dir: Path) -> Runner:
@@ -166,3 +175,25 @@ def tiny_program(tiny_bundle: Path) -> Path:
     directory = tiny_bundle.with_name("program")
     export(Bundle(tiny_bundle), directory, ExportOptions(max_seq_len=32))
     return directory
+
+
+@pytest.fixture(scope="session")
+def scored_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `checkpoint`, a small model in fp32 with a head for drafts and a context of 256
+    tokens, and its programs for the CPU, not quantized: `plain`, `score` with the method of this
+    name, and `drafts` with it and with two drafts."""
+    from checkpoints import change_config, make_small, storages
+
+    from et_moe.pipeline.checkpoint import Checkpoint
+    from et_moe.pipeline.export import ExportOptions, export
+    from et_moe.pipeline.quantize import QuantizedCheckpoint
+
+    folder = tmp_path_factory.mktemp("scored")
+    sizes = {"max_position_embeddings": 256, "mtp_num_hidden_layers": 1}
+    make_small(folder / "checkpoint", **sizes)
+    change_config(folder / "checkpoint", dtype="float32")
+    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("none", 128, "none"))
+    for name, more in (("plain", {}), ("score", {}), ("drafts", {"draft_tokens": 2})):
+        options = ExportOptions(max_sequences=1, score=name != "plain", **more)
+        export(source, folder / name, options)
+    return folder

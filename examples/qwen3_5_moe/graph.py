@@ -263,6 +263,7 @@ class Qwen3_5Moe(Graph):
         seed: Tensor,
         state: State,
         num_tokens: Tensor | None = None,
+        full_logits: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Consumes tokens and draws the next one of each sequence.
 
@@ -272,13 +273,15 @@ class Qwen3_5Moe(Graph):
             num_tokens: `int64 [B]`, how many are valid (the rest is padding), or None for R.
             temperature, top_k, top_p, seed: `[B]`, as in `ops.sample`.
             state: tensors of `state_spec`, updated in place.
+            full_logits: whether the logits of all rows are wanted; of one sequence.
 
         Returns:
-            The next tokens `int64 [B, 1]` and their logits `float32 [B, V]`.
+            The next tokens `int64 [B, 1]` and their logits `float32 [B, V]`; with `full_logits`
+            those of the token behind each row, `float32 [R, V]`.
         """
         places = Places(positions, slots, pages, num_tokens)
         x = self.hidden(tokens, places, state)
-        return self.draw(x, tokens, places, (temperature, top_k, top_p, seed))
+        return self.draw(x, tokens, places, (temperature, top_k, top_p, seed), full_logits)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the token behind each row, `float32 [T, V]`, by what `hidden` returns."""
@@ -286,13 +289,23 @@ class Qwen3_5Moe(Graph):
         return self.lm_head(x.float(), norm=self.norm.weight)
 
     def draw(
-        self, x: Tensor, tokens: Tensor, places: Places, drawing: tuple[Tensor, ...]
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        places: Places,
+        drawing: tuple[Tensor, ...],
+        full_logits: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """What `forward` returns, by what `hidden` does; `drawing` are the parameters of `sample`
         but for positions."""
         positions = places.positions
-        if tokens.shape[1] != 1 and places.num_tokens is not None:
-            last = places.num_tokens - 1
-            x, positions = x.index_select(0, last), positions + last
-        logits = self.logits(x)
-        return et.sample(logits, *drawing, positions), logits
+        if tokens.shape[1] == 1 or places.num_tokens is None:
+            logits = self.logits(x)
+            return et.sample(logits, *drawing, positions), logits
+        last = places.num_tokens - 1
+        if full_logits:
+            logits = self.logits(x)
+            of_last = logits.index_select(0, last)
+        else:
+            logits = of_last = self.logits(x.index_select(0, last))
+        return et.sample(of_last, *drawing, positions + last), logits

@@ -99,6 +99,10 @@ class Qwen3_5MoeModel:
             # One sequence has a method of its own, whose kernels are made for a single row.
             "decode": Method(make_inputs(1, 1, sizes), outputs, next_call),
         }
+        if sizes.score_tokens:
+            # Always as many rows, of which `num_tokens` are valid: one range is to be compiled.
+            inputs = (*make_inputs(1, sizes.score_tokens, sizes), num_tokens(1))
+            methods["score"] = Method(inputs, outputs, full_logits=True)
         several = sizes.max_sequences > 1
         many = Range(2, sizes.max_sequences) if sizes.max_sequences > 2 else 2
         if several:

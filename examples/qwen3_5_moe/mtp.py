@@ -179,6 +179,7 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
         num_tokens: Tensor | None = None,
         versions: Tensor | None = None,
         draft_tokens: int = 0,
+        full_logits: bool = False,
     ) -> tuple[Tensor, ...]:
         """Consumes tokens and draws the next one of each sequence; fed drafts, the next ones.
 
@@ -190,7 +191,7 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
             versions: `int64 [B]`, of the states that the sequences go on from.
             draft_tokens: 0, or k: of each sequence the R = 1 + k rows of `tokens` are the token
                 that was drawn last and drafts of those behind it, and `num_tokens` is given. The
-                others are as in `Qwen3_5Moe.forward`.
+                others are as in `Qwen3_5Moe.forward`; with drafts there is no `full_logits`.
 
         Returns:
             Without drafts what `Qwen3_5Moe.forward` does. With drafts `int64 [B, 2 + k]`: a, how
@@ -206,7 +207,7 @@ class Qwen3_5MoeMtp(Qwen3_5Moe):
         before = et.token_shift(hidden, state[HIDDEN], *last)
         if not draft_tokens:
             self.mtp.fill(self.embed_tokens(tokens.view(-1)), before, places, state)
-            return self.draw(x, tokens, places, drawing)
+            return self.draw(x, tokens, places, drawing, full_logits)
         drawn = et.sample(self.logits(x), *drawing, positions)
         accepted = _count_accepted(tokens, drawn, num_tokens)
         step = [accepted, _row_of_each(drawn.split(1, 1), accepted)]

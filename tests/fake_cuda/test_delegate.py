@@ -268,6 +268,26 @@ def test_executed_logits_are_those_of_the_cpu(fake, programs, build_dir, tmp_pat
     assert np.linalg.norm(cuda - cpu) < 1e-4 * np.linalg.norm(cpu)
 
 
+@CAPTURE
+@pytest.mark.timeout(900)
+def test_executed_windows_are_those_of_the_cpu(fake, programs, tmp_path, graph: bool) -> None:
+    """Through `score`: whole calls of 4 tokens, and one of 2 with padding behind."""
+    ids, logits = tmp_path / "ids.json", [tmp_path / "cuda.npy", tmp_path / "cpu.npy"]
+    ids.write_text(json.dumps([LONG[:9], LONG[9:12]]))
+    for program, path in zip(("cuda", "cpu"), logits, strict=True):
+        done = fake.runner(
+            programs / "next" / program,
+            *(f"--score_ids_path={ids}", f"--logits_path={path}"),
+            *(["--cuda_graph"] if graph else []),
+            execute=str(programs / "next/cuda/kernels.json"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert program == "cpu" or fake.report()["launches"]["_choose_kernel"] == 3
+    cuda, cpu = map(np.load, logits)
+    assert cuda.shape == (10, 264)
+    assert np.linalg.norm(cuda - cpu) < 1e-4 * np.linalg.norm(cpu)
+
+
 def test_another_delegate_in_the_process(fake, programs, tmp_path) -> None:
     """Another delegate may bring the functions that AOTInductor's code usually calls; our code has
     its own."""

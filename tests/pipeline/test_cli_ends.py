@@ -81,6 +81,7 @@ PATHS = [
     "eval --model-dir x --program-dir",
     "eval --model-dir x --program-dir x --text",
     "eval --model-dir x --program-dir x --text x --runner",
+    "eval --program-dir x --text x --reference-program",
 ]
 
 

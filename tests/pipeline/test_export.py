@@ -208,3 +208,23 @@ def test_a_tokenizer_that_the_runner_would_refuse(tiny_bundle: Path, tmp_path: P
     with pytest.raises(ConfigError, match=r"tokenizer\.json: normalizer\.type: \"NFKC\" not supp"):
         exporter.export(Bundle(bundle), output, OPTIONS)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("max_seq_len", "rows"), [(64, 64), (40, 40)])
+def test_a_method_that_scores(tiny_bundle: Path, max_seq_len: int, rows: int) -> None:
+    """It is `prefill` with a fixed number of rows and the logits of each; the weights are those of
+    a program without it."""
+    bundle = Bundle(tiny_bundle)
+    options = exporter.ExportOptions(max_seq_len=max_seq_len, score=True)
+    without = dataclasses.replace(options, score=False)
+    graphs, constants = exporter._graphs(bundle, options)
+    others, before = exporter._graphs(bundle, without)
+    assert set(graphs) - set(others) == {"score"} and graphs["score"].length() == (1, 1)
+    assert constants == before | {"get_score_tokens": rows}
+    score = graphs["score"]
+    assert (score.inputs, score.weights) == (others["prefill"].inputs, others["prefill"].weights)
+    assert score.input_nodes()["tokens"].meta["val"].shape == (1, rows)
+    found = {name: (v.dtype, tuple(v.shape)) for name, v in score.output_values().items()}
+    expected = {"token": (torch.int64, (1, 1)), "logits": (torch.float32, (rows, 264))}
+    assert found == expected and score.hand_over is None
+    assert exporter.fingerprint(bundle, options) == exporter.fingerprint(bundle, without)

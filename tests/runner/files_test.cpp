@@ -312,6 +312,24 @@ TEST_F(Files, IdsAreAListOfIntegers) {
   }
 }
 
+TEST_F(Files, WindowsAreListsOfIdsOrOne) {
+  const std::string file = path("ids.json");
+  const auto read = [&](const char* text) {
+    write_file(file, text);
+    return read_windows(file);
+  };
+  using Lists = std::vector<std::vector<int64_t>>;
+  EXPECT_EQ(read("[1, 2]").ids, (Lists{{1, 2}}));
+  EXPECT_FALSE(read("[1, 2]").is_list);
+  EXPECT_EQ(read("[]").ids, Lists{{}});
+  EXPECT_EQ(read("[[1, 2], [], [3]]").ids, (Lists{{1, 2}, {}, {3}}));
+  EXPECT_EQ(read("[[]]").ids, Lists{{}});
+  EXPECT_TRUE(read("[[]]").is_list);
+  for (const char* bad : {"[[1], 2]", "[1, [2]]", "[[[1]]]", "[[1]", "[[1]] [2]", "[[1], null]"}) {
+    EXPECT_THROW(read(bad), std::runtime_error) << bad;
+  }
+}
+
 TEST_F(Files, NpyHasAnAlignedHeaderAndAppearsOnClose) {
   const std::string npy = path("a.npy");
   const float row[] = {1, 2, 3};

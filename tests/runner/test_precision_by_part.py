@@ -16,7 +16,6 @@ from transformers import (
 
 from et_moe.backends import ops
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.evaluate import runner_logits
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.models import model_of
 from et_moe.pipeline.quantize import QuantizedCheckpoint
@@ -110,6 +109,6 @@ def test_logits_with_int8_activations(checkpoints, runner, tmp_path: Path) -> No
     export(source, tmp_path, ExportOptions(max_seq_len=64, max_sequences=1))
     ids = torch.randint(0, 199, (20,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = eager_logits(source, torch.float32, ids)
-    logits = runner_logits(runner.binary, tmp_path, ids)
+    logits = runner.logits(tmp_path, ids)
     # Where a value falls on the border of two INT8 steps, the last bit of a sum decides.
     assert (logits - expected).norm() / expected.norm() < 1e-3

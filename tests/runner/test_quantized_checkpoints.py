@@ -12,7 +12,6 @@ from test_w4a8 import eager_logits
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.evaluate import runner_logits
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.models import model_of
 from et_moe.pipeline.quantize import QuantizedCheckpoint
@@ -84,5 +83,5 @@ def test_logits_with_int8_activations(case, runner) -> None:
     export(source, folder / "w4a8", ExportOptions(max_seq_len=64))
     ids = torch.randint(0, 199, (30,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = eager_logits(source, torch.float32, ids)
-    logits = runner_logits(runner.binary, folder / "w4a8", ids)
+    logits = runner.logits(folder / "w4a8", ids)
     assert (logits - expected).norm() / expected.norm() < 1e-3

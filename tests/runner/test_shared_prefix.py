@@ -16,7 +16,13 @@ def answers(program: Path, prompts: list[list[int]], **options) -> tuple[list[li
     """The tokens that each request gets, all submitted at once, and how many tokens of their
     prompts came from the cache."""
     engine = load_engine(program, max_sequences=3, **options)
-    params = SamplingParams(temperature=0.0, max_tokens=2)
+    tokens, cached = ask(engine, prompts, SamplingParams(temperature=0.0, max_tokens=2))
+    engine.close()
+    return tokens, cached
+
+
+def ask(engine, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], int]:
+    """The same of an engine that may have served others before."""
     found = {engine.submit(prompt, params): [] for prompt in prompts}
     open_requests, cached = set(found), 0
     while open_requests:
@@ -27,7 +33,6 @@ def answers(program: Path, prompts: list[list[int]], **options) -> tuple[list[li
             cached += event.cached_tokens
             if event.finish_reason is not None:
                 open_requests.remove(event.request_id)
-    engine.close()
     return list(found.values()), cached
 
 
@@ -40,3 +45,16 @@ def test_reuse(long_program: Path, shared: int) -> None:
     assert cached >= 0.95 * shared * (REQUESTS - 1), cached
     few = prompts[:2]
     assert answers(long_program, few, prefix_cache=False) == (tokens[:2], 0)
+
+
+@pytest.mark.parametrize("program", ["plain", "score"])
+def test_prompts_with_log_probabilities_leave_their_pages(scored_model, program: str) -> None:
+    """They are fed whole, in short pieces; the next prompt goes on from their last full page."""
+    prompt = random.Random(1).choices(range(1, 256), k=150)
+    engine = load_engine(scored_model / program, max_sequences=2)
+    params = SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=1)
+    first, again = (ask(engine, [prompt], params) for _ in range(2))
+    assert first == again and first[1] == 0
+    plain = SamplingParams(temperature=0.0, max_tokens=4)
+    assert ask(engine, [prompt], plain) == (first[0], 128)
+    engine.close()

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.evaluate import evaluate, runner_logits
+from et_moe.pipeline.evaluate import evaluate
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.quantize import QuantizedCheckpoint, meta_graph, parameter_spec
@@ -60,7 +60,7 @@ def test_logits_agree_with_the_eager_reference(
     export(source, tmp_path / "program", options)
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = eager_logits(source, torch.float32, ids, activations)
-    logits = runner_logits(runner.binary, tmp_path / "program", ids)
+    logits = runner.logits(tmp_path / "program", ids)
     # Where a value falls on the border of two INT8 steps, the last bit of a sum decides.
     assert (logits - expected).norm() / expected.norm() < 1e-3
 
@@ -70,7 +70,7 @@ def test_demo_perplexity_grows_by_at_most_4_percent(
 ) -> None:
     text = tmp_path / "heldout.txt"
     text.write_text((DEMO / "heldout.txt").read_text()[:8000])
-    result = evaluate(DEMO, demo_program, text, runner.binary, window=256)
+    result = evaluate(demo_program, text, runner.binary, window=256, model_dir=DEMO)
     assert result.tokens > 1000
     # Measured +3.3%, 0.062 and 83.0%; over the whole text +2.2%, 0.068 and 82.5%.
     assert -0.04 < result.perplexity_growth < 0.04

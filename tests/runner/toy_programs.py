@@ -73,11 +73,12 @@ def method(
     outputs: Sequence[str] = ("logits", "token"),
     **dtypes,
 ) -> MethodGraph:
-    size = 1 if name == "decode" else 8
+    """A method with these inputs; `prefill` has 2 to `LONGEST` tokens, `score` 4, another one 1."""
+    size = {"prefill": 8, "score": 4}.get(name, 1)
     shapes = {"tokens": (1, size), "pages": (1, 1)}
     kinds = INPUTS | {"window": torch.int64} | dtypes
     inputs = [torch.zeros(shapes.get(n, 1), dtype=kinds[n]) for n in names]
-    length = {1: Dim("T", min=2, max=LONGEST)} if size > 1 else None
+    length = {1: Dim("T", min=2, max=LONGEST)} if name == "prefill" else None
     program = torch.export.export(
         model or Toy(names),
         (inputs,),

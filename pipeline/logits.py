@@ -1,0 +1,180 @@
+"""Logits of texts, a few rows at a time: of a program, by the runner, and of a Hugging Face model.
+
+Texts are windows of token ids, each of which begins with nothing before it. A window of n tokens
+has n - 1 rows of logits, which predict all but its first token. Rows are read in the order of the
+windows; those of one window may be read in several parts.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+from et_moe.pipeline.config import ConfigError
+
+Windows = Sequence[Sequence[int]]
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers opens a checkpoint: no network, and none of the code that it may bring."""
+PIPE_BYTES = 1 << 20
+"""Of the pipe to the runner, where the system allows it: about a row of a large vocabulary."""
+BATCH_TOKENS = 4096
+"""Most tokens that the Hugging Face model is given at once, in windows of one length."""
+
+
+class Logits(Protocol):
+    """Where rows come from.
+
+    Attributes:
+        vocabulary: V.
+    """
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def read(self, count: int) -> Tensor:
+        """The next rows, all of one window: `float [count, V]`."""
+        ...
+
+
+class ProgramLogits(contextlib.AbstractContextManager):
+    """Those of an exported program. The runner works while the block is open, in one process that
+    loads the program once, and waits where its rows are not read.
+
+    Args:
+        runner: the runner's binary. program_dir: what `export` wrote.
+
+    Raises:
+        ConfigError: the runner cannot be run, or fails; with its message.
+    """
+
+    def __init__(self, runner: Path, program_dir: Path, windows: Windows) -> None:
+        self._runner, self._program_dir, self._windows = runner, program_dir, windows
+        self._shape: tuple[int, int] | None = None
+
+    def __enter__(self) -> "ProgramLogits":
+        with contextlib.ExitStack() as stack:
+            ids = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ids.json"
+            ids.write_text(json.dumps([list(window) for window in self._windows]))
+            self._errors = stack.enter_context(tempfile.TemporaryFile())
+            reading, writing = os.pipe()
+            self._rows = stack.enter_context(os.fdopen(reading, "rb", buffering=0))
+            try:
+                self._process = self._start(ids, writing)
+            finally:
+                os.close(writing)  # the runner's is the only one: that it ends is seen
+            stack.callback(self._end)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _start(self, ids: Path, writing: int) -> subprocess.Popen:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        command = [
+            self._runner,
+            f"--model_path={self._program_dir / 'model.pte'}",
+            f"--data_path={self._program_dir / 'model.ptd'}",
+            f"--score_ids_path={ids}",
+            f"--logits_path=/dev/fd/{writing}",
+            "--cuda_graph",  # a CPU program ignores it
+        ]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        try:
+            return subprocess.Popen(command, stderr=self._errors, pass_fds=(writing,), **streams)
+        except OSError as e:
+            message = f"{self._runner}: cannot be run ({e.strerror}); is it built?"
+            raise ConfigError(message) from None
+
+    def _end(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _failure(self) -> ConfigError:
+        """What is wrong where the rows end too early, or are none."""
+        self._rows.close()  # what still writes must not wait for a reader
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip()
+        if code < 0:
+            said = f"{said} (ended by {signal.Signals(-code).name})".strip()
+        return ConfigError(f"{self._runner} failed: {said or 'it gave fewer logits than expected'}")
+
+    def _header(self) -> tuple[int, int]:
+        if self._shape is None:
+            try:
+                numpy.lib.format.read_magic(self._rows)
+                self._shape, _, _ = numpy.lib.format.read_array_header_1_0(self._rows)
+            except ValueError:
+                raise self._failure() from None
+        return self._shape
+
+    @property
+    def vocabulary(self) -> int:
+        return self._header()[1]
+
+    def read(self, count: int) -> Tensor:
+        """See `Logits`; float32."""
+        rows = numpy.empty((count, self.vocabulary), numpy.float32)
+        rest = memoryview(rows).cast("B")
+        while rest:
+            size = self._rows.readinto(rest)
+            if not size:
+                raise self._failure()
+            rest = rest[size:]
+        return torch.from_numpy(rows)
+
+
+class HuggingFaceLogits:
+    """Those of a Hugging Face model, in the checkpoint's dtype. What it gives of a batch are hidden
+    states; logits are made of them row by row."""
+
+    def __init__(self, model_dir: Path, windows: Windows) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype="auto", use_safetensors=True, **LOCAL
+        ).eval()
+        self._model, self._head = model.base_model, model.get_output_embeddings()
+        self._windows = self._hidden(windows)
+        self._rest: Tensor | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self._head.weight.shape[0]
+
+    def _hidden(self, windows: Windows) -> Iterator[Tensor]:
+        """Of each window the hidden states that its logits are made of, `[n - 1, H]`."""
+        for length, group in groupby(windows, len):
+            alike, size = list(group), max(1, BATCH_TOKENS // length)
+            for begin in range(0, len(alike), size):
+                batch = torch.tensor(alike[begin : begin + size])
+                with torch.no_grad():
+                    # Without a cache: that of transformers wants a layer of full attention.
+                    found = self._model(batch, use_cache=False).last_hidden_state
+                yield from found[:, :-1]
+
+    def read(self, count: int) -> Tensor:
+        """See `Logits`; in the checkpoint's dtype."""
+        if self._rest is None or not len(self._rest):
+            self._rest = next(self._windows)
+        rows, self._rest = self._rest[:count], self._rest[count:]
+        with torch.no_grad():
+            return self._head(rows)
