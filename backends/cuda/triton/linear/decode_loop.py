@@ -18,9 +18,9 @@ from et_moe.backends.cuda.triton.linear.decode import (
     floor_power_of_two,
     multiply_row,
     order_row,
+    point_to_weights,
     supports_k,
 )
-from et_moe.backends.cuda.triton.linear.layout import point_to_scale_pairs
 from et_moe.backends.cuda.triton.tuning import find_config
 
 
@@ -46,26 +46,16 @@ def _gemv_loop_kernel(
     TILES: tl.constexpr = BLOCKS * 8 // BITS
     RUNS: tl.constexpr = BLOCKS // SPAN
     PIECES: tl.constexpr = SPAN * (HALF // 16)
-    rows_n, run = tl.arange(0, BLOCK_N), tl.arange(0, RUNS)[:, None, None]
-    row, piece = rows_n[None, :, None], tl.arange(0, PIECES)[None, None, :]
-    word = tl.arange(0, 4 * PIECES)[None, None, :]
-    # The last program overlaps its neighbour; both store the same.
-    first_n = min(tl.program_id(0) * BLOCK_N, N - BLOCK_N)
-    weight = weight.to(tl.pointer_type(tl.int32)) + first_n.to(tl.int64) * (BLOCKS * HALF // 4)
-    weight += (row * RUNS + run) * (4 * PIECES) + word
     SCALE_TYPE: tl.constexpr = weight_scale.dtype.element_ty
-    if BITS == 4:
-        group = (run * PIECES + piece) * 16 // GROUP
-        weight_scale = point_to_scale_pairs(weight_scale)
-        weight_scale = tl.max_contiguous(weight_scale + (group * N + (first_n + row)), (1, 1, 1))
-    else:
-        copies = tl.broadcast_to(row, (1, BLOCK_N, PIECES))
-        weight_scale = tl.max_contiguous(weight_scale + (first_n + copies), (1, 1, 1))
+    # The last program overlaps its neighbour; both store the same.
+    _, first_n, weight, weight_scale = point_to_weights(
+        weight, weight_scale, N, BLOCKS, SPAN, GROUP, BITS, BLOCK_N, 1
+    )
     at = tl.arange(0, TILES)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     w, scales = tl.load(weight, eviction_policy="evict_first"), tl.load(weight_scale)
     if norm_weight is not None:
         gain = tl.load(norm_weight + at)
-    n = first_n + rows_n
+    n = first_n + tl.arange(0, BLOCK_N)
     wait_for_previous()
     next_value = tl.load(x + at)
     for m in tl.range(0, M, num_stages=1):
