@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.int4 import UPPER_NIBBLES, dot_words
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 
 @triton.jit
@@ -24,6 +25,19 @@ def unpack_words(words, PART: tl.constexpr, BITS: tl.constexpr):
         return (words << 4) & UPPER_NIBBLES
     else:
         return words & UPPER_NIBBLES
+
+
+@triton.jit
+def forget_words(words):
+    """The same int32, of which the compiler does not know where they come from.
+
+    In a loop it would unpack weights ahead of the first iteration, into twice the registers.
+    """
+    if is_interpreted():
+        return words
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
