@@ -89,8 +89,8 @@ def _gemv_loop_kernel(
     n = first_n + tl.arange(0, BLOCK_N)
     if norm_weight is not None:
         prefetch(norm_weight, TILES * HALF * norm_weight.dtype.element_ty.primitive_bitwidth // 8)
-    # The next row is on its way while one is multiplied; but with the state of each row's sequence a
-    # thread would need more registers than three programs on a multiprocessor have.
+    # The next row is on its way while one is multiplied; but with the state of each row's sequence
+    # a thread would need more registers than three programs on a multiprocessor have.
     AHEAD: tl.constexpr = conv_weight is None or TOKENS > 1
     wait_for_previous()
     following = tl.load(x + at)
