@@ -67,7 +67,7 @@ def linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> 
     if takes_loop(x, weight, group_size, planes):
         return linear_decode_loop(*arguments[:-1])
     rows, bits = find_largest(x.shape[0]), 8 if group_size is None else 4
-    if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], bits):
+    if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], rows, bits):
         return linear_decode_rows(*arguments, rows)
     return linear_prefill(*arguments)
 

@@ -61,6 +61,30 @@ def multiply_parts(w, q, q0, zero, PLANES: tl.constexpr):
         return both
 
 
+# The bits of 1.5 * 2^23 as fp32, whose neighbours are 1 apart.
+_FLOAT_BIAS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def multiply_parts_as_floats(w, q, q0, zero, PLANES: tl.constexpr):
+    """The results of `multiply_parts` as fp32.
+
+    Those of one plane are summed up on top of an fp32 number's bits, and that number is subtracted:
+    both are exact, since 16 products stay below 2^22. To convert integers takes several times as
+    long as to add.
+    """
+    floats = ()
+    if PLANES == 1:
+        sums = multiply_parts(w, q, q0, zero + _FLOAT_BIAS, PLANES)
+        for part in tl.static_range(len(w)):
+            floats += (sums[part].to(tl.float32, bitcast=True) - 12582912.0,)
+    else:
+        sums = multiply_parts(w, q, q0, zero, PLANES)
+        for part in tl.static_range(len(w)):
+            floats += (sums[part].to(tl.float32),)
+    return floats
+
+
 @triton.jit
 def multiply_apart(a, b):
     """a * b, fp32 of one shape, as a number of its own.
