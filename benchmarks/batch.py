@@ -119,8 +119,9 @@ def steps_of(stats: dict, sequences: int) -> dict:
 
 def _profile(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
     """The kernels of a step of all sequences, see `profile_batch`."""
-    # Prompts are fed one by one, in pieces, beside those that decode already.
-    calls = load.sequences * (2 + load.prompt // 1024) + 8
+    # Prompts are fed one by one, in pieces, beside those that decode already; a call may draw the
+    # token that it is for and three drafts.
+    calls = load.sequences * (2 + load.prompt // 1024) + 16
     load = dataclasses.replace(load, requests=load.sequences, new_tokens=calls)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -126,21 +126,25 @@ def last_calls(launches: list[Launch], decoded: int) -> tuple[list[Launch], list
 def batched_call(launches: list[Launch]) -> list[Launch]:
     """The kernels of a decode call of all sequences: the second one behind the last prefill.
 
+    A decode call, with drafts or without, ends with the kernel that hands its tokens over; what
+    begins it may come in its middle once more. A prefill hands nothing over.
+
     Raises:
-        ProfileError: two equal calls do not follow a prefill.
+        ProfileError: two equal calls do not follow the one behind the last prefill.
     """
-    calls: list[list[Launch]] = []
+    calls: list[list[Launch]] = [[]]
     for launch in launches:
-        if "embedding" in launch.name:  # every call begins with it
+        calls[-1].append(launch)
+        if "hand_over" in launch.name:
             calls.append([])
-        if calls:
-            calls[-1].append(launch)
+    calls.pop()  # behind the last decode call
     names = [[launch.name for launch in call] for call in calls]
+    # Those of a prefill stand in front of the kernels of the decode call behind it.
     prefills = [i for i, call in enumerate(names) if any("_scan_kernel" in n for n in call)]
     last = prefills[-1] if prefills else len(names)
     if len(names) < last + 3 or names[last + 1] != names[last + 2]:
-        raise ProfileError("the trace does not hold two equal calls behind a prefill")
-    return calls[last + 2]
+        raise ProfileError("the trace does not hold three decode calls behind a prefill, two equal")
+    return calls[last + 1]
 
 
 def summarize(launches: list[Launch]) -> dict:

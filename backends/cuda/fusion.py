@@ -3,9 +3,7 @@
 from torch.fx import Graph, Node
 
 from et_moe.backends.cuda.graphs import op_arguments
-from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net_projected
-from et_moe.backends.cuda.triton.linear.decode import supports_k
 
 PLANES = {"linear_w4a8": 1, "linear_w4a16": 2, "linear_w8a8": 1, "linear_w8a16": 2}
 """INT8 planes that the activations of a linear op are quantized to."""
@@ -20,24 +18,17 @@ def _op_name(node: object) -> str:
 def _find_projection(net: Node) -> Node | None:
     """The linear layer that can be computed together with a `gated_delta_net`, if there is one.
 
-    It has one token, no residual, and no user besides. Which version the token leaves is the same
-    with and without `each_row`.
+    Its weights are quantized, and it has no residual, and no user besides.
     """
-    arguments = op_arguments(net)
-    linear = arguments["projected"]
-    if (
-        _op_name(linear) not in PLANES
-        or len(linear.users) > 1
-        or arguments["num_tokens"] is not None
-    ):
+    linear = op_arguments(net)["projected"]
+    if _op_name(linear) not in PLANES or len(linear.users) > 1:
         return None
-    given = op_arguments(linear)
-    tokens, k = given["x"].meta["val"].shape
-    return linear if is_one(tokens) and given["residual"] is None and supports_k(k) else None
+    return linear if op_arguments(linear)["residual"] is None else None
 
 
 def fuse(graph: Graph) -> None:
-    """Replaces each linear layer with a `gated_delta_net` of one token behind it by one function.
+    """Replaces each linear layer with a `gated_delta_net` behind it by one function, which takes
+    fewer launches for few rows.
 
     All other nodes of the graph stay as they are, and so do results and updates of state.
     """
@@ -45,8 +36,7 @@ def fuse(graph: Graph) -> None:
         if _op_name(net) != "gated_delta_net" or (linear := _find_projection(net)) is None:
             continue
         arguments, given = op_arguments(net), op_arguments(linear)
-        del arguments["projected"], arguments["num_tokens"], arguments["each_row"]
-        del given["residual"]
+        del arguments["projected"], given["residual"]
         planes = PLANES[_op_name(linear)]
         group = {"group_size": given.pop("group_size", None)}
         norm = {"input_norm_weight": given.pop("norm_weight"), "input_eps": given.pop("eps")}

@@ -64,17 +64,38 @@ def test_a_load_that_is_none(text: str) -> None:
         Load.parse(text)
 
 
+def launches(*names: str) -> list[Launch]:
+    return [Launch(i, i + 1, name) for i, name in enumerate(names)]
+
+
+PREFILL = ("_embedding_kernel", "_scan_kernel", "_finish_kernel")
+STEP = ("_embedding_kernel", "_step_kernel", "_finish_kernel", "_hand_over_kernel")
+
+
 def test_the_step_that_is_profiled() -> None:
     """Prompts are fed between steps; the second step behind the last one has all sequences."""
+    trace = launches("fill", *PREFILL, *STEP, *PREFILL, *STEP, *STEP, *STEP, *STEP, "copy")
+    assert [launch.start for launch in batched_call(trace)] == [15, 16, 17, 18]
+    for names in (
+        (*PREFILL, *STEP, *STEP),
+        (*STEP, *STEP, *STEP),
+        (*PREFILL, *STEP, *STEP, "x", *STEP),
+    ):
+        with pytest.raises(ProfileError, match="three decode calls behind a prefill, two equal"):
+            batched_call(launches(*names))
 
-    def launches(*names: str) -> list[Launch]:
-        return [Launch(i, i + 1, name) for i, name in enumerate(names)]
 
-    prefill, step = ("embedding_w8", "_scan_kernel"), ("embedding_w8", "_step_kernel")
-    trace = launches("fill", *prefill, *step, *prefill, *step, *step, *step)
-    assert [launch.start for launch in batched_call(trace)] == [9, 10]
-    with pytest.raises(ProfileError, match="two equal calls"):
-        batched_call(launches(*prefill, *step))
+@pytest.mark.parametrize("drafts", [1, 2, 3])
+def test_the_step_with_drafts_that_is_profiled(drafts: int) -> None:
+    """It has an embedding for the rows that the head takes, and one for each further draft; and a
+    prefill has one for the head's cache."""
+    head = ("_embedding_kernel", "_decode_kernel", "_finish_kernel")
+    step = (*STEP[:-1], *drafts * head, "_hand_over_drafts_kernel")
+    fill = (*PREFILL[:-1], *head)
+    trace = launches("fill", *fill, *step, *fill, *step, *step, *step)
+    found = batched_call(trace)
+    assert tuple(launch.name for launch in found) == step
+    assert found[-1].end == len(trace) - len(step)
 
 
 @pytest.mark.parametrize(

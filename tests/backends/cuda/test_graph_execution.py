@@ -160,12 +160,11 @@ def places(positions: list[int], slots: list[int], pages: list[int]) -> dict[str
 def test_prefill_with_padding_then_decode(sides) -> None:
     tokens = torch.tensor([[5, 77, 130, 200, 9, 31, 64, 0, 0, 0]])
     one = places([0], [1], [2]) | {"num_tokens": torch.tensor([7])}
-    assert not run_both(sides, "prefill", {"tokens": tokens} | one, 7)
-    fused = set()
+    fused = run_both(sides, "prefill", {"tokens": tokens} | one, 7)
     for i, token in enumerate((8, 250)):
         inputs = {"tokens": torch.tensor([[token]])} | places([7 + i], [1], [2])
         fused |= run_both(sides, "decode", inputs, None)
-    # The one fusion is in decode: the quantized projection of the only gated delta net.
+    # The one fusion: the quantized projection of the only gated delta net.
     assert len(fused) == 1 and fused.pop().startswith("linear_w")
 
 
@@ -173,13 +172,13 @@ def test_decode_of_several_sequences(sides) -> None:
     """Two that have begun, one that begins, and padding."""
     for slot, tokens in ((3, [5, 77, 130]), (0, [9, 31])):
         inputs = {"tokens": torch.tensor([tokens]), "num_tokens": torch.tensor([len(tokens)])}
-        assert not run_both(sides, "prefill", inputs | places([0], [slot], [slot]), None)
+        assert len(run_both(sides, "prefill", inputs | places([0], [slot], [slot]), None)) == 1
     inputs = {
         "tokens": torch.tensor([[8], [250], [1], [0]]),
         "num_tokens": torch.tensor([1, 1, 1, 0]),
     }
     where = places([3, 2, 0, 0], [3, 0, 1, 0], [3, 0, 1, 0])
-    assert not run_both(sides, "decode_batch", inputs | where, 3)
+    assert len(run_both(sides, "decode_batch", inputs | where, 3)) == 1
 
 
 def test_pieces_of_a_prompt_change_no_bit(tmp_path) -> None:

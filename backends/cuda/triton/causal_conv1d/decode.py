@@ -1,5 +1,5 @@
-"""The convolution of one token, or of a few: in a kernel of its own, or, of one, at the end of the
-kernel that makes x.
+"""The convolution of one token, or of a few: in a kernel of its own, or at the end of the kernel
+that makes x.
 
 Both compute with the same instructions, so a sequence gets the same bits from either.
 """
@@ -85,6 +85,8 @@ def store_convolved(
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
     COPIES: tl.constexpr,
+    token=0,
+    count=1,
 ):
     """`causal_conv1d` of one token; it stores the result and updates the state in place.
 
@@ -94,7 +96,9 @@ def store_convolved(
         x: `[N]` in the dtype of out, the token's columns n. From CHANNELS on they are stored as
             they are.
         window: as from `load_conv_window`.
+        state_ptr: as from `find_conv_state`.
         COPIES: how many threads hold a copy of x, as for `store_once`.
+        token, count: which of its sequence's tokens it is, and how many of these are not padding.
     """
     _, earlier = window
     inside = own_n & (n < CHANNELS)
@@ -102,9 +106,12 @@ def store_convolved(
     store_once(out_ptr + n, y, own_n, COPIES)
     tl.debug_barrier()  # until every warp of this program has read the old state
     for tap in tl.static_range(TAPS - 1):
-        value = earlier[tap + 1] if tap + 1 < TAPS - 1 else x
+        if tap + 1 < TAPS - 1:
+            value, row, mask = earlier[tap + 1], tap, inside & (token == 0) & (count > 0)
+        else:
+            value, row, mask = x, tap + token, inside & (token < count)
         value = value.to(state_ptr.dtype.element_ty)
-        store_once(state_ptr + tap * CHANNELS + n, value, inside, COPIES)
+        store_once(state_ptr + row * CHANNELS + n, value, mask, COPIES)
 
 
 @triton.jit

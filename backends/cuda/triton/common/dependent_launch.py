@@ -54,3 +54,18 @@ def prefetch(start, BYTES: tl.constexpr):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def prefetch_each(pointers):
+    """Brings what each of the pointers points to into the L2 cache. Unlike a load it takes no
+    register until the value is needed."""
+    if not is_interpreted():
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.uint64, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -92,14 +92,20 @@ def _drafts_case(name: str, *shape) -> OpCase:
 _QWEN3_5_35B = (torch.bfloat16, 16, 32, 128)
 
 
-def _projected_case(planes: int, bits: int, versions: int = 0) -> OpCase:
+def _projected_case(
+    planes: int,
+    bits: int,
+    what: str = "",
+    tokens: tuple[int, ...] = (1,),
+    versions: int = 0,
+    **rows: bool,
+) -> OpCase:
+    """rows: which rows there are, as `_net_arguments` takes it."""
     hidden = 2048
 
     def arguments(m, device):
-        given = _net_arguments(*_QWEN3_5_35B, versions=versions)(m, device)
+        given = _net_arguments(*_QWEN3_5_35B, versions=versions, **rows)(m, device)
         n = given.pop("projected").shape[1]
-        del given["num_tokens"]
-        given.pop("each_row", None)
         return given | {
             "x": random_tensor(m, hidden, device=device),
             **({"group_size": None} | example_weight(n, hidden, device, bits)),
@@ -109,13 +115,14 @@ def _projected_case(planes: int, bits: int, versions: int = 0) -> OpCase:
             "eps": 1e-6,
         }
 
+    kernel = "_gemv_kernel" if tokens == (1,) else "_gemv_loop_kernel"
     return OpCase(
-        f"gated_delta_net_projected/w{bits}a{8 * planes}{'_versions' if versions else ''}",
+        f"gated_delta_net_projected/w{bits}a{8 * planes}{what}",
         gated_delta_net_projected,
         arguments,
         tables=(f"linear_w{bits}_gemv", "gated_delta_step"),
-        tokens=(1,),
-        streams={"_gemv_kernel": ("weight",), **_STREAMS},
+        tokens=tokens,
+        streams={kernel: ("weight",), **_STREAMS},
     )
 
 
@@ -136,7 +143,10 @@ CASES = [
     _projected_case(1, bits=4),
     _projected_case(2, bits=4),
     _projected_case(1, bits=8),
-    _projected_case(1, bits=4, versions=4),
+    _projected_case(1, bits=4, what="_versions", versions=4),
+    _projected_case(1, bits=4, what="_drafts", tokens=(2, 3, 4), versions=4, each_row=True),
+    _projected_case(1, bits=8, what="_drafts", tokens=(2,), versions=4, each_row=True),
+    _projected_case(1, bits=4, what="_batch", tokens=(3,), batch=True),
     OpCase(
         "gated_delta_rule",
         gated_delta_rule,

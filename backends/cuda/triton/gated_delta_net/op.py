@@ -2,14 +2,17 @@
 
 import torch
 
+from et_moe.backends.cuda.triton.causal_conv1d.decode import count_conv_versions
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
+from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.common.tokens import count_decode_rows
 from et_moe.backends.cuda.triton.gated_delta_net.chunk import chunk_gated_delta
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating
 from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces
 from et_moe.backends.cuda.triton.gated_delta_net.step import step_gated_delta
-from et_moe.backends.cuda.triton.linear.decode import linear_decode
-from et_moe.backends.cuda.triton.linear.op import check_linear
+from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
+from et_moe.backends.cuda.triton.linear.decode_loop import ConvRows, linear_decode_loop
+from et_moe.backends.cuda.triton.linear.op import check_linear, linear, takes_loop
 from et_moe.backends.ops.sequences import check_each_row
 
 
@@ -114,38 +117,47 @@ def gated_delta_net_projected(
     recurrent_state: torch.Tensor,
     slots: torch.Tensor,
     eps: float,
+    num_tokens: torch.Tensor | None = None,
     versions: torch.Tensor | None = None,
+    each_row: bool = False,
 ) -> torch.Tensor:
-    """A linear layer on one token and the `gated_delta_net` behind it, in two launches.
+    """A linear layer and the `gated_delta_net` behind it.
 
-    The first launch is that of the linear layer, and computes the convolution as well. The result
-    has the bits of the two ops.
+    They take two launches for a single token without `num_tokens`, and for up to `LINEAR_ROWS` rows
+    that `gated_delta_net` takes two launches for, if `takes_loop`: the first is that of the linear
+    layer, and computes the convolution as well. Else they take those of the two ops. The result has
+    the bits of these.
 
     Args:
         x, weight, scale, group_size, input_norm_weight, input_eps: as `linear_w4a8` takes them for
             planes 1, or `linear_w4a16` for planes 2; with group_size None, as `linear_w8a8` and
-            `linear_w8a16` take them. x is `[1, K]` with K as in `supports_k`.
+            `linear_w8a16` take them.
         conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, slots, eps,
-            versions: as `gated_delta_net` takes them.
+            num_tokens, versions, each_row: as `gated_delta_net` takes them.
 
     Returns:
-        `[1, V]` in x's dtype, as from the two ops.
+        `[B R, V]` in x's dtype, as from the two ops.
 
     Raises:
-        ValueError: the projection's arguments do not fit each other.
+        ValueError: the projection's arguments do not fit each other, or as `gated_delta_net`.
     """
     check_linear(x, weight, scale, group_size, input_norm_weight, None)
-    projected = linear_decode(
-        x.contiguous(),
-        weight,
-        scale,
-        group_size,
-        input_norm_weight,
-        input_eps,
-        None,
-        planes,
-        (conv_weight, conv_state, slots, versions),
-    )
-    gating, channels = Gating(projected, a_log, dt_bias, norm_weight, eps), conv_weight.shape[0]
-    places = StatePlaces(recurrent_state, slots, None, versions)
-    return _behind_convolution(projected, channels, gating, places, False)
+    projection = (x.contiguous(), weight, scale, group_size, input_norm_weight, input_eps, None)
+    layer = (a_log, dt_bias, norm_weight)
+    rows = count_decode_rows(x.shape[0], slots.shape[0], each_row)
+    check_each_row(each_row, rows, versions, count_conv_versions(conv_state, conv_weight.shape[1]))
+    if is_one(x.shape[0]) and num_tokens is None and supports_k(x.shape[1]):
+        conv = (conv_weight, conv_state, slots, versions)
+        projected = linear_decode(*projection, planes, conv)
+    elif rows and not is_one(x.shape[0]) and takes_loop(x, weight, group_size, planes):
+        conv = ConvRows(conv_weight, conv_state, slots, versions, num_tokens, rows)
+        projected = linear_decode_loop(*projection, conv)
+    else:
+        states = (conv_state, recurrent_state, slots)
+        projected = linear(*projection, planes)
+        return gated_delta_net(
+            projected, conv_weight, *layer, *states, eps, num_tokens, versions, each_row
+        )
+    places = StatePlaces(recurrent_state, slots, num_tokens, versions)
+    gating = Gating(projected, *layer, eps)
+    return _behind_convolution(projected, conv_weight.shape[0], gating, places, each_row)

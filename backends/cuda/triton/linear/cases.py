@@ -72,6 +72,7 @@ def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
     if head:
         found += [
             case("lm_head", lm_head, (1,), "_gemv_kernel", tables=(gemv,)),
+            case("lm_head_of_two", lm_head, (2,), "_rows_kernel", tables=(few,)),
             case("lm_head_of_a_batch", lm_head, (LINEAR_ROWS,), "_rows_kernel", tables=(few,)),
         ]
     return found
@@ -131,7 +132,7 @@ _GEMV = [
 
 _ROWS = [
     {"BLOCK_ROWS": rows, "num_warps": warps}
-    for rows, warps in ((64, 2), (128, 2), (64, 4), (128, 4), (256, 4), (128, 8), (256, 8))
+    for rows, warps in ((64, 2), (128, 2), (128, 4), (256, 4), (512, 4), (256, 8), (512, 8))
 ]
 
 # A row of an INT8 weight has twice the blocks of an INT4 one.

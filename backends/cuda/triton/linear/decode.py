@@ -129,6 +129,50 @@ def multiply_row(
 
 
 @triton.jit
+def point_to_weights(
+    weight,
+    weight_scale,
+    N,
+    BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
+    """Where a program finds its weights; see `_gemv_kernel`. Of several blocks it has the second
+    one brought into the L2 cache.
+
+    Returns:
+        The first column of out that is this program's own; the first one that it computes, since
+        the last program overlaps its neighbour; and for the first of its blocks pointers to the
+        words of the weight, `[RUNS, BLOCK_N, 4 PIECES]`, and to the scales of its pieces.
+    """
+    RUNS: tl.constexpr = BLOCKS // SPAN
+    PIECES: tl.constexpr = SPAN * 8
+    WORDS: tl.constexpr = BLOCK_N * BLOCKS * 32
+    rows_n, run = tl.arange(0, BLOCK_N), tl.arange(0, RUNS)[:, None, None]
+    row, piece = rows_n[None, :, None], tl.arange(0, PIECES)[None, None, :]
+    word = tl.arange(0, 4 * PIECES)[None, None, :]
+    own_n = tl.program_id(0) * (BLOCK_N * REPEAT)
+    first_n = min(own_n, N - BLOCK_N * REPEAT)
+    weight = weight.to(tl.pointer_type(tl.int32)) + first_n.to(tl.int64) * (BLOCKS * 32)
+    if REPEAT > 1:
+        prefetch(weight + WORDS, 4 * WORDS)
+    weight += (row * RUNS + run) * (4 * PIECES) + word
+    # The scales are contiguous along N; without the hint they would be loaded in another layout
+    # than the weights.
+    if BITS == 4:
+        group = (run * PIECES + piece) * 16 // GROUP
+        weight_scale = point_to_scale_pairs(weight_scale)
+        scales = tl.max_contiguous(weight_scale + (group * N + (first_n + row)), (1, 1, 1))
+    else:
+        copies = tl.broadcast_to(row, (1, BLOCK_N, PIECES))
+        scales = tl.max_contiguous(weight_scale + (first_n + copies), (1, 1, 1))
+    return own_n, first_n, weight, scales
+
+
+@triton.jit
 def _gemv_kernel(
     x,
     norm_weight,
@@ -170,33 +214,18 @@ def _gemv_kernel(
     RUNS: tl.constexpr = BLOCKS // SPAN
     PIECES: tl.constexpr = SPAN * (HALF // 16)
     WORDS: tl.constexpr = BLOCK_N * BLOCKS * (HALF // 4)
-    rows_n, run = tl.arange(0, BLOCK_N), tl.arange(0, RUNS)[:, None, None]
-    row, piece = rows_n[None, :, None], tl.arange(0, PIECES)[None, None, :]
-    word = tl.arange(0, 4 * PIECES)[None, None, :]
-    # The last program overlaps its neighbour; only the neighbour convolves what both compute.
-    own_n = tl.program_id(0) * (BLOCK_N * REPEAT)
-    first_n = min(own_n, N - BLOCK_N * REPEAT)
-    weight = weight.to(tl.pointer_type(tl.int32)) + first_n.to(tl.int64) * (BLOCKS * HALF // 4)
-    if REPEAT > 1:
-        prefetch(weight + WORDS, 4 * WORDS)
-    weight += (row * RUNS + run) * (4 * PIECES) + word
-    # The scales are contiguous along N; without the hint they would be loaded in another layout
-    # than the weights.
     SCALE_TYPE: tl.constexpr = weight_scale.dtype.element_ty
-    if BITS == 4:
-        group = (run * PIECES + piece) * 16 // GROUP
-        weight_scale = point_to_scale_pairs(weight_scale)
-        weight_scale = tl.max_contiguous(weight_scale + (group * N + (first_n + row)), (1, 1, 1))
-    else:
-        copies = tl.broadcast_to(row, (1, BLOCK_N, PIECES))
-        weight_scale = tl.max_contiguous(weight_scale + (first_n + copies), (1, 1, 1))
+    # Only the neighbour convolves what both compute.
+    own_n, first_n, weight, weight_scale = point_to_weights(
+        weight, weight_scale, N, BLOCKS, SPAN, GROUP, BITS, BLOCK_N, REPEAT
+    )
     at = tl.arange(0, TILES)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     # All loads are on their way before the first value is needed, and those of the weights before x
     # exists. The weights are read once; the L2 cache shall keep what kernels hand on instead.
     w, scales = tl.load(weight, eviction_policy="evict_first"), tl.load(weight_scale)
     if norm_weight is not None:
         gain = tl.load(norm_weight + at)
-    n = first_n + rows_n
+    n = first_n + tl.arange(0, BLOCK_N)
     if conv_weight is not None:
         conv_state = find_conv_state(conv_state, conv_slots, CHANNELS, TAPS, VERSIONS)
         old_state = find_conv_version(conv_state, conv_versions, CHANNELS, VERSIONS)

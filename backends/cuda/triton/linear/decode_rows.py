@@ -24,7 +24,7 @@ from et_moe.backends.cuda.triton.linear.layout import point_to_scale_pairs, spli
 from et_moe.backends.cuda.triton.linear.row_quantization import quantize_rows
 from et_moe.backends.cuda.triton.linear.words import (
     multiply_apart,
-    multiply_parts,
+    multiply_parts_as_floats,
     unpack_words,
 )
 from et_moe.backends.cuda.triton.tuning import find_config
@@ -73,7 +73,7 @@ def _load_scales(
 
 @triton.jit
 def _rescale(totals, scales, row_scales, BITS: tl.constexpr, SCALE_TYPE: tl.constexpr):
-    """fp32 products of a run, `[BLOCK_N, PIECES]`, of the integer products of each part.
+    """fp32 products of a run, `[BLOCK_N, PIECES]`, of the products of each part, fp32.
 
     Args:
         scales: of the weights, those of INT4 in pairs.
@@ -81,12 +81,12 @@ def _rescale(totals, scales, row_scales, BITS: tl.constexpr, SCALE_TYPE: tl.cons
     """
     if BITS == 8:
         scale = scales.to(tl.float32) * row_scales[0]
-        return multiply_apart(totals[0].to(tl.float32), scale)
+        return multiply_apart(totals[0], scale)
     else:
         low_group, high_group = split_scale_pair(scales, SCALE_TYPE)
-        y = totals[1].to(tl.float32) * (high_group * row_scales[1])
+        y = totals[1] * (high_group * row_scales[1])
         # This is how the compiler fuses the two products for one row.
-        return tl.fma(totals[0].to(tl.float32), low_group * row_scales[0], y)
+        return tl.fma(totals[0], low_group * row_scales[0], y)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _add_run(
             row_q0 = _load_row(words + M * (BLOCKS * PARTS * 32), SPAN, BLOCK_N, BITS)
         row_scales = _load_scales(q_scale, row, run, piece, BLOCKS, SPAN, BITS)
         for i in tl.static_range(KEEP):
-            totals = multiply_parts(unpacked[i], row_q, row_q0, zero, PLANES)
+            totals = multiply_parts_as_floats(unpacked[i], row_q, row_q0, zero, PLANES)
             y = _rescale(totals, scales[i], row_scales, BITS, SCALE_TYPE)
             if len(sums) > 0:
                 y += sums[m * KEEP + i]
@@ -259,8 +259,8 @@ def _find_span(n: int, blocks: int, bits: int) -> tuple[int, bool]:
     return span, floor_power_of_two(block_n) * 8 * span >= 32 * config["num_warps"]
 
 
-def supports_rows(n: int, k: int, bits: int = 4) -> bool:
-    """Whether `linear_decode_rows` takes a weight `[N, K]` of 4 or 8 bits.
+def supports_rows(n: int, k: int, rows: int, bits: int = 4) -> bool:
+    """Whether `linear_decode_rows` takes a weight `[N, K]` of 4 or 8 bits for so many rows.
 
     It does where `linear_decode` takes it and does not divide the runs of a result between warps,
     and where N is large enough for all threads.
@@ -268,7 +268,7 @@ def supports_rows(n: int, k: int, bits: int = 4) -> bool:
     if not supports_k(k):
         return False
     span, alone = _find_span(n, k * bits // 1024, bits)
-    warps = find_config(f"linear_w{bits}_rows", out_features=n)["num_warps"]
+    warps = find_config(f"linear_w{bits}_rows", tokens=rows)["num_warps"]
     return alone and n * 8 * span >= 32 * warps
 
 
@@ -295,7 +295,7 @@ def linear_decode_rows(
     (m, k), n, bits = x.shape, weight.shape[0], 8 if group_size is None else 4
     blocks = weight.shape[1] // 128
     span = _find_span(n, blocks, bits)[0]
-    config = find_config(f"linear_w{bits}_rows", out_features=n)
+    config = find_config(f"linear_w{bits}_rows", tokens=rows)
     block_n = max(1, 32 * config["num_warps"] // (8 * span))
     keep = max(1, config.pop("BLOCK_ROWS") // (blocks * block_n))
     keep = min(keep, floor_power_of_two(n // block_n))

@@ -51,15 +51,23 @@ def check_linear(x, weight, scale, group_size, norm_weight, residual) -> None:
     check_norm_and_residual(n, k, norm_weight, residual)
 
 
-def _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
+def takes_loop(x, weight, group_size, planes) -> bool:
+    """Whether `linear_decode_loop` multiplies the rows of x, as `linear` takes its arguments."""
+    n, bits = weight.shape[0], 8 if group_size is None else 4
+    return find_largest(x.shape[0]) <= LINEAR_ROWS and supports_loop(n, x.shape[1], bits, planes)
+
+
+def linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> torch.Tensor:
+    """The op for weights of `group_size`, None for INT8, and activations of so many INT8 planes;
+    the other arguments are those of `linear_w4a8`."""
     check_linear(x, weight, scale, group_size, norm_weight, residual)
     arguments = (x.contiguous(), weight, scale, group_size, norm_weight, eps, residual, planes)
     if is_one(x.shape[0]) and supports_k(x.shape[1]):
         return linear_decode(*arguments)
-    rows, bits = find_largest(x.shape[0]), 8 if group_size is None else 4
-    if rows <= LINEAR_ROWS and supports_loop(weight.shape[0], x.shape[1], bits, planes):
+    if takes_loop(x, weight, group_size, planes):
         return linear_decode_loop(*arguments[:-1])
-    if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], bits):
+    rows, bits = find_largest(x.shape[0]), 8 if group_size is None else 4
+    if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], rows, bits):
         return linear_decode_rows(*arguments, rows)
     return linear_prefill(*arguments)
 
@@ -86,7 +94,7 @@ def linear_w4a8(
     Raises:
         ValueError: the arguments do not fit each other.
     """
-    return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=1)
+    return linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=1)
 
 
 def linear_w4a16(
@@ -102,7 +110,7 @@ def linear_w4a16(
 
     Activations take part with 15 bits per tile of 128 columns.
     """
-    return _linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=2)
+    return linear(x, weight, scale, group_size, norm_weight, eps, residual, planes=2)
 
 
 def linear_w8a8(
@@ -125,7 +133,7 @@ def linear_w8a8(
     Raises:
         ValueError: the arguments do not fit each other.
     """
-    return _linear(x, weight, scale, None, norm_weight, eps, residual, planes=1)
+    return linear(x, weight, scale, None, norm_weight, eps, residual, planes=1)
 
 
 def linear_w8a16(
@@ -140,4 +148,4 @@ def linear_w8a16(
 
     Activations take part with 15 bits per tile of 128 columns.
     """
-    return _linear(x, weight, scale, None, norm_weight, eps, residual, planes=2)
+    return linear(x, weight, scale, None, norm_weight, eps, residual, planes=2)

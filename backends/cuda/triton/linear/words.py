@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.int4 import UPPER_NIBBLES, dot_words
+from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
 
 @triton.jit
@@ -24,6 +25,19 @@ def unpack_words(words, PART: tl.constexpr, BITS: tl.constexpr):
         return (words << 4) & UPPER_NIBBLES
     else:
         return words & UPPER_NIBBLES
+
+
+@triton.jit
+def forget_words(words):
+    """The same int32, of which the compiler does not know where they come from.
+
+    In a loop it would unpack weights ahead of the first iteration, into twice the registers.
+    """
+    if is_interpreted():
+        return words
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -45,6 +59,30 @@ def multiply_parts(w, q, q0, zero, PLANES: tl.constexpr):
         for part in tl.static_range(len(w)):
             both += (dot_words(w[part], q0[part], sums[part] << 7),)
         return both
+
+
+# The bits of 1.5 * 2^23 as fp32, whose neighbours are 1 apart.
+_FLOAT_BIAS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def multiply_parts_as_floats(w, q, q0, zero, PLANES: tl.constexpr):
+    """The results of `multiply_parts` as fp32.
+
+    Those of one plane are summed up on top of an fp32 number's bits, and that number is subtracted:
+    both are exact, since 16 products stay below 2^22. To convert integers takes several times as
+    long as to add.
+    """
+    floats = ()
+    if PLANES == 1:
+        sums = multiply_parts(w, q, q0, zero + _FLOAT_BIAS, PLANES)
+        for part in tl.static_range(len(w)):
+            floats += (sums[part].to(tl.float32, bitcast=True) - 12582912.0,)
+    else:
+        sums = multiply_parts(w, q, q0, zero, PLANES)
+        for part in tl.static_range(len(w)):
+            floats += (sums[part].to(tl.float32),)
+    return floats
 
 
 @triton.jit

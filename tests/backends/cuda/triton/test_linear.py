@@ -270,7 +270,7 @@ def test_shapes_that_the_kernel_of_a_few_rows_lacks(n, k, device):
     got, expected = run("linear_w4a8", torch.randn(2, k, device=device), n, 32, device)
     assert relative_error(got, expected) < TOLERANCE["linear_w4a8"]
     if k < 8192 or not torch.cuda.is_available():  # a GPU's own table may have smaller blocks
-        assert not supports_rows(n, k)
+        assert not supports_rows(n, k, 2)
 
 
 @pytest.mark.parametrize("dtype", ops.SCALE_DTYPES)

@@ -192,22 +192,115 @@ def test_a_prompt_has_the_bits_that_it_has_without_versions(tokens, dtype, devic
         assert torch.equal(version(name, given, given[name], slot, 0), plain[name][0]), name
 
 
+def run_projected(net: dict, op: str, packed: tuple, x, norm, launches: int) -> torch.Tensor:
+    """`gated_delta_net_projected` of an op's weight, which takes so many launches."""
+    group = (*packed, None)[:3]  # without a group size: INT8
+    with record_launches(run=True) as recorded:
+        out = kernels.gated_delta_net_projected(x, *group, norm, 1e-5, 1, **net, eps=1e-4)
+    assert len(recorded) == launches
+    return out
+
+
+def check_projected(net: dict, op: str, k: int, rows: int, dtype, launches: int = 2) -> None:
+    """Compares with the kernels of the two ops, one after the other."""
+    device = net["conv_weight"].device
+    n = net.pop("projected").shape[1]
+    _, packed = weights(op, n, k, 128, device, size=k**-0.5)
+    x, norm = torch.randn(rows, k).to(device, dtype), torch.randn(k).to(device, dtype)
+    fused, composed = copies(net), copies(net)
+    got = run_projected(fused, op, packed, x, norm, launches)
+    y = TRITON_OPS[op](x, *packed, norm, 1e-5)
+    assert torch.equal(got, gated_delta_net(y, **composed, eps=1e-4))
+    for name in STATES:
+        assert torch.equal(fused[name], composed[name]), name
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_token_with_its_projection(dtype, device):
     """In two launches as in three, from any version."""
-    k = 256
     for start in range(VERSIONS):
         net = versioned(net_inputs(GROUP_3, 1, dtype, device), 1)
-        n = net.pop("projected").shape[1]
-        _, packed = weights("linear_w4a8", n, k, 128, device, size=k**-0.5)
         net |= {"versions": torch.tensor([start], device=device)}
-        x, norm = (torch.randn(rows, k).to(device, dtype) for rows in (1, 1))
-        norm, fused, composed = norm[0], copies(net), copies(net)
-        got = kernels.gated_delta_net_projected(x, *packed, norm, 1e-5, 1, **fused, eps=1e-4)
-        y = TRITON_OPS["linear_w4a8"](x, *packed, norm, 1e-5)
-        assert torch.equal(got, gated_delta_net(y, **composed, eps=1e-4))
+        check_projected(net, "linear_w4a8", 256, 1, dtype)
+
+
+def sequences(shape, counts: list[int], rows: int, dtype, device) -> dict:
+    """A call with so many valid rows of each sequence, each of which leaves a version; sequences
+    without any have no slot."""
+    inputs = versioned(net_inputs(shape, rows * len(counts), dtype, device), len(counts))
+    inputs["slots"][torch.tensor(counts, device=device) == 0] = -1
+    counts = torch.tensor(counts, device=device)
+    starts = torch.arange(len(counts), device=device) % VERSIONS
+    return inputs | {"num_tokens": counts, "versions": 3 - starts, "each_row": True}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("op,taps", [("linear_w4a8", 4), ("linear_w4a8", 2), ("linear_w8a8", 3)])
+@pytest.mark.parametrize(
+    "rows,counts", [(2, [2]), (3, [3]), (4, [4]), (3, [1]), (2, [0]), (2, [2, 1]), (1, [1, 0, 1])]
+)
+def test_drafts_with_their_projection(rows, counts, taps, op, dtype, device):
+    """In two launches as in three: all rows and some of one sequence and of several, from any
+    version; the last program overlaps its neighbour."""
+    net = sequences((*GROUP_3[:4], taps), counts, rows, dtype, device)
+    check_projected(net, op, 256, rows * len(counts), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("versions", [False, True])
+def test_a_batch_with_its_projection(versions, dtype, device):
+    """A token of each of four sequences, one of which is padding."""
+    net = sequences(GROUP_3, [1, 1, 0, 1], 1, dtype, device) | {"each_row": False}
+    if not versions:
+        del net["versions"]
+        net["conv_state"] = net["conv_state"][:, : 1 - VERSIONS].contiguous()
+        net["recurrent_state"] = net["recurrent_state"][:, 0].contiguous()
+    check_projected(net, "linear_w4a8", 256, 4, dtype)
+
+
+@pytest.mark.parametrize("start", range(VERSIONS))
+def test_drafts_with_their_projection_from_a_version(start, device):
+    net = sequences(GROUP_3, [3], 3, torch.bfloat16, device)
+    net["versions"].fill_(start)
+    check_projected(net, "linear_w4a8", 256, 3, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_drafts_with_their_projection_as_single_tokens(dtype, device):
+    """Rows have the bits of calls of one row, one after the other, and leave what those leave."""
+    rows, start, op, k = 3, 2, "linear_w4a8", 256
+    net = sequences(GROUP_3, [rows], rows, dtype, device)
+    n = net.pop("projected").shape[1]
+    net["versions"].fill_(start)
+    _, packed = weights(op, n, k, 128, device, size=k**-0.5)
+    x, norm = torch.randn(rows, k).to(device, dtype), torch.randn(k).to(device, dtype)
+    together, slot = copies(net), int(net["slots"])
+    out = run_projected(together, op, packed, x, norm, 2)
+    alone = {name: v for name, v in net.items() if name not in ("versions", "each_row")}
+    alone |= {"slots": torch.zeros_like(net["slots"]), "num_tokens": None}
+    for name in STATES:
+        alone[name] = version(name, net, net[name], slot, start)[None].clone()
+    for r in range(rows):
+        assert torch.equal(run_projected(alone, op, packed, x[r : r + 1], norm, 2)[0], out[r])
         for name in STATES:
-            assert torch.equal(fused[name], composed[name]), name
+            left = version(name, net, together[name], slot, r)
+            assert torch.equal(left, alone[name][0]), name
+
+
+@pytest.mark.parametrize("repeat,op", [(8, "linear_w4a8"), (1, "linear_w4a16")])
+def test_rows_that_are_convolved_apart(repeat, op, reconfigure, device):
+    """Several blocks a program, or 16-bit activations, leave no place for it."""
+    reconfigure("_gemv", REPEAT=repeat)
+    planes = 1 if op == "linear_w4a8" else 2
+    net = sequences(GROUP_3, [2], 2, torch.float32, device)
+    n = net.pop("projected").shape[1]
+    _, packed = weights(op, n, 256, 128, device)
+    x, composed = torch.randn(2, 256, device=device), copies(net)
+    with record_launches(run=True) as recorded:
+        got = kernels.gated_delta_net_projected(x, *packed, None, 1e-5, planes, **net, eps=1e-4)
+    assert len(recorded) == 4
+    y = TRITON_OPS[op](x, *packed, None, 1e-5)
+    assert torch.equal(got, gated_delta_net(y, **composed, eps=1e-4))
 
 
 def test_refuses_rows(device):
