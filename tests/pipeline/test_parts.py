@@ -50,6 +50,12 @@ def test_a_part_goes_before_qlinear_and_that_before_the_recipe() -> None:
     }
 
 
+def test_experts_in_int8() -> None:
+    assert set(choose_storages(MODEL.parts, "8w").values()) == {W8}
+    chosen = choose_storages(MODEL.parts, by_part={"experts": "8w"})
+    assert chosen["experts"] == W8 and chosen["shared_expert"] == W4
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -86,8 +86,8 @@ def _decode_gate_up_kernel(
         scales += block * (count_scales(TILES, GROUP, BITS) * 128)
     if PREFETCH:
         SHARE: tl.constexpr = W2_BYTES // (INNER // BLOCK_N)
-        bytes = w2.to(tl.pointer_type(tl.uint8)) + expert * W2_BYTES
-        prefetch(bytes + tl.program_id(0) * SHARE, SHARE)
+        next_weights = w2.to(tl.pointer_type(tl.uint8)) + expert * W2_BYTES
+        prefetch(next_weights + tl.program_id(0) * SHARE, SHARE)
     acc = tl.zeros((2 * BLOCK_N // LANES, BLOCK_T, LANES, QUADS), tl.float32)
     for start in range(0, TILES, BLOCK_T):
         limit = K - start * 128 - first
@@ -182,7 +182,7 @@ def moe_decode(
     """An op of the experts (`op.py`) on up to `DECODE_TOKENS` tokens: `[T, H]` in x's dtype.
 
     Args:
-        w13_scale, w2_scale: None for float weights; group_size: for all but INT4.
+        w13_scale, w2_scale: None for float weights; group_size: None for all but INT4.
         int8: whether activations are quantized.
     """
     tokens, hidden = x.shape

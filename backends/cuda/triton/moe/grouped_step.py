@@ -204,7 +204,7 @@ def add_grouped_step(
             columns, X_SCALE_STRIDE apart. With TILE 0, activations are floats without scales.
         weight_rows: pointers to each row in its first block of 128 columns, which is 64 bytes of
             INT4 weights (BITS 4), else 128 numbers. A block has ROWS rows.
-        weight_scale: pointer to the type of the scales.
+        weight_scale: a pointer, of whose type the scales of INT4 weights are.
         pairs, odd: of INT4 weights, as `_load_weight_scales` takes them.
     """
     if BITS == 4:
