@@ -21,17 +21,15 @@ from et_moe.pipeline.draft_head import check_draft_vocabulary, with_draft_head
 from et_moe.pipeline.footprint import footprint
 from et_moe.pipeline.graphs import build_graphs
 from et_moe.pipeline.locks import sole_writer
-from et_moe.pipeline.models import Sizes, model_of
+from et_moe.pipeline.models import Sizes
 from et_moe.pipeline.quantize import (
     WeightSource,
     meta_graph,
     parameter_groups,
 )
 from et_moe.pipeline.storage import (
-    STORAGES,
     Precision,
     Storages,
-    flag_of,
     storages_to_json,
 )
 from et_moe.pipeline.tokenizer import check_tokenizer
@@ -177,21 +175,8 @@ def fingerprint(target: Target, options: ExportOptions) -> str:
     )
 
 
-def _check_kernels(target: Target, backend: str) -> None:
-    """Raises ConfigError where the backend has no kernels for the storage of a part."""
-    for part, kind in model_of(target.config).parts.items():
-        storage = target.storages[part]
-        if backend == "cuda" and kind not in storage.cuda:
-            have = [s.kind for s in STORAGES.values() if kind in s.cuda]
-            raise ConfigError(
-                f"{part} is stored as {storage.kind}, for which the CUDA backend has no kernels: "
-                f"expected one of {have} ({flag_of(part)})"
-            )
-
-
 def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGraph], dict]:
     """The methods' graphs and the constant methods."""
-    _check_kernels(target, options.backend)
     precision = Precision(target.storages, options.activation_dtype, options.dtype)
     sizes = resolve_sizes(target.config, options)
     without_head = replace(target.config, mtp_num_hidden_layers=0)
@@ -241,7 +226,6 @@ def output_folder(
         ConfigError, OSError: as `export`.
     """
     resolve_sizes(target.config, options)
-    _check_kernels(target, options.backend)
     names = []
     if weights:
         check_tokenizer(target.directory)

@@ -92,7 +92,7 @@ STORAGE_OPTIONS = {
     "qembedding": Annotated[
         QEmbedding | None, typer.Option(help="Embedding, in place of the recipe's.")
     ],
-    "qexperts": _part("Routed experts: 4w or none"),
+    "qexperts": _part("Routed experts"),
     "qattention": _part("Projections of attention"),
     "qlinear_attention": _part("Projections of linear attention"),
     "qshared_expert": _part("Shared expert"),

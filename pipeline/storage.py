@@ -39,12 +39,10 @@ class Storage:
     Attributes:
         kind: names the class in a bundle.
         stores: what it can store: "embedding", "linear", "experts".
-        cuda: what of that the CUDA backend has kernels for.
     """
 
     kind: ClassVar[str]
     stores: ClassVar[frozenset[str]]
-    cuda: ClassVar[frozenset[str]]
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         """What is kept of a weight: name -> dtype and shape, values first.
@@ -112,7 +110,6 @@ class Int4(Storage):
     scale_dtype: str = "bfloat16"
     kind: ClassVar[str] = "int4"
     stores: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
-    cuda: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
 
     def __post_init__(self) -> None:
         if type(self.group_size) is not int or self.group_size not in ops.GROUP_SIZES:
@@ -159,8 +156,7 @@ class Int8PerRow(Storage):
     """
 
     kind: ClassVar[str] = "int8_per_row"
-    stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
-    cuda: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
+    stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear", "experts"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         *rows, k = shape
@@ -178,6 +174,10 @@ class Int8PerRow(Storage):
         op = et.linear_w8a8 if activation_dtype == "int8" else et.linear_w8a16
         return op(x, *weight, norm, eps, residual)
 
+    def experts(self, x, w13, w2, activation_dtype, topk_weights, topk_ids, residual):
+        op = et.moe_w8a8 if activation_dtype == "int8" else et.moe_w8a16
+        return op(x, *w13, *w2, topk_weights, topk_ids, residual)
+
     def embedding(self, ids, weight, dtype):
         return et.embedding_w8(ids, *weight, dtype)
 
@@ -188,7 +188,6 @@ class Dense(Storage):
 
     kind: ClassVar[str] = "dense"
     stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear", "experts"})
-    cuda: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         return {name: (dtype, tuple(shape))}

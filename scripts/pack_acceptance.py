@@ -50,9 +50,13 @@ MODELS = {
     "demo-float32": ("float32", (1, 17, 130, 700)),
     "demo-bfloat16": ("bfloat16", (1, 17, 130, 700)),
     "demo-drafts": ("bfloat16", (17, 700)),
+    "demo-int8": ("bfloat16", (1, 17, 700)),
+    "demo-dense": ("bfloat16", (1, 17, 700)),
     "heads": ("bfloat16", ()),  # random, hence full of near ties: only logits are compared
 }
 """Name -> dtype, and lengths of the prompts whose next tokens are checked."""
+STORED = {"demo-int8": ("--qlinear", "8w"), "demo-dense": ("--recipe", "dense")}
+"""Name -> how it is stored, if not with `--recipe 4w`."""
 DRAFTING = {"demo-drafts": 2}
 """Name -> drafts of a step."""
 SCORING = ("demo-float32", "heads")
@@ -174,7 +178,8 @@ def choose_case(program: Program, model: str, dtype: str, length: int) -> Case:
 def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], folder: Path) -> Model:
     """Exports the CUDA program, and asks the fp32 CPU program what it must compute."""
     dtype, lengths = MODELS[name]
-    model = ("--model-dir", checkpoint, "--recipe", "4w", "--qlinear-group-size", "32")
+    stored = STORED.get(name, ("--recipe", "4w"))
+    model = ("--model-dir", checkpoint, *stored, "--qlinear-group-size", "32")
     model += ("--max-seq-len", str(max((SCORED, *lengths)) + NEW_TOKENS))
     with tempfile.TemporaryDirectory() as scratch:
         cpu = Path(scratch, "cpu")

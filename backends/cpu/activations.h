@@ -36,10 +36,10 @@ inline float quantize_tile(const Source& source, int64_t begin, int64_t end, int
 inline int64_t int8_chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
 
 // Quantizes a row in tiles (32, 64 or 128 columns) into int8_chunks(columns) chunks, for products
-// with INT4 weights or, in tiles of 128, with INT8 weights.
+// with INT4 or INT8 weights.
 template <int kTile, bool kForInt4, class Source>
 inline void pack_int8(const Source& source, int64_t columns, Int8Chunk* row) {
-  static_assert(kForInt4 ? kChunk % kTile == 0 && kTile % 8 == 0 : kTile == kChunk);
+  static_assert(kChunk % kTile == 0 && kTile % 32 == 0);
   for (int64_t begin = 0; begin < columns; begin += kChunk, ++row) {
     int8_t q[kChunk] = {};
     float scale[16] = {};
@@ -47,12 +47,11 @@ inline void pack_int8(const Source& source, int64_t columns, Int8Chunk* row) {
     for (int64_t tile = begin; tile < end; tile += kTile) {
       const int64_t tile_end = std::min(end, tile + kTile);
       const float value = quantize_tile(source, tile, tile_end, q + (tile - begin));
-      const int64_t lanes_end = kForInt4 ? tile_end - begin : kChunk;
-      for (int64_t k = tile - begin; k < lanes_end; k += 8) scale[k / 8] = value;
+      std::fill_n(scale + (tile - begin) / 8, kTile / 8, value);
     }
     for (int i = 0; i < 64; ++i) {
-      row->first[i] = q[kForInt4 ? 2 * i : i];
-      row->second[i] = q[kForInt4 ? 2 * i + 1 : 64 + i];
+      row->first[i] = q[kForInt4 ? 2 * i : 16 * (i / 16) + i];
+      row->second[i] = q[kForInt4 ? 2 * i + 1 : 16 * (i / 16) + i + 16];
     }
     for (int lane = 0; lane < 16; ++lane) {
       int32_t total = 0;

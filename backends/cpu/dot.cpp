@@ -45,7 +45,8 @@ float dot_row_int8(const Int8Rows& weights, int64_t row, const Int8Chunk* x) {
     int32_t totals[16] = {};
     const int64_t columns = std::min<int64_t>(kChunk, weights.columns - begin);
     for (int64_t k = 0; k < columns; ++k) {
-      totals[k % 64 / 4] += values[begin + k] * (k < 64 ? x->first[k] : x->second[k - 64]);
+      const int64_t at = k / 32 * 16 + k % 16;
+      totals[at / 4] += values[begin + k] * (k % 32 < 16 ? x->first : x->second)[at];
     }
     for (int l = 0; l < 16; ++l) {
       lanes[l] = std::fma(static_cast<float>(totals[l]), x->scale[l] * weight_scale, lanes[l]);

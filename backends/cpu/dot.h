@@ -7,8 +7,9 @@
 // All variants compute the same bits. Each output has 16 float accumulators; accumulator l takes,
 // for each chunk of 128 columns, the exact integer sum over eight columns in one fused multiply-add
 // with (activation scale * weight scale), and all are added in a fixed tree at the end. The eight
-// columns are 8l..8l+7 for INT4 weights, and 4l..4l+3 and 64+4l..64+4l+3 for INT8 weights: each
-// time those that lie together once the weights are in registers.
+// columns are 8l..8l+7 for INT4 weights. For INT8 weights they are four of the even and four of the
+// odd 16 columns of a run of 32, k..k+3 and k+16..k+19 with k = 32(l/4) + 4(l%4). Each time these
+// lie together once the weights are in registers, and have one activation scale.
 //
 // This header is included by files compiled for newer instruction sets: it must not pull in inline
 // functions that the rest of the program shares.
@@ -21,8 +22,8 @@ namespace et_moe::cpu {
 inline constexpr int kChunk = 128;
 
 // 128 INT8 activations in the order in which weights are unpacked, with zeros past the row's end:
-// the even columns and then the odd ones for INT4 weights, columns 0..63 and then 64..127 for INT8
-// weights. Accumulator l takes bytes 4l..4l+3 of both.
+// the even columns and then the odd ones for INT4 weights, every other 16 columns and then those
+// between for INT8 weights. Accumulator l takes bytes 4l..4l+3 of both.
 struct Int8Chunk {
   int8_t first[64], second[64];
   int32_t bias[16];  // -8 (INT4) or -128 (INT8) * the sum of an accumulator's columns

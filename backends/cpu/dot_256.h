@@ -32,8 +32,14 @@ struct Isa256 {
 
   static Bytes load(const int8_t* values) {
     const auto* source = reinterpret_cast<const __m256i*>(values);
-    return {{_mm256_loadu_si256(source), _mm256_loadu_si256(source + 1)},
-            {_mm256_loadu_si256(source + 2), _mm256_loadu_si256(source + 3)}};
+    Bytes bytes;
+    for (int h = 0; h < 2; ++h) {
+      const __m256i a = _mm256_loadu_si256(source + 2 * h);
+      const __m256i b = _mm256_loadu_si256(source + 2 * h + 1);
+      bytes.first[h] = _mm256_permute2x128_si256(a, b, 0x20);
+      bytes.second[h] = _mm256_permute2x128_si256(a, b, 0x31);
+    }
+    return bytes;
   }
 
   template <ScaleType kType, int kGroup>

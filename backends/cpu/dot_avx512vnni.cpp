@@ -23,8 +23,9 @@ struct Avx512Vnni {
   // Flipping the sign bit adds 128.
   static Bytes load(const int8_t* values) {
     const __m512i sign = _mm512_set1_epi8(-128);
-    return {_mm512_xor_si512(_mm512_loadu_si512(values), sign),
-            _mm512_xor_si512(_mm512_loadu_si512(values + 64), sign)};
+    const __m512i a = _mm512_loadu_si512(values), b = _mm512_loadu_si512(values + 64);
+    return {_mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0x88), sign),
+            _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0xDD), sign)};
   }
 
   template <ScaleType kType, int kGroup>

@@ -246,4 +246,9 @@ inline Int4Rows int4_rows(const Tensor& weight, const Tensor& scale, int64_t col
           scale.scalar_type() == ScalarType::Half ? ScaleType::kFloat16 : ScaleType::kBFloat16};
 }
 
+inline Int8Rows int8_rows(const Tensor& weight, const Tensor& scale, int64_t columns) {
+  return {weight.const_data_ptr<int8_t>(), static_cast<const uint16_t*>(scale.const_data_ptr()),
+          columns};
+}
+
 }  // namespace et_moe::cpu

@@ -83,8 +83,7 @@ void run_int8(Op& op, const Tensor& x, const Tensor& weight, const Tensor& scale
       !check_arguments(op, x, weight.size(0), fusion, out)) {
     return;
   }
-  const auto* bits = static_cast<const uint16_t*>(scale.const_data_ptr());
-  run(op, Weights(Int8Rows{weight.const_data_ptr<int8_t>(), bits, x.size(1)}), x, fusion, out);
+  run(op, Weights(int8_rows(weight, scale, x.size(1))), x, fusion, out);
 }
 
 }  // namespace

@@ -199,7 +199,7 @@ class Experts {
   bool round_inner_;
 };
 
-// The arguments that all three ops share.
+// The arguments that all ops share.
 bool check_arguments(Op& op, const Tensor& x, const Routing& routing,
                      const OptionalTensor& residual, Tensor& out) {
   const int64_t tokens = x.size(0);
@@ -251,6 +251,29 @@ void run_int4(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scal
   Experts(op, up, down, x.size(1), inner, round_inner).run(x, groups, residual, out);
 }
 
+template <class Up, class Down>
+void run_int8(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scale, const Tensor& w2,
+              const Tensor& w2_scale, const Routing& routing, bool round_inner,
+              const OptionalTensor& residual, Tensor& out) {
+  int64_t inner = 0;
+  Groups groups;
+  if (!op.check("x", x, kFloats, {kAny, kAny}) ||
+      !check_weights(op, x, w13, w2, {ScalarType::Char}, 1, &inner) ||
+      !op.check("w13_scale", w13_scale, {ScalarType::BFloat16}, {w13.size(0), 2 * inner, 1}) ||
+      !op.check("w2_scale", w2_scale, {ScalarType::BFloat16}, {w13.size(0), x.size(1), 1}) ||
+      !check_arguments(op, x, routing, residual, out) ||
+      !group_by_expert(op, routing, w13.size(0), &groups)) {
+    return;
+  }
+  const Up up(int8_rows(w13, w13_scale, x.size(1)));
+  const Down down(int8_rows(w2, w2_scale, inner));
+  Experts(op, up, down, x.size(1), inner, round_inner).run(x, groups, residual, out);
+}
+
+// Whether the experts are so narrow that the tiles between their products are
+// (expert_activation_tile of the op contracts).
+bool is_narrow(const Tensor& w13) { return w13.dim() == 3 && w13.size(1) <= 2 * 128; }
+
 }  // namespace
 
 void moe(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights,
@@ -273,10 +296,8 @@ void moe_w4a8(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scal
               const Tensor& w2_scale, const Tensor& topk_weights, const Tensor& topk_ids,
               int64_t group_size, const OptionalTensor& residual, Tensor& out) {
   using Up = IntegerWeights<Int4Rows, kActivationTile>;
-  // expert_activation_tile of the op contracts.
-  const bool narrow = w13.dim() == 3 && w13.size(1) <= 2 * 128;
-  const auto run = narrow ? run_int4<Up, IntegerWeights<Int4Rows, 32>>
-                          : run_int4<Up, IntegerWeights<Int4Rows, 64>>;
+  const auto run = is_narrow(w13) ? run_int4<Up, IntegerWeights<Int4Rows, 32>>
+                                  : run_int4<Up, IntegerWeights<Int4Rows, 64>>;
   run(op, x, w13, w13_scale, w2, w2_scale, {topk_weights, topk_ids}, group_size, false, residual,
       out);
 }
@@ -288,6 +309,22 @@ void moe_w4a16(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_sca
   run_int4<Int4Weights, Int4Weights>(op, x, w13, w13_scale, w2, w2_scale, {topk_weights, topk_ids},
                                      group_size, x.scalar_type() == ScalarType::BFloat16, residual,
                                      out);
+}
+
+void moe_w8a8(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scale, const Tensor& w2,
+              const Tensor& w2_scale, const Tensor& topk_weights, const Tensor& topk_ids,
+              const OptionalTensor& residual, Tensor& out) {
+  using Up = IntegerWeights<Int8Rows, kActivationTile>;
+  const auto run = is_narrow(w13) ? run_int8<Up, IntegerWeights<Int8Rows, 32>>
+                                  : run_int8<Up, IntegerWeights<Int8Rows, 64>>;
+  run(op, x, w13, w13_scale, w2, w2_scale, {topk_weights, topk_ids}, false, residual, out);
+}
+
+void moe_w8a16(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scale,
+               const Tensor& w2, const Tensor& w2_scale, const Tensor& topk_weights,
+               const Tensor& topk_ids, const OptionalTensor& residual, Tensor& out) {
+  run_int8<Int8Weights, Int8Weights>(op, x, w13, w13_scale, w2, w2_scale, {topk_weights, topk_ids},
+                                     x.scalar_type() == ScalarType::BFloat16, residual, out);
 }
 
 }  // namespace et_moe::cpu

@@ -50,6 +50,14 @@ void moe_w4a16(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_sca
                const Tensor& topk_ids, int64_t group_size, const OptionalTensor& residual,
                Tensor& out);
 
+void moe_w8a8(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scale, const Tensor& w2,
+              const Tensor& w2_scale, const Tensor& topk_weights, const Tensor& topk_ids,
+              const OptionalTensor& residual, Tensor& out);
+
+void moe_w8a16(Op& op, const Tensor& x, const Tensor& w13, const Tensor& w13_scale,
+               const Tensor& w2, const Tensor& w2_scale, const Tensor& topk_weights,
+               const Tensor& topk_ids, const OptionalTensor& residual, Tensor& out);
+
 void causal_conv1d(Op& op, const Tensor& x, const Tensor& weight, const Tensor& state,
                    const Tensor& slots, const OptionalTensor& num_tokens,
                    const OptionalTensor& versions, bool each_row, Tensor& out);

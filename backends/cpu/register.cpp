@@ -40,6 +40,7 @@ const Kernel kKernels[] = {
     ET_MOE_KERNEL(linear_w8a16),    ET_MOE_KERNEL(embedding_w8),
     ET_MOE_KERNEL(moe_router),      ET_MOE_KERNEL(moe),
     ET_MOE_KERNEL(moe_w4a8),        ET_MOE_KERNEL(moe_w4a16),
+    ET_MOE_KERNEL(moe_w8a8),        ET_MOE_KERNEL(moe_w8a16),
     ET_MOE_KERNEL(causal_conv1d),   ET_MOE_KERNEL(gated_delta_rule),
     ET_MOE_KERNEL(gated_delta_net), ET_MOE_KERNEL(attention),
     ET_MOE_KERNEL(sample),          ET_MOE_KERNEL(rms_norm),

@@ -20,7 +20,8 @@ class _Packer:
 
     Attributes:
         arguments: names of the op's arguments that are prepacked together.
-        pack: `pack(*arguments, group_size)` returns the tensors that take the arguments' places.
+        pack: `pack(*arguments)`, and behind them the op's group size if it has one, returns the
+            tensors that take the arguments' places.
     """
 
     arguments: tuple[str, ...]
@@ -28,10 +29,14 @@ class _Packer:
 
 
 _EXPERTS = _Packer(("w13", "w13_scale", "w2", "w2_scale"), moe.prepack_experts)
+_EXPERTS_W8 = _Packer(("w13", "w13_scale", "w2", "w2_scale"), moe.prepack_experts_w8)
 _LINEAR = _Packer(("weight", "scale"), linear.prepack_linear)
 _PACKERS = {
+    "moe": _Packer(("w13", "w2"), moe.prepack_experts_dense),
     "moe_w4a8": _EXPERTS,
     "moe_w4a16": _EXPERTS,
+    "moe_w8a8": _EXPERTS_W8,
+    "moe_w8a16": _EXPERTS_W8,
     "linear_w4a8": _LINEAR,
     "linear_w4a16": _LINEAR,
 }
@@ -42,11 +47,21 @@ PREPACK_VERSION = f"experts-{moe.LAYOUT_VERSION}.linear-{linear.LAYOUT_VERSION}"
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Weights of one call of an op that are prepacked together, by name."""
+    """Weights of one call of an op that are prepacked together, by name; `dtypes` in the graph."""
 
     packer: _Packer
     names: tuple[str, ...]
-    group_size: int
+    dtypes: tuple[torch.dtype, ...]
+    group_size: int | None
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The prepacked tensors, by name; floats are cast to the graph's dtype."""
+        sources = [
+            tensors[name].to(dtype) if dtype.is_floating_point else tensors[name]
+            for name, dtype in zip(self.names, self.dtypes, strict=True)
+        ]
+        sizes = () if self.group_size is None else (self.group_size,)
+        return dict(zip(self.names, self.packer.pack(*sources, *sizes), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +95,7 @@ class WeightPlan:
             elif name not in ready:
                 if missing := [n for n in group.names if n not in tensors]:
                     raise ValueError(f"{name} is prepacked together with {missing[0]}: not given")
-                packed = group.packer.pack(*(tensors[n] for n in group.names), group.group_size)
-                ready |= dict(zip(group.names, packed, strict=True))
+                ready |= group.pack(tensors)
             tensor, (dtype, shape) = ready.pop(name), self.spec[name]
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -100,7 +114,9 @@ def _find_groups(graph: MethodGraph, weights: Mapping[Node, str]) -> Iterator[_G
         sources = [arguments[name] for name in packer.arguments]
         if unknown := [str(n) for n in sources if n not in weights]:
             raise ValueError(f"{node.name}: {unknown[0]} is not a weight of the method")
-        yield _Group(packer, tuple(weights[n] for n in sources), arguments["group_size"])
+        names = tuple(weights[n] for n in sources)
+        dtypes = tuple(n.meta["val"].dtype for n in sources)
+        yield _Group(packer, names, dtypes, arguments.get("group_size"))
 
 
 def plan_weights(graphs: Mapping[str, MethodGraph]) -> WeightPlan:
@@ -129,7 +145,6 @@ def plan_weights(graphs: Mapping[str, MethodGraph]) -> WeightPlan:
                 if groups.setdefault(name, group) != group:
                     raise ValueError(f"{method}: two ops want weight {name} in different orders")
     for group in dict.fromkeys(groups.values()):
-        packed = group.packer.pack(*(meta[n] for n in group.names), group.group_size)
-        for name, tensor in zip(group.names, packed, strict=True):
+        for name, tensor in group.pack(meta).items():
             spec[name] = (tensor.dtype, tuple(tensor.shape))
     return WeightPlan(spec, groups)

@@ -14,7 +14,7 @@ from et_moe.backends.ops.linear import (
     linear_w8a16,
     rms_norm,
 )
-from et_moe.backends.ops.moe import moe, moe_router, moe_w4a8, moe_w4a16
+from et_moe.backends.ops.moe import moe, moe_router, moe_w4a8, moe_w4a16, moe_w8a8, moe_w8a16
 from et_moe.backends.ops.quantization import (
     ACTIVATION_TILE,
     GROUP_SIZES,
@@ -57,6 +57,8 @@ __all__ = [
     "moe_router",
     "moe_w4a8",
     "moe_w4a16",
+    "moe_w8a8",
+    "moe_w8a16",
     "pack_int4",
     "quantize_int8",
     "quantize_w4",

@@ -6,6 +6,8 @@ grouped GEMM serves all. Where it is stored in another way the tables end at E, 
 skipped, and it is computed of its own.
 """
 
+import functools
+
 import torch
 
 from et_moe.backends.ops.library import declare
@@ -13,8 +15,10 @@ from et_moe.backends.ops.linear import rms_norm
 from et_moe.backends.ops.quantization import (
     ACTIVATION_TILE,
     dequantize_w4,
+    dequantize_w8,
     expert_activation_tile,
     matmul_w4a8,
+    matmul_w8a8,
     quantize_int8,
 )
 from et_moe.backends.ops.sequences import is_padding
@@ -93,6 +97,42 @@ def _sum_experts(x, topk_weights, topk_ids, residual, experts, expert) -> torch.
     return (out if residual is None else out + residual.float()).to(x.dtype)
 
 
+def _quantized_expert(x, multiply, w13, w2):
+    """An expert for `_sum_experts` that quantizes the activations in front of both products.
+
+    Args:
+        multiply: `(q, scale, tile, values, scales) -> float32 [M, N]`, with those of one expert.
+        w13, w2: the tables' values and scales.
+    """
+    q, scale = quantize_int8(x, ACTIVATION_TILE)
+    tile = expert_activation_tile(w13[0].shape[1] // 2)
+
+    def expert(rows, e):
+        hidden = multiply(q[rows], scale[rows], ACTIVATION_TILE, *(t[e] for t in w13))
+        gate, up = hidden.chunk(2, dim=-1)
+        inner = quantize_int8(torch.nn.functional.silu(gate) * up, tile)
+        return multiply(*inner, tile, *(t[e] for t in w2))
+
+    return expert
+
+
+def _rounding_expert(x, dequantize, w13, w2):
+    """An expert for `_sum_experts` that rounds silu(gate) * up to x's dtype.
+
+    Args:
+        dequantize: `(values, scales) -> float32 [N, K]`, with those of one expert.
+        w13, w2: the tables' values and scales.
+    """
+
+    def expert(rows, e):
+        hidden = x[rows].float() @ dequantize(*(t[e] for t in w13)).T
+        gate, up = hidden.chunk(2, dim=-1)
+        activated = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
+        return activated @ dequantize(*(t[e] for t in w2)).T
+
+    return expert
+
+
 def _moe_fake(x, w13, w2, topk_weights, topk_ids, residual=None):
     return torch.empty_like(x)
 
@@ -158,18 +198,8 @@ def moe_w4a8(
     Returns:
         `[T, H]` in x's dtype.
     """
-    q, scale = quantize_int8(x, ACTIVATION_TILE)
-    inner_tile = expert_activation_tile(w13.shape[1] // 2)
-
-    def expert(rows, e):
-        hidden = matmul_w4a8(
-            q[rows], scale[rows], ACTIVATION_TILE, w13[e], w13_scale[e], group_size
-        )
-        gate, up = hidden.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate) * up
-        inner, inner_scale = quantize_int8(activated, inner_tile)
-        return matmul_w4a8(inner, inner_scale, inner_tile, w2[e], w2_scale[e], group_size)
-
+    multiply = functools.partial(matmul_w4a8, group_size=group_size)
+    expert = _quantized_expert(x, multiply, (w13, w13_scale), (w2, w2_scale))
     return _sum_experts(x, topk_weights, topk_ids, residual, len(w13), expert)
 
 
@@ -186,11 +216,54 @@ def moe_w4a16(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`moe_w4a8` with activations left in x's dtype (silu(gate) * up is rounded to it too)."""
+    dequantize = functools.partial(dequantize_w4, group_size=group_size)
+    expert = _rounding_expert(x, dequantize, (w13, w13_scale), (w2, w2_scale))
+    return _sum_experts(x, topk_weights, topk_ids, residual, len(w13), expert)
 
-    def expert(rows, e):
-        hidden = x[rows].float() @ dequantize_w4(w13[e], w13_scale[e], group_size).T
-        gate, up = hidden.chunk(2, dim=-1)
-        activated = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
-        return activated @ dequantize_w4(w2[e], w2_scale[e], group_size).T
 
+def _moe_w8_fake(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, residual=None):
+    return torch.empty_like(x)
+
+
+@declare(_moe_w8_fake)
+def moe_w8a8(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Expert MLPs with INT8 weights and INT8 activations, quantized as in `moe_w4a8`.
+
+    See `matmul_w8a8` for the arithmetic.
+
+    Args:
+        x: float `[T, H]`, normed.
+        w13: `int8 [E, 2I, H]`, rows [gate | up]; w13_scale: `bfloat16 [E, 2I, 1]`.
+        w2: `int8 [E, H, I]`; w2_scale: `bfloat16 [E, H, 1]`.
+        topk_weights, topk_ids, residual: as in `moe`.
+
+    Returns:
+        `[T, H]` in x's dtype.
+    """
+    expert = _quantized_expert(x, matmul_w8a8, (w13, w13_scale), (w2, w2_scale))
+    return _sum_experts(x, topk_weights, topk_ids, residual, len(w13), expert)
+
+
+@declare(_moe_w8_fake)
+def moe_w8a16(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`moe_w8a8` with activations left in x's dtype (silu(gate) * up is rounded to it too)."""
+    expert = _rounding_expert(x, dequantize_w8, (w13, w13_scale), (w2, w2_scale))
     return _sum_experts(x, topk_weights, topk_ids, residual, len(w13), expert)

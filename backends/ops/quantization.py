@@ -234,7 +234,8 @@ def dequantize_w4(packed: torch.Tensor, scale: torch.Tensor, group_size: int) ->
 
 
 def quantize_w8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes `[V, H]` to INT8 with one scale per row: `int8 [V, H]`, `bfloat16 [V, 1]`.
+    """Quantizes `[..., N, K]` to INT8 with one scale per row: `int8 [..., N, K]` and
+    `bfloat16 [..., N, 1]`.
 
     Raises:
         ValueError: non-finite weights.
@@ -247,7 +248,7 @@ def quantize_w8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize_w8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Inverse of `quantize_w8` up to rounding: `float32 [V, H]`."""
+    """Inverse of `quantize_w8` up to rounding: `float32 [..., N, K]`."""
     return weight.float() * scale.float()
 
 

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from checkpoints import GPTQ, SMALL_FOR_CUDA, to_gptq, write
-from lowering_methods import OWN_POOL, WEIGHTS, Small, method, rows, scores
+from lowering_methods import EXPERT_WEIGHTS, OWN_POOL, Small, method, rows, scores
 from safetensors.torch import load_file
 
 from et_moe.backends.cpu import lowering
@@ -60,7 +60,7 @@ NEXT_FOR_CUDA = SMALL_FOR_CUDA | {
 def _weights(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, (dtype, shape) in WEIGHTS.items():
+    for name, (dtype, shape) in EXPERT_WEIGHTS.items():
         if dtype.is_floating_point:
             weights[name] = (torch.rand(shape, generator=generator) * 0.1 + 0.01).to(dtype)
         else:

@@ -11,7 +11,6 @@ from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.examples.qwen3_next.model import MODEL as NEXT
 from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.export import ExportOptions, constant_methods, plan_weights, resolve_sizes
 from et_moe.pipeline.footprint import footprint
 from et_moe.pipeline.make_bundle import make_bundle
@@ -51,12 +50,18 @@ def test_a_part_goes_before_qlinear_and_that_before_the_recipe() -> None:
     }
 
 
+def test_experts_in_int8() -> None:
+    assert set(choose_storages(MODEL.parts, "8w").values()) == {W8}
+    chosen = choose_storages(MODEL.parts, by_part={"experts": "8w"})
+    assert chosen["experts"] == W8 and chosen["shared_expert"] == W4
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"recipe": "8w"}, r"recipe '8w': expected one of \('4w', 'mixed', 'dense'\)"),
-        ({"qlinear": "8w"}, r"qlinear '8w': expected one of \['4w', 'none'\] for experts"),
-        ({"by_part": {"experts": "8w"}}, r"qexperts '8w': expected one of \['4w', 'none'\] for"),
+        ({"qlinear": "2w"}, r"qlinear '2w': expected one of \['4w', '8w', 'none'\] for attention"),
+        ({"by_part": {"experts": "2w"}}, r"qexperts '2w': expected one of \['4w', '8w', 'none'\]"),
         (
             {"by_part": {"shared_expert": "2w"}},
             r"qshared-expert '2w': expected one of \['4w', '8w'",
@@ -173,9 +178,41 @@ def test_a_program_says_what_its_weights_take(tiny_bundle: Path) -> None:
     assert json.dumps(constants)
 
 
-def test_parts_without_kernels_are_refused_by_name(tiny_checkpoint: Path) -> None:
-    chosen = choose_storages(MODEL.parts, group_size=32, by_part={"experts": "none"})
-    source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), chosen | {"shared_expert": NONE})
-    message = r"experts is stored as dense, for which the CUDA .*\['int4'\] \(--qexperts\)"
-    with pytest.raises(ConfigError, match=message):
-        plan_weights(source, ExportOptions("cuda", torch.bfloat16))
+@pytest.mark.parametrize(
+    ("experts", "expected"),
+    [
+        (
+            W8,
+            {
+                "w13": (torch.int8, (5, 2, 1, 2, 64, 128)),
+                "w13_scale": (torch.bfloat16, (5, 2, 1, 2, 64)),
+                "w2": (torch.int8, (5, 2, 1, 64, 128)),
+                "w2_scale": (torch.bfloat16, (5, 2, 1, 64)),
+            },
+        ),
+        (
+            NONE,
+            {
+                "w13": (torch.bfloat16, (5, 2, 1, 2, 64, 128)),
+                "w2": (torch.bfloat16, (5, 2, 1, 64, 128)),
+            },
+        ),
+    ],
+)
+def test_experts_that_are_not_int4_for_cuda(tmp_path: Path, experts, expected: dict) -> None:
+    """The shared expert, two experts wide, lies in the tables; floats are cast to the model's
+    dtype."""
+    make_small(tmp_path)
+    chosen = storages("4w", 32) | {"experts": experts, "shared_expert": experts}
+    source = QuantizedCheckpoint(Checkpoint(tmp_path), chosen)
+    plan = plan_weights(source, ExportOptions("cuda", torch.bfloat16))
+    prefix = "layers.0.mlp.experts."
+    found = {n.removeprefix(prefix): e for n, e in plan.spec.items() if n.startswith(prefix)}
+    assert found == expected
+    (group,) = [group for group in source.groups() if f"{prefix}w2" in group]
+    group = {
+        n: t.float() if n.endswith(("w13", "w2")) and experts is NONE else t
+        for n, t in group.items()
+    }
+    packed = {n: (t.dtype, tuple(t.shape)) for n, t in plan.pack(group) if n.startswith(prefix)}
+    assert packed == {prefix + name: entry for name, entry in expected.items()}

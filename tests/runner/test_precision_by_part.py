@@ -34,6 +34,7 @@ FLAGS = {
     "mixed": {"recipe": "mixed"},
     "dense": {"recipe": "dense"},
     "4w": {"recipe": "4w"},
+    "int8_experts": {"recipe": "mixed", "by_part": {"experts": "8w", "attention": "none"}},
     "dense_experts": {"recipe": "4w", "by_part": {"experts": "none", "shared_expert": "8w"}},
     "apart": {
         "qlinear": "none",

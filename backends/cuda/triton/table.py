@@ -14,7 +14,13 @@ from et_moe.backends.cuda.triton.linear.op import (
     linear_w8a16,
 )
 from et_moe.backends.cuda.triton.linear.row_quantization import rms_norm
-from et_moe.backends.cuda.triton.moe.op import moe_w4a8, moe_w4a16
+from et_moe.backends.cuda.triton.moe.op import (
+    moe,
+    moe_w4a8,
+    moe_w4a16,
+    moe_w8a8,
+    moe_w8a16,
+)
 from et_moe.backends.cuda.triton.quantization.op import quantize_int8, silu_quantize_int8
 from et_moe.backends.cuda.triton.router.op import moe_router
 from et_moe.backends.cuda.triton.sampling.op import sample
@@ -31,9 +37,12 @@ TRITON_OPS: dict[str, Callable] = {
     "linear_w4a16": linear_w4a16,
     "linear_w8a8": linear_w8a8,
     "linear_w8a16": linear_w8a16,
+    "moe": moe,
     "moe_router": moe_router,
     "moe_w4a8": moe_w4a8,
     "moe_w4a16": moe_w4a16,
+    "moe_w8a8": moe_w8a8,
+    "moe_w8a16": moe_w8a16,
     "quantize_int8": quantize_int8,
     "rms_norm": rms_norm,
     "sample": sample,

@@ -133,14 +133,19 @@ struct Int8Problem {
     for (int64_t t = 0; t < tokens; ++t) {
       std::vector<Int8Chunk> row((columns + kChunk - 1) / kChunk);
       std::memset(row.data(), 0, row.size() * sizeof(Int8Chunk));
-      for (Int8Chunk& chunk : row) std::fill_n(chunk.scale, 16, std::abs(normal(random)));
+      for (Int8Chunk& chunk : row) {
+        for (int run = 0; run < 4; ++run) {
+          std::fill_n(chunk.scale + 4 * run, 4, std::abs(normal(random)));
+        }
+      }
       q.emplace_back();
       for (int64_t k = 0; k < columns; ++k) {
         const int any = static_cast<int>(random() % 255) - 127;
         const auto value = static_cast<int8_t>(extreme ? (k / 128 % 2 ? -127 : 127) : any);
         Int8Chunk& chunk = row[k / kChunk];
-        (k % kChunk < 64 ? chunk.first : chunk.second)[k % 64] = value;
-        chunk.bias[k % 64 / 4] -= 128 * value;
+        const int64_t at = k % kChunk / 32 * 16 + k % 16;
+        (k % 32 < 16 ? chunk.first : chunk.second)[at] = value;
+        chunk.bias[at / 4] -= 128 * value;
         q.back().push_back(value);
       }
       x.push_back(row);
@@ -154,7 +159,7 @@ struct Int8Problem {
   double expected(int64_t token, int64_t row) const {
     double total = 0.0;
     for (int64_t k = 0; k < columns; ++k) {
-      total += x[token][k / kChunk].scale[0] * q[token][k] * values[row * columns + k];
+      total += x[token][k / kChunk].scale[k % kChunk / 8] * q[token][k] * values[row * columns + k];
     }
     return total * value_of(scale[row], ScaleType::kBFloat16);
   }

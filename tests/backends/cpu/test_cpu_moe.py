@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from op_harness import TOKENS, Harness, normal, quantized, reference
+from op_harness import MOE_OPS, TOKENS, Harness, normal, quantized, reference
+
+from et_moe.backends import ops
 
 HIDDEN, EXPERTS = 64, 6
 
@@ -15,11 +17,13 @@ def _weights(
     dtype: torch.dtype,
     scale_dtypes: tuple[torch.dtype, torch.dtype] = (torch.bfloat16, torch.bfloat16),
 ) -> list:
-    """The weight arguments of an expert op: w13 and w2, each followed by its scale if INT4."""
+    """The weight arguments of an expert op: w13 and w2, with scales if quantized."""
     w13 = normal(EXPERTS, 2 * inner, hidden, dtype=dtype, seed=1) * hidden**-0.5
     w2 = normal(EXPERTS, hidden, inner, dtype=dtype, seed=2) * inner**-0.5
     if op == "moe":
         return [w13, w2]
+    if op.startswith("moe_w8"):
+        return [*ops.quantize_w8(w13), *ops.quantize_w8(w2)]
     first, second = scale_dtypes
     return [*quantized(w13, group, first), *quantized(w2, group, second)]
 
@@ -33,12 +37,12 @@ def _route(tokens: int, slots: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 
 
 def _call(op: str, tokens: int, routing: tuple, weights: list, group: int, dtype: torch.dtype):
-    hidden = weights[0].shape[-1] * (1 if op == "moe" else 2)
-    x = normal(tokens, hidden, dtype=dtype, seed=tokens)
-    return [x, *weights, *routing] + ([] if op == "moe" else [group])
+    is_int4 = op.startswith("moe_w4")
+    x = normal(tokens, weights[0].shape[-1] * (2 if is_int4 else 1), dtype=dtype, seed=tokens)
+    return [x, *weights, *routing] + ([group] if is_int4 else [])
 
 
-@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+@pytest.mark.parametrize("op", MOE_OPS)
 @pytest.mark.parametrize(
     ("hidden", "inner", "group"),
     [(96, 32, 32), (192, 64, 64), (128, 128, 128), (128, 160, 32), (128, 256, 128)],
@@ -62,7 +66,7 @@ def test_float16_scales(harness: Harness, op: str, hidden: int, inner: int, grou
         harness.compare(op, calls)
 
 
-@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+@pytest.mark.parametrize("op", MOE_OPS)
 def test_moe_with_uneven_routing(harness: Harness, op: str, dtype: torch.dtype) -> None:
     """All tokens go to one expert, slots are skipped, a token has an expert twice, or no expert at
     all."""
@@ -80,7 +84,7 @@ def test_moe_with_uneven_routing(harness: Harness, op: str, dtype: torch.dtype) 
     harness.compare(op, calls)
 
 
-@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+@pytest.mark.parametrize("op", MOE_OPS)
 def test_moe_residual_and_int64_ids(harness: Harness, op: str, dtype: torch.dtype) -> None:
     weights = _weights(op, 64, 32, 32, dtype)
     values, ids = _route(5, 2)
@@ -88,12 +92,20 @@ def test_moe_residual_and_int64_ids(harness: Harness, op: str, dtype: torch.dtyp
     harness.compare(op, [[*call, normal(5, 64, dtype=dtype, seed=9)]])
 
 
-def test_moe_large_enough_for_threads(harness: Harness) -> None:
-    weights = _weights("moe_w4a8", 512, 192, 64, torch.float32)
-    calls = [
-        _call("moe_w4a8", t, _route(t, 4, seed=t), weights, 64, torch.float32) for t in (1, 3, 90)
-    ]
-    harness.compare("moe_w4a8", calls)
+@pytest.mark.parametrize("op", ["moe_w4a8", "moe_w8a8"])
+def test_moe_large_enough_for_threads(harness: Harness, op: str) -> None:
+    weights = _weights(op, 512, 192, 64, torch.float32)
+    calls = [_call(op, t, _route(t, 4, seed=t), weights, 64, torch.float32) for t in (1, 3, 90)]
+    harness.compare(op, calls)
+
+
+@pytest.mark.parametrize("op", ["moe", "moe_w8a8", "moe_w8a16"])
+def test_widths_that_are_no_multiple_of_anything(
+    harness: Harness, op: str, dtype: torch.dtype
+) -> None:
+    """Only INT4 weights have groups, which the widths are multiples of."""
+    weights = _weights(op, 75, 37, 0, dtype)
+    harness.compare(op, [_call(op, t, _route(t, 3), weights, 0, dtype) for t in TOKENS])
 
 
 @pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 1), (8, 2), (9, 1)])

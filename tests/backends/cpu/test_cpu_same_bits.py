@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from op_harness import LINEAR_OPS, Harness, linear_weights, normal, quantized
+from op_harness import LINEAR_OPS, MOE_OPS, Harness, linear_weights, normal, quantized
 from test_cpu_attention import attention_call
 from test_cpu_gated_delta_net import conv_call, net_call, rule_call
 from torch import Tensor
@@ -101,7 +101,7 @@ def test_embedding(harness: Harness, dtype: torch.dtype) -> None:
     _check(harness, "embedding_w8", [ids, weight, scale, dtype], (0,))
 
 
-@pytest.mark.parametrize("op", ["moe", "moe_w4a8", "moe_w4a16"])
+@pytest.mark.parametrize("op", MOE_OPS)
 def test_moe(harness: Harness, op: str, dtype: torch.dtype) -> None:
     """Rows choose among few experts, one of them twice, and skip some slots."""
     experts, hidden, inner = 6, 192, 160
@@ -110,10 +110,12 @@ def test_moe(harness: Harness, op: str, dtype: torch.dtype) -> None:
     routing = [torch.rand(COUNT, 4, generator=generator), ids]
     tables = normal(experts, 2 * inner, hidden, seed=1), normal(experts, hidden, inner, seed=2)
     tables = [(table * 0.1).to(dtype) for table in tables]
-    if op != "moe":
+    if op.startswith("moe_w8"):
+        tables = [part for table in tables for part in ops.quantize_w8(table)]
+    elif op != "moe":
         tables = [part for table in tables for part in quantized(table, 32)]
     args = [normal(COUNT, hidden, dtype=dtype, seed=3), *tables, *routing]
-    args += [] if op == "moe" else [32]
+    args += [32] if op.startswith("moe_w4") else []
     args.append(normal(COUNT, hidden, dtype=dtype, seed=4))
     first = 1 + len(tables)
     _check(harness, op, args, (0, first, first + 1, len(args) - 1))

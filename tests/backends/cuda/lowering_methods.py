@@ -34,6 +34,17 @@ WEIGHTS = {
 }
 
 
+EXPERTS, INNER = 3, 48
+EXPERT_WEIGHTS = WEIGHTS | {
+    "int8.w13": (torch.int8, (EXPERTS, 2 * INNER, HIDDEN)),
+    "int8.w13_scale": (torch.bfloat16, (EXPERTS, 2 * INNER, 1)),
+    "int8.w2": (torch.int8, (EXPERTS, HIDDEN, INNER)),
+    "int8.w2_scale": (torch.bfloat16, (EXPERTS, HIDDEN, 1)),
+    "dense.w13": (torch.float32, (EXPERTS, 2 * INNER, HIDDEN)),
+    "dense.w2": (torch.float32, (EXPERTS, HIDDEN, INNER)),
+}
+
+
 class Small(torch.nn.Module):
     """An embedding, a convolution with state, an INT4 layer and a head that gives the greedy
     token."""
@@ -77,7 +88,8 @@ class Pairs(Small):
 
 
 class Rows(torch.nn.Module):
-    """Logits and the greedy token of each of a number of rows, which have no state.
+    """Logits and the greedy token of each of a number of rows, which have no state, through INT8
+    and dense experts.
 
     Inputs and outputs vary in the same size.
     """
@@ -85,6 +97,13 @@ class Rows(torch.nn.Module):
     def forward(self, tokens, offsets, state, w):
         et, ids = torch.ops.et_moe, (tokens.view(-1) + offsets).clamp(0, VOCABULARY - 1)
         x = et.embedding_w8(ids, w["embed.weight"], w["embed.scale"], torch.bfloat16).float()
+        # One of the numbers is no expert's.
+        chosen = torch.stack((ids % (EXPERTS + 1), tokens.view(-1) % EXPERTS), dim=1).int()
+        weights = chosen.float() * 0.25 + 0.5
+        tables = [w[f"int8.{name}"] for name in ("w13", "w13_scale", "w2", "w2_scale")]
+        x = et.moe_w8a8(x, *tables, weights, chosen, x)
+        tables = w["dense.w13"], w["dense.w2"]
+        x = et.moe(et.rms_norm(x, w["norm.weight"]), *tables, weights[:, :1], chosen[:, :1], x)
         logits = et.linear_w4a8(x, w["head.weight"], w["head.scale"], GROUP)
         return logits.argmax(-1, keepdim=True), logits
 
@@ -139,6 +158,7 @@ def _export(
     inputs: dict[str, tuple[int, ...]],
     state: dict[str, tuple[torch.dtype, tuple[int, ...]]] = STATE,
     shortest: int = 2,
+    weights: dict[str, tuple[torch.dtype, tuple[int, ...]]] = WEIGHTS,
     **names,
 ) -> MethodGraph:
     """Exports one method of int64 inputs, and int32 `slots`, on fake tensors.
@@ -155,7 +175,7 @@ def _export(
                 for name, shape in inputs.items()
             ),
             {n: torch.empty((3, *shape), dtype=dtype) for n, (dtype, shape) in state.items()},
-            {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in WEIGHTS.items()},
+            {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in weights.items()},
         )
     length = Dim("T", min=shortest, max=MAX_TOKENS)
     varying = [{shape.index(8): length} if 8 in shape else None for shape in inputs.values()]
@@ -165,12 +185,12 @@ def _export(
         dynamic_shapes=(
             *varying,
             {name: {0: Dim("S", min=1, max=1 << 20)} for name in state},
-            dict.fromkeys(WEIGHTS),
+            dict.fromkeys(weights),
         ),
         strict=False,
     )
     pools = dict.fromkeys(state, SLOTS)
-    named = {"inputs": list(inputs), "state": pools, "weights": list(WEIGHTS)}
+    named = {"inputs": list(inputs), "state": pools, "weights": list(weights)}
     return MethodGraph(program=program, **named, **names)
 
 
@@ -193,7 +213,8 @@ def scores() -> MethodGraph:
 def rows() -> MethodGraph:
     """A method of 1 to `MAX_TOKENS` rows, in two inputs and in both outputs."""
     inputs = {"tokens": (8, 1), "offsets": (8,)}
-    return _export(Rows(), inputs, state={}, shortest=1, outputs=["token", "logits"])
+    outputs = ["token", "logits"]
+    return _export(Rows(), inputs, {}, shortest=1, weights=EXPERT_WEIGHTS, outputs=outputs)
 
 
 def drafts() -> MethodGraph:

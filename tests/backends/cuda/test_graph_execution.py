@@ -86,6 +86,7 @@ STORED = {
     "others": {
         "attention": Dense(),
         "linear_attention": Int8PerRow(),
+        "experts": Int8PerRow(),
         "shared_expert": Dense(),
         "head": Int8PerRow(),
     },

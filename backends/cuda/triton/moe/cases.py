@@ -4,40 +4,58 @@ import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
 from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
-from et_moe.backends.cuda.triton.moe.op import moe_w4a8, moe_w4a16
+from et_moe.backends.cuda.triton.moe.op import (
+    moe,
+    moe_w4a8,
+    moe_w4a16,
+    moe_w8a8,
+    moe_w8a16,
+)
 
 _PREFILL = ("_gate_up_kernel", "_down_kernel")
 _DECODE = ("_decode_gate_up_kernel", "_decode_down_kernel")
 
 
-def _arguments(hidden: int, inner: int, experts: int, slots: int, group: int):
-    """Random arguments for m tokens, hidden and inner multiples of 128."""
+def _random_weight(bits: int, *shape: int, device: torch.device) -> torch.Tensor:
+    """A prepacked weight of so many bits; the last of its sizes is that of bytes or numbers."""
+    if bits == 16:
+        return random_tensor(*shape, device=device)
+    low, high, dtype = (0, 256, torch.uint8) if bits == 4 else (-127, 128, torch.int8)
+    return torch.randint(low, high, shape, dtype=dtype, device=device)
+
+
+def _arguments(hidden: int, inner: int, experts: int, slots: int, bits: int, group: int = 128):
+    """Random arguments for m tokens, hidden and inner multiples of 128; group: of INT4 weights."""
 
     def arguments(m, device):
-        def weight(*shape):
-            return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-
         def scale(*shape):
             return torch.full(shape, 2.0**-7, dtype=torch.bfloat16, device=device)
 
+        width = 64 if bits == 4 else 128
+        up_groups, down_groups = (hidden // group, inner // group) if bits == 4 else (1, 1)
+        up = (experts, inner // 64, hidden // 128, 2, 64, width)
+        down = (experts, hidden // 64, inner // 128, 64, width)
+        scales = {
+            "w13_scale": scale(experts, inner // 64, up_groups, 2, 64),
+            "w2_scale": scale(experts, hidden // 64, down_groups, 64),
+        }
         return {
             "x": random_tensor(m, hidden, device=device),
-            "w13": weight(experts, inner // 64, hidden // 128, 2, 64, 64),
-            "w13_scale": scale(experts, inner // 64, hidden // group, 2, 64),
-            "w2": weight(experts, hidden // 64, inner // 128, 64, 64),
-            "w2_scale": scale(experts, hidden // 64, inner // group, 64),
+            "w13": _random_weight(bits, *up, device=device),
+            "w2": _random_weight(bits, *down, device=device),
             "topk_weights": torch.rand(m, slots, device=device),
             "topk_ids": torch.rand(m, experts, device=device).argsort(-1)[:, :slots].int(),
-            "group_size": group,
             "residual": random_tensor(m, hidden, device=device),
+            **({} if bits == 16 else scales),
+            **({"group_size": group} if bits == 4 else {}),
         }
 
     return arguments
 
 
 _TOKENS = (1, DECODE_TOKENS, DECODE_TOKENS + 1, PREFILL_TOKENS)
-_QWEN3_5_35B = _arguments(2048, 512, 257, 9, 128)
-_QWEN3_NEXT_80B = _arguments(2048, 512, 513, 11, 128)
+_QWEN3_5_35B = {bits: _arguments(2048, 512, 257, 9, bits) for bits in (4, 8, 16)}
+_QWEN3_NEXT_80B = _arguments(2048, 512, 513, 11, 4)
 
 
 def _tables(op: str) -> tuple[str, ...]:
@@ -55,7 +73,7 @@ CASES = [
     OpCase(
         "moe_w4a8/qwen3_5_35b",
         moe_w4a8,
-        _QWEN3_5_35B,
+        _QWEN3_5_35B[4],
         (*_tables("moe_w4a8"), "quantize_int8"),
         _TOKENS,
         **_INT8,
@@ -65,7 +83,7 @@ CASES = [
     OpCase(
         "moe_w4a16/qwen3_5_35b",
         moe_w4a16,
-        _QWEN3_5_35B,
+        _QWEN3_5_35B[4],
         _tables("moe_w4a16"),
         _TOKENS,
         streams=_streams(*_DECODE),
@@ -73,8 +91,38 @@ CASES = [
     OpCase(
         "moe_w4a8/narrow",
         moe_w4a8,
-        _arguments(128, 128, 9, 3, 32),
+        _arguments(128, 128, 9, 3, 4, 32),
         gemms=frozenset(_PREFILL),
+    ),
+    OpCase(
+        "moe_w8a8/qwen3_5_35b",
+        moe_w8a8,
+        _QWEN3_5_35B[8],
+        _tables("moe_w8a8"),
+        _TOKENS,
+        **_INT8,
+    ),
+    OpCase(
+        "moe_w8a8/narrow",
+        moe_w8a8,
+        _arguments(128, 128, 9, 3, 8),
+        gemms=frozenset(_PREFILL),
+    ),
+    OpCase(
+        "moe_w8a16/qwen3_5_35b",
+        moe_w8a16,
+        _QWEN3_5_35B[8],
+        _tables("moe_w8a16"),
+        _TOKENS,
+        streams=_streams(*_DECODE),
+    ),
+    OpCase(
+        "moe/qwen3_5_35b",
+        moe,
+        _QWEN3_5_35B[16],
+        _tables("moe_dense"),
+        _TOKENS,
+        streams=_streams(*_PREFILL, *_DECODE),
     ),
 ]
 
@@ -119,7 +167,7 @@ CANDIDATES = {
     "moe_sum_slots": [{"BLOCK": b, "num_warps": b // 256} for b in (512, 1024, 2048)],
     **{
         f"{op}_{kernel}": configs
-        for op in ("moe_w4a8", "moe_w4a16")
+        for op in ("moe_w4a8", "moe_w4a16", "moe_w8a8", "moe_w8a16", "moe_dense")
         for kernel, configs in _EXPERT_CANDIDATES.items()
     },
 }

@@ -1,4 +1,4 @@
-"""A few tokens through INT4 experts: two matrix-vector kernels over pairs of a token and a slot.
+"""A few tokens through experts: two matrix-vector kernels over pairs of a token and a slot.
 
 The bytes of the weights set the time, so every thread block loads all of its weights at once and
 prepares the activations while they are on their way. Each thread block quantizes the few
@@ -15,12 +15,15 @@ from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.moe.decode_dot import (
     QUADS,
     arange_rows,
+    count_row_units,
     dot_steps,
     load_weights,
     place_column,
+    point_to_units,
     quantize_steps,
     sum_rows,
 )
+from et_moe.backends.cuda.triton.moe.layout import count_scales, find_bits, name_tables
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
@@ -39,6 +42,7 @@ def _decode_gate_up_kernel(
     INNER: tl.constexpr,
     W2_BYTES: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -75,18 +79,23 @@ def _decode_gate_up_kernel(
     # The rows of the product are BLOCK_N of gate, then BLOCK_N of up.
     i = arange_rows(2 * BLOCK_N, LANES)
     row = i // BLOCK_N * 64 + column % 64 + i % BLOCK_N
-    words = w13.to(tl.pointer_type(tl.int32)) + block * (TILES * 2048)
-    scales = w13_scale + block * (TILES * (128 // GROUP) * 128)
+    UNITS: tl.constexpr = count_row_units(BITS, TILE)
+    units = point_to_units(w13, BITS, TILE) + block * (TILES * 128 * UNITS)
+    scales = w13_scale
+    if BITS <= 8:
+        scales += block * (count_scales(TILES, GROUP, BITS) * 128)
     if PREFETCH:
         SHARE: tl.constexpr = W2_BYTES // (INNER // BLOCK_N)
-        prefetch(w2 + expert * W2_BYTES + tl.program_id(0) * SHARE, SHARE)
+        next_weights = w2.to(tl.pointer_type(tl.uint8)) + expert * W2_BYTES
+        prefetch(next_weights + tl.program_id(0) * SHARE, SHARE)
     acc = tl.zeros((2 * BLOCK_N // LANES, BLOCK_T, LANES, QUADS), tl.float32)
     for start in range(0, TILES, BLOCK_T):
         limit = K - start * 128 - first
-        weights = load_weights(words, scales, start + step, limit > 0, row, 128, GROUP)
+        tile = start + step
+        weights = load_weights(units, scales, tile, limit > 0, row, 128, TILES, GROUP, BITS, TILE)
         if not EARLY:
             activations = quantize_steps(x + start * 128 + first, limit, TILE, COPIES, False)
-        acc += dot_steps(weights, activations, GROUP, TILE)
+        acc += dot_steps(weights, activations, GROUP, BITS, TILE)
     gate, up = sum_rows(acc).reshape(2, BLOCK_N).permute(1, 0).split()
     n = place_column(column + tl.arange(0, BLOCK_N))
     tl.store(inner + pair * INNER + n, (silu(gate) * up).to(inner.dtype.element_ty))
@@ -107,6 +116,7 @@ def _decode_down_kernel(
     HIDDEN: tl.constexpr,
     HIDDEN_UP: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -125,7 +135,7 @@ def _decode_down_kernel(
     token = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N
     row = column % 64 + arange_rows(BLOCK_N, LANES)
-    words = w2.to(tl.pointer_type(tl.int32))
+    units = point_to_units(w2, BITS, TILE)
     n = column + tl.arange(0, BLOCK_N)
     target = token * HIDDEN + n
     # The residual is ready, as are the ids and their weights: an earlier kernel than the last wrote
@@ -142,13 +152,15 @@ def _decode_down_kernel(
         block = (expert * (HIDDEN_UP // 64) + column // 64) * TILES + tile
         weight = tl.load(topk_weights + pair, mask=valid, other=0.0).to(tl.float32)
         weight = weight[None, :, None, None]
-        packed, low, high = load_weights(words, w2_scale, block, valid, row, 64, GROUP)
-        weights = packed, low * weight, high * weight
+        values, low, high = load_weights(
+            units, w2_scale, block, valid, row, 64, TILES, GROUP, BITS, TILE
+        )
+        weights = values, low * weight, high * weight
         if AT_ONCE:
             wait_for_previous()
         limit = tl.where(valid, 128, 0)
         activations = quantize_steps(inner + pair * K + tile * 128, limit, TILE, LANES, True)
-        acc += dot_steps(weights, activations, GROUP, TILE)
+        acc += dot_steps(weights, activations, GROUP, BITS, TILE)
     out_row = sum_rows(acc)
     if residual is not None:
         out_row += addend
@@ -158,21 +170,26 @@ def _decode_down_kernel(
 def moe_decode(
     x: torch.Tensor,
     w13: torch.Tensor,
-    w13_scale: torch.Tensor,
+    w13_scale: torch.Tensor | None,
     w2: torch.Tensor,
-    w2_scale: torch.Tensor,
+    w2_scale: torch.Tensor | None,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    group_size: int,
+    group_size: int | None,
     residual: torch.Tensor | None,
     int8: bool,
 ) -> torch.Tensor:
-    """`moe_w4a8` (int8) or `moe_w4a16` of up to `DECODE_TOKENS` tokens: `[T, H]` in x's dtype."""
+    """An op of the experts (`op.py`) on up to `DECODE_TOKENS` tokens: `[T, H]` in x's dtype.
+
+    Args:
+        w13_scale, w2_scale: None for float weights; group_size: None for all but INT4.
+        int8: whether activations are quantized.
+    """
     tokens, hidden = x.shape
     slots = topk_ids.shape[1]
     experts, inner_blocks = w13.shape[:2]
     inner_dim, hidden_up = inner_blocks * 64, w2.shape[1] * 64
-    table = "moe_w4a8" if int8 else "moe_w4a16"
+    bits, table = find_bits(w13), name_tables(w13, int8)
     topk_ids = topk_ids.contiguous()
 
     inner = x.new_empty((tokens * slots, inner_dim), dtype=torch.float32 if int8 else x.dtype)
@@ -191,8 +208,9 @@ def moe_decode(
         SLOTS=slots,
         K=hidden,
         INNER=inner_dim,
-        W2_BYTES=hidden_up * inner_dim // 2,
+        W2_BYTES=hidden_up * inner_dim * bits // 8,
         GROUP=group_size,
+        BITS=bits,
         TILE=ACTIVATION_TILE if int8 else 0,
         **config,
     )
@@ -216,6 +234,7 @@ def moe_decode(
         HIDDEN=hidden,
         HIDDEN_UP=hidden_up,
         GROUP=group_size,
+        BITS=bits,
         TILE=expert_activation_tile(inner_dim) if int8 else 0,
         **config,
     )

@@ -1,9 +1,12 @@
-"""Products of INT4 weights and a few activations, summed up in the lanes that hold them.
+"""Products of weights and a few activations, summed up in the lanes that hold them.
 
-A step is a tile of 128 columns, whose weights are 64 bytes of a row (`layout.py`). Four lanes, its
-quads, hold 16 bytes each. These are four words of four low and four high nibbles each; the high
+A step is a tile of 128 columns, whose INT4 weights are 64 bytes of a row (`layout.py`). Four lanes,
+its quads, hold 16 bytes each. These are four words of four low and four high nibbles each; the high
 nibbles lie 64 columns on. Along with the quads, the lanes of a warp hold LANES rows and 8 / LANES
 steps; further steps are in other warps, and the rest in registers.
+
+Of INT8 and float weights (BITS above 4) the two halves of a step lie behind each other. A quad has
+the same 16 columns of each: of INT8 weights for INT8 activations four words, else 16 numbers.
 
 Tensors of weights are `[ROWS / LANES, STEPS, LANES, QUADS, ...]`, those of activations
 `[STEPS, LANES, QUADS, ...]`: the order of dimensions in which Triton gives them lanes and warps.
@@ -14,7 +17,12 @@ Activations that are loaded LANES times over are then in the lanes that need the
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.common.int4 import NIBBLE_SCALE, UPPER_NIBBLES, dot_bytes
+from et_moe.backends.cuda.triton.common.int4 import (
+    NIBBLE_SCALE,
+    UPPER_NIBBLES,
+    dot_bytes,
+    dot_words,
+)
 from et_moe.backends.cuda.triton.common.int8 import compute_int8_scale, round_to_int8
 from et_moe.backends.cuda.triton.common.interpreter import is_interpreted
 
@@ -105,28 +113,69 @@ def quantize_steps(x, limit, TILE: tl.constexpr, LANES: tl.constexpr, INNER: tl.
         return q_low[None, :, :, :, :], q_high[None, :, :, :, :], a_low, a_high
 
 
+@triton.constexpr_function
+def count_row_units(bits: int, tile: int) -> int:
+    """How much of what `point_to_units` points to a row has in a block of 128 columns."""
+    return 4 * bits if bits == 4 or (bits == 8 and tile) else 128
+
+
+@triton.jit
+def point_to_units(weights, BITS: tl.constexpr, TILE: tl.constexpr):
+    """A pointer to prepacked weights as one to words of int32, or to numbers where these are
+    multiplied as floats."""
+    if count_row_units(BITS, TILE) == 128:
+        return weights
+    else:
+        return weights.to(tl.pointer_type(tl.int32))
+
+
 @triton.jit
 def load_weights(
-    words,
+    units,
     scales,
     block,
     valid,
     row,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Loads the weights of steps, and the scales of their low and high nibbles.
+    """Loads the weights of steps, and the scales of their halves.
 
     Args:
-        words, scales: pointers to prepacked weights, as int32, and to their scales (`layout.py`).
+        units, scales: pointers to prepacked weights, as from `point_to_units`, and to their scales
+            (`layout.py`), None for float weights.
         block, valid: `[STEPS]`, the block of ROWS rows and 128 columns that each step reads, and
-            whether it does; else its weights count as zero.
+            whether it does; else its weights count as zero. TILES blocks make up ROWS rows.
         row: `[ROWS / LANES, LANES]`, the rows to load of each block.
 
     Returns:
-        int32 `[ROWS / LANES, STEPS, LANES, QUADS * WORDS]`, and two scales
-        `float32 [ROWS / LANES, STEPS, LANES, QUADS]`.
+        The weights, and two scales, `float32 [ROWS / LANES, STEPS, LANES, QUADS]` or to be
+        broadcast to it. INT4 weights are int32 `[ROWS / LANES, STEPS, LANES, QUADS * WORDS]`,
+        others two such tensors of words, or of numbers, four times as many.
     """
+    if BITS == 4:
+        return _load_nibbles(units, scales, block, valid, row, ROWS, GROUP)
+    else:
+        HALF: tl.constexpr = count_row_units(BITS, TILE) // 2
+        row, valid = row[:, None, :, None], valid[None, :, None, None]
+        block = block[None, :, None, None]
+        unit = tl.arange(0, HALF)[None, None, None, :]
+        at = units + (block * (ROWS * 2 * HALF) + (row * (2 * HALF) + unit))
+        halves = tl.load(at, mask=valid, other=0), tl.load(at + HALF, mask=valid, other=0)
+        scale = tl.full((1, 1, 1, 1), 1.0, tl.float32)
+        if BITS == 8:
+            copies = row + tl.zeros((1, 1, 1, QUADS), tl.int32)
+            source = tl.max_contiguous(scales + (block // TILES * ROWS + copies), (1, 1, 1, 1))
+            scale = tl.load(source, mask=valid, other=0.0).to(tl.float32)
+        return halves, scale, scale
+
+
+@triton.jit
+def _load_nibbles(words, scales, block, valid, row, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """`load_weights` of INT4 weights: the scales are those of low and of high nibbles."""
     row, valid = row[:, None, :, None], valid[None, :, None, None]
     block = block[None, :, None, None]
     word = tl.arange(0, QUADS * _WORDS)[None, None, None, :]
@@ -210,7 +259,39 @@ def _dot_int8(packed, q_low, q_high):
 
 
 @triton.jit
-def dot_steps(weights, activations, GROUP: tl.constexpr, TILE: tl.constexpr):
+def _dot_words(halves, q_low, q_high):
+    """Sums over a lane's columns of the two halves of INT8 weights times int8 activations.
+
+    Returns:
+        int32 `[ROWS / LANES, STEPS, LANES, QUADS]` each.
+    """
+    SHAPE: tl.constexpr = halves[0].shape
+    WORDS: tl.constexpr = (SHAPE[0], SHAPE[1], SHAPE[2], QUADS, _WORDS)
+    zero = tl.zeros((SHAPE[0], SHAPE[1], SHAPE[2], QUADS), tl.int32)
+    w_low, w_high = halves
+    w_low, w_high = w_low.reshape(WORDS), w_high.reshape(WORDS)
+    low = dot_words(_split_bit_reversed(w_low), _split_bit_reversed(q_low), zero)
+    return low, dot_words(_split_bit_reversed(w_high), _split_bit_reversed(q_high), zero)
+
+
+@triton.jit
+def _dot_numbers(halves, x):
+    """The sum over a lane's columns of INT8 or float weights times float activations.
+
+    Returns:
+        `float32 [ROWS / LANES, STEPS, LANES, QUADS]`.
+    """
+    low, high = halves
+    x_low, x_high = (
+        x.permute(2, 3, 4, 1, 5, 0).reshape((1, low.shape[1], x.shape[3], low.shape[3], 2)).split()
+    )
+    products = low.to(tl.float32) * x_low + high.to(tl.float32) * x_high
+    SHAPE: tl.constexpr = (low.shape[0], low.shape[1], low.shape[2], QUADS, low.shape[3] // QUADS)
+    return tl.sum(products.reshape(SHAPE), axis=4)
+
+
+@triton.jit
+def dot_steps(weights, activations, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
     """The sum of weight[row, column] x[column] over a lane's columns.
 
     Args:
@@ -220,6 +301,25 @@ def dot_steps(weights, activations, GROUP: tl.constexpr, TILE: tl.constexpr):
     Returns:
         `float32 [ROWS / LANES, STEPS, LANES, QUADS]`.
     """
+    if BITS == 4:
+        return _dot_nibbles(weights, activations, GROUP, TILE)
+    else:
+        halves, scale, _ = weights
+        q_low, q_high, a_low, a_high = activations
+        if TILE == 0:
+            products = _dot_numbers(halves, q_low)
+        else:
+            low, high = _dot_words(halves, q_low, q_high)
+            if TILE == 128:
+                products = (low + high).to(tl.float32) * a_low
+            else:
+                products = low.to(tl.float32) * a_low + high.to(tl.float32) * a_high
+        return products * scale
+
+
+@triton.jit
+def _dot_nibbles(weights, activations, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """`dot_steps` of INT4 weights."""
     packed, scale_low, scale_high = weights
     q_low, q_high, a_low, a_high = activations
     if TILE == 0:

@@ -22,13 +22,22 @@ def _count_step_bytes(group: int, tile: int) -> int:
 
 
 @triton.constexpr_function
-def count_steps(k: int, group: int, tile: int) -> int:
-    """How many steps k columns take, for the kernels' GROUP and TILE."""
-    return (k + 127) // 128 * (64 // _count_step_bytes(group, tile))
+def _count_step_columns(tile: int, bits: int) -> int:
+    """Columns per step of a weight that is not INT4: those that share an activation scale, else
+    what is 128 bytes of float weights."""
+    return tile or min(64, 1024 // bits)
+
+
+@triton.constexpr_function
+def count_steps(k: int, group: int, tile: int, bits: int) -> int:
+    """How many steps k columns take, for the kernels' GROUP, TILE and BITS."""
+    if bits == 4:
+        return (k + 127) // 128 * (64 // _count_step_bytes(group, tile))
+    return (k + 127) // 128 * (128 // _count_step_columns(tile, bits))
 
 
 @triton.jit
-def load_weight_scales(
+def _load_weight_scales(
     rows,
     odd,
     step,
@@ -84,7 +93,36 @@ def _multiply(w, x, acc):
 
 
 @triton.jit
-def add_grouped_step(
+def _add_numbers(
+    acc,
+    step,
+    x_rows,
+    x_used,
+    x_scale_rows,
+    weight_rows,
+    K: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`add_grouped_step` of INT8 or float weights; blocks of columns are WEIGHT_STRIDE numbers
+    apart."""
+    STEP: tl.constexpr = _count_step_columns(TILE, BITS)
+    CHUNKS: tl.constexpr = 128 // STEP
+    block = step // CHUNKS
+    within = step % CHUNKS * STEP + tl.arange(0, STEP)
+    w = tl.load(weight_rows[:, None] + (block * WEIGHT_STRIDE + within)[None, :])
+    x = _load_x(x_rows, x_used, block * 128 + within, K)
+    if TILE == 0:
+        return _multiply(w, x, acc)
+    else:
+        a = tl.load(x_scale_rows + step * X_SCALE_STRIDE, mask=x_used, other=0.0)
+        return acc + _multiply(w, x, None) * a[None, :]
+
+
+@triton.jit
+def _add_nibbles(
     acc,
     step,
     x_rows,
@@ -98,16 +136,9 @@ def add_grouped_step(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """acc + the sum of weight[n, k] x[m, k] over the columns of a step, `float32 [ROWS, BLOCK_M]`.
+    """`add_grouped_step` of INT4 weights; `scales` of the step, as from `_load_weight_scales`.
 
-    Args:
-        x_rows, x_used: `[BLOCK_M]`, pointers to rows of K activations, and which of them to read.
-            The others count as zeros; to read any row instead, many blocks would read the same.
-        x_scale_rows: `[BLOCK_M]`, pointers to the rows' scales, one per TILE (32, 64 or 128)
-            columns, X_SCALE_STRIDE apart. With TILE 0, activations are floats without scales.
-        weight_rows: `[ROWS]`, pointers to the 64 bytes of each row in its first block of 128
-            columns. Those in the next block lie WEIGHT_STRIDE bytes on.
-        scales: of the step, as from `load_weight_scales`.
+    Blocks of columns are WEIGHT_STRIDE bytes apart.
     """
     STEP: tl.constexpr = _count_step_bytes(GROUP, TILE)
     CHUNKS: tl.constexpr = 64 // STEP
@@ -142,3 +173,55 @@ def add_grouped_step(
     if GROUP == 128:
         return acc + (d_low + d_high) * weight_low
     return acc + d_low * weight_low + d_high * weight_high
+
+
+@triton.jit
+def add_grouped_step(
+    acc,
+    step,
+    x_rows,
+    x_used,
+    x_scale_rows,
+    weight_rows,
+    weight_scale,
+    pairs,
+    odd,
+    K: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """acc + the sum of weight[n, k] x[m, k] over the columns of a step, `float32 [ROWS, BLOCK_M]`.
+
+    INT8 weights count without their scales, which `scale_rows` multiplies with the whole sum.
+
+    Args:
+        x_rows, x_used: `[BLOCK_M]`, pointers to rows of K activations, and which of them to read.
+            The others count as zeros; to read any row instead, many blocks would read the same.
+        x_scale_rows: `[BLOCK_M]`, pointers to the rows' scales, one per TILE (32, 64 or 128)
+            columns, X_SCALE_STRIDE apart. With TILE 0, activations are floats without scales.
+        weight_rows: pointers to each row in its first block of 128 columns, which is 64 bytes of
+            INT4 weights (BITS 4), else 128 numbers. A block has ROWS rows.
+        weight_scale: a pointer, of whose type the scales of INT4 weights are.
+        pairs, odd: of INT4 weights, as `_load_weight_scales` takes them.
+    """
+    if BITS == 4:
+        TYPE: tl.constexpr = weight_scale.dtype.element_ty
+        scales = _load_weight_scales(pairs, odd, step, ROWS // 2, TYPE, GROUP, TILE)
+        return _add_nibbles(
+            *(acc, step, x_rows, x_used, x_scale_rows, weight_rows, scales),
+            *(K, X_SCALE_STRIDE, ROWS * 64, GROUP, TILE),
+        )
+    else:
+        return _add_numbers(
+            *(acc, step, x_rows, x_used, x_scale_rows, weight_rows),
+            *(K, X_SCALE_STRIDE, ROWS * 128, BITS, TILE),
+        )
+
+
+@triton.jit
+def scale_rows(acc, scales):
+    """acc `[ROWS, BLOCK_M]` times the scales of its rows, of INT8 weights, at `[ROWS]` pointers."""
+    return acc * tl.load(scales).to(tl.float32)[:, None]

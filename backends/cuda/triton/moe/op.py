@@ -1,4 +1,4 @@
-"""Expert MLPs with INT4 weights.
+"""Expert MLPs with INT4, INT8 or float weights.
 
 The relative L2 error of `moe_w4a8`, with Gaussian inputs in bf16 (test_moe.py), is under 0.1%
 against the eager reference, since all sums are fp32 and only the result is rounded. Against bf16
@@ -62,3 +62,59 @@ def moe_w4a16(
     """`ops.moe_w4a16` with the arguments and result of `moe_w4a8`, in two launches or four."""
     packed = (w13, w13_scale, w2, w2_scale)
     return _moe(False, x, *packed, topk_weights, topk_ids, group_size, residual)
+
+
+def moe_w8a8(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.moe_w8a8` in as many launches as `moe_w4a8`.
+
+    Args:
+        w13, w13_scale, w2, w2_scale: as from `prepack_experts_w8`; the others as in `moe_w4a8`.
+
+    Returns:
+        `[T, H]` in x's dtype.
+    """
+    packed = (w13, w13_scale, w2, w2_scale)
+    return _moe(True, x, *packed, topk_weights, topk_ids, None, residual)
+
+
+def moe_w8a16(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.moe_w8a16` with the arguments and result of `moe_w8a8`, in two launches or four."""
+    packed = (w13, w13_scale, w2, w2_scale)
+    return _moe(False, x, *packed, topk_weights, topk_ids, None, residual)
+
+
+def moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.moe` in two launches or four; silu(gate) * up is rounded to x's dtype.
+
+    Args:
+        w13, w2: as from `prepack_experts_dense`, in bf16 or x's dtype; the others as in `moe_w4a8`.
+
+    Returns:
+        `[T, H]` in x's dtype.
+    """
+    return _moe(False, x, w13, None, w2, None, topk_weights, topk_ids, None, residual)

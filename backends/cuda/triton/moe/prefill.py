@@ -1,7 +1,7 @@
-"""Many tokens through INT4 experts: a routing sort, two grouped GEMMs, and a sum over slots.
+"""Many tokens through experts: a routing sort, two grouped GEMMs, and a sum over slots.
 
 The GEMMs compute transposed products. Weights are the left operand: they go from memory through
-registers, where they are unpacked, into the matrix unit, and never back to shared memory.
+registers, where INT4 is unpacked, into the matrix unit, and never back to shared memory.
 Activations are the right operand and stay in shared memory as they are.
 """
 
@@ -16,8 +16,9 @@ from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.moe.grouped_step import (
     add_grouped_step,
     count_steps,
-    load_weight_scales,
+    scale_rows,
 )
+from et_moe.backends.cuda.triton.moe.layout import count_scales, find_bits, name_tables
 from et_moe.backends.cuda.triton.moe.routing import route, sum_slots
 from et_moe.backends.cuda.triton.quantization.op import quantize_int8
 from et_moe.backends.cuda.triton.tuning import find_config
@@ -38,6 +39,7 @@ def _gate_up_kernel(
     K: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     INNER_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -51,7 +53,7 @@ def _gate_up_kernel(
     """
     wait_for_previous()
     TILES: tl.constexpr = (K + 127) // 128
-    STEPS: tl.constexpr = count_steps(K, GROUP, TILE)
+    STEPS: tl.constexpr = count_steps(K, GROUP, TILE, BITS)
     PARTS: tl.constexpr = INNER // 64
     block = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
@@ -67,18 +69,30 @@ def _gate_up_kernel(
     x_scale_rows = token if TILE == 0 else x_scale + token * TILES
     # The rows of the product are 64 of gate, then 64 of up.
     row_block = expert * PARTS + part
-    weight_rows = w13 + row_block * (TILES * 8192) + tl.arange(0, 128) * 64
-    SCALE_TYPE: tl.constexpr = w13_scale.dtype.element_ty
-    scale_rows = w13_scale.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128) // 2
-    scale_rows += row_block * (TILES * (128 // GROUP) * 64)
-    odd = tl.arange(0, 128) % 2 == 1
+    WIDTH: tl.constexpr = 64 if BITS == 4 else 128
+    weight_rows = w13 + row_block * (TILES * 128 * WIDTH) + tl.arange(0, 128) * WIDTH
+    pairs, odd = None, None
+    if BITS == 4:
+        pairs = w13_scale.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128) // 2
+        pairs += row_block * (TILES * (128 // GROUP) * 64)
+        odd = tl.arange(0, 128) % 2 == 1
     acc = tl.zeros((128, BLOCK_M), tl.float32)
     # The number of stages stands here, not at the launch, so that small loads are pipelined, too.
     for step in tl.range(STEPS, num_stages=STAGES):
-        scales = load_weight_scales(scale_rows, odd, step, 64, SCALE_TYPE, GROUP, TILE)
         acc = add_grouped_step(
-            acc, step, x_rows, used, x_scale_rows, weight_rows, scales, K, 1, 8192, GROUP, TILE
+            acc,
+            step,
+            x_rows,
+            used,
+            x_scale_rows,
+            weight_rows,
+            w13_scale,
+            pairs,
+            odd,
+            *(K, 1, 128, GROUP, BITS, TILE),
         )
+    if BITS == 8:
+        acc = scale_rows(acc, w13_scale + row_block * 128 + tl.arange(0, 128))
     gate, up = acc.reshape(2, 64, BLOCK_M).permute(1, 2, 0).split()
     activated = silu(gate) * up
     column = part * 64 + tl.arange(0, 64)
@@ -117,13 +131,14 @@ def _bound_parts(
     weight,
     K: tl.constexpr,
     X_SCALE_STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     SCALES: tl.constexpr,
 ):
     """A bound, fp32 `[BLOCK_M]`, of the magnitudes of each row's results.
 
     Args:
-        x_scale_rows, x_used, TILE: as `add_grouped_step` takes them.
+        x_scale_rows, x_used, BITS, TILE: as `add_grouped_step` takes them.
         scales: pointer to the SCALES weight scales of the columns that the program computes.
         weight: fp32 `[BLOCK_M]`, the routing weights.
     """
@@ -133,8 +148,9 @@ def _bound_parts(
     x_scale = tl.max(tl.load(at, mask=inside, other=0.0), axis=0)
     i = tl.arange(0, triton.next_power_of_2(SCALES))
     weight_scale = tl.load(scales + i, mask=i < SCALES, other=0.0).to(tl.float32)
-    # An activation is at most 127 times its scale, a weight 8 times its own.
-    largest = x_scale * tl.max(tl.abs(weight_scale), axis=0) * (127.0 * 8.0 * K)
+    # An activation is at most 127 times its scale, a weight 8 or 128 times its own.
+    LARGEST: tl.constexpr = 8.0 if BITS == 4 else 128.0
+    largest = x_scale * tl.max(tl.abs(weight_scale), axis=0) * (127.0 * LARGEST * K)
     return largest * tl.abs(weight)
 
 
@@ -153,6 +169,7 @@ def _down_kernel(
     HIDDEN: tl.constexpr,
     HIDDEN_UP: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -170,7 +187,7 @@ def _down_kernel(
     """
     wait_for_previous()
     TILES: tl.constexpr = K // 128
-    STEPS: tl.constexpr = count_steps(K, GROUP, TILE)
+    STEPS: tl.constexpr = count_steps(K, GROUP, TILE, BITS)
     PARTS: tl.constexpr = HIDDEN_UP // (BLOCK_N * REPEAT)
     block = tl.program_id(0) // PARTS
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -185,31 +202,48 @@ def _down_kernel(
     x_scale_rows = m if TILE == 0 else inner_scale + block * (K // TILE * BLOCK_M) + m
     part = tl.program_id(0) % PARTS
     n = part * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
-    SCALES: tl.constexpr = TILES * (128 // GROUP)  # per column of out
-    weight_rows = w2 + (expert * HIDDEN_UP + n) // 64 * (TILES * 4096) + n % 64 * 64
-    part_scales = w2_scale + (expert * PARTS + part) * (BLOCK_N * REPEAT * SCALES)
+    SCALES: tl.constexpr = count_scales(TILES, GROUP, BITS)  # per column of out
+    WIDTH: tl.constexpr = 64 if BITS == 4 else 128
+    weight_rows = w2 + (expert * HIDDEN_UP + n) // 64 * (TILES * 64 * WIDTH) + n % 64 * WIDTH
+    part_scales = w2_scale
+    if SCALES > 0:
+        part_scales += (expert * PARTS + part) * (BLOCK_N * REPEAT * SCALES)
     if unit is not None:
         COUNT: tl.constexpr = BLOCK_N * REPEAT * SCALES
-        largest = _bound_parts(x_scale_rows, used, part_scales, weight, K, BLOCK_M, TILE, COUNT)
+        largest = _bound_parts(
+            x_scale_rows, used, part_scales, weight, K, BLOCK_M, BITS, TILE, COUNT
+        )
         row_unit, inverse = _choose_unit(largest)
         tl.store(unit + pair * PARTS + part, row_unit, mask=used)
         weight *= inverse
     i = tl.arange(0, BLOCK_N)
-    SCALE_TYPE: tl.constexpr = w2_scale.dtype.element_ty
-    scale_rows = part_scales.to(tl.pointer_type(tl.int32)) + (i // 64 * (SCALES * 32) + i % 64 // 2)
-    odd = i % 2 == 1
+    pairs, odd = None, None
+    if BITS == 4:
+        pairs = part_scales.to(tl.pointer_type(tl.int32)) + (i // 64 * (SCALES * 32) + i % 64 // 2)
+        odd = i % 2 == 1
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # There is one loop over blocks and steps, so that loads run ahead from block to block.
     for i in tl.range(REPEAT * STEPS, num_stages=STAGES):
-        step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * 64)
-        block_scales = scale_rows + i // STEPS * (BLOCK_N * SCALES // 2)
-        scales = load_weight_scales(block_scales, odd, step, 32, SCALE_TYPE, GROUP, TILE)
+        step, weights = i % STEPS, weight_rows + i // STEPS * (BLOCK_N * TILES * WIDTH)
+        block_pairs = pairs
+        if BITS == 4:
+            block_pairs += i // STEPS * (BLOCK_N * SCALES // 2)
         acc = add_grouped_step(
-            *(acc, step, x_rows, used, x_scale_rows, weights, scales),
-            *(K, BLOCK_M, 4096, GROUP, TILE),
+            acc,
+            step,
+            x_rows,
+            used,
+            x_scale_rows,
+            weights,
+            w2_scale,
+            block_pairs,
+            odd,
+            *(K, BLOCK_M, 64, GROUP, BITS, TILE),
         )
         if step == STEPS - 1:
             column = n + i // STEPS * BLOCK_N
+            if BITS == 8:
+                acc = scale_rows(acc, w2_scale + expert * HIDDEN_UP + column)
             mask = used[:, None] & (column < HIDDEN)[None, :]
             target = out + pair[:, None] * HIDDEN + column[None, :]
             result = (acc * weight[None, :]).to(out.dtype.element_ty)
@@ -227,21 +261,22 @@ def _find_divisor(size: int, block: int) -> int:
 def moe_prefill(
     x: torch.Tensor,
     w13: torch.Tensor,
-    w13_scale: torch.Tensor,
+    w13_scale: torch.Tensor | None,
     w2: torch.Tensor,
-    w2_scale: torch.Tensor,
+    w2_scale: torch.Tensor | None,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    group_size: int,
+    group_size: int | None,
     residual: torch.Tensor | None,
     int8: bool,
 ) -> torch.Tensor:
-    """`moe_w4a8` (int8) or `moe_w4a16` of any number of tokens: `[T, H]` in x's dtype."""
+    """An op of the experts (`op.py`) on any number of tokens, with the arguments and result of
+    `moe_decode`."""
     tokens, hidden = x.shape
     slots = topk_ids.shape[1]
     experts, inner_blocks = w13.shape[:2]
     inner, hidden_up = inner_blocks * 64, w2.shape[1] * 64
-    table = "moe_w4a8" if int8 else "moe_w4a16"
+    bits, table = find_bits(w13), name_tables(w13, int8)
     tile, inner_tile = (ACTIVATION_TILE, expert_activation_tile(inner)) if int8 else (0, 0)
     config = find_config(f"{table}_route", tokens=tokens)
     rows, block_experts = route(topk_ids, experts, config)
@@ -268,6 +303,7 @@ def moe_prefill(
         K=hidden,
         INNER=inner,
         GROUP=group_size,
+        BITS=bits,
         TILE=tile,
         INNER_TILE=inner_tile,
         BLOCK_M=block_m,
@@ -298,6 +334,7 @@ def moe_prefill(
         HIDDEN=hidden,
         HIDDEN_UP=hidden_up,
         GROUP=group_size,
+        BITS=bits,
         TILE=inner_tile,
         BLOCK_M=block_m,
         **config,

@@ -1,4 +1,5 @@
-"""The mixture of experts against its eager references.
+"""The mixture of experts with INT4 weights against its eager references; `test_moe_formats.py` has
+the others.
 
 Activations are fp32 unless a test is about bf16: in fp32 the comparison shows the arithmetic
 without the rounding of the result.
@@ -6,19 +7,16 @@ without the rounding of the result.
 
 import pytest
 import torch
+from expert_tables import TOLERANCE, Experts, relative_error
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.moe import op as moe
-from et_moe.backends.cuda.triton.moe.layout import prepack_experts
 from et_moe.backends.cuda.triton.moe.routing import route
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 from et_moe.backends.cuda.triton.tuning import read_table, tuning_target
 
 NAMES = ["moe_w4a8", "moe_w4a16"]
-# The relative L2 error that is allowed against the reference. On a GPU, silu and sums differ from
-# it in the last bits, and rounding to INT8 turns a few of those differences into whole steps.
-TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-5
 DTYPES = [(torch.float32, TOLERANCE), (torch.bfloat16, 0.003)]
 
 
@@ -27,48 +25,6 @@ def _few_programs(reconfigure, device):
     """Makes programs large, as the interpreter takes the same time for a program of any size."""
     if device.type == "cpu":
         reconfigure("_decode_", BLOCK_N=64)
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    got, expected = got.double(), expected.double()
-    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
-
-
-def gaussian_w4(count, rows, columns, group):
-    return ops.quantize_w4(torch.randn(count, rows, columns) * columns**-0.5, group, "minmax")
-
-
-def random_w4(count, rows, columns, group):
-    packed = torch.randint(0, 256, (count, rows, columns // 2), dtype=torch.uint8)
-    scale = 0.2 * columns**-0.5 * (0.5 + torch.rand(count, rows, columns // group))
-    return packed, scale.bfloat16()
-
-
-class Experts:
-    """The weights of experts, both as a bundle has them and as the kernels take them."""
-
-    def __init__(self, count, hidden, inner, group, device, scale_dtype=torch.bfloat16):
-        # Quantizing takes long, so the nibbles of many experts are drawn at random instead.
-        draw = random_w4 if count > 64 else gaussian_w4
-        w13, w2 = draw(count, 2 * inner, hidden, group), draw(count, hidden, inner, group)
-        self.bundle = [t.to(device) for t in (*w13, *w2)]
-        for i in (1, 3):
-            # The factor turns a bfloat16 number into one that bfloat16 cannot represent.
-            factor = 1.0 if scale_dtype == torch.bfloat16 else 1.01
-            self.bundle[i] = (self.bundle[i].float() * factor).to(scale_dtype)
-        self.prepacked = prepack_experts(*self.bundle, group)
-        self.count, self.hidden, self.group, self.device = count, hidden, group, device
-
-    def run(self, name, x, weights, ids, residual=None):
-        """The result of the kernels, and that of the reference."""
-        got = TRITON_OPS[name](x, *self.prepacked, weights, ids, self.group, residual)
-        assert got.dtype == x.dtype and got.shape == x.shape
-        return got, getattr(ops, name)(x, *self.bundle, weights, ids, self.group, residual)
-
-    def inputs(self, tokens, top_k):
-        x = torch.randn(tokens, self.hidden, device=self.device)
-        ids = torch.rand(tokens, self.count).argsort(-1)[:, :top_k].int().to(self.device)
-        return x, torch.rand(tokens, top_k, device=self.device).softmax(-1), ids
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,11 @@ from et_moe.backends import ops
 from et_moe.backends.cuda.triton.common import int4_packing
 from et_moe.backends.cuda.triton.linear import layout as linear
 from et_moe.backends.cuda.triton.moe import layout as moe
-from et_moe.backends.cuda.triton.moe.layout import prepack_experts
+from et_moe.backends.cuda.triton.moe.layout import (
+    prepack_experts,
+    prepack_experts_dense,
+    prepack_experts_w8,
+)
 
 SHAPES = [(3, 256, 128, 128), (2, 64, 32, 32), (2, 320, 192, 64), (1, 96, 160, 32)]
 
@@ -54,6 +58,36 @@ def test_layout(count, hidden, inner, group, dtype):
     assert not got[:, hidden:].any() and not got[:, :, inner:].any()
 
 
+def rows_of(blocks: torch.Tensor) -> torch.Tensor:
+    """`[..., N', K']` from blocks `[..., N'/64, K'/128, 64, 128]`."""
+    return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+@pytest.mark.parametrize("count,hidden,inner", [(3, 256, 128), (2, 75, 37), (1, 320, 192)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_layout_of_numbers(count, hidden, inner, dtype):
+    """INT8 and float weights."""
+    tables = torch.randn(count, 2 * inner, hidden), torch.randn(count, hidden, inner)
+    if dtype == torch.int8:
+        (w13, w13_scale), (w2, w2_scale) = (ops.quantize_w8(table) for table in tables)
+        packed, up_scale, down, down_scale = prepack_experts_w8(w13, w13_scale, w2, w2_scale)
+        scales = up_scale.transpose(2, 3).flatten(3).transpose(1, 2).flatten(2)
+        assert torch.equal(scales[:, :, :inner], w13_scale.reshape(count, 2, inner))
+        assert torch.equal(down_scale.flatten(1)[:, :hidden], w2_scale.squeeze(-1))
+    else:
+        w13, w2 = (table.to(dtype) for table in tables)
+        packed, down = prepack_experts_dense(w13, w2)
+    hidden_up, inner_up = -(-hidden // 128) * 128, -(-inner // 128) * 128
+    assert packed.shape == (count, inner_up // 64, hidden_up // 128, 2, 64, 128)
+    assert packed.is_contiguous() and down.is_contiguous() and packed.dtype == dtype
+    for half, expected in enumerate(w13.chunk(2, dim=1)):
+        got = rows_of(packed[:, :, :, half])
+        assert torch.equal(got[:, :inner, :hidden], expected)
+        assert not got[:, inner:].any() and not got[:, :, hidden:].any()
+    assert torch.equal(rows_of(down)[:, :hidden, :inner], w2)
+    assert not rows_of(down)[:, hidden:].any() and not rows_of(down)[:, :, inner:].any()
+
+
 def test_experts_are_independent():
     weights = experts(3, 256, 128, 128)
     whole = prepack_experts(*weights, 128)
@@ -93,6 +127,15 @@ def test_a_version_names_one_layout():
         64,
     )
     assert (moe.LAYOUT_VERSION, digest(*experts)) == (1, "b95060e3de49250c")
+    scales = counting(2, 384, 1, dtype=scale), counting(2, 192, 1, dtype=scale)
+    numbers = counting(2, 384, 192, dtype=torch.int8), counting(2, 192, 192, dtype=torch.int8)
+    int8 = prepack_experts_w8(numbers[0], scales[0], numbers[1], scales[1])
+    dense = prepack_experts_dense(*(n.bfloat16() for n in numbers))
+    assert (moe.LAYOUT_VERSION, digest(*int8), digest(*dense)) == (
+        1,
+        "c2f85f0f038cad07",
+        "1939b324d84633f0",
+    )
     layer = linear.prepack_linear(counting(6, 144), counting(6, 9, dtype=scale), 32)
     assert (linear.LAYOUT_VERSION, digest(*layer)) == (2, "4911c5c0d4290002")
 
@@ -111,3 +154,35 @@ def test_shapes_that_do_not_belong_together(index, change, message):
     weights[index] = change(weights[index])
     with pytest.raises(ValueError, match=message):
         prepack_experts(*weights, 128)
+
+
+@pytest.mark.parametrize(
+    "index,change,message",
+    [
+        (0, lambda w: w.int(), "w13: expected int8"),
+        (1, lambda w: w.expand(-1, -1, 2), "w13_scale: expected"),
+        (2, lambda w: w[:, :, :-1], "w2: expected"),
+        (2, lambda w: w.float(), "w2: expected int8"),
+        (3, lambda w: w[:, :-1], "w2_scale: expected"),
+    ],
+)
+def test_int8_shapes_that_do_not_belong_together(index, change, message):
+    tables = torch.randn(2, 64, 75), torch.randn(2, 75, 32)
+    weights = [part for table in tables for part in ops.quantize_w8(table)]
+    weights[index] = change(weights[index])
+    with pytest.raises(ValueError, match=message):
+        prepack_experts_w8(*weights)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda w13, w2: (w13.half(), w2), "w13: expected bfloat16 or float32"),
+        (lambda w13, w2: (w13, w2.bfloat16()), "w2: expected"),
+        (lambda w13, w2: (w13, w2[:1]), "w2: expected"),
+    ],
+)
+def test_dense_shapes_that_do_not_belong_together(change, message):
+    weights = change(torch.randn(2, 64, 75), torch.randn(2, 75, 32))
+    with pytest.raises(ValueError, match=message):
+        prepack_experts_dense(*weights)
