@@ -120,6 +120,7 @@ class ExportOptions:
         max_sequences: most sequences of one decode call, at most 256.
         draft_tokens: that the MTP head guesses behind each token that is drawn, 0 to 3.
         draft_vocabulary: among how many tokens, the first ones; 0 for all.
+        recurrent_state_dtype: float32 or bfloat16, of the recurrent state of linear attention.
         cuda_archs: architectures to compile for, such as "sm_90".
         cache_dir: where compiled CUDA code is kept for the next export; None for nowhere.
         debug_sidecar: also write `kernels.json`, the source of every CUDA kernel.
@@ -135,6 +136,7 @@ class ExportOptions:
     debug_sidecar: bool = False
     draft_tokens: int = 0
     draft_vocabulary: int = 0
+    recurrent_state_dtype: torch.dtype = torch.float32
 
 
 class Target(Protocol):
@@ -156,7 +158,8 @@ def fingerprint(target: Target, options: ExportOptions) -> str:
     Both files have it, `model.pte` as the constant method `get_fingerprint` and `model.ptd` as the
     tensor `FINGERPRINT`, and a runner compares them. The values of the weights are no part of it,
     so that a program may be exported from a configuration alone, and neither are the context length
-    and the activations' dtype, in which programs for the same weights may differ.
+    and the dtypes of activations and recurrent state, in which programs for the same weights may
+    differ.
     """
     config = asdict(target.config)
     return json.dumps(
@@ -187,7 +190,9 @@ def _check_kernels(target: Target, backend: str) -> None:
 def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGraph], dict]:
     """The methods' graphs and the constant methods."""
     _check_kernels(target, options.backend)
-    precision = Precision(target.storages, options.activation_dtype, options.dtype)
+    precision = Precision(
+        target.storages, options.activation_dtype, options.dtype, options.recurrent_state_dtype
+    )
     sizes = resolve_sizes(target.config, options)
     without_head = replace(target.config, mtp_num_hidden_layers=0)
     config = target.config if sizes.draft_tokens else without_head

@@ -222,7 +222,7 @@ class Harness:
 def _rounds(op: str, args: Sequence) -> bool:
     """Whether the op rounds an intermediate result to INT8 or bfloat16."""
     return op in ("linear_w4a8", "linear_w8a8", "moe_w4a8", "silu_quantize_int8") or any(
-        t.dtype == torch.bfloat16 for t in _tensors(args)[:1]
+        t.dtype == torch.bfloat16 for t in (*_tensors(args)[:1], *updated(op, args))
     )
 
 
