@@ -18,9 +18,13 @@
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
 //   faults STEP Over the fake driver: loads and serves three requests, once for every STEP-th call
-//               of CUDA with that call failing. Each request must end, and an engine that is not
-//               broken serves again. Prints a line each: refused (to load), failed (a request),
-//               broken or tolerated, and the error.
+//               of CUDA with that call failing. Each request must end, those that it does not hit
+//               as they do without it, and an engine that is not broken serves again. Prints a line
+//               each: refused (to load), failed (a request), broken or tolerated, and the error.
+//   fault       The same once, with the fault of the environment; a broken engine must refuse.
+//   survive     Over the fake driver: a prompt fails, then a batch, while other requests are at
+//               several points. Prints the tokens of all but the prompt. alone: those of the same
+//               requests, one after the other.
 
 #include <malloc.h>
 
@@ -317,6 +321,12 @@ int main(int argc, char** argv) {
     const std::string command = argv[5];
     if (command == "faults") {
       faults(make, std::stoul(argv[6]));
+    } else if (command == "fault") {
+      et_moe::serve_with_fault(make, {});
+    } else if (command == "survive") {
+      et_moe::survive(*make());
+    } else if (command == "alone") {
+      et_moe::alone(*make());
     } else if (command == "together") {
       together(*make(), std::stoul(argv[6]));
     } else if (command == "random") {

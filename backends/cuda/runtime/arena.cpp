@@ -1,6 +1,7 @@
 #include "backends/cuda/runtime/arena.h"
 
 #include <algorithm>
+#include <string>
 
 #include "backends/cuda/runtime/alignment.h"
 
@@ -22,7 +23,16 @@ Arena::Block Arena::allocate(size_t size) {
           "before it (" +
           std::to_string(size) + " bytes)");
     }
-    chunks_.emplace_back(std::max(size, kChunk));
+    try {
+      chunks_.emplace_back(std::max(size, kChunk));
+    } catch (const CudaError& e) {
+      if (e.code() != Error::MemoryAllocationFailed) throw;
+      throw DelegateError(e.code(),
+                          "too little GPU memory: beside weights and state calls need " +
+                              std::to_string(std::max(size, kChunk) >> 20) +
+                              " MiB more of scratch memory: " + e.what() +
+                              ": lower max_sequences, or set memory_fraction, which leaves room");
+    }
     block = free_.emplace(chunks_.back().data(), chunks_.back().size()).first;
   }
   std::byte* begin = block->first;

@@ -6,6 +6,7 @@ In the case of a batch m is the number of sequences.
 import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import OpCase, random_tensor
+from et_moe.backends.cuda.triton.gated_delta_net.chunk import scan_table
 from et_moe.backends.cuda.triton.gated_delta_net.op import (
     gated_delta_net,
     gated_delta_net_projected,
@@ -60,7 +61,7 @@ def _net_arguments(
 
 def _net_case(name: str, *shape, **options) -> OpCase:
     tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_norm")
-    scan = "gated_delta_scan_fp32" if shape[0] == torch.float32 else "gated_delta_scan"
+    scan = scan_table(shape[0], options.get("state_dtype", torch.float32))
     tables = (*tables, scan, "causal_conv1d_step", "gated_delta_step")
     arguments = _net_arguments(*shape, **options)
     return OpCase(f"gated_delta_net/{name}", gated_delta_net, arguments, tables, streams=_STREAMS)
@@ -167,6 +168,9 @@ _SCAN = ((16, 2, 4), (32, 2, 4), (32, 3, 4), (64, 2, 4), (64, 2, 8), (64, 3, 4))
 CANDIDATES = {
     "gated_delta_step": [{"num_warps": w} for w in (2, 4, 8, 16)],
     "gated_delta_prepare": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],
-    "gated_delta_scan": [{"BLOCK_V": v, "STAGES": s, "num_warps": w} for v, s, w in _SCAN],
+    **{
+        table: [{"BLOCK_V": v, "STAGES": s, "num_warps": w} for v, s, w in _SCAN]
+        for table in ("gated_delta_scan", "gated_delta_scan_bf16_state")
+    },
     "gated_delta_norm": [{"ROWS": r, "num_warps": 4} for r in (16, 32, 64)],
 }

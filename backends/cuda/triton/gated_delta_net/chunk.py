@@ -200,6 +200,13 @@ def _norm_kernel(
     tl.store(out_tile, o.to(out_ptr.dtype.element_ty), mask=in_out)
 
 
+def scan_table(dtype: torch.dtype, state_dtype: torch.dtype) -> str:
+    """The table of `_scan_kernel` for a model and a state of these dtypes."""
+    if dtype == torch.float32:
+        return "gated_delta_scan_fp32"
+    return "gated_delta_scan" + ("" if state_dtype == torch.float32 else "_bf16_state")
+
+
 def chunk_gated_delta(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     columns: tuple[int, int],
@@ -245,8 +252,7 @@ def chunk_gated_delta(
     config = find_config("gated_delta_prepare", tokens=tokens)
     launch(prepare_kernel, (chunks, heads), *arguments, tokens, **shape, **rows, **config)
 
-    table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"
-    config = find_config(table, tokens=tokens)
+    config = find_config(scan_table(q.dtype, state.dtype), tokens=tokens)
     config["BLOCK_V"] = min(config["BLOCK_V"], max(value_dim // 2, 16))
     grid = (value_dim // config["BLOCK_V"], heads)
     rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "HEADS": heads, "DV": value_dim}
