@@ -1,6 +1,7 @@
 """The engine that serves many callers, and its Python extension, over the fake driver."""
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -50,8 +51,11 @@ def test_calls_that_end_the_context_in_turn(fake, programs) -> None:
     for i in range(12):
         faults = {"fail": str(1 + i * count // 12), "error": ENDS_THE_CONTEXT[i % 2]}
         outcomes.append(fake.check(*arguments, tool=TOOL, **faults).split()[0])
-        assert not fake.report()["violations"] and not fake.report()["leaks"]
-    assert set(outcomes) == {"refused", "broken"}
+        report = fake.report()
+        assert not report["violations"] and not report["leaks"]
+        if outcomes[-1] == "tolerated":  # what is released at the end
+            assert re.search("Unload|Free|Destroy", report["failed"])
+    assert outcomes.count("refused") > 1 and outcomes.count("broken") > 4
 
 
 @pytest.mark.timeout(900)

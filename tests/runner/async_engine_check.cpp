@@ -1,6 +1,6 @@
 // Drives an AsyncEngine from several sides and checks what comes of it, for
 // tests/runner/test_async_engine.py and tests/fake_cuda. It exits with 1 and says why if something
-// is wrong; a request that does not end within a minute is wrong.
+// is wrong; a request of which nothing is heard for five minutes is wrong.
 //
 //   async_engine_check MODEL.pte MODEL.ptd GRAPH SEQUENCES[/PAGES] COMMAND
 //     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: how many are served at once. PAGES: of

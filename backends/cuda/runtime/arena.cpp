@@ -27,11 +27,11 @@ Arena::Block Arena::allocate(size_t size) {
       chunks_.emplace_back(std::max(size, kChunk));
     } catch (const CudaError& e) {
       if (e.code() != Error::MemoryAllocationFailed) throw;
-      throw DelegateError(e.code(),
-                          "too little GPU memory: beside weights and state calls need " +
-                              std::to_string(std::max(size, kChunk) >> 20) +
-                              " MiB more of scratch memory: " + e.what() +
-                              ": lower max_sequences, or set memory_fraction, which leaves room");
+      // Compiled code cuts messages: what to do comes first.
+      throw DelegateError(e.code(), "too little GPU memory (lower max_sequences, or set " +
+                                        std::string("memory_fraction): calls take ") +
+                                        std::to_string(std::max(size, kChunk) >> 20) +
+                                        " MiB more beside weights and state: " + e.what());
     }
     block = free_.emplace(chunks_.back().data(), chunks_.back().size()).first;
   }
