@@ -53,8 +53,8 @@ def test_calls_that_end_the_context_in_turn(fake, programs) -> None:
         outcomes.append(fake.check(*arguments, tool=TOOL, **faults).split()[0])
         report = fake.report()
         assert not report["violations"] and not report["leaks"]
-        if outcomes[-1] == "tolerated":  # what is released at the end
-            assert re.search("Unload|Free|Destroy", report["failed"])
+        if outcomes[-1] == "tolerated":  # what is released at the end, or there were fewer calls
+            assert report["failed"] is None or re.search("Unload|Free|Destroy", report["failed"])
     assert outcomes.count("refused") > 1 and outcomes.count("broken") > 4
 
 
