@@ -13,6 +13,7 @@ draws a token, and one more for each draft that is accepted.
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -117,6 +118,13 @@ def steps_of(stats: dict, sequences: int) -> dict:
     return ({"step_ms": duration / steps} if steps > 0 else {}) | drafts
 
 
+def state_dtype(program: Path) -> str:
+    """The dtype of a program's recurrent state, by the text of its `get_bindings`; "float32" where
+    it says none."""
+    found = re.search(rb'recurrent_state", "dtype": "(\w+)"', (program / "model.pte").read_bytes())
+    return found[1].decode() if found else "float32"
+
+
 def _profile(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
     """The kernels of a step of all sequences, see `profile_batch`."""
     # Prompts are fed one by one, in pieces, beside those that decode already; a call may draw the
@@ -150,7 +158,8 @@ def measure(
         Whether no measurement failed.
     """
     gpu = measure_gpu()
-    result: dict = provenance() | {"gpu": gpu, "rows": []}
+    kept = state_dtype(program)
+    result: dict = provenance() | {"gpu": gpu, "recurrent_state_dtype": kept, "rows": []}
     table = Table(*COLUMNS)
     for load in loads:
         row: dict = dataclasses.asdict(load)
@@ -166,7 +175,9 @@ def measure(
             if prefix_cache:
                 row["cached_prompt_tokens"] = stats["cached_prompt_tokens"]
             if gpu:
-                step = roofline.batch_step(load.sequences, c, load.prompt + load.new_tokens // 2)
+                middle = load.prompt + load.new_tokens // 2
+                size = 2 if kept == "bfloat16" else 4
+                step = roofline.batch_step(load.sequences, c, middle, size)
                 row["roof_ms"] = 1e3 * sum(kernel.seconds(**gpu["roof"]) for kernel in step)
                 if profiled:
                     row["profile"] = _profile(runner, program, load, c.vocab_size)

@@ -197,8 +197,9 @@ def model(m: int, c: ModelConfig, context: int = 0) -> list[Kernel]:
     return kernels + linear("lm_head", 1, c.hidden_size, c.vocab_size, False) + sample(c)
 
 
-def batch_step(sequences: int, c: ModelConfig, context: int) -> list[Kernel]:
-    """One decoded token of each of several sequences with so many cached tokens.
+def batch_step(sequences: int, c: ModelConfig, context: int, state_bytes: int = 4) -> list[Kernel]:
+    """One decoded token of each of several sequences with so many cached tokens, and with so many
+    bytes a number of the recurrent state.
 
     What works on rows costs what as many rows of a prompt cost; the state of each sequence is read
     and written for itself. Launches are not those that are made.
@@ -210,7 +211,7 @@ def batch_step(sequences: int, c: ModelConfig, context: int) -> list[Kernel]:
         if kind == "linear_attention":
             width = c.conv_channels + c.linear_value_width + 2 * c.linear_num_value_heads
             kernels += linear("in_proj", sequences, c.hidden_size, width, False)
-            moved = 8 * state + 4 * c.conv_channels * c.linear_conv_kernel_dim
+            moved = 2 * state_bytes * state + 4 * c.conv_channels * c.linear_conv_kernel_dim
             kernels.append(Kernel("delta net", sequences * moved, bf16=8.0 * sequences * state))
             kernels += linear("out_proj", sequences, c.linear_value_width, c.hidden_size, True)
         else:

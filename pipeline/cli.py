@@ -144,6 +144,13 @@ def export(
             "Default: float32 on a CPU, bfloat16 on CUDA."
         ),
     ] = None,
+    recurrent_state_dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Of the recurrent state of linear attention (vLLM's --mamba-ssm-cache-dtype). "
+            "bfloat16 halves a sequence's state, which is most of what large batches read."
+        ),
+    ] = Dtype.FLOAT32,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Context length. Default: the model's, at most 4096.")
     ] = None,
@@ -206,6 +213,7 @@ def export(
         draft_tokens,
         draft_vocabulary,
         score,
+        exporter.DTYPES[recurrent_state_dtype.value],
     )
     writing = exporter.output_folder(
         source, output_dir, options, graph=not weights_only, weights=not graph_only

@@ -122,6 +122,7 @@ class ExportOptions:
         draft_tokens: that the MTP head guesses behind each token that is drawn, 0 to 3.
         draft_vocabulary: among how many tokens, the first ones; 0 for all.
         score: whether there is a method that returns the logits behind every token it is fed.
+        recurrent_state_dtype: float32 or bfloat16, of the recurrent state of linear attention.
         cuda_archs: architectures to compile for, such as "sm_90".
         cache_dir: where compiled CUDA code is kept for the next export; None for nowhere.
         debug_sidecar: also write `kernels.json`, the source of every CUDA kernel.
@@ -138,6 +139,7 @@ class ExportOptions:
     draft_tokens: int = 0
     draft_vocabulary: int = 0
     score: bool = False
+    recurrent_state_dtype: torch.dtype = torch.float32
 
 
 class Target(Protocol):
@@ -159,7 +161,8 @@ def fingerprint(target: Target, options: ExportOptions) -> str:
     Both files have it, `model.pte` as the constant method `get_fingerprint` and `model.ptd` as the
     tensor `FINGERPRINT`, and a runner compares them. The values of the weights are no part of it,
     so that a program may be exported from a configuration alone, and neither are the context length
-    and the activations' dtype, in which programs for the same weights may differ.
+    and the dtypes of activations and recurrent state, in which programs for the same weights may
+    differ.
     """
     config = asdict(target.config)
     return json.dumps(
@@ -177,7 +180,9 @@ def fingerprint(target: Target, options: ExportOptions) -> str:
 
 def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGraph], dict]:
     """The methods' graphs and the constant methods."""
-    precision = Precision(target.storages, options.activation_dtype, options.dtype)
+    precision = Precision(
+        target.storages, options.activation_dtype, options.dtype, options.recurrent_state_dtype
+    )
     sizes = resolve_sizes(target.config, options)
     without_head = replace(target.config, mtp_num_hidden_layers=0)
     config = target.config if sizes.draft_tokens else without_head

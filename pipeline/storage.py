@@ -309,11 +309,13 @@ class Precision:
         activation_dtype: "int8" quantizes activations in front of INT4 and INT8 weights, "bf16"
             leaves them in `dtype`. It belongs to a program, not to a bundle.
         dtype: float32 or bfloat16, of activations, caches and weights that are not quantized.
+        recurrent_state_dtype: float32 or bfloat16, of the recurrent state of linear attention.
     """
 
     storages: Storages
     activation_dtype: str = "int8"
     dtype: torch.dtype = torch.bfloat16
+    recurrent_state_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.activation_dtype not in ("int8", "bf16"):

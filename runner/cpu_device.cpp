@@ -28,6 +28,7 @@ void CpuDevice::load(const ProgramFile& program, const Bindings& bindings, const
 
 void CpuDevice::allocate(const PoolSizes& sizes) {
   sizes_ = sizes;
+  buffers_.clear();
   for (const StateSpec& spec : state_) {
     const TensorSpec tensor = spec.in(sizes);
     const size_t size = (tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;

@@ -20,7 +20,10 @@ void CudaDevice::load(const ProgramFile& program, const Bindings& bindings,
   memory_.free_after_load = static_cast<int64_t>(cuda::memory_info().free);
 }
 
-void CudaDevice::allocate(const PoolSizes& sizes) { session_ = context_->new_session(sizes); }
+void CudaDevice::allocate(const PoolSizes& sizes) {
+  session_.reset();  // before there is memory for another
+  session_ = context_->new_session(sizes);
+}
 
 // What a method did wrong can show in a later call of the driver, whatever that is for.
 

@@ -26,7 +26,8 @@ class Device {
   virtual void load(const ProgramFile& program, const Bindings& bindings,
                     const Weights& weights) = 0;
 
-  /// Allocates the state, zeroed; to be called once, before anything below.
+  /// Allocates the state, zeroed, in place of what was allocated before; to be called before
+  /// anything below.
   virtual void allocate(const PoolSizes& sizes) = 0;
   /// Zeroes a slot, in which a new sequence begins. What pages hold does not matter to it.
   virtual void clear_slot(int32_t slot) = 0;

@@ -152,8 +152,8 @@ void add_flags(CLI::App& app, Flags& f) {
                "computed; so do those of further runs (--num_iters)")
       ->needs(prompts);
   app.add_option("--memory_fraction", f.memory_fraction,
-                 "Of a GPU's memory, for weights and state together, more than 0 and at most 1: "
-                 "bounds how many tokens are cached")
+                 "Of a GPU's memory, for weights, state and what calls take together, more than 0 "
+                 "and at most 1: bounds how many tokens are cached")
       ->check(check_fraction);
   app.add_flag("--parse_special,!--no_parse_special", f.parse_special,
                "Special tokens written in the prompt become their ids (the default)");

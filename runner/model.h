@@ -42,8 +42,9 @@ struct ModelOptions {
   size_t max_sequences = 1;     // sessions there may be at once; the state of all is allocated
   size_t snapshots = 0;         // of recurrent state, for a prefix cache; 0: there is none
   std::optional<size_t> pages;  // of the KV cache; none: as many as the longest sequences take
-  std::optional<double> memory_fraction;  // of a GPU's memory, weights and state together: bounds
-                                          // the number of pages where `pages` does not say it
+  std::optional<double> memory_fraction;  // of a GPU's memory, for all that is there: weights,
+                                          // state, and what calls take; bounds the number of pages
+                                          // where `pages` does not say it
 };
 
 /// All pages of the KV cache are in use. Nothing was changed.
@@ -201,7 +202,18 @@ class Model {
   void check_methods(const Bindings& bindings) const;
   void allocate(const ModelOptions& options, const Bindings& bindings);
   /// How many pages there are to be. Throws std::runtime_error if one sequence takes more.
-  size_t choose_pages(const ModelOptions& options, const Bindings& bindings) const;
+  size_t choose_pages(const ModelOptions& options, const Bindings& bindings);
+  /// How many pages a fraction of the GPU's memory leaves room for, beside all else that is there.
+  /// Throws std::runtime_error that says what takes how much if one sequence takes more.
+  size_t pages_within(double fraction, const ModelOptions& options, const Bindings& bindings);
+  /// Bytes that calls take beside weights and state: scratch memory, kernels, which are loaded as
+  /// they are called, and CUDA graphs. It makes calls of up to options.max_sequences sequences, on
+  /// a state of its own, and leaves scratch memory and kernels to those that follow.
+  int64_t measure_calls(const ModelOptions& options, const Bindings& bindings);
+  /// A call of each method for every power of two of its lengths.
+  void call_all(size_t max_sequences);
+  /// A call of a method in which all but one token is padding; page 0 and slot 0 are written.
+  void call_with(const std::string& method, size_t sequences, size_t tokens);
   /// Throws std::runtime_error unless a session may be fed these, at most `most` in a call.
   void check_call(const Session& session, const int64_t* tokens, size_t count, int64_t most) const;
   /// Throws std::runtime_error, with the files, unless tokens that were drawn are of the

@@ -26,7 +26,7 @@ MaxSequences = Annotated[
 MemoryFraction = Annotated[
     float | None,
     typer.Option(
-        min=0.01, max=1, help="Of the GPU's memory, for weights and state. Default: all it takes."
+        min=0.01, max=1, help="Of the GPU's memory, for all together. Default: all it takes."
     ),
 ]
 

@@ -46,8 +46,9 @@ def load_engine(
     Args:
         max_sequences: requests that are served at once; the state of each is allocated now.
         max_waiting: requests that wait for their turn; further ones are refused.
-        memory_fraction: of a GPU's memory, for weights and state together. It bounds the pages of
-            the KV cache; without it there are as many as the longest sequences take.
+        memory_fraction: of a GPU's memory, for weights, state and what calls take together. It
+            bounds the pages of the KV cache; without it there are as many as the longest sequences
+            take.
         prefix_cache: whether prompts that begin as others did take over what these computed.
         cuda_graph: whether a CUDA program is captured into CUDA graphs.
 

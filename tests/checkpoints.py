@@ -95,12 +95,16 @@ def change_config(directory: Path, **values: object) -> None:
 
 
 def export_small(
-    folder: Path, context: int, max_sequences: int, eos_token_id: list[int] | None = None
+    folder: Path,
+    context: int,
+    max_sequences: int,
+    eos_token_id: list[int] | None = None,
+    **options: object,
 ) -> Path:
     """The CPU program of a small model, quantized as `tiny_bundle` is, with such a context.
 
     Args:
-        eos_token_id: instead of the model's own.
+        eos_token_id: instead of the model's own. options: further ones of the export.
     """
     checkpoint, program = folder / "checkpoint", folder / "program"
     make_small(checkpoint, max_position_embeddings=context)
@@ -108,7 +112,8 @@ def export_small(
         generation = {"eos_token_id": eos_token_id}
         (checkpoint / "generation_config.json").write_text(json.dumps(generation))
     source = QuantizedCheckpoint(Checkpoint(checkpoint), storages("4w", 32, "8w"))
-    export(source, program, ExportOptions(max_seq_len=context, max_sequences=max_sequences))
+    sizes = {"max_seq_len": context, "max_sequences": max_sequences}
+    export(source, program, ExportOptions(**sizes, **options))
     return program
 
 

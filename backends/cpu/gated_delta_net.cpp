@@ -84,9 +84,8 @@ bool check_versions(Op& op, int64_t versions) {
 // `[slots, versions, heads, key_dim, value_dim]`.
 bool check_state(Op& op, const char* name, const Tensor& state, bool versions, int64_t heads,
                  int64_t key_dim, int64_t value_dim) {
-  return versions
-             ? op.check(name, state, {ScalarType::Float}, {kAny, kAny, heads, key_dim, value_dim})
-             : op.check(name, state, {ScalarType::Float}, {kAny, heads, key_dim, value_dim});
+  return versions ? op.check(name, state, kFloats, {kAny, kAny, heads, key_dim, value_dim})
+                  : op.check(name, state, kFloats, {kAny, heads, key_dim, value_dim});
 }
 
 // x * rsqrt(sum(x^2) + 1e-6) * scale
@@ -112,34 +111,42 @@ bool check_heads(Op& op, int64_t key_heads, int64_t heads, int64_t key_dim, int6
 }
 
 // Runs all heads of all sequences; finish(i, head) then sees the head's result of valid row i. The
-// rule's pointers are to the first valid row and the first slot.
-template <class Finish>
-void run_heads(Op& op, const DeltaRule& rule, const Sequences& sequences, const Tensor& slots,
-               const Versions& versions, const Finish& finish) {
+// rule's pointers are to the first valid row; `pool` is the first slot.
+template <class T, class Finish>
+void run_heads(Op& op, const DeltaRule& rule, T* pool, const Sequences& sequences,
+               const Tensor& slots, const Versions& versions, const Finish& finish) {
   if (sequences.count == 0) return;
   const int64_t matrix = rule.key_dim * rule.value_dim;
   const int64_t work = sequences.valid * matrix * 4 / sequences.count;
   const int32_t* slot = slots.const_data_ptr<int32_t>();
-  const int64_t state = rule.heads * matrix;
+  const int64_t state = rule.heads * matrix, stride = versions.each_row ? state : 0;
+  float* exact = nullptr;
+  const bool several = sequences.valid > sequences.count;  // rows of some sequence
+  if (several && needs_exact<T>(sequences.valid, stride)) {
+    exact = op.scratch<float>(sequences.count * state);
+    if (!exact) return;
+  }
   op.parallel(rule.heads * sequences.count, work, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       const int64_t head = item / sequences.count;
       const Sequence& sequence = sequences[item % sequences.count];
-      DeltaRule own = rule;
-      own.tokens = sequence.valid;
-      own.q += sequence.first * rule.key_stride;
-      own.k += sequence.first * rule.key_stride;
-      own.v += sequence.first * rule.value_stride;
-      own.decay += sequence.first * rule.heads;
-      own.beta += sequence.first * rule.heads;
-      own.after += slot[sequence.index] * versions.count * state;
-      own.before = own.after + versions.start(sequence) * state;
-      own.after_stride = versions.each_row ? state : 0;
-      own.out += sequence.first * rule.heads * rule.value_dim;
-      run_head(own, head);
+      T* after = pool + slot[sequence.index] * versions.count * state;
+      const T* before = after + versions.start(sequence) * state;
+      run_head(part(rule, sequence.first, sequence.valid), DeltaState<T>{before, after, stride},
+               head, exact ? exact + item * matrix : nullptr);
       for (int64_t t = 0; t < sequence.valid; ++t) finish(sequence.first + t, head);
     }
   });
+}
+
+template <class Finish>
+void run_heads(Op& op, const DeltaRule& rule, const Tensor& state, const Sequences& sequences,
+               const Tensor& slots, const Versions& versions, const Finish& finish) {
+  if (state.scalar_type() == ScalarType::BFloat16) {
+    run_heads(op, rule, state.mutable_data_ptr<bf16>(), sequences, slots, versions, finish);
+  } else {
+    run_heads(op, rule, state.mutable_data_ptr<float>(), sequences, slots, versions, finish);
+  }
 }
 
 }  // namespace
@@ -232,11 +239,9 @@ void gated_delta_rule(Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
   });
   const MutableFloats output(out);
   if (sequences.padding > 0) output.zero(0, tokens * values);
-  const DeltaRule rule{
-      0,    key_heads, heads,  key_dim, value_dim, q32,     k32,
-      keys, v32,       values, decay,   rate,      nullptr, state.mutable_data_ptr<float>(),
-      0,    result};
-  run_heads(op, rule, sequences, slots, own, [&](int64_t t, int64_t head) {
+  const DeltaRule rule{0,    key_heads, heads,  key_dim, value_dim, q32,   k32,
+                       keys, v32,       values, decay,   rate,      result};
+  run_heads(op, rule, state, sequences, slots, own, [&](int64_t t, int64_t head) {
     const float* own = result + (t * heads + head) * value_dim;
     const int64_t at = (sequences.row(t) * heads + head) * value_dim;
     for_lanes(value_dim,
@@ -359,23 +364,11 @@ void gated_delta_net(Op& op, const Tensor& projected, const Tensor& conv_weight,
   });
   const MutableFloats output(out);
   if (sequences.padding > 0) output.zero(0, projected.size(0) * values);
-  const DeltaRule rule{0,
-                       layer.key_heads,
-                       heads,
-                       layer.key_dim,
-                       layer.value_dim,
-                       qkv,
-                       qkv + keys,
-                       channels,
-                       qkv + 2 * keys,
-                       channels,
-                       decay,
-                       beta,
-                       nullptr,
-                       recurrent_state.mutable_data_ptr<float>(),
-                       0,
-                       result};
-  run_heads(op, rule, sequences, slots, own, [&](int64_t t, int64_t head) {
+  const DeltaRule rule{
+      0,          layer.key_heads, heads,          layer.key_dim, layer.value_dim, qkv,
+      qkv + keys, channels,        qkv + 2 * keys, channels,      decay,           beta,
+      result};
+  run_heads(op, rule, recurrent_state, sequences, slots, own, [&](int64_t t, int64_t head) {
     const int64_t row = sequences.row(t), column = head * layer.value_dim;
     gate_head(result + t * values + column, norm, input + (row * layer.columns + channels + column),
               layer.value_dim, eps, output, row * values + column);

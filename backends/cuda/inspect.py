@@ -117,11 +117,23 @@ def print_tables(description: dict) -> None:
         for kind in ("inputs", "state", "weights", "outputs"):
             size = sum(_nbytes(tensor, own_pool) for tensor in method[kind])
             tensors.add_row(name, kind, str(len(method[kind])), f"{size:,}")
-    for table in (code, *kernels, calls, tensors):
+    for table in (code, *kernels, calls, tensors, _state_table(next(iter(methods.values())))):
         console.print(table)
     constants = {k: v for k, v in description["constants"].items() if k != "get_bindings"}
     for name, value in constants.items():
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _state_table(method: dict) -> Table:
+    """What a page and a slot take."""
+    table = Table("pool", "dtype", "tensors", "bytes each", title="state of a page or a slot")
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for tensor in method["state"]:
+        size = _nbytes(tensor, {tensor["pool"]: 1})
+        sizes.setdefault((tensor["pool"], tensor["dtype"]), []).append(size)
+    for (pool, dtype), each in sorted(sizes.items()):
+        table.add_row(pool, dtype, str(len(each)), f"{sum(each):,}")
+    return table
 
 
 def _kernel_table(code: dict) -> Table:

@@ -3,6 +3,12 @@
 States are updated in place, by valid rows only. Rows at once and row by row give the same result: a
 kernel is free to chunk, except that with `each_row` a row has the bits that it has in a call of one
 row. Rows belong to sequences, and states, perhaps in versions, lie in slots, see `sequences.py`.
+
+A recurrent state may be bfloat16. Arithmetic is in fp32 all the same, and the state is rounded to
+nearest, ties to even, where it is left: behind every row with `each_row`, else behind the last row,
+and also behind every `PAGE_SIZE` rows of a call. The rows behind go on from what was rounded, and
+an output is computed before. So a call that is cut behind a multiple of `PAGE_SIZE` rows leaves
+what it leaves as a whole; one that is cut elsewhere, or taken row by row, is rounded more often.
 """
 
 import torch
@@ -10,6 +16,7 @@ import torch.nn.functional as F
 
 from et_moe.backends.ops.library import declare
 from et_moe.backends.ops.sequences import (
+    PAGE_SIZE,
     check_each_row,
     rows_each,
     sequence_rows,
@@ -90,7 +97,7 @@ def gated_delta_rule(
         q, k: float `[B R, Hk, Dk]`; value head h uses key head h // (Hv / Hk).
         v: float `[B R, Hv, Dv]`.
         g: `float32 [B R, Hv]`, log decay, at most 0. beta: `float32 [B R, Hv]`.
-        state: `float32 [S, Hv, Dk, Dv]`, updated in place. slots: `int32 [B]`.
+        state: float `[S, Hv, Dk, Dv]`, updated in place. slots: `int32 [B]`.
         num_tokens: `int64 [B]` or None for R; further rows are padding with undefined outputs.
         versions: `int64 [B]` or None; with them state is `[S, V, Hv, Dk, Dv]`. each_row: whether
             each row leaves a version, R of them at most V.
@@ -118,15 +125,18 @@ def gated_delta_rule(
     for valid, sequences in by_length.items():  # those of one length take their steps together
         chosen, rows, starts = torch.tensor(sequences, device=q.device).unbind(1)
         places = slots[chosen].long()
-        s = pool[places, starts]
+        s = pool[places, starts].float()
         for t in range(valid):
             at = rows + t
             s *= decay[at][:, :, None, None]
             delta = (v32[at] - torch.einsum("bhk,bhkv->bhv", k32[at], s)) * beta[at][..., None]
             s += k32[at][..., None] * delta[:, :, None, :]
             out[at] = torch.einsum("bhk,bhkv->bhv", q32[at], s)
-            if each_row or t == valid - 1:
-                pool[places, t if each_row else 0] = s
+            is_left = each_row or t == valid - 1
+            if is_left or (t + 1) % PAGE_SIZE == 0:
+                s = s.to(pool.dtype).float()
+            if is_left:
+                pool[places, t if each_row else 0] = s.to(pool.dtype)
     return out.to(v.dtype)
 
 
@@ -175,7 +185,7 @@ def gated_delta_net(
         a_log, dt_bias: float `[Hv]`.
         norm_weight: float `[Dv]`, of the gated RMSNorm (ones are the identity); eps: of that norm.
         conv_state: `[S, W-1, C]` in projected's dtype, updated in place, see `causal_conv1d`.
-        recurrent_state: `float32 [S, Hv, Dk, Dv]`, updated in place, see `gated_delta_rule`.
+        recurrent_state: float `[S, Hv, Dk, Dv]`, updated in place, see `gated_delta_rule`.
         slots: `int32 [B]`.
         num_tokens: `int64 [B]` or None for R; further rows are padding with undefined outputs.
         versions: `int64 [B]` or None, of both states; each_row: whether each row leaves a version.

@@ -206,6 +206,7 @@ class Qwen3_5Moe(Graph):
     ) -> None:
         super().__init__()
         self.config, self.dtype = c, p.dtype
+        self.recurrent_state_dtype = p.recurrent_state_dtype
         vocabulary, hidden = c.vocab_size, c.hidden_size
         self.embed_tokens = Embedding("embed_tokens", "embedding", vocabulary, hidden, p)
         self.layers = nn.ModuleList(layer(c, i, p) for i in range(c.num_hidden_layers))
@@ -222,7 +223,9 @@ class Qwen3_5Moe(Graph):
             if kind == "linear_attention":
                 name = f"layers.{i}.linear_attn"
                 spec[f"{name}.conv_state"] = StateTensor(self.dtype, SLOTS, conv)
-                spec[f"{name}.recurrent_state"] = StateTensor(torch.float32, SLOTS, heads)
+                spec[f"{name}.recurrent_state"] = StateTensor(
+                    self.recurrent_state_dtype, SLOTS, heads
+                )
             else:
                 spec |= self.kv_cache(f"layers.{i}.self_attn")
         return spec

@@ -22,6 +22,7 @@ def test_rows_of_a_program(runner, tiny_program, tiny_checkpoint, tmp_path: Path
     assert batch.measure(runner.binary, tiny_program, loads, shape, out)
     result = json.loads(out.read_text())
     assert [row["requests"] for row in result["rows"]] == [1, 3, 5]
+    assert result["recurrent_state_dtype"] == "float32"
     for row in result["rows"]:
         assert row["output_token_per_sec"] > 0 and row["time_to_first_token_ms_p99"] > 0
         assert "roof_ms" not in row  # there is no GPU to have one
@@ -104,3 +105,15 @@ def test_the_step_with_drafts_that_is_profiled(drafts: int) -> None:
 def test_bytes_of_a_step(sequences: int, milliseconds: float) -> None:
     moved = sum(kernel.bytes for kernel in roofline.batch_step(sequences, FULL, 2000))
     assert 1e3 * moved / 4.24e12 == pytest.approx(milliseconds, rel=0.06)
+    rounded = sum(kernel.bytes for kernel in roofline.batch_step(sequences, FULL, 2000, 2))
+    assert moved - rounded == pytest.approx(sequences * 30 * 2 * 2 * 32 * 128 * 128)
+
+
+def test_the_dtype_of_a_state(tiny_program: Path, tmp_path: Path) -> None:
+    assert batch.state_dtype(tiny_program) == "float32"
+    program = (tiny_program / "model.pte").read_bytes()
+    other = program.replace(
+        b'recurrent_state", "dtype": "float32"', b'recurrent_state", "dtype": "bfloat16"'
+    )
+    (tmp_path / "model.pte").write_bytes(other)
+    assert other != program and batch.state_dtype(tmp_path) == "bfloat16"

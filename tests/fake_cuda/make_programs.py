@@ -6,10 +6,10 @@ It runs in a process of its own, as tests interpret kernels in theirs, and needs
 FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activations, FOLDER/cuda
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
 it. FOLDER/next gets the same of a small Qwen3-Next, whose experts and attention come from a GPTQ
-checkpoint, with float16 scales, and whose other parts are INT8 with a scale per row; it has the
-method `score`. FOLDER/small gets programs with two methods of `lowering_methods`, cpu.pte and
-cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and kernels.json; FOLDER/rows the same
-with its method `rows`.
+checkpoint, with float16 scales, and whose other parts are INT8 with a scale per row; its recurrent
+state is bfloat16, and it has the method `score`. FOLDER/small gets programs with two methods of
+`lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and
+kernels.json; FOLDER/rows the same with its method `rows`.
 """
 
 import json
@@ -113,9 +113,12 @@ def export_model(
     max_sequences: int,
     recipe: str = "4w",
     change: Callable[[Path], Path] = lambda checkpoint: checkpoint,
-    **more: int,
+    **further: object,
 ) -> None:
-    """A random model for the CPU and for CUDA, whose methods take their inputs turned around."""
+    """A random model for the CPU and for CUDA, whose methods take their inputs turned around.
+
+    further: options of the export.
+    """
     make_checkpoint(folder / "checkpoint", model, "tiny", seed=3, overrides=overrides)
     checkpoint = Checkpoint(change(folder / "checkpoint"))
     source = QuantizedCheckpoint(
@@ -129,7 +132,7 @@ def export_model(
             max_sequences=max_sequences,
             cuda_archs=("sm_90",),
             debug_sidecar=backend == "cuda",
-            **more,
+            **further,
         )
         kind = type(model)
         methods = _turned(kind.methods) if backend == "cuda" else kind.methods
@@ -158,8 +161,9 @@ def main() -> None:
     with_head = SMALL_FOR_CUDA | {"mtp_num_hidden_layers": 1}
     drafting = {"draft_tokens": DRAFT_TOKENS, "draft_vocabulary": DRAFT_VOCABULARY}
     export_model(folder / "drafts", QWEN3_5_MOE, with_head, 3, change=of_few_tokens, **drafting)
-    mixed = {"recipe": "mixed", "change": quantized_checkpoint, "score": True}
-    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, 1, **mixed)
+    further = {"recurrent_state_dtype": torch.bfloat16, "score": True}
+    mixed = (1, "mixed", quantized_checkpoint)
+    export_model(folder / "next", QWEN3_NEXT, NEXT_FOR_CUDA, *mixed, **further)
 
 
 if __name__ == "__main__":

@@ -377,6 +377,11 @@ def test_inspect(programs) -> None:
         "decode output token (handed over) int64 [1, 1]",
     ):
         assert row in rows
+    state = {"cuda": ("slots float32 2",), "next/cuda": ("slots bfloat16 1", "slots float32 1")}
+    for name, starts in state.items():
+        printed = run(programs / name / "model.pte").stdout
+        found = [" ".join(re.findall(r"[^\s│]+", line)) for line in printed.splitlines()]
+        assert all(any(row.startswith(f"{start} ") for row in found) for start in starts)
     refused = run(programs / "cpu/model.pte")
     assert refused.returncode == 1 and "not a program for CUDA" in refused.stderr
 

@@ -1,6 +1,7 @@
 """The engine that serves many callers, and its Python extension, over the fake driver."""
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -34,6 +35,42 @@ def test_every_call_fails_in_turn(fake, programs, graph: bool) -> None:
     assert outcomes.count("refused") > 20 and outcomes.count("failed") > 20
     # One call that fails does not break a device.
     assert "broken" not in outcomes
+
+
+ENDS_THE_CONTEXT = ("cudaErrorIllegalAddress", "cudaErrorLaunchFailure")
+
+
+def test_calls_that_end_the_context_in_turn(fake, programs) -> None:
+    """All requests end with the error, and the engine refuses more: nothing leaks, nothing hangs.
+
+    The calls are spread over loading and serving two sequences at once.
+    """
+    arguments = (*files(programs / "cuda"), 1, 2, "fault")
+    assert fake.check(*arguments, tool=TOOL) == "tolerated\n"
+    count, outcomes = fake.report()["calls"], []
+    for i in range(12):
+        faults = {"fail": str(1 + i * count // 12), "error": ENDS_THE_CONTEXT[i % 2]}
+        outcomes.append(fake.check(*arguments, tool=TOOL, **faults).split()[0])
+        report = fake.report()
+        assert not report["violations"] and not report["leaks"]
+        if outcomes[-1] == "tolerated":  # what is released at the end, or there were fewer calls
+            assert report["failed"] is None or re.search("Unload|Free|Destroy", report["failed"])
+    assert outcomes.count("refused") > 1 and outcomes.count("broken") > 4
+
+
+@pytest.mark.timeout(900)
+def test_executed_tokens_beside_failures(fake, programs) -> None:
+    """A prompt fails, then a decode call of two sequences. The one that decoded beside the prompt,
+    and the one that waited all the while, draw what they draw alone."""
+    sidecar = str(programs / "cuda/kernels.json")
+    printed = fake.check(
+        *files(programs / "cuda"), 0, 3, "survive", tool=TOOL, execute=sidecar
+    ).splitlines()
+    alone = fake.check(*files(programs / "cpu"), 0, 1, "alone", tool=TOOL).splitlines()
+    found, expected = ([json.loads(line) for line in lines] for lines in (printed, alone))
+    assert [found[0], found[1]] == [expected[0], expected[1]]
+    for tokens, whole in zip(found[2:], expected[2:], strict=True):
+        assert 0 < len(tokens) < len(whole) and tokens == whole[: len(tokens)]
 
 
 @pytest.mark.timeout(900)

@@ -51,7 +51,7 @@ def test_the_fraction_of_memory_bounds_the_cached_tokens(fake, programs, prompts
         stats = json.loads(line.removeprefix("PyTorchObserver "))
         return GPU_BYTES - stats["gpu_free_after_generate_bytes"]
 
-    whole, part = run(1.0), run(0.003)  # 12 MiB: weights, slots, and most of the pages
+    whole, part = run(1.0), run(0.011)  # 45 MiB: what calls take, weights, slots, some pages
     assert 128 <= cached(part) < cached(whole) == 200 * 128
     assert used(part) < used(whole)
     refused = run(1e-9)

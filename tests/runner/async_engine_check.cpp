@@ -1,6 +1,6 @@
 // Drives an AsyncEngine from several sides and checks what comes of it, for
 // tests/runner/test_async_engine.py and tests/fake_cuda. It exits with 1 and says why if something
-// is wrong; a request that does not end within a minute is wrong.
+// is wrong; a request of which nothing is heard for five minutes is wrong.
 //
 //   async_engine_check MODEL.pte MODEL.ptd GRAPH SEQUENCES[/PAGES] COMMAND
 //     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: how many are served at once. PAGES: of
@@ -9,19 +9,23 @@
 //   random N ROUNDS  The same N come at random moments and in any order, and some are cancelled.
 //               With PAGES, some must be put back.
 //   prefix N    N prompts share three quarters of the context and differ after, and each is
-//   followed
-//               by a second turn. They give the tokens that they give without a prefix cache, and
-//               all but the first are given what they share.
+//               followed by a second turn. They give the tokens that they give without a prefix
+//               cache, and all but the first are given what they share.
+//   pieces N    N long prompts give the tokens beside others, where they are fed in shorter pieces,
+//               that each gives alone.
 //   soak N      N requests of 32 kinds in a row, 64 of them in flight, some cancelled: their tokens
 //               are those they give alone, and after the first tenth memory does not grow.
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
 //   faults STEP Over the fake driver: loads and serves three requests, once for every STEP-th call
-//               of CUDA with that call failing. Each request must end, and an engine that is not
-//               broken serves again. Prints a line each: refused (to load), failed (a request),
-//               broken or tolerated, and the error.
+//               of CUDA with that call failing. Each request must end, those that it does not hit
+//               as they do without it, and an engine that is not broken serves again. Prints a line
+//               each: refused (to load), failed (a request), broken or tolerated, and the error.
+//   fault       The same once, with the fault of the environment; a broken engine must refuse.
+//   survive     Over the fake driver: a prompt fails, then a batch, while other requests are at
+//               several points. Prints the tokens of all but the prompt. alone: those of the same
+//               requests, one after the other.
 
-#include <dlfcn.h>
 #include <malloc.h>
 
 #include <algorithm>
@@ -38,6 +42,7 @@
 #include <vector>
 
 #include "tests/runner/async_engine_client.h"
+#include "tests/runner/async_engine_faults.h"
 
 #ifdef __SANITIZE_ADDRESS__
 // The C++ library inside a program's code has a pool of 71 KB for exceptions, which it loses when
@@ -50,6 +55,7 @@ namespace {
 using et_moe::Client;
 using et_moe::Event;
 using et_moe::expect;
+using et_moe::faults;
 using et_moe::greedy;
 using et_moe::Ids;
 using et_moe::Request;
@@ -214,6 +220,27 @@ void prefix(Client& client, Client& without, size_t count) {
   client.expect_idle();
 }
 
+void pieces(Client& client, size_t count) {
+  std::mt19937 random(3);
+  const et_moe::ModelInfo& info = client.engine().info();
+  std::vector<Request> requests{greedy({1}, info.max_seq_len - 1)};  // decodes as long as others do
+  for (size_t i = 0; i < count; ++i) {
+    Ids prompt(static_cast<size_t>(info.max_seq_len) * (9 - i % 4) / 12);
+    for (int64_t& id : prompt) id = static_cast<int64_t>(random()) % info.vocab_size;
+    requests.push_back(greedy(prompt, 9));
+  }
+  std::vector<Ids> alone;
+  for (const Request& request : requests) {
+    alone.push_back(client.wait(client.engine().submit(request)).token_ids);
+  }
+  std::vector<uint64_t> ids;
+  for (const Request& request : requests) ids.push_back(client.engine().submit(request));
+  for (size_t i = 0; i < ids.size(); ++i) {
+    expect(client.wait(ids[i]).token_ids == alone[i], "prompt " + std::to_string(i) + " in pieces");
+  }
+  client.expect_idle();
+}
+
 void cancel(Client& client, size_t sequences) {
   const Request other = greedy({3, 1, 2}, 6);
   const Ids expected = client.wait(client.engine().submit(other)).token_ids;
@@ -274,74 +301,6 @@ void close(Client& client) {
   throw std::runtime_error("expected a closed engine to refuse");
 }
 
-template <typename Function>
-Function* fake(const char* name) {
-  void* function = dlsym(RTLD_DEFAULT, name);
-  if (!function) throw std::runtime_error("not over the fake driver: set LD_LIBRARY_PATH to it");
-  return reinterpret_cast<Function*>(function);
-}
-
-/// Serves three requests at once; gives their tokens, and the errors that are no cancellations.
-std::pair<std::vector<Ids>, std::vector<std::string>> serve_three(Client& client) {
-  std::vector<uint64_t> ids;
-  std::vector<Ids> tokens;
-  std::vector<std::string> errors;
-  for (const Ids& prompt : {Ids{1, 2, 3}, Ids{4}, Ids(20, 5)}) {
-    ids.push_back(client.engine().submit(greedy(prompt, 4)));
-  }
-  for (const uint64_t id : ids) {
-    const Event& event = client.wait(id);
-    tokens.push_back(event.token_ids);
-    if (event.end == RequestEnd::kError) errors.push_back(event.error);
-  }
-  return {tokens, errors};
-}
-
-/// Loads and serves while a call fails; prints what became of it. Returns the engine, unless it
-/// could not be loaded or is broken.
-std::unique_ptr<Client> serve_with_fault(const std::function<std::unique_ptr<Client>()>& make,
-                                         const std::vector<Ids>& expected) {
-  std::unique_ptr<Client> client;
-  std::string error, outcome = "refused";
-  try {
-    client = make();
-    const auto [tokens, errors] = serve_three(*client);
-    expect(!errors.empty() || tokens == expected, "the same tokens after a tolerated failure");
-    outcome = errors.empty() ? "tolerated" : "failed";
-    error = errors.empty() ? "" : errors[0];
-  } catch (const std::runtime_error& e) {
-    error = e.what();
-  }
-  const bool named = std::strstr(error.c_str(), "cudaError") || std::strstr(error.c_str(), "CUDA_");
-  expect(error.empty() || named, "the name of a CUDA error: " + error);
-  if (client && client->engine().status().broken) {
-    outcome = "broken";
-    client.reset();
-  }
-  std::cout << outcome << " " << error << "\n";
-  return client;
-}
-
-void faults(const std::function<std::unique_ptr<Client>()>& make, uint64_t step) {
-  const auto calls = fake<uint64_t()>("fake_cuda_calls");
-  const auto fail = fake<void(const char*, uint64_t, int)>("fake_cuda_fail");
-  const uint64_t begin = calls();
-  const auto [expected, none] = serve_three(*make());
-  expect(none.empty(), "no error without a fault");
-  const uint64_t count = calls() - begin;
-  for (uint64_t n = 1; n <= count; n += step) {
-    fail(nullptr, n, 0);
-    auto client = serve_with_fault(make, expected);
-    fail(nullptr, 0, 0);
-    if (client) {
-      expect(serve_three(*client).first == expected, "the same tokens after the fault");
-      client->expect_idle();
-    }
-    client.reset();
-    expect(fake<size_t()>("fake_cuda_live")() == 0, "everything released");
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -362,12 +321,20 @@ int main(int argc, char** argv) {
     const std::string command = argv[5];
     if (command == "faults") {
       faults(make, std::stoul(argv[6]));
+    } else if (command == "fault") {
+      et_moe::serve_with_fault(make, {});
+    } else if (command == "survive") {
+      et_moe::survive(*make());
+    } else if (command == "alone") {
+      et_moe::alone(*make());
     } else if (command == "together") {
       together(*make(), std::stoul(argv[6]));
     } else if (command == "random") {
       come_and_go(*make(), std::stoul(argv[6]), std::stoul(argv[7]), pages);
     } else if (command == "prefix") {
       prefix(*make(), *make_with(0), std::stoul(argv[6]));
+    } else if (command == "pieces") {
+      pieces(*make_with(0), std::stoul(argv[6]));
     } else if (command == "soak") {
       mallopt(M_ARENA_MAX, 1);  // `allocated` counts but one
       soak(*make(), std::stoul(argv[6]));

@@ -35,7 +35,7 @@ class Client {
       const Event& event = all_[id];
       if (event.end || event.token_ids.size() >= tokens) return event;
       pollfd ready{engine_.fileno(), POLLIN, 0};
-      expect(poll(&ready, 1, 60000) == 1, "an event within a minute");
+      expect(poll(&ready, 1, 300000) == 1, "an event within five minutes");
       take();
     }
   }

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import export_small
 
 
@@ -55,6 +56,32 @@ def test_requests_of_several_pages(binary, paged_program, sequences: str) -> Non
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_prompts_that_share_a_prefix(binary, paged_program, sequences: int) -> None:
     check(binary, paged_program, sequences, "prefix", 6)
+
+
+def test_long_prompts_beside_others(build_dir, paged_program) -> None:
+    check(build_dir / "tests/runner/async_engine_check", paged_program, 4, "pieces", 8)
+
+
+@pytest.fixture(scope="module")
+def bf16_state_program(tmp_path_factory) -> Path:
+    """The same with a recurrent state of bfloat16."""
+    folder = tmp_path_factory.mktemp("bf16 state")
+    return export_small(folder, context=200, max_sequences=5, recurrent_state_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "command"),
+    [
+        ("4", ("pieces", 8)),
+        ("7", ("together", 40)),
+        ("3", ("prefix", 6)),
+        ("8/5", ("random", 32, 40)),
+    ],
+    ids=str,
+)
+def test_a_recurrent_state_of_bfloat16(build_dir, bf16_state_program, sequences, command) -> None:
+    """It is rounded where pages of a prompt end, so no token depends on how a prompt was cut."""
+    check(build_dir / "tests/runner/async_engine_check", bf16_state_program, sequences, *command)
 
 
 @pytest.mark.parametrize("sequences", ["7", "8/5"], ids=["all pages", "few pages"])

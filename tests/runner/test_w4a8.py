@@ -23,10 +23,15 @@ DEMO = Path(__file__).resolve().parents[2] / "examples/qwen3_5_moe/demo_checkpoi
 
 
 def eager_logits(
-    source: QuantizedCheckpoint, dtype: torch.dtype, ids: list[int], activations: str = "int8"
+    source: QuantizedCheckpoint,
+    dtype: torch.dtype,
+    ids: list[int],
+    activations: str = "int8",
+    state_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Logits that predict ids[1:], by the eager references, token by token."""
-    model = meta_graph(source.config, Precision(source.storages, activations, dtype))
+    precision = Precision(source.storages, activations, dtype, state_dtype)
+    model = meta_graph(source.config, precision)
     spec = parameter_spec(model)
     weights = {n: t.to(spec[n][0]) for group in source.groups() for n, t in group.items()}
     state, places = one_sequence(model, len(ids))

@@ -1,6 +1,7 @@
 #include "backends/cuda/runtime/arena.h"
 
 #include <algorithm>
+#include <string>
 
 #include "backends/cuda/runtime/alignment.h"
 
@@ -22,7 +23,16 @@ Arena::Block Arena::allocate(size_t size) {
           "before it (" +
           std::to_string(size) + " bytes)");
     }
-    chunks_.emplace_back(std::max(size, kChunk));
+    try {
+      chunks_.emplace_back(std::max(size, kChunk));
+    } catch (const CudaError& e) {
+      if (e.code() != Error::MemoryAllocationFailed) throw;
+      // Compiled code cuts messages: what to do comes first.
+      throw DelegateError(e.code(), "too little GPU memory (lower max_sequences, or set " +
+                                        std::string("memory_fraction): calls take ") +
+                                        std::to_string(std::max(size, kChunk) >> 20) +
+                                        " MiB more beside weights and state: " + e.what());
+    }
     block = free_.emplace(chunks_.back().data(), chunks_.back().size()).first;
   }
   std::byte* begin = block->first;

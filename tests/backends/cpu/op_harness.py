@@ -223,7 +223,9 @@ class Harness:
 def _rounds(op: str, args: Sequence) -> bool:
     """Whether the op rounds an intermediate result to INT8 or bfloat16."""
     quantizing = ("linear_w4a8", "linear_w8a8", "moe_w4a8", "moe_w8a8", "silu_quantize_int8")
-    return op in quantizing or any(t.dtype == torch.bfloat16 for t in _tensors(args)[:1])
+    return op in quantizing or any(
+        t.dtype == torch.bfloat16 for t in (*_tensors(args)[:1], *updated(op, args))
+    )
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, where: str, rounds: bool) -> None:

@@ -59,9 +59,13 @@ def test_convolution_of_few_taps(harness: Harness, taps: int) -> None:
 def test_rows_have_the_bits_that_they_have_alone(
     harness: Harness, op: str, dtype: torch.dtype
 ) -> None:
+    check_rows(harness, op, MAKE[op](VERSIONS, dtype, (VERSIONS,) * 2, 2))
+
+
+def check_rows(harness: Harness, op: str, args: list) -> None:
     """Calls of one row each, of which the next goes on from what the last one left as version 0,
-    give the rows and the versions of one call."""
-    args = versioned(op, MAKE[op](VERSIONS, dtype, (VERSIONS,) * 2, 2), (3, 1), True)
+    give the rows and the versions of one call. args: of two sequences, without versions."""
+    args = versioned(op, args, (3, 1), True)
     *left, out = harness.run(op, [args])[0][0].tensors
     slots = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.int32).long()
     rows = 5 if op == "gated_delta_rule" else 1

@@ -6,6 +6,7 @@ In the case of a batch m is the number of sequences.
 import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import OpCase, random_tensor
+from et_moe.backends.cuda.triton.gated_delta_net.chunk import scan_table
 from et_moe.backends.cuda.triton.gated_delta_net.op import (
     gated_delta_net,
     gated_delta_net_projected,
@@ -24,10 +25,11 @@ def _net_arguments(
     batch: bool = False,
     versions: int = 0,
     each_row: bool = False,
+    state_dtype: torch.dtype = torch.float32,
 ):
     """Arguments of m tokens of one sequence or, if batch, of one token of each of m sequences.
 
-    versions: of the states, if they have any.
+    versions: of the states, if they have any. state_dtype: of the recurrent state.
     """
     values, taps = heads * head_dim, 4
     channels = 2 * key_heads * head_dim + values
@@ -47,7 +49,9 @@ def _net_arguments(
             "dt_bias": normal(heads),
             "norm_weight": normal(head_dim),
             "conv_state": normal(sequences, taps - 2 + max(versions, 1), channels),
-            "recurrent_state": torch.randn(sequences, *own, heads, *2 * (head_dim,), device=device),
+            "recurrent_state": random_tensor(
+                sequences, *own, heads, *2 * (head_dim,), device=device, dtype=state_dtype
+            ),
             "slots": torch.arange(sequences, dtype=torch.int32, device=device),
             "num_tokens": None if m == 1 else torch.full((sequences,), count, device=device),
         }
@@ -55,41 +59,42 @@ def _net_arguments(
     return arguments
 
 
-def _net_case(name: str, *shape) -> OpCase:
+def _net_case(name: str, *shape, **options) -> OpCase:
     tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_norm")
-    scan = "gated_delta_scan_fp32" if shape[0] == torch.float32 else "gated_delta_scan"
+    scan = scan_table(shape[0], options.get("state_dtype", torch.float32))
     tables = (*tables, scan, "causal_conv1d_step", "gated_delta_step")
-    arguments = _net_arguments(*shape)
+    arguments = _net_arguments(*shape, **options)
     return OpCase(f"gated_delta_net/{name}", gated_delta_net, arguments, tables, streams=_STREAMS)
 
 
-def _batch_case(name: str, *shape) -> OpCase:
+def _batch_case(name: str, *shape, **options) -> OpCase:
     return OpCase(
         f"gated_delta_net/{name}_batch",
         gated_delta_net,
-        _net_arguments(*shape, batch=True),
+        _net_arguments(*shape, batch=True, **options),
         ("causal_conv1d_step",),
         tokens=(7,),
         streams=_STREAMS,
     )
 
 
-def _versions_case(name: str, *shape) -> OpCase:
-    arguments = _net_arguments(*shape, versions=4)
+def _versions_case(name: str, *shape, **options) -> OpCase:
+    arguments = _net_arguments(*shape, versions=4, **options)
     return OpCase(f"gated_delta_net/{name}_versions", gated_delta_net, arguments, streams=_STREAMS)
 
 
-def _drafts_case(name: str, *shape) -> OpCase:
+def _drafts_case(name: str, *shape, **options) -> OpCase:
     return OpCase(
         f"gated_delta_net/{name}_drafts",
         gated_delta_net,
-        _net_arguments(*shape, versions=4, each_row=True),
+        _net_arguments(*shape, versions=4, each_row=True, **options),
         tokens=(2, 3, 4),
         streams=_STREAMS,
     )
 
 
 _QWEN3_5_35B = (torch.bfloat16, 16, 32, 128)
+_BF16_STATE = {"state_dtype": torch.bfloat16}
 
 
 def _projected_case(
@@ -158,6 +163,11 @@ CASES = [
     _batch_case("qwen3_5_35b", *_QWEN3_5_35B),
     _versions_case("qwen3_5_35b", *_QWEN3_5_35B),
     _drafts_case("qwen3_5_35b", *_QWEN3_5_35B),
+    _net_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
+    _batch_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
+    _versions_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
+    _drafts_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
+    _net_case("small_fp32_bf16_state", torch.float32, 2, 4, 64, **_BF16_STATE),
     _drafts_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("narrow", torch.bfloat16, 2, 4, 32),
@@ -168,6 +178,9 @@ _SCAN = ((16, 2, 4), (32, 2, 4), (32, 3, 4), (64, 2, 4), (64, 2, 8), (64, 3, 4))
 CANDIDATES = {
     "gated_delta_step": [{"num_warps": w} for w in (2, 4, 8, 16)],
     "gated_delta_prepare": [{"num_warps": w, "num_stages": 1} for w in (4, 8)],
-    "gated_delta_scan": [{"BLOCK_V": v, "STAGES": s, "num_warps": w} for v, s, w in _SCAN],
+    **{
+        table: [{"BLOCK_V": v, "STAGES": s, "num_warps": w} for v, s, w in _SCAN]
+        for table in ("gated_delta_scan", "gated_delta_scan_bf16_state")
+    },
     "gated_delta_norm": [{"ROWS": r, "num_warps": 4} for r in (16, 32, 64)],
 }

@@ -14,6 +14,7 @@ v'_i = beta_i (v_i - k_i^T S_i) of all tokens of the chunk solve a unit lower tr
 dtype of q; `_norm_kernel` then applies the layer's gated norm. q and k are never normalised in
 memory; their norms are factors of rows and columns. Only differences G_i - G_j <= 0 are
 exponentiated. Tokens from `num_tokens` on count as k = v = beta = g = 0, which leaves S as it is.
+S is fp32 within a call; a state of bf16 is rounded where it is left, and behind every page of rows.
 """
 
 import torch
@@ -29,9 +30,26 @@ from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces, find_state
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES, prepare_kernel
 from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.ops.sequences import PAGE_SIZE
 
 LOG_CHUNK = {2: 6, 4: 4}
-"""log2 of the tokens in a chunk, by the bytes of an element; fp32 takes more registers."""
+"""log2 of the tokens in a chunk, by the bytes of an element; fp32 takes more registers. Chunks fill
+pages."""
+_PAGE = tl.constexpr(PAGE_SIZE)
+
+
+@triton.jit
+def _round_page(state, state_ptr, end, CHUNK: tl.constexpr):
+    """The state behind a chunk that ends with row `end`, rounded to what it is kept in if a page
+    ends there. Where each chunk is a page it stays bf16, which takes half the registers."""
+    kept: tl.constexpr = state_ptr.dtype.element_ty
+    if kept != tl.float32:
+        if CHUNK == _PAGE:
+            state = state.to(kept)
+        else:
+            is_end = end // _PAGE * _PAGE == end  # the interpreter knows no remainder of it
+            state = tl.where(is_end, state.to(kept).to(tl.float32), state)
+    return state
 
 
 @triton.jit
@@ -42,14 +60,14 @@ def _advance_chunk(state, k, q, v, squares, factors, token, like, CHUNK: tl.cons
     of the chunk before.
 
     Args:
-        state: fp32 `[BLOCK_V, DK]`, transposed.
+        state: fp32 or bf16 `[BLOCK_V, DK]`, transposed.
         k, q, v: `[CHUNK, DK]` twice, and `[CHUNK, BLOCK_V]`.
         squares, factors: pointers to what `prepare_kernel` made of the chunk, squares as a tile of
             pointers to the first matrix.
         like: a pointer to the dtype that products round their operands to.
 
     Returns:
-        The state after the chunk, and o, fp32 `[CHUNK, BLOCK_V]`.
+        The state after the chunk, fp32, and o, fp32 `[CHUNK, BLOCK_V]`.
     """
     change = dot(tl.trans(v), tl.trans(tl.load(squares)), like)
     known = dot(state, tl.trans(k), like)
@@ -57,7 +75,8 @@ def _advance_chunk(state, k, q, v, squares, factors, token, like, CHUNK: tl.cons
     o = dot(state, tl.trans(q), like) * tl.load(factors + token)[None, :]
     o = add_dot(change, tl.trans(tl.load(squares + 2 * CHUNK * CHUNK)), o, like)
     change *= tl.load(factors + CHUNK + token)[None, :]
-    state = add_dot(change, k, state * tl.load(factors + 3 * CHUNK - 1), like)
+    decayed = state.to(tl.float32) * tl.load(factors + 3 * CHUNK - 1)
+    state = add_dot(change, k, decayed, like)
     return state, tl.trans(o)
 
 
@@ -120,11 +139,14 @@ def _scan_kernel(
     state_ptr = find_state(pool_ptr, slots_ptr, versions_ptr, STATE, VERSIONS)
     in_state = head * (DK * DV) + dk[:, None] * DV + column[None, :]
     state = tl.trans(tl.load(state_ptr + in_state))
+    if CHUNK != _PAGE:
+        state = state.to(tl.float32)
     whole = valid // CHUNK * CHUNK
-    for _ in tl.range(0, whole, CHUNK, num_stages=STAGES):
+    for begin in tl.range(0, whole, CHUNK, num_stages=STAGES):
         k, q, v = tl.load(k_ptr + in_qk), tl.load(q_ptr + in_qk), tl.load(v_ptr + in_v)
         squares = squares_ptr + in_square
         state, o = _advance_chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        state = _round_page(state, pool_ptr, begin + CHUNK, CHUNK)
         tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty))
         k_ptr += CHUNK * K_ROW
         q_ptr += CHUNK * K_ROW
@@ -139,10 +161,11 @@ def _scan_kernel(
         v = tl.load(v_ptr + in_v, mask=inside, other=0.0)
         squares = squares_ptr + in_square
         state, o = _advance_chunk(state, k, q, v, squares, factors_ptr, token, v_ptr, CHUNK)
+        state = _round_page(state, pool_ptr, valid, CHUNK)
         tl.store(out_ptr + in_out, o.to(out_ptr.dtype.element_ty), mask=inside)
     if versions_ptr is not None:  # found anew, since registers are scarce until here
         state_ptr = find_state(pool_ptr, slots_ptr, None, STATE, VERSIONS)
-    tl.store(state_ptr + in_state, tl.trans(state))
+    tl.store(state_ptr + in_state, tl.trans(state.to(state_ptr.dtype.element_ty)))
 
 
 @triton.jit
@@ -175,6 +198,13 @@ def _norm_kernel(
     o *= tl.rsqrt(tl.sum(o * o, 1) / DV + EPS)[:, None] * norm_weight
     o = tl.where(inside, o * silu(z), 0.0)
     tl.store(out_tile, o.to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+def scan_table(dtype: torch.dtype, state_dtype: torch.dtype) -> str:
+    """The table of `_scan_kernel` for a model and a state of these dtypes."""
+    if dtype == torch.float32:
+        return "gated_delta_scan_fp32"
+    return "gated_delta_scan" + ("" if state_dtype == torch.float32 else "_bf16_state")
 
 
 def chunk_gated_delta(
@@ -222,8 +252,7 @@ def chunk_gated_delta(
     config = find_config("gated_delta_prepare", tokens=tokens)
     launch(prepare_kernel, (chunks, heads), *arguments, tokens, **shape, **rows, **config)
 
-    table = "gated_delta_scan" if q.element_size() == 2 else "gated_delta_scan_fp32"
-    config = find_config(table, tokens=tokens)
+    config = find_config(scan_table(q.dtype, state.dtype), tokens=tokens)
     config["BLOCK_V"] = min(config["BLOCK_V"], max(value_dim // 2, 16))
     grid = (value_dim // config["BLOCK_V"], heads)
     rows = {"V_ROW": v.stride(0), "V_COLUMN": columns[1], "HEADS": heads, "DV": value_dim}

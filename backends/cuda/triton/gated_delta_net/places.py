@@ -27,7 +27,8 @@ class StatePlaces(NamedTuple):
     """The states of a call's sequences.
 
     Attributes:
-        state: `float32 [S, Hv, Dk, Dv]` or, with versions, `[S, V, Hv, Dk, Dv]`; updated in place.
+        state: fp32 or bf16 `[S, Hv, Dk, Dv]` or, with versions, `[S, V, Hv, Dk, Dv]`; updated in
+            place.
         slots: `int32 [B]`.
         num_tokens: `int64 [B]`, or None if all rows are valid.
         versions: `int64 [B]`, or None if there is one.

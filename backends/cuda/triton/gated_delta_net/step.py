@@ -124,14 +124,16 @@ def _step_kernel(
 
     With GATED, b and a are yet to become beta and g, o is RMS-normed and multiplied by SiLU(z), and
     BLOCK_V must be the whole head. A sequence without a valid row gets zeros, and nothing is read
-    through its slot. The state stays in registers from token to token, and each leaves a version.
+    through its slot. The state stays in registers from token to token, and each leaves a version,
+    from which the next goes on: rounded, if states are bf16.
 
     Latency is what counts here, so threads exchange as little as possible. A warp has some columns
     of the state to itself, and sums over their rows in registers first, then over lanes. Every warp
     loads all of q and k and computes their norms. Only the norm of o crosses warps.
     """
     COLUMNS: tl.constexpr = BLOCK_V // WARPS
-    VECTOR: tl.constexpr = min(4, COLUMNS)  # columns per thread
+    BITS: tl.constexpr = state_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = min(128 // BITS, COLUMNS)  # columns per thread: a load of 16 bytes
     V_LANES: tl.constexpr = COLUMNS // VECTOR
     K_LANES: tl.constexpr = min(max(32 // V_LANES, 1), DK // 2)
     ROWS: tl.constexpr = DK // K_LANES  # per thread
@@ -158,7 +160,7 @@ def _step_kernel(
     old_tile = state_tile
     if versions_ptr is not None:
         old_tile += load_version(versions_ptr + sequence, VERSIONS) * (HEADS * DK * DV)
-    state = tl.load(old_tile, mask=valid, other=0.0)
+    state = tl.load(old_tile, mask=valid, other=0.0).to(tl.float32)
     state = state.reshape(ROWS, WARPS, K_LANES, V_LANES, VECTOR)
     a_log, dt_bias, norm_weight = 0.0, 0.0, 0.0
     if GATED:
@@ -224,7 +226,9 @@ def _step_kernel(
         delta = b * (v - decay * k_scale * k_state)
         o = q_scale * (decay * q_state + k_scale * qk_product * delta)
         state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
-        tl.store(state_tile, state.reshape(WARPS * DK, COLUMNS), mask=valid)
+        left = state.to(state_ptr.dtype.element_ty)
+        tl.store(state_tile, left.reshape(WARPS * DK, COLUMNS), mask=valid)
+        state = left.to(tl.float32)
         o = _copy_to_every_warp(o, WARPS)
         if GATED:
             # Two threads that add each other's product would each fuse their own multiplication
