@@ -49,6 +49,7 @@ void Model::call_all(size_t max_sequences) {
   for (auto n = static_cast<size_t>(info_.max_prefill_tokens); n > 1; n /= 2) {
     call_with(kPrefill, 1, n);
   }
+  if (info_.score_tokens > 0) call_with(kScore, 1, static_cast<size_t>(info_.score_tokens));
   const auto width = static_cast<size_t>(1 + info_.draft_tokens);
   call_with(kDecode, 1, 1);
   if (width > 1) call_with(kDraftDecode, 1, width);
