@@ -19,7 +19,7 @@ DRAFT_HEAD = f"{MTP}draft_head."
 def check_draft_vocabulary(vocabulary: int, all_tokens: int, draft_tokens: int) -> None:
     """Raises ConfigError, which names the flag."""
     if not 0 <= vocabulary <= all_tokens:
-        expected = f"at most {all_tokens}, the model's"
+        expected = f"0 to {all_tokens}, the model's"
     elif vocabulary and not draft_tokens:
         expected = "--draft-tokens, too"
     else:

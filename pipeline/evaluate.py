@@ -30,7 +30,8 @@ class HalfWindows:
     windows have 512 tokens unless `-c` says otherwise. Source: the function `perplexity` in
     `tools/perplexity/perplexity.cpp` of llama.cpp (`examples/perplexity` in older versions). For a
     tokenizer that begins texts with a token of its own it also replaces the first token of every
-    window by that one; Qwen's have none.
+    window by that one; Qwen's have none. It reads special tokens that a text spells out
+    (`<|im_end|>`) as any other text, where here they are one token.
 
     Attributes:
         tokens: how many count.

@@ -41,6 +41,9 @@ MAX_SEQUENCES = 256
 """Most sequences of one decode call that are supported."""
 MAX_DRAFT_TOKENS = 3
 """Most drafts of a sequence in a decode call that are supported."""
+MAX_DRAFT_ROWS = {"cpu": 16, "cuda": 4}
+"""By backend, most rows of all sequences in a decode call that is fed drafts. On CUDA so many have
+the bits that a row has alone (`docs/performance.md`), and with more, drafts would change tokens."""
 SCORE_TOKENS = 64
 """Of a call of `score`, whose logits with a vocabulary of 248,320 take 64 MB."""
 
@@ -64,7 +67,9 @@ def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
     check_draft_vocabulary(options.draft_vocabulary, config.vocab_size, options.draft_tokens)
     prefill_tokens = min(max_seq_len, MAX_PREFILL_TOKENS)
     score_tokens = min(prefill_tokens, SCORE_TOKENS) if options.score else 0
-    drafts = options.draft_tokens, options.draft_vocabulary
+    most = MAX_DRAFT_ROWS[options.backend] // (1 + options.draft_tokens)
+    sequences = min(options.max_sequences, max(1, most))
+    drafts = options.draft_tokens, sequences, options.draft_vocabulary
     return Sizes(max_seq_len, prefill_tokens, options.max_sequences, *drafts, score_tokens)
 
 
@@ -72,7 +77,11 @@ def constant_methods(config: Config, precision: Precision, sizes: Sizes) -> dict
     """Methods without inputs that tell a runner about the model (ExecuTorch's names)."""
     quantization = storages_to_json(precision.storages)
     taken = footprint(meta_graph(config, precision))
-    more = {"get_draft_tokens": sizes.draft_tokens, "get_score_tokens": sizes.score_tokens}
+    drafts = {
+        "get_draft_tokens": sizes.draft_tokens,
+        "get_draft_sequences": sizes.draft_sequences,
+    }
+    more = (drafts if sizes.draft_tokens else {}) | {"get_score_tokens": sizes.score_tokens}
     return {name: value for name, value in more.items() if value} | {
         "get_max_seq_len": sizes.max_seq_len,
         "get_max_prefill_tokens": sizes.max_prefill_tokens,

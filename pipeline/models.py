@@ -70,6 +70,7 @@ class Sizes:
         max_prefill_tokens: most tokens of one prefill call, at least 2.
         max_sequences: most sequences of one decode call.
         draft_tokens: of each sequence in a decode call that is fed drafts; 0 for no such methods.
+        draft_sequences: most sequences of one decode call that is fed drafts.
         draft_vocabulary: drafts are among so many tokens, the first ones; 0 for all.
         score_tokens: most tokens of one call that returns the logits behind each; 0 for no such
             method, else at least 2.
@@ -79,6 +80,7 @@ class Sizes:
     max_prefill_tokens: int
     max_sequences: int
     draft_tokens: int = 0
+    draft_sequences: int = 1
     draft_vocabulary: int = 0
     score_tokens: int = 0
 

@@ -7,14 +7,6 @@
 #include <utility>
 
 namespace et_moe {
-namespace {
-
-/// Most sequences that are fed drafts together, as far as it was measured (docs/speculation.md).
-/// Rows of drafts cost more the more there are.
-constexpr size_t kMostDrafting = 4;
-
-}  // namespace
-
 AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_path,
                          const AsyncEngineOptions& options)
     : options_(options) {
@@ -252,8 +244,7 @@ void AsyncEngine::decode() {
       std::count_if(running_.begin(), running_.end(), [](const auto& s) { return s != nullptr; }));
   const auto with_drafts = std::stable_partition(ready.begin(), ready.end(),
                                                  [](const Sequence* s) { return !s->drafts(); });
-  const bool drafts =
-      ready.end() - with_drafts <= static_cast<std::ptrdiff_t>(std::min(kMostDrafting, most));
+  const bool drafts = ready.end() - with_drafts <= info_.draft_sequences;
   const auto end = drafts ? with_drafts : ready.end();
   const bool is_all = ready.size() == running && ready.size() <= most &&
                       (end == ready.begin() || end == ready.end());

@@ -151,9 +151,11 @@ void Engine::score(const std::vector<int64_t>& ids, const LogitsCallback& on_log
   for (size_t begin = 0; begin + 1 < ids.size();) {
     const size_t count = std::min(piece, ids.size() - 1 - begin);
     const Step step = model_->run(*session_, &ids[begin], count, Sampling(), options);
+    // All that was fed counts, even if a callback throws.
+    const auto fed = ids.begin() + static_cast<std::ptrdiff_t>(begin);
+    tokens_.insert(tokens_.end(), fed, fed + static_cast<std::ptrdiff_t>(count));
     const float* row = step.logits;
     for (const size_t end = begin + count; begin < end; row += info.vocab_size) {
-      tokens_.push_back(ids[begin]);
       on_logits(++begin, row);
     }
   }

@@ -18,8 +18,8 @@
 
 namespace et_moe {
 
-/// What the program's constant methods say. One that only programs with drafts have is
-/// `get_draft_tokens`, and one that only those with the method `score` have `get_score_tokens`.
+/// What the program's constant methods say. Only programs with drafts have `get_draft_tokens` and
+/// `get_draft_sequences`, and only those with the method `score` have `get_score_tokens`.
 struct ModelInfo {
   int64_t max_seq_len;         // most tokens of a sequence
   int64_t max_prefill_tokens;  // most tokens of one prefill call
@@ -27,6 +27,7 @@ struct ModelInfo {
   int64_t page_size;           // tokens of a page of the KV cache
   int64_t max_pages;           // of a sequence
   int64_t draft_tokens;        // of a decode call that is fed drafts; 0: there is none
+  int64_t draft_sequences;     // most sequences of such a call; 0: there is none
   int64_t score_tokens;        // most tokens of one `score` call; 0: there is no such method
   int64_t vocab_size;
   int64_t n_layers;
@@ -210,8 +211,10 @@ class Model {
   /// they are called, and CUDA graphs. It makes calls of up to options.max_sequences sequences, on
   /// a state of its own, and leaves scratch memory and kernels to those that follow.
   int64_t measure_calls(const ModelOptions& options, const Bindings& bindings);
-  /// A call of each method for every power of two of its lengths.
-  void call_all(size_t max_sequences);
+  /// A call of each method that has one length.
+  void call_singles();
+  /// A call of each other method for every power of two of its lengths.
+  void call_ranges(size_t max_sequences);
   /// A call of a method in which all but one token is padding; page 0 and slot 0 are written.
   void call_with(const std::string& method, size_t sequences, size_t tokens);
   /// Throws std::runtime_error unless a session may be fed these, at most `most` in a call.

@@ -68,6 +68,7 @@ ModelInfo read_info(const ProgramFile& program) {
                  program.count("get_page_size"),
                  program.count("get_max_pages"),
                  program.has("get_draft_tokens") ? program.count("get_draft_tokens") : 0,
+                 program.has("get_draft_tokens") ? program.count("get_draft_sequences") : 0,
                  program.has("get_score_tokens") ? program.count("get_score_tokens") : 0,
                  program.count("get_vocab_size"),
                  program.count("get_n_layers"),
@@ -90,6 +91,12 @@ ModelInfo read_info(const ProgramFile& program) {
     throw std::runtime_error(program.path() + ": get_draft_tokens is " +
                              std::to_string(info.draft_tokens) + ", expected at most " +
                              std::to_string(kMostDrafts));
+  }
+  const bool has_drafts = program.has("get_draft_tokens");
+  if (has_drafts && (info.draft_sequences < 1 || info.draft_sequences > info.max_sequences)) {
+    throw std::runtime_error(program.path() + ": get_draft_sequences is " +
+                             std::to_string(info.draft_sequences) + ", expected 1 to " +
+                             std::to_string(info.max_sequences) + ", which get_max_sequences is");
   }
   if (info.score_tokens > info.max_prefill_tokens) {
     throw std::runtime_error(program.path() + ": get_score_tokens is " +
@@ -141,8 +148,9 @@ void Model::check_methods(const Bindings& bindings) const {
   if (score > 0) methods.push_back({kScore, one, {score, score}, 0});
   if (most_sequences > 1) methods.push_back({kDecodeBatch, several, one, 0});
   if (most_drafts > 0) methods.push_back({kDraftDecode, one, drafts, most_drafts});
-  if (most_drafts > 0 && most_sequences > 1) {
-    methods.push_back({kDraftDecodeBatch, several, drafts, most_drafts});
+  if (most_drafts > 0 && info_.draft_sequences > 1) {
+    const SizeRange drafting{2, static_cast<int32_t>(info_.draft_sequences)};
+    methods.push_back({kDraftDecodeBatch, drafting, drafts, most_drafts});
   }
   for (const auto& [name, sequences, tokens, fed] : methods) {
     const auto method = bindings.methods.find(name);

@@ -44,19 +44,25 @@ void Model::call_with(const std::string& method, size_t sequences, size_t tokens
   device_->run({method, inputs_->inputs(), drafts ? step : token, false});
 }
 
-void Model::call_all(size_t max_sequences) {
+void Model::call_singles() {
+  if (info_.score_tokens > 0) call_with(kScore, 1, static_cast<size_t>(info_.score_tokens));
+  call_with(kDecode, 1, 1);
+  if (info_.draft_tokens > 0)
+    call_with(kDraftDecode, 1, 1 + static_cast<size_t>(info_.draft_tokens));
+}
+
+void Model::call_ranges(size_t max_sequences) {
   // A method's code for other lengths has other kernels, so each power of two below is tried.
   for (auto n = static_cast<size_t>(info_.max_prefill_tokens); n > 1; n /= 2) {
     call_with(kPrefill, 1, n);
   }
-  if (info_.score_tokens > 0) call_with(kScore, 1, static_cast<size_t>(info_.score_tokens));
-  const auto width = static_cast<size_t>(1 + info_.draft_tokens);
-  call_with(kDecode, 1, 1);
-  if (width > 1) call_with(kDraftDecode, 1, width);
   for (size_t n = std::min(max_sequences, static_cast<size_t>(info_.max_sequences)); n > 1;
        n /= 2) {
     call_with(kDecodeBatch, n, 1);
-    if (width > 1) call_with(kDraftDecodeBatch, n, width);
+  }
+  for (size_t n = std::min(max_sequences, static_cast<size_t>(info_.draft_sequences)); n > 1;
+       n /= 2) {
+    call_with(kDraftDecodeBatch, n, 1 + static_cast<size_t>(info_.draft_tokens));
   }
 }
 
@@ -69,14 +75,17 @@ int64_t Model::measure_calls(const ModelOptions& options, const Bindings& bindin
   const int64_t before = used();
   device_->allocate({1, 1, versions});
   const int64_t state = bytes_each(bindings, Pool::kPages) + bytes_each(bindings, Pool::kSlots);
-  call_all(options.max_sequences);
+  call_singles();
+  call_ranges(options.max_sequences);
   const int64_t eager = used();
   int64_t graphs = 0;
-  if (options.device.cuda_graph) {
-    call_all(options.max_sequences);  // the second call of a length is captured
-    graphs = used() - eager;
+  if (options.device.cuda_graph) {  // the second call of a length is captured
+    call_singles();
+    const int64_t singles = used() - eager;
+    call_ranges(options.max_sequences);
+    graphs = singles + kGraphsOfAnOctave * (used() - eager - singles);
   }
-  return std::max<int64_t>(0, eager - before - state) + kGraphsOfAnOctave * graphs;
+  return std::max<int64_t>(0, eager - before - state) + graphs;
 }
 
 size_t Model::pages_within(double fraction, const ModelOptions& options, const Bindings& bindings) {

@@ -5,6 +5,7 @@ steps before it did not need. The report says for each step whether it `passed`,
 `not run`, with what was found.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -104,9 +105,8 @@ def models(session: Session) -> dict:
 
 def same_tokens(session: Session) -> dict:
     """Compares tokens alone with those in batches and with drafts."""
-    entry = session.manifest["same_tokens"]
     found: list[dict] = []
-    for mode, flags in MODES.items():
+    for entry, (mode, flags) in itertools.product(session.manifest["same_tokens"], MODES.items()):
         program, drafting = (
             Program(
                 session.run,
@@ -117,11 +117,11 @@ def same_tokens(session: Session) -> dict:
             )
             for name in ("model", "drafting")
         )
-        for check in check_same_tokens(program, drafting, entry["prompts"]):
-            found.append({"mode": mode, **check})
-    wrong = [f"{c['mode']}, {c['check']}: {c['error']}" for c in found if c["error"]]
-    if wrong:
-        raise StepFailed("; ".join(wrong), {"checks": found})
+        for check in check_same_tokens(program, drafting, entry["prompts"], entry["accepts"]):
+            found.append({"model": entry["model"], "mode": mode, **check})
+    wrong = [f"{c['model']}, {c['mode']}, {c['check']}: {c['error']}" for c in found if c["error"]]
+    if wrong or not found:
+        raise StepFailed("; ".join(wrong) or "no tokens were compared", {"checks": found})
     return {"checks": found}
 
 

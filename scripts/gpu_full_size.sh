@@ -3,8 +3,8 @@
 # a folder made by scripts/pack_acceptance.sh and scripts/pack_full_size.sh; needs no network, 70 GB of
 # disk, and a python3 with torch, triton and transformers. With FOLDER/llama-bench
 # (benchmarks/peers/llama_cpp.py says how it is built) llama.cpp is a peer, too, for 20 GB more.
-# Results go to FOLDER/results; of these `python -m et_moe.benchmarks report FOLDER/results` makes
-# docs/results.md. What is measured, all of it or what is named:
+# Results go to FOLDER/results; of the first five `python -m et_moe.benchmarks report FOLDER/results`
+# makes docs/results.md. What is measured, all of it or what is named:
 #   e2e          one sequence: prefill and decode with INT8 and bf16 activations
 #   batch        many sequences at once
 #   activations  INT8 against bf16 activations
@@ -12,7 +12,7 @@
 #   kernels      the kernels, against those of the ExecuTorch wheel
 #   drafts       one to four sequences without and with drafts
 #   state        256 sequences with a recurrent state of bfloat16
-#   second_turn  the first token of a conversation of 32,000 tokens that goes on
+#   second_turn  the first token of a conversation of 32,000 tokens that goes on with 32 more
 #   mixed        one sequence with the recipe "mixed"
 # Usage: scripts/gpu_full_size.sh FOLDER [MEASUREMENT...]
 set -euo pipefail
@@ -26,19 +26,31 @@ wanted=("${@:2}")
 . "$repo/scripts/packed_environment.sh"
 cd "$repo"
 scratch=$folder/scratch results=$folder/results runner=$folder/bin/qwen3_5_moe_runner
-mkdir -p "$scratch" "$results"
 failed=0
 
-et_moe() { # also writes down how long it took
+empty_scratch() {
+  rm -rf "$scratch"
+  mkdir -p "$scratch"
+  cp "$folder/manifest.json" "$scratch"
+}
+mkdir -p "$results"
+# What another packing has left does not fit.
+cmp -s "$folder/manifest.json" "$scratch/manifest.json" || empty_scratch
+
+et_moe() { # also writes down how long it took, for the page that e2e is on
   local begin=$SECONDS
   python3 -m et_moe.pipeline.cli "$@"
+  case "$*" in
+    *"--draft-tokens 1"* | *"--draft-tokens 2"* | *mixed*) return ;;
+  esac
   printf '%s\tet-moe %s\n' $((SECONDS - begin)) "${*//"$folder"/FOLDER}" >>"$results/e2e.tsv"
 }
 
 # The bundle of a recipe. There is room for one: that of another recipe goes, with its weights.
 bundle() {
-  [ -d "$scratch/$1" ] && return
-  rm -rf "$scratch"
+  [ -f "$scratch/$1/config.json" ] && return # it is written last
+  empty_scratch
+  [ "$1" = mixed ] || rm -f "$results/e2e.tsv"
   et_moe make-checkpoint --preset 35b --mtp --quantized --recipe "$1" --output-dir "$scratch/$1"
 }
 
@@ -78,10 +90,7 @@ single() { # RESULT PROGRAM...
 few=(--load 1:1600:512 --load 2:1600:512 --load 4:1600:512 --profile)
 for what in "${wanted[@]}"; do
   case $what in
-    e2e)
-      rm -f "$results/e2e.tsv"
-      single e2e int8 bf16
-      ;;
+    e2e) single e2e int8 bf16 ;;
     batch) batch batch int8 ;;
     activations)
       bundle 4w
@@ -102,7 +111,7 @@ for what in "${wanted[@]}"; do
       done
       ;;
     state) batch state state --load 256:1700:600 --profile ;;
-    second_turn) batch second_turn long --load 1:32000:32 --prefix-cache ;;
+    second_turn) batch second_turn long --load 1:32032:32 --prefix-cache ;;
     mixed) single mixed mixed ;;
     *)
       echo "$what: no such measurement; $usage" >&2

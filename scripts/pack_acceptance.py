@@ -52,17 +52,27 @@ MODELS = {
     "demo-drafts": ("bfloat16", (17, 700)),
     "demo-int8": ("bfloat16", (1, 17, 700)),
     "demo-dense": ("bfloat16", (1, 17, 700)),
-    "heads": ("bfloat16", ()),  # random, hence full of near ties: only logits are compared
+    # Random, hence full of near ties: only logits are compared with the CPU's.
+    "heads": ("bfloat16", ()),
+    "heads-drafts": ("bfloat16", ()),
 }
 """Name -> dtype, and lengths of the prompts whose next tokens are checked."""
-STORED = {"demo-int8": ("--qlinear", "8w"), "demo-dense": ("--recipe", "dense")}
-"""Name -> how it is stored, if not with `--recipe 4w`."""
-DRAFTING = {"demo-drafts": 2}
+STORED = {
+    "demo-int8": ("--qlinear", "8w"),
+    "demo-dense": ("--recipe", "dense", "--recurrent-state-dtype", "bfloat16"),
+}
+"""Name -> how it and its state are stored, if not with `--recipe 4w` and in float32."""
+DRAFTING = {"demo-drafts": 2, "heads-drafts": 1}
 """Name -> drafts of a step."""
-SCORING = ("demo-float32", "heads")
+SCORING = ("demo-float32", "heads-drafts")
 """Those with the method `score`, which their logits come from; those of others from `decode`."""
-SAME_TOKENS = {"model": "demo-bfloat16", "drafting": "demo-drafts"}
-"""Programs of the same weights whose tokens are compared with each other."""
+SAME_TOKENS = (
+    {"model": "demo-bfloat16", "drafting": "demo-drafts", "accepts": True},
+    # Its rows are long enough for the kernels of the 35B's decode. Its head guesses at random.
+    {"model": "heads", "drafting": "heads-drafts", "accepts": False},
+)
+"""Programs of the same weights whose tokens are compared with each other, and whether drafts must
+be accepted."""
 HEADS = {
     "hidden_size": 256,
     "head_dim": 256,
@@ -205,9 +215,11 @@ def pack(folder: Path, runner: Path, archs: list[str]) -> None:
     models = []
     with tempfile.TemporaryDirectory() as scratch:
         make_checkpoint(Path(scratch, "tiny"), MODEL, seed=1)
-        make_checkpoint(Path(scratch, "heads"), MODEL, seed=1, overrides=HEADS)
+        with_head = HEADS | {"mtp_num_hidden_layers": 1}
+        make_checkpoint(Path(scratch, "heads"), MODEL, seed=1, overrides=with_head)
         for name in MODELS:
-            checkpoint = DEMO if name.startswith("demo") else Path(scratch, name)
+            kind = name.partition("-")[0]
+            checkpoint = DEMO if kind == "demo" else Path(scratch, kind)
             models.append(pack_model(name, checkpoint, binary, archs, folder / "models" / name))
             console.print(f"{name} packed")
     manifest = {
@@ -217,7 +229,7 @@ def pack(folder: Path, runner: Path, archs: list[str]) -> None:
         "archs": archs,
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "triton", "executorch")},
         "models": [model.to_json() for model in models],
-        "same_tokens": {**SAME_TOKENS, "prompts": prompts(SAME_TOKENS["model"], 60)[::2]},
+        "same_tokens": [{**e, "prompts": prompts(e["model"], 60)[::2]} for e in SAME_TOKENS],
         "files": committed_files(),
     }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

@@ -43,6 +43,10 @@ def make_inputs(sequences: int | Range, rows: int | Range, sizes: Sizes) -> tupl
     )
 
 
+def _from_two(sequences: int) -> int | Range:
+    return Range(2, sequences) if sequences > 2 else 2
+
+
 def num_tokens(sequences: int | Range) -> Input:
     """How many rows of each sequence are valid."""
     return Input("num_tokens", torch.int64, (sequences,))
@@ -103,14 +107,15 @@ class Qwen3_5MoeModel:
             # Always as many rows, of which `num_tokens` are valid: one range is to be compiled.
             inputs = (*make_inputs(1, sizes.score_tokens, sizes), num_tokens(1))
             methods["score"] = Method(inputs, outputs, full_logits=True)
-        several = sizes.max_sequences > 1
-        many = Range(2, sizes.max_sequences) if sizes.max_sequences > 2 else 2
-        if several:
+        if sizes.max_sequences > 1:
+            many = _from_two(sizes.max_sequences)
             inputs = (*make_inputs(many, 1, sizes), num_tokens(many))
             methods["decode_batch"] = Method(inputs, outputs, next_call)
         if sizes.draft_tokens:
-            counts = {"draft_decode": 1} | ({"draft_decode_batch": many} if several else {})
-            methods |= {name: self._draft_method(count, sizes) for name, count in counts.items()}
+            methods["draft_decode"] = self._draft_method(1, sizes)
+            if sizes.draft_sequences > 1:
+                many = _from_two(sizes.draft_sequences)
+                methods["draft_decode_batch"] = self._draft_method(many, sizes)
         return methods
 
     def _draft_method(self, sequences: int | Range, sizes: Sizes) -> Method:

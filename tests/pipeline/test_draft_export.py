@@ -1,11 +1,13 @@
 """`--draft-tokens`: what a program gets of it, and which ones are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoints import make_small, storages, write
 
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.pipeline import export as exporter
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
@@ -60,6 +62,7 @@ def test_weights_are_those_that_the_methods_take(source) -> None:
         names |= {"draft_decode", "draft_decode_batch"} if drafts else set()
         assert set(graphs) == names
         assert constants.get("get_draft_tokens", 0) == drafts
+        assert constants.get("get_draft_sequences", 0) == (3 if drafts else 0)
         assert constants["get_max_pages"] == (60 + 2 * drafts + 63) // 64
         for graph in graphs.values():
             assert any(name.startswith(MTP) for name in graph.weights) == bool(drafts)
@@ -73,6 +76,14 @@ def test_weights_are_those_that_the_methods_take(source) -> None:
                     assert shape[1] == 3 + drafts
     graph = with_drafts[0]["draft_decode_batch"]
     assert [str(size) for size in graph.output_values()["step"].shape][1:] == ["4"]
+
+
+@pytest.mark.parametrize(("drafts", "sequences"), [(1, 2), (2, 1), (3, 1)])
+def test_on_cuda_a_call_has_as_many_rows_as_have_the_bits_of_one(source, drafts, sequences) -> None:
+    graphs, constants = exporter._graphs(source, replace(options(drafts), backend="cuda"))
+    assert constants["get_draft_sequences"] == sequences
+    assert ("draft_decode_batch" in graphs) == (sequences > 1)
+    assert sequences * (1 + drafts) <= LINEAR_ROWS
 
 
 def test_the_fingerprint_says_how_many(source) -> None:

@@ -30,8 +30,8 @@ def test_without_a_shortened_vocabulary_nothing_changes() -> None:
 
 
 REFUSED = {
-    "--draft-tokens 1 --draft-vocabulary 513": "513: expected at most 512, the model's",
-    "--draft-tokens 1 --draft-vocabulary -1": "-1: expected at most 512, the model's",
+    "--draft-tokens 1 --draft-vocabulary 513": "513: expected 0 to 512, the model's",
+    "--draft-tokens 1 --draft-vocabulary -1": "-1: expected 0 to 512, the model's",
     "--draft-vocabulary 100": "100: expected --draft-tokens, too",
 }
 

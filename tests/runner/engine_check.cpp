@@ -3,7 +3,7 @@
 // Usage: engine_check MODEL.pte MODEL.ptd [--cuda_graph]. Each line that it reads is a JSON object:
 //   {"generate": IDS} or {"append": IDS}, perhaps with "max_new_tokens", "temperature", "seed", and
 //     "stop_after": N, with which the callback ends the generation at its N-th token;
-//   {"score": IDS}
+//   {"score": IDS}, perhaps with "throw_at": N, at which token the callback throws;
 // and is answered with one: {"ids": [...], "finish": "stop" | "length" | "callback"},
 // {"logprobs": [...]} or {"error": "..."}.
 
@@ -56,10 +56,13 @@ Json generate(et_moe::Engine& engine, const Json& command) {
   return {{"ids", generation.ids}, {"finish", name_of(generation.finish_reason)}};
 }
 
-Json score(et_moe::Engine& engine, const Ids& ids) {
+Json score(et_moe::Engine& engine, const Json& command) {
+  const Ids ids = command.at("score").get<Ids>();
+  const size_t throw_at = command.value("throw_at", size_t{0});
   Json logprobs = Json::array();
   const int64_t size = engine.model().info().vocab_size;
   engine.score(ids, [&](size_t i, const float* logits) {
+    if (i == throw_at) throw std::runtime_error("thrown");
     logprobs.push_back(et_moe::log_probability(logits, size, ids[i]));
   });
   return {{"logprobs", logprobs}};
@@ -80,8 +83,7 @@ int main(int argc, char** argv) {
       const Json command = et_moe::parse_json(line);
       Json answer;
       try {
-        answer = command.contains("score") ? score(engine, command.at("score").get<Ids>())
-                                           : generate(engine, command);
+        answer = command.contains("score") ? score(engine, command) : generate(engine, command);
       } catch (const std::runtime_error& e) {
         answer = {{"error", e.what()}};
       }

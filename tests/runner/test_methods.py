@@ -101,13 +101,16 @@ def test_another_vocabulary(runner, tmp_path: Path) -> None:
         ("get_max_prefill_tokens", 2**31 - 1, "input tokens as Long [1, 2..16]"),
         ("get_draft_tokens", 4, "get_draft_tokens is 4, expected at most 3"),
         ("get_draft_tokens", 3, "method prefill has no input versions"),
+        ("get_draft_sequences", 0, "get_draft_sequences is 0, expected 1 to 1, which get_max_seq"),
+        ("get_draft_sequences", 2, "get_draft_sequences is 2, expected 1 to 1, which get_max_seq"),
     ],
 )
 def test_sizes_that_do_not_fit(
     runner, tmp_path: Path, constant: str, value: int, message: str
 ) -> None:
     """They are refused before memory is taken for them."""
-    refused(runner, write(tmp_path, **{constant: value}), message)
+    drafts = {"get_draft_tokens": 1, "get_draft_sequences": 1} if "draft" in constant else {}
+    refused(runner, write(tmp_path, **(drafts | {constant: value})), message)
 
 
 def test_another_longest_prompt(runner, tmp_path: Path) -> None:

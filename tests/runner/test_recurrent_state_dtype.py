@@ -9,7 +9,6 @@ from test_w4a8 import eager_logits
 
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.evaluate import runner_logits
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.make_checkpoint import make_checkpoint
 from et_moe.pipeline.quantize import QuantizedCheckpoint
@@ -26,7 +25,7 @@ def test_logits_agree_with_the_eager_reference(runner, tmp_path: Path) -> None:
     errors = []
     for options, folder in ((BFLOAT16, tmp_path / "bfloat16"), (FLOAT32, tmp_path / "float32")):
         export(source, folder, options)
-        logits = runner_logits(runner.binary, folder, ids)
+        logits = runner.logits(folder, ids)
         expected = eager_logits(source, torch.float32, ids, "bf16", torch.bfloat16)
         errors.append((logits - expected).norm() / expected.norm())
     assert errors[0] < 1e-4 < errors[1] < 1e-3, errors

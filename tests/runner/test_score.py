@@ -93,6 +93,18 @@ def test_what_was_scored_is_gone_on_with(run_engine, scored_model, program, leng
     assert scored == fed
 
 
+def test_a_callback_that_throws(run_engine, scored_model) -> None:
+    """The whole piece that was fed before it counts."""
+    ids = window(PIECE - 3)
+    error, got, expected = run_engine(
+        scored_model / "score",
+        {"score": ids, "throw_at": 3},
+        {"append": [5], "max_new_tokens": 12},
+        {"generate": [*ids[:-1], 5], "max_new_tokens": 12},
+    )
+    assert error == {"error": "thrown"} and got == expected
+
+
 @pytest.mark.parametrize("program", ["score", "drafts"])
 @pytest.mark.parametrize("length", [1, 2, PIECE, PIECE + 1, 150])
 def test_prompts_with_log_probabilities(scored_model, program: str, length: int) -> None:

@@ -27,8 +27,8 @@ class Fake:
         return tokens, self.stats
 
 
-def errors(program: Fake, drafting: Fake) -> dict[str, str | None]:
-    checks = acceptance_tokens.check_same_tokens(program, drafting, [[3, 4], [5], [6]])
+def errors(program: Fake, drafting: Fake, accepts: bool = True) -> dict[str, str | None]:
+    checks = acceptance_tokens.check_same_tokens(program, drafting, [[3, 4], [5], [6]], accepts)
     return {check["check"]: check["error"] for check in checks}
 
 
@@ -48,20 +48,23 @@ def test_a_token_that_differs(drafting: bool) -> None:
 
 def test_many_at_once_are_counted() -> None:
     other = Fake(ACCEPTED, {"--max_sequences=16": 2})
-    checks = list(acceptance_tokens.check_same_tokens(other, Fake(ACCEPTED), [[3], [5], [6]]))
+    prompts = [[3], [5], [6]]
+    checks = list(acceptance_tokens.check_same_tokens(other, Fake(ACCEPTED), prompts, True))
     assert checks[1] == {"check": "16 at once", "same": 2, "of": 3, "error": None}
 
 
 def test_drafts_that_are_never_accepted() -> None:
-    found = errors(Fake(), Fake(ACCEPTED | {"accepted_draft_tokens": 0}))
-    assert found["drafts"].startswith("no drafts were accepted")
+    never = Fake(ACCEPTED | {"accepted_draft_tokens": 0})
+    assert errors(Fake(), never)["drafts"].startswith("no drafts were fed or accepted")
+    assert not any(errors(Fake(), never, accepts=False).values())
+    assert errors(Fake(), Fake(), accepts=False)["drafts"]
 
 
 def test_with_a_runner(session) -> None:
     """The packed model has no drafts, and is found out."""
-    names = {"model": "small", "drafting": "small"}
-    session.manifest["same_tokens"] = {**names, "prompts": [[5], [1, 2, 3], [7] * 20]}
-    with pytest.raises(StepFailed, match="no drafts were accepted") as failed:
+    entry = {"model": "small", "drafting": "small", "accepts": False}
+    session.manifest["same_tokens"] = [entry | {"prompts": [[5], [1, 2, 3], [7] * 20]}]
+    with pytest.raises(StepFailed, match="no drafts were fed") as failed:
         acceptance.same_tokens(session)
     checks = failed.value.found["checks"]
     assert [c["check"] for c in checks if not c["error"]] == ["4 at once", "16 at once"] * 2

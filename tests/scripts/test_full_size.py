@@ -11,7 +11,8 @@ PYTHON = """#!/bin/sh
 case $2 in et_moe*) echo "$@" >>{log} ;; esac
 case "$*" in *--output-dir*)
   for last; do :; done
-  mkdir -p "$last" && touch "$last/model.ptd" ;;
+  mkdir -p "$last" && touch "$last/model.ptd"
+  [ "$3" = export ] || [ "$FAILING" = make-checkpoint ] || touch "$last/config.json" ;;
 esac
 [ "$3" != "$FAILING" ]
 """
@@ -24,7 +25,7 @@ def measure(tmp_path: Path):
     for name in PROGRAMS:
         (folder / "full_size" / name).mkdir(parents=True)
         (folder / "full_size" / name / "model.pte").touch()
-    (folder / "manifest.json").touch()
+    (folder / "manifest.json").write_text("{}")
     tools.mkdir()
     (tools / "python3").write_text(PYTHON.format(log=log))
     (tools / "python3").chmod(0o755)
@@ -72,7 +73,29 @@ def test_one_of_them(measure) -> None:
     code, calls, error = measure("second_turn")
     assert code == 0, error
     assert commands(calls)[-1] == "benchmarks batch second_turn" and len(calls) == 3
-    assert calls[-1].endswith("/full_size/long --load 1:32000:32 --prefix-cache")
+    assert calls[-1].endswith("/full_size/long --load 1:32032:32 --prefix-cache")
+    code, calls, _ = measure("second_turn")
+    assert code == 0 and commands(calls) == ["benchmarks batch second_turn"]
+
+
+def test_a_bundle_that_was_not_finished_is_made_again(measure) -> None:
+    code, calls, _ = measure("state", failing="make-checkpoint")
+    assert code and len(calls) == 1
+    code, calls, _ = measure("state")
+    assert code == 0 and len(calls) == 3
+
+
+def test_what_another_packing_left_is_not_used(measure, tmp_path: Path) -> None:
+    measure("state")
+    (tmp_path / "packed/manifest.json").write_text('{"commit": 1}')
+    assert len(measure("state")[1]) == 3
+
+
+def test_the_times_of_the_page_are_those_of_its_programs(measure, tmp_path: Path) -> None:
+    measure()
+    steps = (tmp_path / "packed/results/e2e.tsv").read_text().splitlines()
+    assert [step.split()[2] for step in steps] == ["make-checkpoint", "export"]
+    assert "--recipe 4w" in steps[0] and "--draft-tokens 0" in steps[1]
 
 
 def test_a_measurement_that_fails_does_not_end_the_others(measure) -> None:
