@@ -318,7 +318,12 @@ def evaluate(
     runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = Path(
         "build/runner/qwen3_5_moe_runner"
     ),
-    window: Annotated[int, typer.Option(help="Tokens scored together.")] = 512,
+    window: Annotated[
+        int,
+        typer.Option(
+            help="Tokens scored together, at most one more than --max-seq-len of `export`."
+        ),
+    ] = 512,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measures an exported model on a text: perplexity, as llama.cpp has it, too; and how far it is

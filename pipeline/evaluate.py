@@ -16,6 +16,7 @@ from et_moe.pipeline.logits import LOCAL, HuggingFaceLogits, Logits, ProgramLogi
 from et_moe.pipeline.models import load_config
 from et_moe.pipeline.tokenizer import check_tokenizer
 
+TOKENIZER = "tokenizer.json"
 ROWS = 64
 """Rows of logits that are compared at once."""
 
@@ -159,28 +160,40 @@ class _Comparison:
         return Evaluation(count, *perplexities, self._kl / count, agreement, ours, theirs)
 
 
+def _encode(program_dir: Path, content: str) -> list[int]:
+    """A text's token ids, by the tokenizer of a program."""
+    from tokenizers import Tokenizer
+
+    check_tokenizer(program_dir)
+    return Tokenizer.from_file(str(program_dir / TOKENIZER)).encode(content).ids
+
+
 def _read_windows(
-    text: Path, program_dir: Path, model_dir: Path | None, window: int
+    text: Path,
+    program_dir: Path,
+    model_dir: Path | None,
+    reference_program: Path | None,
+    window: int,
 ) -> list[list[int]]:
     """The text's token ids in windows, of which the last may be shorter, and has at least two."""
     if window < 2:
         raise ConfigError(f"--window {window}: expected at least 2 tokens")
     content = read_text(text)
     if model_dir is not None:
+        load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
         from transformers import AutoTokenizer
 
-        load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
         tokenizer = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
         # Not verbose: that a text is longer than the model's context does not matter here.
         ids = tokenizer(content, verbose=False)["input_ids"]
     else:
-        from tokenizers import Tokenizer
-
-        path = program_dir / "tokenizer.json"
+        path = program_dir / TOKENIZER
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; --model-dir names a checkpoint with one")
-        check_tokenizer(program_dir)
-        ids = Tokenizer.from_file(str(path)).encode(content).ids
+        ids = _encode(program_dir, content)
+        other = reference_program / TOKENIZER if reference_program is not None else None
+        if other is not None and other.is_file() and _encode(other.parent, content) != ids:
+            raise ConfigError(f"{other}: {text} has other tokens by it than by {path}")
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     if not windows:
@@ -216,7 +229,8 @@ def evaluate(
         program_dir: `model.pte` and `model.ptd`, for whatever the runner finds here: CPU or GPU.
         model_dir: the Hugging Face checkpoint with its tokenizer, as the reference.
         reference_program: another program of the same vocabulary, as the reference. Texts are read
-            by the tokenizer of `program_dir` where there is no `model_dir`.
+            by the tokenizer of `program_dir` where there is no `model_dir`; that of the reference,
+            if it has one, must give the same tokens.
         progress: called with the tokens that are predicted and their number.
 
     Raises:
@@ -225,7 +239,7 @@ def evaluate(
     """
     if model_dir is not None and reference_program is not None:
         raise ConfigError("--model-dir and --reference-program: expected at most one reference")
-    windows = _read_windows(text, program_dir, model_dir, window)
+    windows = _read_windows(text, program_dir, model_dir, reference_program, window)
     total, done = sum(len(w) - 1 for w in windows), 0
     with contextlib.ExitStack() as stack:
         exported = stack.enter_context(ProgramLogits(runner, program_dir, windows))
@@ -238,7 +252,8 @@ def evaluate(
         comparison = _Comparison(exported, reference)
         for ids in map(torch.tensor, windows):
             # Row i predicts token i + 1.
-            in_half = torch.arange(len(ids) - 1) >= (window // 2 if len(ids) == window else window)
+            rows = len(ids) - 1
+            in_half = torch.arange(rows) >= (window // 2 if len(ids) == window else rows)
             for targets, half in zip(ids[1:].split(ROWS), in_half.split(ROWS), strict=True):
                 comparison.add(targets, half)
                 done += len(targets)

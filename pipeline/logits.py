@@ -65,13 +65,13 @@ class ProgramLogits(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "ProgramLogits":
         with contextlib.ExitStack() as stack:
-            ids = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ids.json"
-            ids.write_text(json.dumps([list(window) for window in self._windows]))
+            self._ids = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ids.json"
+            self._ids.write_text(json.dumps([list(window) for window in self._windows]))
             self._errors = stack.enter_context(tempfile.TemporaryFile())
             reading, writing = os.pipe()
             self._rows = stack.enter_context(os.fdopen(reading, "rb", buffering=0))
             try:
-                self._process = self._start(ids, writing)
+                self._process = self._start(writing)
             finally:
                 os.close(writing)  # the runner's is the only one: that it ends is seen
             stack.callback(self._end)
@@ -81,14 +81,14 @@ class ProgramLogits(contextlib.AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _start(self, ids: Path, writing: int) -> subprocess.Popen:
+    def _start(self, writing: int) -> subprocess.Popen:
         with contextlib.suppress(OSError):
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         command = [
             self._runner,
             f"--model_path={self._program_dir / 'model.pte'}",
             f"--data_path={self._program_dir / 'model.ptd'}",
-            f"--score_ids_path={ids}",
+            f"--score_ids_path={self._ids}",
             f"--logits_path=/dev/fd/{writing}",
             "--cuda_graph",  # a CPU program ignores it
         ]
@@ -113,6 +113,8 @@ class ProgramLogits(contextlib.AbstractContextManager):
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip()
+        # What it says of the windows is said of a file that nobody but us knows.
+        said = said.replace(f"error: {self._ids}: ", f"{self._program_dir}: ")
         if code < 0:
             said = f"{said} (ended by {signal.Signals(-code).name})".strip()
         return ConfigError(f"{self._runner} failed: {said or 'it gave fewer logits than expected'}")

@@ -139,6 +139,15 @@ def test_texts_that_llama_cpp_has_no_figure_for(runner, scored_model, text, wind
     assert "llama.cpp" not in result.to_table()
 
 
+def test_a_window_larger_than_any_number(runner, scored_model, text) -> None:
+    path = text.with_name("short")
+    path.write_text(TEXT[:200])
+    result, whole = (
+        evaluate(scored_model / "score", path, runner.binary, n) for n in (1 << 64, 200)
+    )
+    assert result == whole and result.tokens > 100
+
+
 def test_windows_of_one_length_are_a_batch(scored_model, token_ids, monkeypatch) -> None:
     """Their rows are those of each alone."""
     windows = [token_ids[i : i + 40] for i in range(0, 200, 40)] + [token_ids[:7]]
@@ -208,8 +217,10 @@ def test_many_windows_are_one_process(scored_model, text, tmp_path: Path, runner
 
 
 def test_what_the_runner_refuses_is_the_message(runner, scored_model, text, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"window 0: 300 tokens do not fit the context of 256$"):
-        evaluate(scored_model / "score", text, runner.binary, 300)
+    program = scored_model / "score"
+    message = f"failed: {program}: window 0: 300 tokens do not fit the context of 256$"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(program, text, runner.binary, 300)
     with pytest.raises(ConfigError, match=f"failed: error: {tmp_path / 'model.pte'}: "):
         evaluate(scored_model / "score", text, runner.binary, 64, reference_program=tmp_path)
 
@@ -225,3 +236,20 @@ def test_programs_that_do_not_fit(runner, scored_model, text, tmp_path: Path) ->
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=f"^{tmp_path / 'tokenizer.json'}: "):
         evaluate(tmp_path, text, runner.binary, 64)
+
+
+def test_a_reference_whose_tokens_are_others(runner, scored_model, text, tmp_path: Path) -> None:
+    """One without a tokenizer is compared all the same."""
+    program, other = scored_model / "score", tmp_path / "other"
+    other.mkdir()
+    for name in ("model.pte", "model.ptd"):
+        (other / name).symlink_to(program / name)
+    result = evaluate(program, text, runner.binary, 64, reference_program=other)
+    assert result.kl_divergence == 0
+    tokenizer = json.loads((program / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = f"^{other / 'tokenizer.json'}: {text} has other tokens by it than by {program}"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(program, text, runner.binary, 64, reference_program=other)
