@@ -98,12 +98,13 @@ class Rows(torch.nn.Module):
         et, ids = torch.ops.et_moe, (tokens.view(-1) + offsets).clamp(0, VOCABULARY - 1)
         x = et.embedding_w8(ids, w["embed.weight"], w["embed.scale"], torch.bfloat16).float()
         # One of the numbers is no expert's.
-        chosen = torch.stack((ids % (EXPERTS + 1), tokens.view(-1) % EXPERTS), dim=1).int()
-        weights = chosen.float() * 0.25 + 0.5
+        first = (ids % (EXPERTS + 1)).int().view(-1, 1)
+        chosen = torch.cat((first, tokens.view(-1, 1).int() % EXPERTS), dim=1)
+        weights, weight = (numbers.float() * 0.25 + 0.5 for numbers in (chosen, first))
         tables = [w[f"int8.{name}"] for name in ("w13", "w13_scale", "w2", "w2_scale")]
         x = et.moe_w8a8(x, *tables, weights, chosen, x)
         tables = w["dense.w13"], w["dense.w2"]
-        x = et.moe(et.rms_norm(x, w["norm.weight"]), *tables, weights[:, :1], chosen[:, :1], x)
+        x = et.moe(et.rms_norm(x, w["norm.weight"]), *tables, weight, first, x)
         logits = et.linear_w4a8(x, w["head.weight"], w["head.scale"], GROUP)
         return logits.argmax(-1, keepdim=True), logits
 
