@@ -188,6 +188,8 @@ def _read_windows(
         ids = tokenizer(content, verbose=False)["input_ids"]
     else:
         path = program_dir / TOKENIZER
+        if not (program_dir / "model.pte").is_file():
+            raise ConfigError(f"{program_dir}: no program: model.pte is not there")
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; --model-dir names a checkpoint with one")
         ids = _encode(program_dir, content)

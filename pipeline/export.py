@@ -34,7 +34,7 @@ from et_moe.pipeline.storage import (
 )
 from et_moe.pipeline.tokenizer import check_tokenizer
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MAX_PREFILL_TOKENS = 2048
 """Longest prompt piece of one prefill call; a runner feeds longer prompts piece by piece."""
 MAX_SEQUENCES = 256

@@ -28,7 +28,7 @@ struct Flags {
 void add_flags(CLI::App& app, Flags& flags);
 
 /// Throws std::runtime_error where the outputs that the flags name cannot be written, are files
-/// that are read or another output, or where a score has none.
+/// that are read or another output, where a score has none, or for those that it does not have.
 void check_outputs(const Flags& flags);
 
 /// How the flags want a model to be loaded, for so many sequences at once.

@@ -12,7 +12,7 @@ namespace {
 
 using executorch::aten::ScalarType;
 
-constexpr int64_t kFormatVersion = 4;
+constexpr int64_t kFormatVersion = 5;
 constexpr int64_t kMostDrafts = 3;
 
 /// Throws std::runtime_error unless a method returns for B sequences what it has to: `token`,

@@ -230,6 +230,9 @@ def test_programs_that_do_not_fit(runner, scored_model, text, tmp_path: Path) ->
     plain, program = scored_model / "plain", scored_model / "score"
     with pytest.raises(ConfigError, match=f"^{program}: vocabulary of 264, {plain} has 300$"):
         evaluate(program, text, other, 64, reference_program=plain)
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'none'}: no program: model.pte is not"):
+        evaluate(tmp_path / "none", text, runner.binary, 64)
+    (tmp_path / "model.pte").touch()
     message = f"^{tmp_path / 'tokenizer.json'}: no such file; --model-dir names a checkpoint"
     with pytest.raises(ConfigError, match=message):
         evaluate(tmp_path, text, runner.binary, 64)

@@ -51,9 +51,10 @@ def refused(runner, tiny_program: Path, tmp_path: Path):
         paths = {
             "model_path": tiny_program / "model.pte",
             "data_path": tiny_program / "model.ptd",
-            "output_ids_path": output / "ids.json",
-            "stats_path": output / "stats.json",
-        } | files
+        }
+        if not any(flag.startswith("--score_ids_path") for flag in flags):
+            paths |= {"output_ids_path": output / "ids.json", "stats_path": output / "stats.json"}
+        paths |= files
         command = [runner.binary, *(f"--{flag}={path}" for flag, path in paths.items()), *flags]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
         assert done.returncode > 0, (done.returncode, done.stdout, done.stderr)

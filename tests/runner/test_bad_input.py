@@ -122,7 +122,7 @@ def test_another_format_version(refused, tmp_path: Path) -> None:
     for constants, message in (
         (
             {"get_format_version": 1},
-            "format version 1, this runner reads version 4: export it again",
+            "format version 1, this runner reads version 5: export it again",
         ),
         ({"get_format_version": "1"}, "get_format_version is not a count"),
         ({}, "has no method get_format_version"),
@@ -309,6 +309,11 @@ def test_flags_that_are_missing(refused, runner, tmp_path: Path) -> None:
     ids = tmp_path / "ids.json"
     ids.write_text("[1, 2]")
     refused(f"--score_ids_path={ids}", parts=["needs --logprobs_path or --logits_path"])
+    for flag in ("--output_ids_path", "--stats_path"):
+        output = tmp_path / "none"
+        flags = (f"--score_ids_path={ids}", f"--logprobs_path={tmp_path / 'l'}")
+        refused(*flags, f"{flag}={output}", parts=[f"{flag}: scoring writes none"])
+        assert not output.exists()
     for flags, fault in (
         ((), "--model_path is required"),
         (("--model_path=x", "--data_path=y", "--prompt=z", "--top_k=x"), "no decimal integer"),

@@ -26,7 +26,7 @@ INPUTS = {
 }
 DECODE = [name for name in INPUTS if name != "num_tokens"]
 CONSTANTS = {
-    "get_format_version": 4,
+    "get_format_version": 5,
     "get_fingerprint": '{"model_type": "toy"}',
     "get_max_seq_len": CONTEXT,
     "get_max_prefill_tokens": LONGEST,
