@@ -155,7 +155,7 @@ def test_a_client_that_leaves_frees_its_place(server, stream: bool) -> None:
 
 def test_a_full_queue(own_server) -> None:
     """Two requests run and two wait. The next is told to come again, and no other is disturbed."""
-    server = own_server(0.02, 60.0)  # an answer takes 5 seconds
+    server = own_server(0.008, 60.0)  # an answer takes 2 seconds
     answers = []
     threads = [
         threading.Thread(target=lambda: answers.append(server.chat("say 250"))) for _ in range(4)
