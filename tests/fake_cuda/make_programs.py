@@ -158,7 +158,7 @@ def main() -> None:
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA, MAX_SEQUENCES)
     # Its ranges for more tokens, and for many sequences, would have the same kernels.
     export.MAX_PREFILL_TOKENS = 4
-    export.MAX_DRAFT_ROWS["cuda"] = 2 * (1 + DRAFT_TOKENS)  # two sequences in a call
+    export.MAX_DRAFT_SEQUENCES["cuda"] = 3
     with_head = SMALL_FOR_CUDA | {"mtp_num_hidden_layers": 1}
     drafting = {"draft_tokens": DRAFT_TOKENS, "draft_vocabulary": DRAFT_VOCABULARY}
     export_model(folder / "drafts", QWEN3_5_MOE, with_head, 3, change=of_few_tokens, **drafting)
