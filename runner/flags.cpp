@@ -172,8 +172,8 @@ void check_outputs(const Flags& f) {
   if (f.score_ids_path && f.logprobs_path.empty() && f.logits_path.empty()) {
     throw std::runtime_error("--score_ids_path needs --logprobs_path or --logits_path");
   }
-  for (const auto& [flag, path] : {std::pair("--output_ids_path", &f.output_ids_path),
-                                   {"--stats_path", &f.stats_path}}) {
+  for (const auto& [flag, path] :
+       {std::pair("--output_ids_path", &f.output_ids_path), {"--stats_path", &f.stats_path}}) {
     if (f.score_ids_path && !path->empty()) {
       throw std::runtime_error(std::string(flag) + ": scoring writes none, see --score_ids_path");
     }
