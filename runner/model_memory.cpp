@@ -132,7 +132,7 @@ size_t Model::choose_pages(const ModelOptions& options, const Bindings& bindings
 }
 
 void Model::allocate(const ModelOptions& options, const Bindings& bindings) {
-  const size_t slots = options.max_sequences + options.snapshots;
+  const auto slots = static_cast<size_t>(slots_of(options));
   const auto versions = static_cast<int32_t>(1 + info_.draft_tokens);
   for (const StateSpec& state : bindings.state) {
     if (state.pool != Pool::kSlots) continue;

@@ -83,15 +83,20 @@ def kernel_tests(session: Session) -> dict:
     return counts
 
 
+def open_program(session: Session, name: str, mode: str) -> Program:
+    """A packed program, as a key of `MODES` says it is run."""
+    folder = session.folder / "models" / name
+    return Program(session.run, session.runner, folder, session.scratch, MODES[mode])
+
+
 def models(session: Session) -> dict:
     """Compares every model, with and without CUDA graphs, with the CPU's results."""
     found: list[dict] = []
     try:
         for model in map(Model.from_json, session.manifest["models"]):
             cases = model.cases[1:3] if session.quick else model.cases
-            for mode, flags in MODES.items():
-                folder = session.folder / "models" / model.name
-                program = Program(session.run, session.runner, folder, session.scratch, flags)
+            for mode in MODES:
+                program = open_program(session, model.name, mode)
                 for check in check_model(program, model, cases):
                     found.append({"model": model.name, "mode": mode, **check})
     except OutOfTime:
@@ -106,16 +111,9 @@ def models(session: Session) -> dict:
 def same_tokens(session: Session) -> dict:
     """Compares tokens alone with those in batches and with drafts."""
     found: list[dict] = []
-    for entry, (mode, flags) in itertools.product(session.manifest["same_tokens"], MODES.items()):
+    for entry, mode in itertools.product(session.manifest["same_tokens"], MODES):
         program, drafting = (
-            Program(
-                session.run,
-                session.runner,
-                session.folder / "models" / entry[name],
-                session.scratch,
-                flags,
-            )
-            for name in ("model", "drafting")
+            open_program(session, entry[name], mode) for name in ("model", "drafting")
         )
         for check in check_same_tokens(program, drafting, entry["prompts"], entry["accepts"]):
             found.append({"model": entry["model"], "mode": mode, **check})
@@ -147,8 +145,7 @@ def sanitize(session: Session) -> dict:
         runs += [("memcheck", "eager"), ("racecheck", "eager")]
     found, wrong = [], []
     for check, mode in runs:
-        folder = session.folder / "models" / model.name
-        program = Program(session.run, session.runner, folder, session.scratch, MODES[mode])
+        program = open_program(session, model.name, mode)
         flags = (f"--prompts_path={prompts}", f"--output_ids_path={session.scratch / 'ids.json'}")
         command = [tool, f"--tool={check}", "--error-exitcode=86", *program.command(*flags)]
         try:
