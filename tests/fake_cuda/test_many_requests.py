@@ -85,7 +85,12 @@ from et_moe.serving.interface import EngineBrokenError, SamplingParams
 
 engine = load_engine(sys.argv[1], max_sequences=3)
 params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-ids = [engine.submit(prompt, params) for prompt in json.loads(sys.argv[2])]
+ids = []
+try:
+    for prompt in json.loads(sys.argv[2]):
+        ids.append(engine.submit(prompt, params))
+except EngineBrokenError:
+    pass  # the first may break it before the last is there
 tokens, ends = {i: [] for i in ids}, {}
 while len(ends) < len(ids):
     assert select.select([engine.fileno()], [], [], 300)[0]
@@ -138,7 +143,9 @@ def test_a_device_that_failed_for_good(fake, programs) -> None:
         fail="cudaGraphLaunch:1",
         error="cudaErrorIllegalAddress",
     )
-    assert all("cudaErrorIllegalAddress" in end or "ILLEGAL_ADDRESS" in end for end in ends)
+    assert ends and all(
+        "cudaErrorIllegalAddress" in end or "ILLEGAL_ADDRESS" in end for end in ends
+    )
     assert refused == broken and "with a fresh state" in broken
 
 

@@ -27,13 +27,16 @@ Function* fake(const char* name) {
 
 /// Serves three requests at once; gives what became of each.
 inline std::vector<Event> serve_three(Client& client) {
-  std::vector<uint64_t> ids;
-  std::vector<Event> served;
+  std::vector<Request> requests;
   // The last one fills a page, which the prefix cache keeps.
   for (const Ids& prompt : {Ids{1, 2, 3}, Ids{4}, Ids(66, 5)}) {
-    ids.push_back(client.engine().submit(greedy(prompt, 4)));
+    requests.push_back(greedy(prompt, 4));
   }
-  for (const uint64_t id : ids) served.push_back(client.wait(id));
+  // Queued together: the first may break the engine, which refuses what comes after.
+  std::vector<Event> served;
+  for (const uint64_t id : client.engine().submit(std::move(requests))) {
+    served.push_back(client.wait(id));
+  }
   return served;
 }
 
