@@ -41,9 +41,11 @@ MAX_SEQUENCES = 256
 """Most sequences of one decode call that are supported."""
 MAX_DRAFT_TOKENS = 3
 """Most drafts of a sequence in a decode call that are supported."""
-MAX_DRAFT_SEQUENCES = {"cpu": 4, "cuda": 1}
-"""By backend, most sequences of a decode call that is fed drafts. On CUDA up to four rows have the
-bits that each has alone (`docs/performance.md`); with more, drafts would change tokens."""
+MAX_DRAFT_SEQUENCES = 4
+"""Most sequences of a decode call that is fed drafts."""
+MAX_DRAFT_ROWS = {"cpu": 16, "cuda": 4}
+"""By backend, most rows of such a call. On CUDA up to four have the bits that each has alone
+(`docs/performance.md`); with more, drafts would change tokens."""
 SCORE_TOKENS = 64
 """Of a call of `score`, whose logits with a vocabulary of 248,320 take 64 MB."""
 
@@ -67,7 +69,8 @@ def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
     check_draft_vocabulary(options.draft_vocabulary, config.vocab_size, options.draft_tokens)
     prefill_tokens = min(max_seq_len, MAX_PREFILL_TOKENS)
     score_tokens = min(prefill_tokens, SCORE_TOKENS) if options.score else 0
-    sequences = min(options.max_sequences, MAX_DRAFT_SEQUENCES[options.backend])
+    rows = MAX_DRAFT_ROWS[options.backend] // (1 + options.draft_tokens)
+    sequences = min(options.max_sequences, MAX_DRAFT_SEQUENCES, rows)
     drafts = options.draft_tokens, sequences, options.draft_vocabulary
     return Sizes(max_seq_len, prefill_tokens, options.max_sequences, *drafts, score_tokens)
 

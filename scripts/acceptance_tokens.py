@@ -3,8 +3,8 @@
 What a program gives one request at a time says what is right: here it is compared with itself, so
 no near tie is an excuse. Up to four rows of a call have the bits that they have alone (the section
 on a row's bits in docs/performance.md), and no more are fed with drafts. Of more sequences it is
-only counted how many have the same tokens. With drafts several at once are compared as well: those
-that decode together, and the last of them, which drafts.
+only counted how many have the same tokens. With drafts several at once are compared as well: two,
+which draft together where a step has one draft, and more, of which the last ones draft.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +57,7 @@ def check_same_tokens(
         names = ("draft_tokens", "accepted_draft_tokens")
         found = {name: stats.get(name, 0) for name in names}
         wanted = names if accepts else names[:1]
-        # Of several sequences only one that is left alone may draft.
+        # Of several sequences perhaps only those that are left at the end draft.
         if sequences == 1 and not all(found[name] for name in wanted):
             return {**found, "error": f"no drafts were fed or accepted: {found}"}
         return {**found, "error": first_difference(tokens, alone)}
@@ -66,8 +66,9 @@ def check_same_tokens(
         f"{SAME} at once": together,
         f"{MORE} at once": many,
         "drafts": lambda: with_drafts(1),
-        f"drafts, {SAME} at once": lambda: with_drafts(SAME),
     }
+    for n in (2, SAME):
+        checks[f"drafts, {n} at once"] = lambda n=n: with_drafts(n)
     for name, check in checks.items():
         yield {"check": name, **check()}
 

@@ -43,9 +43,8 @@ def make_inputs(sequences: int | Range, rows: int | Range, sizes: Sizes) -> tupl
     )
 
 
-def _from_two(sequences: int) -> Range:
-    """It varies even where there are two at most: the CUDA delegate knows by that what it is."""
-    return Range(2, max(3, sequences))
+def _from_two(sequences: int) -> int | Range:
+    return 2 if sequences == 2 else Range(2, sequences)
 
 
 def num_tokens(sequences: int | Range) -> Input:

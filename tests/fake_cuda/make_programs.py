@@ -13,6 +13,7 @@ kernels.json; FOLDER/rows the same with its method `rows`.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,7 +47,9 @@ MAX_SEQ_LEN = 80
 MAX_SEQUENCES = 5
 """More than a power of two, so that calls are padded, too."""
 
-DRAFT_TOKENS, DRAFT_VOCABULARY = 2, 37
+DRAFT_TOKENS = int(os.environ.get("ET_MOE_DRAFT_TOKENS", "1"))
+"""With 1 two sequences draft together, with 2 and 3 one alone."""
+DRAFT_VOCABULARY = 37
 
 # One layer has a dense MLP, the other a mixture whose weights do not add up to 1.
 NEXT_FOR_CUDA = SMALL_FOR_CUDA | {
@@ -158,7 +161,6 @@ def main() -> None:
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA, MAX_SEQUENCES)
     # Its ranges for more tokens, and for many sequences, would have the same kernels.
     export.MAX_PREFILL_TOKENS = 4
-    export.MAX_DRAFT_SEQUENCES["cuda"] = 3
     with_head = SMALL_FOR_CUDA | {"mtp_num_hidden_layers": 1}
     drafting = {"draft_tokens": DRAFT_TOKENS, "draft_vocabulary": DRAFT_VOCABULARY}
     export_model(folder / "drafts", QWEN3_5_MOE, with_head, 3, change=of_few_tokens, **drafting)

@@ -78,10 +78,15 @@ def test_weights_are_those_that_the_methods_take(source) -> None:
     assert [str(size) for size in graph.output_values()["step"].shape][1:] == ["4"]
 
 
-def test_on_cuda_a_call_has_as_many_rows_as_have_the_bits_of_one(source) -> None:
-    graphs, constants = exporter._graphs(source, replace(options(3), backend="cuda"))
-    assert constants["get_draft_sequences"] == 1 and "draft_decode_batch" not in graphs
-    assert 1 + exporter.MAX_DRAFT_TOKENS <= LINEAR_ROWS
+@pytest.mark.parametrize(("k", "sequences"), [(1, 2), (2, 1), (3, 1)])
+def test_on_cuda_a_call_has_as_many_rows_as_have_the_bits_of_one(source, k, sequences) -> None:
+    graphs, constants = exporter._graphs(source, replace(options(k), backend="cuda"))
+    assert constants["get_draft_sequences"] == sequences
+    assert ("draft_decode_batch" in graphs) == (sequences > 1)
+    if sequences > 1:
+        tokens = graphs["draft_decode_batch"].input_nodes()["tokens"].meta["val"]
+        assert tokens.shape == (sequences, 1 + k)
+    assert exporter.MAX_DRAFT_ROWS["cuda"] == LINEAR_ROWS
 
 
 def test_the_fingerprint_says_how_many(source) -> None:

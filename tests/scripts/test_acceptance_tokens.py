@@ -33,7 +33,7 @@ def errors(program: Fake, drafting: Fake, accepts: bool = True) -> dict[str, str
 
 
 def test_all_agree() -> None:
-    names = ("4 at once", "16 at once", "drafts", "drafts, 4 at once")
+    names = ("4 at once", "16 at once", "drafts", "drafts, 2 at once", "drafts, 4 at once")
     assert errors(Fake(), Fake(ACCEPTED)) == dict.fromkeys(names)
 
 
@@ -67,6 +67,6 @@ def test_with_a_runner(session) -> None:
     with pytest.raises(StepFailed, match="no drafts were fed") as failed:
         acceptance.same_tokens(session)
     checks = failed.value.found["checks"]
-    right = ["4 at once", "16 at once", "drafts, 4 at once"]
+    right = ["4 at once", "16 at once", "drafts, 2 at once", "drafts, 4 at once"]
     assert [c["check"] for c in checks if not c["error"]] == right * 2
     assert "--cuda_graph" in session.log.read_text()

@@ -56,7 +56,8 @@ std::vector<size_t> CompiledMethod::offsets(int64_t length) const {
   }
   if (info_.hand_over && info_.hand_over->versions) {
     // Behind the inputs the code counts the calls of each sequence.
-    offsets.push_back(offsets.back() + aligned(static_cast<size_t>(length) * sizeof(int64_t)));
+    const auto sequences = static_cast<size_t>(info_.sequences_at(length));
+    offsets.push_back(offsets.back() + aligned(sequences * sizeof(int64_t)));
   }
   return offsets;
 }
@@ -77,13 +78,14 @@ Calls::Outputs CompiledMethod::enqueue(Session& session, const Calls& calls) {
   if (calls.drawn) {
     constexpr auto kLong = static_cast<int32_t>(ScalarType::Long);
     std::byte* drawn = calls.drawn->memory.device_data();
+    const int64_t sequences = calls.drawn->sequences;
     if (calls.drawn->drafts) {
       const auto width = static_cast<int64_t>(calls.drawn->width);
-      tensors.push_back(view(drawn, {2, calls.length, width}, kLong));
+      tensors.push_back(view(drawn, {2, sequences, width}, kLong));
       std::byte* count = calls.inputs.data() + offset[info_.spec.inputs.size()];
-      tensors.push_back(view(count, {calls.length}, kLong));
+      tensors.push_back(view(count, {sequences}, kLong));
     } else {
-      tensors.push_back(view(drawn, {2, calls.length}, kLong));
+      tensors.push_back(view(drawn, {2, sequences}, kLong));
     }
   }
   const ArenaScope scope(context_->arena_);
@@ -150,7 +152,8 @@ void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& te
   }
   if (calls.drawn) {
     const auto* positions = static_cast<const int64_t*>(tensors.inputs[info_.hand_over->positions]);
-    calls.drawn->positions.assign(positions, positions + tensors.length);
+    calls.drawn->positions.assign(positions, positions + info_.sequences_at(tensors.length));
+    calls.drawn->sequences = info_.sequences_at(calls.length);
     calls.drawn->launches = 0;
     const size_t end = offset[inputs.size()];
     std::memset(memory + end, 0, offset.back() - end);
@@ -164,10 +167,11 @@ void CompiledMethod::start(Session& session, Calls& calls, const HostTensors& te
 bool CompiledMethod::is_last(const Calls& calls, const HostTensors& tensors) const {
   const Drawn& drawn = *calls.drawn;
   const HandOverIndices& hand_over = *info_.hand_over;
-  if (static_cast<size_t>(tensors.length) != drawn.positions.size()) return false;
+  const auto sequences = static_cast<size_t>(info_.sequences_at(tensors.length));
+  if (sequences != drawn.positions.size()) return false;
   std::vector<int64_t> tokens, versions;
   for (size_t i = 0; i < drawn.positions.size(); ++i) {
-    const int64_t* values = drawn.values(i, calls.length, 1);
+    const int64_t* values = drawn.values(i, 1);
     if (drawn.drafts) versions.push_back(*values);
     tokens.insert(tokens.end(), values + (drawn.drafts ? 1 : 0), values + drawn.width);
   }
@@ -210,7 +214,8 @@ void CompiledMethod::run(const HostTensors& tensors) {
   auto found = session.calls_.find(this);
   if (found == session.calls_.end()) {
     const size_t size = offsets(info_.longest).back();
-    found = session.calls_.try_emplace(this, size, info_.longest, info_.hand_over).first;
+    const int64_t sequences = info_.sequences_at(info_.longest);
+    found = session.calls_.try_emplace(this, size, sequences, info_.hand_over).first;
   }
   Calls& calls = found->second;
   if (!session.ahead_) {
@@ -234,7 +239,7 @@ void CompiledMethod::run(const HostTensors& tensors) {
     ++drawn.launches;
   }
   drawn.done(call).synchronize();
-  const std::vector<int64_t> values = drawn.all(calls.length, drawn.drafts && run_ahead ? 1 : 0);
+  const std::vector<int64_t> values = drawn.all(drawn.drafts && run_ahead ? 1 : 0);
   std::copy(values.begin(), values.end(),
             static_cast<int64_t*>(tensors.outputs[info_.hand_over->token]));
   if (run_ahead) drawn.advance(values);

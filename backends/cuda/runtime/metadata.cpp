@@ -41,15 +41,20 @@ int64_t find_longest(const MethodSpec& spec) {
   return bounds ? bounds->second : 1;
 }
 
-/// Index of an int64 tensor of `width` elements for each sequence, of which there are `longest` at
-/// most.
+/// Sequences of a call, from the input that has one element for each.
+struct Sequences {
+  size_t most;
+  bool varies;  // their number, and nothing else
+};
+
+/// Index of an int64 tensor of `width` elements for each sequence.
 template <typename Spec>
-size_t find_integers(const std::vector<Spec>& tensors, const std::string& name, int64_t longest,
-                     size_t width = 1) {
+size_t find_integers(const std::vector<Spec>& tensors, const std::string& name,
+                     const Sequences& sequences, size_t width = 1) {
   const size_t i = find_tensor(tensors, name);
-  const size_t bytes = static_cast<size_t>(longest) * width * sizeof(int64_t);
   if (i == tensors.size() || tensors[i].dtype != executorch::aten::ScalarType::Long ||
-      tensors[i].nbytes() != bytes || (longest > 1 && free_dimension(tensors[i]) != 0)) {
+      tensors[i].nbytes() != sequences.most * width * sizeof(int64_t) ||
+      free_dimension(tensors[i]) != (sequences.varies ? std::optional<size_t>(0) : std::nullopt)) {
     throw std::runtime_error("hand_over: no int64 tensor " + name + " with " +
                              (width == 1 ? "one element" : std::to_string(width) + " elements") +
                              " a sequence");
@@ -61,17 +66,21 @@ std::optional<HandOverIndices> find_hand_over(const MethodSpec& spec, int64_t lo
   if (!spec.hand_over) return std::nullopt;
   HandOverIndices found;
   size_t tokens = 1;
+  const size_t at = find_tensor(spec.inputs, spec.hand_over->positions);
+  const size_t bytes = at < spec.inputs.size() ? spec.inputs[at].nbytes() : 0;
+  // A method whose size varies is made for any number of sequences.
+  const Sequences sequences{std::max<size_t>(1, bytes / sizeof(int64_t)), longest > 1};
+  found.positions = find_integers(spec.inputs, spec.hand_over->positions, sequences);
   if (const auto& versions = spec.hand_over->versions) {
-    found.versions = find_integers(spec.inputs, *versions, longest);
+    found.versions = find_integers(spec.inputs, *versions, sequences);
     const size_t i = find_tensor(spec.outputs, spec.hand_over->token);
-    const auto each = static_cast<size_t>(longest) * sizeof(int64_t);
+    const size_t each = sequences.most * sizeof(int64_t);
     if (i < spec.outputs.size()) found.width = spec.outputs[i].nbytes() / each;
     if (found.width < 2) throw std::runtime_error("hand_over: no tokens of a call with drafts");
     tokens = found.width - 1;
   }
-  found.token = find_integers(spec.outputs, spec.hand_over->token, longest, found.width);
-  found.tokens = find_integers(spec.inputs, spec.hand_over->tokens, longest, tokens);
-  found.positions = find_integers(spec.inputs, spec.hand_over->positions, longest);
+  found.token = find_integers(spec.outputs, spec.hand_over->token, sequences, found.width);
+  found.tokens = find_integers(spec.inputs, spec.hand_over->tokens, sequences, tokens);
   return found;
 }
 
@@ -167,6 +176,12 @@ std::vector<size_t> aligned_offsets(const std::vector<TensorSpec>& tensors) {
     offsets.push_back(offsets.back() + aligned(tensor.nbytes()));
   }
   return offsets;
+}
+
+int64_t MethodInfo::sequences_at(int64_t length) const {
+  if (!hand_over) return 0;
+  return static_cast<int64_t>(nbytes_at(spec.inputs[hand_over->positions], length) /
+                              sizeof(int64_t));
 }
 
 MethodInfo MethodInfo::parse(std::string_view text) {

@@ -49,6 +49,9 @@ struct MethodInfo {
   int64_t longest = 1;  // the largest size of the one dimension that varies from call to call
   std::optional<HandOverIndices> hand_over;
 
+  /// How many sequences a call of a length has, by a hand-over's positions; 0 if there is none.
+  int64_t sequences_at(int64_t length) const;
+
   /// Throws DelegateError: DelegateInvalidCompatibility for another version of the format,
   /// InvalidProgram, with the key or tensor at fault, for anything else.
   static MethodInfo parse(std::string_view json);

@@ -8,10 +8,10 @@
 
 namespace et_moe::cuda {
 
-std::vector<int64_t> Drawn::all(int64_t length, int64_t later) const {
+std::vector<int64_t> Drawn::all(int64_t later) const {
   std::vector<int64_t> all;
   for (size_t i = 0; i < positions.size(); ++i) {
-    const int64_t* own = values(i, length, later);
+    const int64_t* own = values(i, later);
     all.insert(all.end(), own, own + width);
   }
   return all;
@@ -68,7 +68,7 @@ std::vector<int64_t> Session::settle() {
   const Calls* calls = std::exchange(ahead_, nullptr);
   if (!calls) return {};
   calls->drawn->done(calls->drawn->calls).synchronize();
-  return calls->drawn->all(calls->length, 0);
+  return calls->drawn->all(0);
 }
 
 template <typename Use>

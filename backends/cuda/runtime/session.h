@@ -20,33 +20,34 @@ class CompiledMethod;
 /// drafts, how many of them were accepted and the tokens of the next call.
 struct Drawn {
   /// For at most so many sequences a call.
-  Drawn(int64_t sequences, const HandOverIndices& hand_over)
-      : memory(2 * sizeof(int64_t) * static_cast<size_t>(sequences) * hand_over.width),
+  Drawn(int64_t most, const HandOverIndices& hand_over)
+      : memory(2 * sizeof(int64_t) * static_cast<size_t>(most) * hand_over.width),
         width(hand_over.width),
         drafts(hand_over.versions.has_value()) {}
 
-  /// What a call drew for a row, `width` values, once it is done. `length`: of the call.
+  /// What a call drew for a sequence, `width` values, once it is done.
   /// `later`: how many calls were started since, 0 or 1.
-  const int64_t* values(size_t row, int64_t length, int64_t later) const {
+  const int64_t* values(size_t sequence, int64_t later) const {
     // How far a call with drafts goes is not known when the next one starts.
-    const int64_t at = (drafts ? launches : positions[row]) - later;
+    const int64_t at = (drafts ? launches : positions[sequence]) - later;
     return reinterpret_cast<const int64_t*>(memory.data()) +
-           (static_cast<size_t>((at & 1) * length) + row) * width;
+           (static_cast<size_t>((at & 1) * sequences) + sequence) * width;
   }
-  /// The same of all rows that are no padding.
-  std::vector<int64_t> all(int64_t length, int64_t later) const;
+  /// The same of all sequences that are no padding.
+  std::vector<int64_t> all(int64_t later) const;
   /// Makes `positions` those of a call that was started behind one that has drawn these values.
   void advance(const std::vector<int64_t>& values);
 
   /// Recorded behind a call.
   const Event& done(uint64_t call) const { return events[call & 1]; }
 
-  PinnedBuffer memory;   // int64 [2, length, width]: of the last two positions of each row, by
-                         // position % 2, or of the last two calls
+  PinnedBuffer memory;   // int64 [2, sequences, width]: of the last two positions of each sequence,
+                         // by position % 2, or of the last two calls
   Event events[2];       // of the last two calls
   uint64_t calls = 0;    // that were started: the number of the last one
   int64_t launches = 0;  // of the last one: behind how many others it follows by hand-over
-  std::vector<int64_t> positions;  // of the last call, of the rows that are no padding
+  int64_t sequences = 0;           // of the last call, padded
+  std::vector<int64_t> positions;  // of the last call, of the sequences that are no padding
   const size_t width;
   const bool drafts;
 };
