@@ -53,17 +53,15 @@ void Model::call_singles() {
 
 void Model::call_ranges(size_t max_sequences) {
   // A method's code for other lengths has other kernels, so each power of two below is tried.
-  for (auto n = static_cast<size_t>(info_.max_prefill_tokens); n > 1; n /= 2) {
-    call_with(kPrefill, 1, n);
-  }
-  for (size_t n = std::min(max_sequences, static_cast<size_t>(info_.max_sequences)); n > 1;
-       n /= 2) {
-    call_with(kDecodeBatch, n, 1);
-  }
-  for (size_t n = std::min(max_sequences, static_cast<size_t>(info_.draft_sequences)); n > 1;
-       n /= 2) {
-    call_with(kDraftDecodeBatch, n, 1 + static_cast<size_t>(info_.draft_tokens));
-  }
+  const auto each = [](int64_t most, const auto& call) {
+    for (auto n = static_cast<size_t>(most); n > 1; n /= 2) call(n);
+  };
+  const auto sequences = static_cast<int64_t>(max_sequences);
+  const auto drafts = 1 + static_cast<size_t>(info_.draft_tokens);
+  each(info_.max_prefill_tokens, [&](size_t n) { call_with(kPrefill, 1, n); });
+  each(std::min(sequences, info_.max_sequences), [&](size_t n) { call_with(kDecodeBatch, n, 1); });
+  each(std::min(sequences, info_.draft_sequences),
+       [&](size_t n) { call_with(kDraftDecodeBatch, n, drafts); });
 }
 
 int64_t Model::measure_calls(const ModelOptions& options, const Bindings& bindings) {
