@@ -65,13 +65,15 @@ class ProgramLogits(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "ProgramLogits":
         with contextlib.ExitStack() as stack:
-            self._ids = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ids.json"
-            self._ids.write_text(json.dumps([list(window) for window in self._windows]))
+            # Files without names: nothing is left of them, however this process ends.
             self._errors = stack.enter_context(tempfile.TemporaryFile())
+            ids = stack.enter_context(tempfile.TemporaryFile("w"))
+            json.dump([list(window) for window in self._windows], ids)
+            ids.flush()
             reading, writing = os.pipe()
             self._rows = stack.enter_context(os.fdopen(reading, "rb", buffering=0))
             try:
-                self._process = self._start(writing)
+                self._process = self._start(ids.fileno(), writing)
             finally:
                 os.close(writing)  # the runner's is the only one: that it ends is seen
             stack.callback(self._end)
@@ -81,7 +83,8 @@ class ProgramLogits(contextlib.AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _start(self, writing: int) -> subprocess.Popen:
+    def _start(self, ids: int, writing: int) -> subprocess.Popen:
+        self._ids = f"/dev/fd/{ids}"
         with contextlib.suppress(OSError):
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         command = [
@@ -94,7 +97,9 @@ class ProgramLogits(contextlib.AbstractContextManager):
         ]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         try:
-            return subprocess.Popen(command, stderr=self._errors, pass_fds=(writing,), **streams)
+            return subprocess.Popen(
+                command, stderr=self._errors, pass_fds=(ids, writing), **streams
+            )
         except OSError as e:
             message = f"{self._runner}: cannot be run ({e.strerror}); is it built?"
             raise ConfigError(message) from None

@@ -1,6 +1,7 @@
 """Scoring a text with a program, and comparing it with a Hugging Face model or another program."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,21 @@ def test_a_runner_that_is_not_done_is_ended(scored_model, tmp_path: Path, token_
         assert rows.read(2).shape == (2, VOCABULARY)
         raise ZeroDivisionError
     assert process.returncode is not None
+
+
+def test_nothing_of_it_is_left_by_a_kill(tmp_path: Path, monkeypatch) -> None:
+    """What the runner reads has no name: there is nothing to be removed."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    body = (
+        "import json\n"
+        "path = [a for a in sys.argv if 'score_ids' in a][0].split('=')[1]\n"
+        "header(1 + (json.load(open(path)) == [[1, 2], [3, 4, 5]]))"
+    )
+    with ProgramLogits(small_runner(tmp_path, body), tmp_path, [[1, 2], [3, 4, 5]]) as rows:
+        assert rows._header() == (2, VOCABULARY)
+        assert not list(temporary.iterdir())
 
 
 def test_rows_are_read_as_they_come(scored_model, tmp_path: Path) -> None:
