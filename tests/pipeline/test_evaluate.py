@@ -1,6 +1,7 @@
 """Scoring a text with a program, and comparing it with a Hugging Face model or another program."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -257,18 +258,46 @@ def test_programs_that_do_not_fit(runner, scored_model, text, tmp_path: Path) ->
         evaluate(tmp_path, text, runner.binary, 64)
 
 
-def test_a_reference_whose_tokens_are_others(runner, scored_model, text, tmp_path: Path) -> None:
-    """One without a tokenizer is compared all the same."""
+@pytest.fixture
+def other_tokens(scored_model: Path, tmp_path: Path) -> Path:
+    """A copy of `scored_model`'s program `score`, whose tokenizer has two ids exchanged."""
     program, other = scored_model / "score", tmp_path / "other"
     other.mkdir()
     for name in ("model.pte", "model.ptd"):
         (other / name).symlink_to(program / name)
-    result = evaluate(program, text, runner.binary, 64, reference_program=other)
-    assert result.kl_divergence == 0
     tokenizer = json.loads((program / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = f"^{other / 'tokenizer.json'}: {text} has other tokens by it than by {program}"
-    with pytest.raises(ConfigError, match=message):
-        evaluate(program, text, runner.binary, 64, reference_program=other)
+    return other
+
+
+def test_a_reference_whose_tokens_are_others(runner, scored_model, text, other_tokens) -> None:
+    """One without a tokenizer is compared all the same."""
+    program = scored_model / "score"
+    message = f"^{other_tokens / 'tokenizer.json'}: {text} has other tokens by it than by {program}"
+    with pytest.raises(ConfigError, match=f"{message}/tokenizer.json$"):
+        evaluate(program, text, runner.binary, 64, reference_program=other_tokens)
+    (other_tokens / "tokenizer.json").unlink()
+    result = evaluate(program, text, runner.binary, 64, reference_program=other_tokens)
+    assert result.kl_divergence == 0
+
+
+def test_a_program_whose_tokens_are_others(
+    runner, scored_model, text, other_tokens, token_ids, tmp_path: Path
+) -> None:
+    """Than those of the checkpoint, which may have its tokenizer in other files."""
+    checkpoint, message = tmp_path / "checkpoint", f"^{other_tokens / 'tokenizer.json'}: {text} has"
+    shutil.copytree(scored_model / "checkpoint", checkpoint)
+    tokenizer = checkpoint / "tokenizer.json"
+    with pytest.raises(ConfigError, match=f"{message} other tokens by it than by {tokenizer}$"):
+        evaluate(other_tokens, text, runner.binary, 64, checkpoint)
+    model = json.loads(tokenizer.read_text())["model"]
+    tokenizer.unlink()
+    (checkpoint / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (checkpoint / "merges.txt").write_text("#version: 0.2\n")
+    (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(ConfigError, match=f"{message} other tokens by it than by {checkpoint}$"):
+        evaluate(other_tokens, text, runner.binary, 64, checkpoint)
+    result = evaluate(scored_model / "score", text, runner.binary, 64, checkpoint)
+    assert result.tokens == len(token_ids) - -(-len(token_ids) // 64)
