@@ -161,8 +161,8 @@ class _Comparison:
 
 
 def _encode(folder: Path, content: str) -> list[int]:
-    """A text's token ids, by the `tokenizer.json` of a program or a checkpoint; by what transformers
-    makes of a checkpoint's other files where there is none."""
+    """A text's token ids, by the `tokenizer.json` of a program or a checkpoint, or by what
+    transformers makes of a checkpoint's other files where there is none."""
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER
@@ -261,10 +261,11 @@ def evaluate(
     total, done = sum(len(w) - 1 for w in windows), 0
     with contextlib.ExitStack() as stack:
         exported = stack.enter_context(ProgramLogits(runner, program_dir, windows))
+        vocabulary = exported.vocabulary  # known once the program has its part of a GPU's memory
         reference = _open_reference(stack, windows, runner, model_dir, reference_program)
-        if reference is not None and reference.vocabulary != exported.vocabulary:
+        if reference is not None and reference.vocabulary != vocabulary:
             raise ConfigError(
-                f"{program_dir}: vocabulary of {exported.vocabulary}, "
+                f"{program_dir}: vocabulary of {vocabulary}, "
                 f"{reference_program or model_dir} has {reference.vocabulary}"
             )
         comparison = _Comparison(exported, reference)

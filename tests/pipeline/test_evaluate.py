@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from checkpoints import make_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from et_moe.pipeline import logits as logits_of
-from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.config import ConfigError, ConfigWarning
 from et_moe.pipeline.evaluate import ROWS, Evaluation, evaluate
 from et_moe.pipeline.logits import HuggingFaceLogits, ProgramLogits
 
@@ -163,6 +164,65 @@ def test_windows_of_one_length_are_a_batch(scored_model, token_ids, monkeypatch)
         alone = HuggingFaceLogits(scored_model / "checkpoint", [ids]).read(len(ids) - 1)
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
     assert shapes == [(2, 40), (2, 40), (1, 40), (1, 7)]
+
+
+def test_the_reference_is_on_a_gpu_where_there_is_one(scored_model, monkeypatch) -> None:
+    """All of it, with what it is given; only logits leave it."""
+    for found, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert logits_of.reference_device() == torch.device(device)
+    meta = torch.device("meta")
+    monkeypatch.setattr(logits_of, "reference_device", lambda: meta)
+    away = HuggingFaceLogits(scored_model / "checkpoint", [[1, 2, 3]])
+    assert {p.device for p in (*away._model.parameters(), *away._head.parameters())} == {meta}
+
+    def call(ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        assert ids.device == meta and not use_cache
+        size = away._head.weight.shape[1]
+        return SimpleNamespace(last_hidden_state=torch.zeros(*ids.shape, size, device=meta))
+
+    away._model = call
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        away.read(2)
+
+
+TOO_LITTLE = "/checkpoint: too little GPU memory is left, so the CPU runs the reference$"
+
+
+def test_a_gpu_too_small_for_the_reference(scored_model, monkeypatch) -> None:
+    """The CPU computes instead, which is said."""
+    checkpoint, move = scored_model / "checkpoint", torch.nn.Module.to
+    expected = HuggingFaceLogits(checkpoint, [[1, 2, 3]]).read(2)
+
+    def to(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(logits_of, "reference_device", lambda: torch.device("cuda"))
+    with pytest.warns(ConfigWarning, match=TOO_LITTLE):
+        found = HuggingFaceLogits(checkpoint, [[1, 2, 3]])
+    assert torch.equal(found.read(2), expected)
+
+
+def test_a_gpu_too_small_for_a_batch_of_the_reference(scored_model, monkeypatch) -> None:
+    """That batch and those behind it are computed by the CPU."""
+    checkpoint, windows = scored_model / "checkpoint", [[1, 2, 3, 4, 5], [6, 7, 8], [9, 8]]
+    alone, found = (HuggingFaceLogits(checkpoint, windows) for _ in range(2))
+    model, failures = found._model, [False, True, False, False]
+
+    def call(*args, **options):
+        if failures.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(*args, **options)
+
+    found._model = call
+    assert torch.equal(found.read(4), alone.read(4))
+    with pytest.warns(ConfigWarning, match=TOO_LITTLE):
+        rows = found.read(2)
+    assert torch.equal(rows, alone.read(2)) and torch.equal(found.read(1), alone.read(1))
+    assert not failures
 
 
 @pytest.mark.parametrize(
