@@ -13,7 +13,6 @@ draws a token, and one more for each draft that is accepted.
 import dataclasses
 import json
 import random
-import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -118,11 +117,27 @@ def steps_of(stats: dict, sequences: int) -> dict:
     return ({"step_ms": duration / steps} if steps > 0 else {}) | drafts
 
 
+_BINDINGS = b'{"methods": '
+"""How the text of `get_bindings` begins (`et_moe.backends.bindings`)."""
+
+
 def state_dtype(program: Path) -> str:
-    """The dtype of a program's recurrent state, by the text of its `get_bindings`; "float32" where
-    it says none."""
-    found = re.search(rb'recurrent_state", "dtype": "(\w+)"', (program / "model.pte").read_bytes())
-    return found[1].decode() if found else "float32"
+    """The dtype of a program's recurrent state; "float32" where it has none. Its `get_bindings` is
+    read as it lies in the file, since ExecuTorch is not where programs are only run.
+
+    Raises:
+        ValueError: the file holds no such text; names it.
+    """
+    path = program / "model.pte"
+    content = path.read_bytes()
+    begin = content.find(_BINDINGS)
+    try:
+        end = content.index(0, begin)  # a FlatBuffer's texts end so
+        state = json.loads(content[begin:end])["state"]
+    except (ValueError, KeyError):
+        raise ValueError(f"{path}: no get_bindings in it, which `et-moe export` writes") from None
+    found = {t["dtype"] for t in state if t["name"].endswith("recurrent_state")}
+    return found.pop() if found else "float32"
 
 
 def _profile(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:

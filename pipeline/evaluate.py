@@ -160,12 +160,35 @@ class _Comparison:
         return Evaluation(count, *perplexities, self._kl / count, agreement, ours, theirs)
 
 
-def _encode(program_dir: Path, content: str) -> list[int]:
-    """A text's token ids, by the tokenizer of a program."""
+def _encode(folder: Path, content: str) -> list[int]:
+    """A text's token ids, by the `tokenizer.json` of a program or a checkpoint, or by what
+    transformers makes of a checkpoint's other files where there is none."""
     from tokenizers import Tokenizer
 
-    check_tokenizer(program_dir)
-    return Tokenizer.from_file(str(program_dir / TOKENIZER)).encode(content).ids
+    path = folder / TOKENIZER
+    if path.is_file():
+        check_tokenizer(folder)
+        return Tokenizer.from_file(str(path)).encode(content).ids
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    # Not verbose: that a text is longer than the model's context does not matter here.
+    return tokenizer(content, verbose=False)["input_ids"]
+
+
+def _encode_alike(content: str, text: Path, folder: Path, other: Path | None) -> list[int]:
+    """The token ids of the content of `text`.
+
+    Raises:
+        ConfigError: they are others by the `tokenizer.json` of `other`, if there is one.
+    """
+    ids = _encode(folder, content)
+    theirs = other / TOKENIZER if other is not None else None
+    if theirs is not None and theirs.is_file() and _encode(other, content) != ids:
+        path = folder / TOKENIZER
+        ours = path if path.is_file() else folder
+        raise ConfigError(f"{theirs}: {text} has other tokens by it than by {ours}")
+    return ids
 
 
 def _read_windows(
@@ -181,21 +204,14 @@ def _read_windows(
     content = read_text(text)
     if model_dir is not None:
         load_config(model_dir)  # names what is missing, before transformers would ask a hub for it
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
-        # Not verbose: that a text is longer than the model's context does not matter here.
-        ids = tokenizer(content, verbose=False)["input_ids"]
+        ids = _encode_alike(content, text, model_dir, program_dir)
     else:
         path = program_dir / TOKENIZER
         if not (program_dir / "model.pte").is_file():
             raise ConfigError(f"{program_dir}: no program: model.pte is not there")
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; --model-dir names a checkpoint with one")
-        ids = _encode(program_dir, content)
-        other = reference_program / TOKENIZER if reference_program is not None else None
-        if other is not None and other.is_file() and _encode(other.parent, content) != ids:
-            raise ConfigError(f"{other}: {text} has other tokens by it than by {path}")
+        ids = _encode_alike(content, text, program_dir, reference_program)
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     if not windows:
@@ -231,8 +247,8 @@ def evaluate(
         program_dir: `model.pte` and `model.ptd`, for whatever the runner finds here: CPU or GPU.
         model_dir: the Hugging Face checkpoint with its tokenizer, as the reference.
         reference_program: another program of the same vocabulary, as the reference. Texts are read
-            by the tokenizer of `program_dir` where there is no `model_dir`; that of the reference,
-            if it has one, must give the same tokens.
+            by the tokenizer of `model_dir`, or of `program_dir` where there is none; that of the
+            other model, if it has one, must give the same tokens.
         progress: called with the tokens that are predicted and their number.
 
     Raises:
@@ -245,10 +261,11 @@ def evaluate(
     total, done = sum(len(w) - 1 for w in windows), 0
     with contextlib.ExitStack() as stack:
         exported = stack.enter_context(ProgramLogits(runner, program_dir, windows))
+        vocabulary = exported.vocabulary  # known once the program has its part of a GPU's memory
         reference = _open_reference(stack, windows, runner, model_dir, reference_program)
-        if reference is not None and reference.vocabulary != exported.vocabulary:
+        if reference is not None and reference.vocabulary != vocabulary:
             raise ConfigError(
-                f"{program_dir}: vocabulary of {exported.vocabulary}, "
+                f"{program_dir}: vocabulary of {vocabulary}, "
                 f"{reference_program or model_dir} has {reference.vocabulary}"
             )
         comparison = _Comparison(exported, reference)

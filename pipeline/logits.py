@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.config import ConfigError, warn
 
 Windows = Sequence[Sequence[int]]
 
@@ -65,13 +65,15 @@ class ProgramLogits(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "ProgramLogits":
         with contextlib.ExitStack() as stack:
-            self._ids = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ids.json"
-            self._ids.write_text(json.dumps([list(window) for window in self._windows]))
+            # Files without names: nothing is left of them, however this process ends.
             self._errors = stack.enter_context(tempfile.TemporaryFile())
+            ids = stack.enter_context(tempfile.TemporaryFile("w"))
+            json.dump([list(window) for window in self._windows], ids)
+            ids.flush()
             reading, writing = os.pipe()
             self._rows = stack.enter_context(os.fdopen(reading, "rb", buffering=0))
             try:
-                self._process = self._start(writing)
+                self._process = self._start(ids.fileno(), writing)
             finally:
                 os.close(writing)  # the runner's is the only one: that it ends is seen
             stack.callback(self._end)
@@ -81,7 +83,8 @@ class ProgramLogits(contextlib.AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _start(self, writing: int) -> subprocess.Popen:
+    def _start(self, ids: int, writing: int) -> subprocess.Popen:
+        self._ids = f"/dev/fd/{ids}"
         with contextlib.suppress(OSError):
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         command = [
@@ -94,7 +97,9 @@ class ProgramLogits(contextlib.AbstractContextManager):
         ]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         try:
-            return subprocess.Popen(command, stderr=self._errors, pass_fds=(writing,), **streams)
+            return subprocess.Popen(
+                command, stderr=self._errors, pass_fds=(ids, writing), **streams
+            )
         except OSError as e:
             message = f"{self._runner}: cannot be run ({e.strerror}); is it built?"
             raise ConfigError(message) from None
@@ -144,17 +149,28 @@ class ProgramLogits(contextlib.AbstractContextManager):
         return torch.from_numpy(rows)
 
 
+def reference_device() -> torch.device:
+    """Where a Hugging Face model computes: on a GPU that torch finds, else on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class HuggingFaceLogits:
-    """Those of a Hugging Face model, in the checkpoint's dtype. What it gives of a batch are hidden
-    states; logits are made of them row by row."""
+    """Those of a Hugging Face model, in the checkpoint's dtype; computed on a GPU where there is
+    one with enough memory. What the model gives of a batch are hidden states; logits are made of
+    them row by row."""
 
     def __init__(self, model_dir: Path, windows: Windows) -> None:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        self._whole = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype="auto", use_safetensors=True, **LOCAL
         ).eval()
-        self._model, self._head = model.base_model, model.get_output_embeddings()
+        self._model, self._head = self._whole.base_model, self._whole.get_output_embeddings()
+        self._model_dir, self._device = model_dir, reference_device()
+        try:
+            self._whole.to(self._device)
+        except torch.OutOfMemoryError:
+            self._leave_gpu()
         self._windows = self._hidden(windows)
         self._rest: Tensor | None = None
 
@@ -162,21 +178,36 @@ class HuggingFaceLogits:
     def vocabulary(self) -> int:
         return self._head.weight.shape[0]
 
+    def _leave_gpu(self) -> None:
+        warn(f"{self._model_dir}: too little GPU memory is left, so the CPU runs the reference")
+        self._device = torch.device("cpu")
+        self._whole.to(self._device)
+        torch.cuda.empty_cache()  # others have use for it
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """The hidden states of a batch of windows, `[B, n, H]`."""
+        # Without a cache: that of transformers wants a layer of full attention. And without TF32,
+        # in which PyTorch computes fp32 convolutions if it may.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self._model(ids.to(self._device), use_cache=False).last_hidden_state
+
     def _hidden(self, windows: Windows) -> Iterator[Tensor]:
         """Of each window the hidden states that its logits are made of, `[n - 1, H]`."""
         for length, group in groupby(windows, len):
             alike, size = list(group), max(1, BATCH_TOKENS // length)
             for begin in range(0, len(alike), size):
                 batch = torch.tensor(alike[begin : begin + size])
-                with torch.no_grad():
-                    # Without a cache: that of transformers wants a layer of full attention.
-                    found = self._model(batch, use_cache=False).last_hidden_state
+                try:
+                    found = self._forward(batch)
+                except torch.OutOfMemoryError:
+                    self._leave_gpu()
+                    found = self._forward(batch)
                 yield from found[:, :-1]
 
     def read(self, count: int) -> Tensor:
-        """See `Logits`; in the checkpoint's dtype."""
+        """See `Logits`; in the checkpoint's dtype, on the CPU."""
         if self._rest is None or not len(self._rest):
             self._rest = next(self._windows)
         rows, self._rest = self._rest[:count], self._rest[count:]
         with torch.no_grad():
-            return self._head(rows)
+            return self._head(rows).cpu()

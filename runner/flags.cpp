@@ -157,8 +157,9 @@ void add_flags(CLI::App& app, Flags& f) {
       ->check(check_fraction);
   app.add_flag("--parse_special,!--no_parse_special", f.parse_special,
                "Special tokens written in the prompt become their ids (the default)");
-  add_integer(app, "--warmup", f.warmup, "Runs before the measured ones", 0, 1000000);
-  add_integer(app, "--num_iters", f.num_iters, "Measured runs", 1, 1000000);
+  add_integer(app, "--warmup", f.warmup, "Runs before the measured ones", 0, 1000000)
+      ->excludes(score);
+  add_integer(app, "--num_iters", f.num_iters, "Measured runs", 1, 1000000)->excludes(score);
   app.add_flag("--cuda_graph", f.cuda_graph, "Capture CUDA graphs; a CPU program ignores it");
   add_path(
       app, "--output_ids_path", f.output_ids_path,

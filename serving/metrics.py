@@ -1,9 +1,10 @@
 """What a server measures, for Prometheus, with names and units as its documentation asks
 (https://prometheus.io/docs/practices/naming)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.samples import Sample
 
 from et_moe.serving.interface import Drafts, EngineStatus
 
@@ -84,6 +85,14 @@ class Metrics:
 
     def rejected(self, status: int) -> None:
         self._rejected.labels(str(status)).inc()
+
+    def samples(self) -> Iterator[tuple[Sample, str]]:
+        """All samples that `text` has, each with what it is in words. Those of one name have the
+        same labels. Without the times at which counters began."""
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    yield sample, family.documentation
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -27,6 +27,7 @@ from et_moe.serving.http_limits import HttpLimits
 from et_moe.serving.openai.errors import APIError
 from et_moe.serving.openai.events import DONE, event
 from et_moe.serving.page import PAGE_PATHS
+from et_moe.serving.ray_metrics import export
 from et_moe.serving.served_model import model_opener
 from et_moe.serving.server import create_app
 
@@ -77,6 +78,7 @@ class Replica:
         self._app = create_app(open_model)
         self._running = self._app.router.lifespan_context(self._app)
         await self._running.__aenter__()
+        self._exported = asyncio.ensure_future(export(self._app.state.model.metrics))
 
     async def respond(self, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
         """What the application sends, those messages together that are there at once. A caller that
@@ -114,6 +116,7 @@ class Replica:
             raise RuntimeError(f"the device has failed: {broken}")
 
     async def __del__(self) -> None:
+        self._exported.cancel()
         await self._running.__aexit__(None, None, None)
 
 
@@ -133,7 +136,8 @@ class Front:
         # Under a route prefix, which Ray leaves in the path.
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if path == "/metrics":
-            message = "replicas are measured by Ray, whose metrics say how many requests each has"
+            # Handed on, it would be of one replica by chance, and wait where that one is full.
+            message = "every replica's metrics are at Ray's metrics port on its machine"
             return await APIError(404, message).response()(scope, receive, send)
         body = (await receive()).get("body", b"") if scope["method"] == "POST" else b""
         replicas = self._replicas.options(session_id=conversation_key(body))

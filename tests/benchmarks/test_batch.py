@@ -117,3 +117,7 @@ def test_the_dtype_of_a_state(tiny_program: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "model.pte").write_bytes(other)
     assert other != program and batch.state_dtype(tmp_path) == "bfloat16"
+    for damaged in (b"no program", program.replace(b'"state"', b'"stats"'), b""):
+        (tmp_path / "model.pte").write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^{tmp_path / 'model.pte'}: no get_bindings in it"):
+            batch.state_dtype(tmp_path)

@@ -1,7 +1,10 @@
 """Scoring a text with a program, and comparing it with a Hugging Face model or another program."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from checkpoints import make_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from et_moe.pipeline import logits as logits_of
-from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.config import ConfigError, ConfigWarning
 from et_moe.pipeline.evaluate import ROWS, Evaluation, evaluate
 from et_moe.pipeline.logits import HuggingFaceLogits, ProgramLogits
 
@@ -163,6 +166,65 @@ def test_windows_of_one_length_are_a_batch(scored_model, token_ids, monkeypatch)
     assert shapes == [(2, 40), (2, 40), (1, 40), (1, 7)]
 
 
+def test_the_reference_is_on_a_gpu_where_there_is_one(scored_model, monkeypatch) -> None:
+    """All of it, with what it is given; only logits leave it."""
+    for found, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert logits_of.reference_device() == torch.device(device)
+    meta = torch.device("meta")
+    monkeypatch.setattr(logits_of, "reference_device", lambda: meta)
+    away = HuggingFaceLogits(scored_model / "checkpoint", [[1, 2, 3]])
+    assert {p.device for p in (*away._model.parameters(), *away._head.parameters())} == {meta}
+
+    def call(ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        assert ids.device == meta and not use_cache
+        size = away._head.weight.shape[1]
+        return SimpleNamespace(last_hidden_state=torch.zeros(*ids.shape, size, device=meta))
+
+    away._model = call
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        away.read(2)
+
+
+TOO_LITTLE = "/checkpoint: too little GPU memory is left, so the CPU runs the reference$"
+
+
+def test_a_gpu_too_small_for_the_reference(scored_model, monkeypatch) -> None:
+    """The CPU computes instead, which is said."""
+    checkpoint, move = scored_model / "checkpoint", torch.nn.Module.to
+    expected = HuggingFaceLogits(checkpoint, [[1, 2, 3]]).read(2)
+
+    def to(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(logits_of, "reference_device", lambda: torch.device("cuda"))
+    with pytest.warns(ConfigWarning, match=TOO_LITTLE):
+        found = HuggingFaceLogits(checkpoint, [[1, 2, 3]])
+    assert torch.equal(found.read(2), expected)
+
+
+def test_a_gpu_too_small_for_a_batch_of_the_reference(scored_model, monkeypatch) -> None:
+    """That batch and those behind it are computed by the CPU."""
+    checkpoint, windows = scored_model / "checkpoint", [[1, 2, 3, 4, 5], [6, 7, 8], [9, 8]]
+    alone, found = (HuggingFaceLogits(checkpoint, windows) for _ in range(2))
+    model, failures = found._model, [False, True, False, False]
+
+    def call(*args, **options):
+        if failures.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(*args, **options)
+
+    found._model = call
+    assert torch.equal(found.read(4), alone.read(4))
+    with pytest.warns(ConfigWarning, match=TOO_LITTLE):
+        rows = found.read(2)
+    assert torch.equal(rows, alone.read(2)) and torch.equal(found.read(1), alone.read(1))
+    assert not failures
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -191,6 +253,21 @@ def test_a_runner_that_is_not_done_is_ended(scored_model, tmp_path: Path, token_
         assert rows.read(2).shape == (2, VOCABULARY)
         raise ZeroDivisionError
     assert process.returncode is not None
+
+
+def test_nothing_of_it_is_left_by_a_kill(tmp_path: Path, monkeypatch) -> None:
+    """What the runner reads has no name: there is nothing to be removed."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    body = (
+        "import json\n"
+        "path = [a for a in sys.argv if 'score_ids' in a][0].split('=')[1]\n"
+        "header(1 + (json.load(open(path)) == [[1, 2], [3, 4, 5]]))"
+    )
+    with ProgramLogits(small_runner(tmp_path, body), tmp_path, [[1, 2], [3, 4, 5]]) as rows:
+        assert rows._header() == (2, VOCABULARY)
+        assert not list(temporary.iterdir())
 
 
 def test_rows_are_read_as_they_come(scored_model, tmp_path: Path) -> None:
@@ -241,18 +318,46 @@ def test_programs_that_do_not_fit(runner, scored_model, text, tmp_path: Path) ->
         evaluate(tmp_path, text, runner.binary, 64)
 
 
-def test_a_reference_whose_tokens_are_others(runner, scored_model, text, tmp_path: Path) -> None:
-    """One without a tokenizer is compared all the same."""
+@pytest.fixture
+def other_tokens(scored_model: Path, tmp_path: Path) -> Path:
+    """A copy of `scored_model`'s program `score`, whose tokenizer has two ids exchanged."""
     program, other = scored_model / "score", tmp_path / "other"
     other.mkdir()
     for name in ("model.pte", "model.ptd"):
         (other / name).symlink_to(program / name)
-    result = evaluate(program, text, runner.binary, 64, reference_program=other)
-    assert result.kl_divergence == 0
     tokenizer = json.loads((program / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = f"^{other / 'tokenizer.json'}: {text} has other tokens by it than by {program}"
-    with pytest.raises(ConfigError, match=message):
-        evaluate(program, text, runner.binary, 64, reference_program=other)
+    return other
+
+
+def test_a_reference_whose_tokens_are_others(runner, scored_model, text, other_tokens) -> None:
+    """One without a tokenizer is compared all the same."""
+    program = scored_model / "score"
+    message = f"^{other_tokens / 'tokenizer.json'}: {text} has other tokens by it than by {program}"
+    with pytest.raises(ConfigError, match=f"{message}/tokenizer.json$"):
+        evaluate(program, text, runner.binary, 64, reference_program=other_tokens)
+    (other_tokens / "tokenizer.json").unlink()
+    result = evaluate(program, text, runner.binary, 64, reference_program=other_tokens)
+    assert result.kl_divergence == 0
+
+
+def test_a_program_whose_tokens_are_others(
+    runner, scored_model, text, other_tokens, token_ids, tmp_path: Path
+) -> None:
+    """Than those of the checkpoint, which may have its tokenizer in other files."""
+    checkpoint, message = tmp_path / "checkpoint", f"^{other_tokens / 'tokenizer.json'}: {text} has"
+    shutil.copytree(scored_model / "checkpoint", checkpoint)
+    tokenizer = checkpoint / "tokenizer.json"
+    with pytest.raises(ConfigError, match=f"{message} other tokens by it than by {tokenizer}$"):
+        evaluate(other_tokens, text, runner.binary, 64, checkpoint)
+    model = json.loads(tokenizer.read_text())["model"]
+    tokenizer.unlink()
+    (checkpoint / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (checkpoint / "merges.txt").write_text("#version: 0.2\n")
+    (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(ConfigError, match=f"{message} other tokens by it than by {checkpoint}$"):
+        evaluate(other_tokens, text, runner.binary, 64, checkpoint)
+    result = evaluate(scored_model / "score", text, runner.binary, 64, checkpoint)
+    assert result.tokens == len(token_ids) - -(-len(token_ids) // 64)

@@ -48,10 +48,10 @@ def program(bundle: Path) -> Callable[..., Path]:
     """The demo with so many drafts, among so many tokens or all, exported once."""
 
     @functools.cache
-    def make(drafts: int, vocabulary: int = 0) -> Path:
-        folder = bundle.with_name(f"{drafts} drafts of {vocabulary}")
-        drafting = {"draft_tokens": drafts, "draft_vocabulary": vocabulary}
-        options = ExportOptions(max_seq_len=CONTEXT, max_sequences=SEQUENCES, **drafting)
+    def make(drafts: int, vocabulary: int = 0, score: bool = False) -> Path:
+        folder = bundle.with_name(f"{drafts} drafts of {vocabulary}, {score=}")
+        more = {"draft_tokens": drafts, "draft_vocabulary": vocabulary, "score": score}
+        options = ExportOptions(max_seq_len=CONTEXT, max_sequences=SEQUENCES, **more)
         export(Bundle(bundle), folder, options)
         return folder
 
@@ -129,6 +129,17 @@ def test_no_token_changes_with_a_shortened_vocabulary(serve, program, text: Ids)
     assert tokens == expected
     shares = [s["accepted_draft_tokens_per_position"][0] / s["draft_steps"] for s in (whole, stats)]
     assert 0.7 < shares[1] / shares[0] < 1
+
+
+def test_a_shortened_vocabulary_beside_a_score(runner, serve, program, text: Ids) -> None:
+    """One program has both. So few tokens are hardly ever drafted right."""
+    both, neither = program(2, 7, score=True), program(0)
+    requests = some_requests(text, 8, False) + some_requests(text, 8, True)
+    tokens, stats = serve(both, requests)
+    assert tokens == serve(neither, requests)[0]
+    assert 0 <= stats["accepted_draft_tokens"] < 0.1 * stats["draft_tokens"]
+    found, expected = (runner.score(folder, text[:150]) for folder in (both, neither))
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("drafts", DRAFTS)

@@ -45,6 +45,12 @@ def test_flags(refused, flag: str) -> None:
     refused("--prompt_ids=1", flag, parts=[FLAGS[flag]])
 
 
+@pytest.mark.parametrize("flag", ["--warmup", "--num_iters"])
+def test_flags_that_scoring_has_not(refused, flag: str) -> None:
+    score = ("--score_ids_path=x", "--logits_path=y")
+    refused(*score, f"{flag}=1", parts=[f"{flag} excludes --score_ids_path"])
+
+
 def test_long_values_are_cut_short(refused) -> None:
     """A message must not be as long as what it complains of."""
     many = "9" * 100_000

@@ -15,10 +15,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray")
 
 REPLICAS, TOKENS = 2, 600
+REPORT_SECONDS = 4
+"""How often Ray collects metrics; 10 where nobody says so."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,12 @@ def url(demo_program: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init(num_cpus=REPLICAS, include_dashboard=False, object_store_memory=100 << 20)
+    ray.init(
+        num_cpus=REPLICAS,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        _system_config={"metrics_report_interval_ms": REPORT_SECONDS * 1000},
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     arguments = Arguments(
         program=demo_program,
@@ -66,11 +74,25 @@ def running() -> int:
 
 
 def wait_for(condition) -> None:
-    for _ in range(600):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.1)
     pytest.fail("it did not happen within a minute")
+
+
+def measured(name: str) -> dict[str, float]:
+    """What each replica has of a metric without further labels, as Ray gives it to Prometheus."""
+    import ray
+
+    text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics").text
+    return {
+        sample.labels["replica"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == f"ray_et_moe_{name}"
+    }
 
 
 def client(url: str, **options) -> httpx.AsyncClient:
@@ -161,6 +183,38 @@ def test_a_conversation_finds_its_prefix(url: str) -> None:
     asyncio.run(run())
 
 
+def test_every_replica_is_measured(url: str) -> None:
+    """Also while requests wait. What all have counted is what was asked."""
+    refused = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer secret"})
+    assert refused.status_code == 404 and "Ray's metrics port" in refused.text
+    generated, firsts = "generated_tokens_total", "time_to_first_token_seconds_count"
+    wait_for(lambda: len(measured(generated)) == REPLICAS)
+    time.sleep(REPORT_SECONDS * 2.5)  # what was asked before has been reported
+    before, before_firsts = measured(generated), measured(firsts)
+    assert set(measured("engine_up").values()) == {1}
+    answers = 0
+
+    async def ask(session: httpx.AsyncClient, number: int, both: asyncio.Future) -> None:
+        nonlocal answers
+        while not both.done():
+            await answer(session, number)
+            answers += 1
+
+    async def run() -> None:
+        async with client(url) as session:
+            work = asyncio.to_thread(
+                wait_for, lambda: min(measured("requests_running").values()) > 0
+            )
+            both = asyncio.ensure_future(work)
+            await asyncio.gather(both, *(ask(session, number, both) for number in range(24)))
+
+    asyncio.run(run())
+    expected = sum(before.values()) + answers * TOKENS
+    wait_for(lambda: sum(measured(generated).values()) == expected)
+    assert measured(generated).keys() == before.keys()
+    assert sum(measured(firsts).values()) == sum(before_firsts.values()) + answers
+
+
 def test_a_client_that_leaves_frees_its_place(url: str) -> None:
     """More than there are places for begin long answers and leave; the next is served at once."""
 
@@ -181,8 +235,8 @@ def test_a_client_that_leaves_frees_its_place(url: str) -> None:
 
 def test_a_replica_is_killed_under_load(url: str) -> None:
     """No request that had not begun is lost, streams that had begun end with an error, and the
-    replica comes again."""
-    numbers, victim = range(24), replicas()[0]
+    replica comes again, as another one for who measures it."""
+    numbers, victim, measured_before = range(24), replicas()[0], measured("engine_up").keys()
 
     async def run() -> int:
         async with client(url, limits=httpx.Limits(max_connections=None)) as session:
@@ -206,3 +260,5 @@ def test_a_replica_is_killed_under_load(url: str) -> None:
     print(f"{broken} streams ended with an error", file=sys.stderr)
     assert 0 < broken < len(numbers)
     wait_for(lambda: victim not in replicas() and running() == REPLICAS)
+    wait_for(lambda: len(measured("engine_up").keys() & measured_before) == REPLICAS - 1)
+    wait_for(lambda: len(measured("engine_up")) == REPLICAS)
