@@ -8,9 +8,10 @@ cd "$(dirname "$0")/.."
 
 packages=(g++ python3-dev python3-venv libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcli11-dev
   libxxhash-dev libsodium-dev libgtest-dev)
-# A browser for the page's tests, which are skipped where there is none. Only Debian has this package.
-if [ "${1:-}" = --for-tests ] && grep -qs '^ID=debian' /etc/os-release; then
-  packages+=(chromium-headless-shell)
+if [ "${1:-}" = --for-tests ]; then
+  packages+=(ccache)
+  # A browser for the page's tests, which are skipped where there is none. Only Debian has this package.
+  if grep -qs '^ID=debian' /etc/os-release; then packages+=(chromium-headless-shell); fi
 fi
 python_headers='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
 

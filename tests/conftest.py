@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch._export.utils as torch_export
+from files import made_once
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, and for its own functions when it is first
@@ -131,13 +132,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint with a layer of each kind and a tokenizer of bytes."""
     from checkpoints import make_small
 
-    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    make_small(directory)
-    return directory
+    return made_once(tmp_path_factory, "tiny_checkpoint", make_small)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path) -> Path:
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of `tiny_checkpoint`: INT4 in groups of 32, INT8 embedding."""
     from checkpoints import storages
 
@@ -145,10 +144,8 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
     from et_moe.pipeline.checkpoint import Checkpoint
     from et_moe.pipeline.quantize import QuantizedCheckpoint
 
-    directory = tiny_checkpoint.with_name("bundle")
     source = QuantizedCheckpoint(Checkpoint(tiny_checkpoint), storages("4w", 32, "8w"))
-    write_bundle(source, directory)
-    return directory
+    return made_once(tmp_path_factory, "tiny_bundle", lambda folder: write_bundle(source, folder))
 
 
 @pytest.fixture(scope="session")
@@ -160,21 +157,21 @@ def demo_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from et_moe.pipeline.export import ExportOptions, export
     from et_moe.pipeline.quantize import QuantizedCheckpoint
 
-    directory = tmp_path_factory.mktemp("demo")
     checkpoint = Checkpoint(REPO / "examples/qwen3_5_moe/demo_checkpoint")
-    export(QuantizedCheckpoint(checkpoint, storages("4w", 32, "8w")), directory, ExportOptions())
-    return directory
+    source = QuantizedCheckpoint(checkpoint, storages("4w", 32, "8w"))
+    return made_once(
+        tmp_path_factory, "demo_program", lambda folder: export(source, folder, ExportOptions())
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_program(tiny_bundle: Path) -> Path:
+def tiny_program(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `et-moe export` makes of `tiny_bundle` for the CPU, with a context of 32 tokens."""
     from et_moe.pipeline.bundle import Bundle
     from et_moe.pipeline.export import ExportOptions, export
 
-    directory = tiny_bundle.with_name("program")
-    export(Bundle(tiny_bundle), directory, ExportOptions(max_seq_len=32))
-    return directory
+    bundle, options = Bundle(tiny_bundle), ExportOptions(max_seq_len=32)
+    return made_once(tmp_path_factory, "tiny_program", lambda path: export(bundle, path, options))
 
 
 @pytest.fixture(scope="session")
@@ -188,12 +185,13 @@ def scored_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from et_moe.pipeline.export import ExportOptions, export
     from et_moe.pipeline.quantize import QuantizedCheckpoint
 
-    folder = tmp_path_factory.mktemp("scored")
-    sizes = {"max_position_embeddings": 256, "mtp_num_hidden_layers": 1}
-    make_small(folder / "checkpoint", **sizes)
-    change_config(folder / "checkpoint", dtype="float32")
-    source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("none", 128, "none"))
-    for name, more in (("plain", {}), ("score", {}), ("drafts", {"draft_tokens": 2})):
-        options = ExportOptions(max_sequences=1, score=name != "plain", **more)
-        export(source, folder / name, options)
-    return folder
+    def make(folder: Path) -> None:
+        checkpoint = folder / "checkpoint"
+        make_small(checkpoint, max_position_embeddings=256, mtp_num_hidden_layers=1)
+        change_config(checkpoint, dtype="float32")
+        source = QuantizedCheckpoint(Checkpoint(checkpoint), storages("none", 128, "none"))
+        for name, more in (("plain", {}), ("score", {}), ("drafts", {"draft_tokens": 2})):
+            options = ExportOptions(max_sequences=1, score=name != "plain", **more)
+            export(source, folder / name, options)
+
+    return made_once(tmp_path_factory, "scored_model", make)

@@ -33,12 +33,17 @@ for name in ("torch", "executorch", "numpy"):
 """
 
 
-def run(*command, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs a command without this environment's packages; it must end with `code`."""
+def run(
+    *command, code: int = 0, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """Runs a command without this environment's packages; it must end with `code`.
+
+    variables: of the environment, besides.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ET_MOE"))}
     done = subprocess.run(
         list(map(str, command)),
-        env=environment,
+        env=environment | variables,
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -50,11 +55,18 @@ def run(*command, code: int = 0, cwd: Path | None = None) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built in `build/wheel`, where building it again costs little."""
+    """The wheel, built in `build/wheel`, where building it again costs little.
+
+    With ccache, as in scripts/test.sh, it takes the objects of the usual build. Without, it is not
+    optimized, since other tests are of the code.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     options = ["--no-deps", "--no-build-isolation", "-C", f"build-dir={REPO / 'build' / 'wheel'}"]
-    options += ["-C", "cmake.build-type=None"]  # not optimized, since other tests are of the code
-    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, REPO)
+    if "CMAKE_CXX_COMPILER_LAUNCHER" not in os.environ:
+        options += ["-C", "cmake.build-type=None"]
+    # scikit-build-core would name the same compiler otherwise, and ccache would compile again.
+    command = (sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, REPO)
+    run(*command, CXX="c++")
     (path,) = folder.glob("*.whl")
     return path
 

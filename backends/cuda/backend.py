@@ -38,6 +38,7 @@ from et_moe.backends.bindings import (
     describe_tensors,
     get_bindings,
 )
+from et_moe.backends.cuda.build import scratch_folder
 from et_moe.backends.cuda.code_cache import CodeCache, compile_cached, open_cache
 from et_moe.backends.cuda.compile import CompiledMethod, CompiledRange
 from et_moe.backends.cuda.gpu import gpu_for
@@ -306,7 +307,8 @@ def lower(
         "get_backend": json.dumps("cuda"),
         "get_bindings": get_bindings(methods, plan.spec, dict.fromkeys(methods, 0)),
     }
-    with _lowering(lowering):
+    # Methods and architectures share what is compiled there.
+    with scratch_folder(), _lowering(lowering):
         program = to_edge_transform_and_lower(
             {name: _opaque(name, graph) for name, graph in methods.items()},
             partitioner={name: [EtMoeCudaPartitioner(name)] for name in methods},

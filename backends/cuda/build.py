@@ -1,6 +1,8 @@
 """Builds a host program into a shared object, reproducibly."""
 
 import contextlib
+import contextvars
+import hashlib
 import os
 import platform
 import re
@@ -15,7 +17,7 @@ import torch
 
 from et_moe.backends.cuda.errors import ToolchainError
 from et_moe.backends.cuda.gpu import cuda_include_dir, ptxas
-from et_moe.backends.cuda.host_program import run_body
+from et_moe.backends.cuda.host_program import run_body, split_interface
 from et_moe.backends.cuda.inductor import UnsupportedOpError
 
 MARCH = "x86-64"
@@ -61,13 +63,13 @@ RUNTIME_FUNCTIONS = frozenset(
 """All that a shared object may ask of the program that loads it, besides the CUDA driver and
 runtime: tensors, but no op. In its code the names have the prefix `et_moe_`."""
 
-_FLAGS = [
+_COMPILE = [
+    "g++",
     "-std=c++20",
     "-O1",
     f"-march={MARCH}",
     "-w",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-ffunction-sections",
     "-fdata-sections",
@@ -76,6 +78,11 @@ _FLAGS = [
     "-DC10_USING_CUSTOM_GENERATED_MACROS",
     "-DSTANDALONE_TORCH_HEADER",
     "-DTORCH_INDUCTOR_CPP_WRAPPER",
+]
+
+_LINK = [
+    "g++",
+    "-shared",
     # Needs no newer C++ library than the machine that runs it has; but it shares the unwinder with
     # its caller (libgcc_s), since exceptions leave the code.
     "-static-libstdc++",
@@ -96,19 +103,30 @@ _binary_constants_bin_end:
 """Assembly of the constants, of which there are none."""
 
 
+_SCRATCH: contextvars.ContextVar[Path | None] = contextvars.ContextVar("scratch", default=None)
+
+
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Inside the block all temporary files lie in one folder, which is removed at its end.
 
     Those of this process and of the compilers that it starts: when an exception or a signal ends
-    them, Triton, ptxas and g++ leave files behind.
+    them, Triton, ptxas and g++ leave files behind. Blocks inside a block have its folder, and so
+    what is compiled in one of them need not be compiled again in the next.
     """
+    if outer := _SCRATCH.get():
+        yield outer
+        return
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(tempfile, "tempdir", folder),
         mock.patch.dict(os.environ, {"TMPDIR": folder}),
     ):
-        yield Path(folder)
+        token = _SCRATCH.set(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            _SCRATCH.reset(token)
 
 
 def _run(command: list[str], folder: Path) -> str:
@@ -154,46 +172,68 @@ def toolchain() -> str:
     return f"{compiler}; CUDA {cuda[1] if cuda else 'unknown'}; {assembler}"
 
 
-def build(source: str) -> bytes:
-    """Compiles and links the C++ text of a host program.
-
-    The result exports AOTInductor's C interface, is for x86-64, and asks its loader for nothing
-    but CUDA, `RUNTIME_FUNCTIONS` and its kernels (`host_program.FIND_KERNEL`). The same input gives
-    the same bytes in any folder.
-
-    Raises:
-        UnsupportedOpError: the program calls a library op.
-        ToolchainError: the C++ compiler is missing or fails.
-    """
+def _compiler() -> list[str]:
+    """The command that compiles C++ of a host program, without its files."""
     torch_headers = Path(torch.__file__).parent / "include"
-    _check_functions(run_body(source))
     headers = {
         torch_headers: "torch",
         torch_headers / "torch/csrc/api/include": "torch_api",
         cuda_include_dir(): "cuda",
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "host.cpp").write_text(source)
-        (folder / "constants.S").write_text(_CONSTANTS)
+    renamed = [f"-D{name}=et_moe_{name}" for name in sorted(RUNTIME_FUNCTIONS)]
+    includes = [f"-isystem{path}" for path in headers]
+    prefixes = [f"-ffile-prefix-map={path}={short}" for path, short in headers.items()]
+    return [*_COMPILE, *renamed, *includes, *prefixes]
+
+
+_SHARED_TEMPLATE = """template class torch::aot_inductor::AOTInductorModelBase<
+    torch::aot_inductor::AOTInductorModel>;
+"""
+"""Most of a host program's code; only the object of the interface has it."""
+
+
+def _shared(interface: str, scratch: Path) -> Path:
+    """A folder with what host programs of one interface share: their headers, compiled ahead
+    (`headers.h.gch`), and the objects of interface and constants. It is made once in `scratch`.
+    """
+    folder = scratch / f"host-{hashlib.sha256(interface.encode()).hexdigest()}"
+    if folder.exists():
+        return folder
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        work = Path(name, "host")
+        work.mkdir()
+        included = re.findall(r"^#include .*\n", interface, re.MULTILINE)
+        (work / "headers.h").write_text("".join(included))
+        (work / "interface.cpp").write_text(interface + _SHARED_TEMPLATE)
+        (work / "constants.S").write_text(_CONSTANTS)
+        _run([*compiler, "-x", "c++-header", "headers.h", "-o", "headers.h.gch"], work)
+        _run([*compiler, "-include", "headers.h", "-c", "interface.cpp"], work)
+        _run([*compiler, "-c", "constants.S"], work)
+        work.rename(folder)
+    return folder
+
+
+def build(source: str) -> bytes:
+    """Compiles and links the C++ text of a host program.
+
+    The result exports AOTInductor's C interface, is for x86-64, and asks its loader for nothing
+    but CUDA, `RUNTIME_FUNCTIONS` and its kernels (`host_program.FIND_KERNEL`). The same input gives
+    the same bytes in any folder. Inside `scratch_folder` the interface is compiled once.
+
+    Raises:
+        UnsupportedOpError: the program calls a library op.
+        ToolchainError: the C++ compiler is missing or fails.
+    """
+    _check_functions(run_body(source))
+    interface, program = split_interface(source)
+    with scratch_folder() as scratch, tempfile.TemporaryDirectory() as name:
+        shared, folder = _shared(interface, scratch), Path(name)
+        (folder / "host.cpp").write_text(f"extern {_SHARED_TEMPLATE}" + program)
         (folder / "exports.map").write_text(_EXPORTS)
-        includes = [f"-isystem{path}" for path in headers]
-        prefixes = [f"-ffile-prefix-map={path}={short}" for path, short in headers.items()]
-        renamed = [f"-D{name}=et_moe_{name}" for name in sorted(RUNTIME_FUNCTIONS)]
-        _run(
-            [
-                "g++",
-                *_FLAGS,
-                *renamed,
-                *includes,
-                *prefixes,
-                "host.cpp",
-                "constants.S",
-                "-o",
-                "host.so",
-            ],
-            folder,
-        )
+        _run([*_compiler(), "-include", str(shared / "headers.h"), "-c", "host.cpp"], folder)
+        objects = ["host.o", *(str(shared / name) for name in ("interface.o", "constants.o"))]
+        _run([*_LINK, *objects, "-o", "host.so"], folder)
         _check_functions(_run(["nm", "-D", "--undefined-only", "host.so"], folder))
         return (folder / "host.so").read_bytes()
 

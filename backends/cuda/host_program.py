@@ -11,6 +11,15 @@ def run_body(source: str) -> str:
     return source[start : source.index("} // AOTInductorModel::run_impl", start)]
 
 
+def split_interface(source: str) -> tuple[str, str]:
+    """A host program in two parts: AOTInductor's C interface, with its includes, which is the same
+    for all, and what is of this program alone and needs nothing but these includes."""
+    start = source.find("#define CUDA_DRIVER_CHECK(EXPR)")
+    if not 0 <= source.find("AOTIRuntimeError AOTInductorModelContainerRun(") < start:
+        raise RuntimeError("torch generates another host program than expected")
+    return source[:start], source[start:]
+
+
 def kernel_calls(source: str) -> Iterator[tuple[str, list[str]]]:
     """(kernel name, argument expressions) of every launch of a call, in order."""
     for match in re.finditer(r"^    call_(\w+)\((.*)\);$", run_body(source), re.MULTILINE):

@@ -1,6 +1,7 @@
 """Runs TorchInductor up to its C++ host program and its compiled kernels, and takes both over."""
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -190,11 +191,17 @@ def _strict_kernel_analysis() -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def _once_per_variant(analyse: Callable) -> Callable:
+_ANALYSES: dict[str, dict[tuple, tuple]] = collections.defaultdict(dict)
+"""Target of Triton -> what `_once_per_variant` has found for it, in whatever graph."""
+
+
+def _once_per_variant(analyse: Callable, known: dict[tuple, tuple]) -> Callable:
     """torch's analysis of what a kernel reads and writes, kept for launches that differ in nothing
     that the kernel's code depends on: most of the time of a compilation with hundreds of launches.
+
+    Args:
+        known: what has been found for the same target, to which this adds.
     """
-    known: dict[tuple, object] = {}
 
     def variant(value: object) -> object:
         if hasattr(value, "get_dtype"):  # Inductor's tensors
@@ -213,8 +220,9 @@ def _once_per_variant(analyse: Callable) -> Callable:
         arguments = tuple((name, variant(value)) for name, value in sorted(given.items()))
         key = (id(function), arguments, str(tma_descriptor_metadata))
         if key not in known:
-            known[key] = analyse(kernel, kwargs, tma_descriptor_metadata)
-        return known[key]
+            # With the function, whose id no other has then.
+            known[key] = function, analyse(kernel, kwargs, tma_descriptor_metadata)
+        return known[key][1]
 
     return cached
 
@@ -319,12 +327,14 @@ def generate(
     Raises:
         UnsupportedOpError: the graph has an op that would be a library call.
     """
+    from torch._dynamo.repro import after_aot
     from torch._higher_order_ops import triton_kernel_wrap
     from torch._inductor import codecache, compile_fx
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
     collector, op_class = _Collector(), triton_kernel_wrap.Op
+    analyses = _ANALYSES[str(triton.runtime.driver.active.get_current_target())]
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(work), "TRITON_CACHE_DIR": str(kernels)}
     environment |= ptxas_environment()
     with contextlib.ExitStack() as stack:
@@ -349,8 +359,10 @@ def generate(
             (
                 triton_kernel_wrap,
                 "identify_accessed_tensors",
-                _once_per_variant(triton_kernel_wrap.identify_accessed_tensors),
+                _once_per_variant(triton_kernel_wrap.identify_accessed_tensors, analyses),
             ),
+            # A tenth of the time, for a text that goes to a log which is off.
+            (after_aot, "save_graph_repro", lambda *args, **kwargs: None),
             # Inline assembly of kernels computes or prefetches; it never stores.
             (
                 triton_kernel_wrap,

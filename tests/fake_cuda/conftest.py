@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from files import made_once
 
 FOLDER = Path(__file__).parent
 
@@ -15,19 +15,15 @@ FOLDER = Path(__file__).parent
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory) -> Path:
     """Folders of programs, see make_programs.py; exported once for all workers of a test run."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / "fake_cuda_programs"
-    with FileLock(base / "fake_cuda_programs.lock"):
-        if not folder.exists():
-            env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            tests = FOLDER.parent
-            paths = (tests, tests / "backends" / "cuda", env.get("PYTHONPATH", ""))
-            env["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-            command = [sys.executable, FOLDER / "make_programs.py", folder]
-            subprocess.run(command, env=env, check=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        tests = FOLDER.parent
+        paths = (tests, tests / "backends" / "cuda", env.get("PYTHONPATH", ""))
+        env["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+        subprocess.run([sys.executable, FOLDER / "make_programs.py", folder], env=env, check=True)
+
+    return made_once(tmp_path_factory, "fake_cuda_programs", make)
 
 
 class Fake:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from et_moe.backends.cpu import lowering
 from et_moe.backends.cuda import backend as cuda
+from et_moe.backends.cuda.build import scratch_folder
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import LAYOUT, PtdWriter, write_sealed
 from et_moe.examples.qwen3_5_moe.model import MODEL as QWEN3_5_MOE
@@ -170,4 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with scratch_folder():  # the programs have kernels in common
+        main()

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from files import made_once
 
 
 @pytest.fixture(scope="session")
@@ -13,8 +14,11 @@ def long_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call takes up to three sequences."""
     from checkpoints import export_small
 
-    # Greedy decoding does not come to the id 0.
-    return export_small(tmp_path_factory.mktemp("long"), 8192, max_sequences=3, eos_token_id=[0])
+    def make(folder: Path) -> None:
+        # Greedy decoding does not come to the id 0.
+        export_small(folder, 8192, max_sequences=3, eos_token_id=[0])
+
+    return made_once(tmp_path_factory, "long_program", make) / "program"
 
 
 @pytest.fixture(scope="session")

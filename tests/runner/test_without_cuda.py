@@ -1,5 +1,6 @@
 """The runner built with -DET_MOE_CUDA=OFF: no delegate, no CUDA wheels, no libsodium."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,13 +14,18 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def without_cuda(build_dir: Path) -> Path:
-    """The build folder of that runner, beside the usual one; it is kept for the next run."""
+    """The build folder of that runner, beside the usual one; it is kept for the next run.
+
+    With ccache, as in scripts/test.sh, it takes objects of the usual build. Without, it is not
+    optimized, since it only has to build.
+    """
     folder = build_dir / "without_cuda"
+    build_type = "Release" if "CMAKE_CXX_COMPILER_LAUNCHER" in os.environ else "None"
     options = [
         "-DET_MOE_CUDA=OFF",
         "-DET_MOE_CUDA_ROOT=/nonexistent",
         "-DET_MOE_SODIUM_LIBRARY=ET_MOE_SODIUM_LIBRARY-NOTFOUND",
-        "-DCMAKE_BUILD_TYPE=None",  # not optimized, since it only has to build
+        f"-DCMAKE_BUILD_TYPE={build_type}",
         f"-DPython3_EXECUTABLE={sys.executable}",
     ]
     for command in (

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine
+from files import made_once
 from served_app import DEMO, END, running_app
 
 from et_moe.runner.python import Tokenizer
@@ -49,7 +50,9 @@ def ask(engine, tokenizer):
 @pytest.fixture(scope="session")
 def demo_program(tmp_path_factory) -> Path:
     """The program of the demo checkpoint, for the CPU. Tests leave it as it is."""
-    folder = tmp_path_factory.mktemp("program") / "demo"
-    command = ["et-moe", "export", "--model-dir", DEMO, "--output-dir", folder]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return folder
+
+    def make(folder: Path) -> None:
+        command = ["et-moe", "export", "--model-dir", DEMO, "--output-dir", folder]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+
+    return made_once(tmp_path_factory, "served_demo_program", make)

@@ -316,6 +316,16 @@ def _launches(folder: Path) -> None:
     (folder / "launches.json").write_text(json.dumps(report))
 
 
+def _alone(folder: Path) -> None:
+    """What is compiled for no program, in one process: its start takes as long as a method does."""
+    from et_moe.backends.cuda.build import scratch_folder
+
+    _again(folder)  # first, and in a folder of its own, where there is nothing to be shared
+    with scratch_folder():
+        for write in (_drafts, _errors, _launches):
+            write(folder)
+
+
 def _ended(folder: Path) -> None:
     """Writes what a compile says when a signal ends it while ptxas works."""
     from unittest import mock
@@ -349,10 +359,7 @@ def _ended(folder: Path) -> None:
 if __name__ == "__main__":
     commands = {
         "lower": _lower,
-        "again": _again,
-        "drafts": _drafts,
+        "alone": _alone,
         "ended": _ended,
-        "errors": _errors,
-        "launches": _launches,
     }
     commands[sys.argv[1]](Path(sys.argv[2]))

@@ -32,6 +32,15 @@ def test_temporary_files_of_children_lie_in_the_scratch_folder() -> None:
     assert (tempfile.gettempdir(), os.environ.get("TMPDIR")) == before
 
 
+def test_blocks_inside_a_block_share_its_folder() -> None:
+    with scratch_folder() as outer:
+        with scratch_folder() as inner:
+            assert inner == outer and Path(tempfile.gettempdir()) == outer
+        assert outer.exists()
+    with scratch_folder() as next_one:
+        assert next_one != outer and not outer.exists()
+
+
 def _alive(process: int) -> bool:
     """Whether a process runs; one that has ended may wait for its parent to notice."""
     try:

@@ -8,6 +8,7 @@ from et_moe.backends.cuda.host_program import (
     find_dependents,
     find_kernels,
     launch_dependents,
+    split_interface,
 )
 
 
@@ -93,3 +94,12 @@ def test_find_kernels():
     assert f'b = loadKernel({FIND_KERNEL}("11ee"), "f", 8);' in changed
     with pytest.raises(RuntimeError, match="another host program"):
         find_kernels(source, {"c": "22dd"})
+
+
+def test_split_interface():
+    interface = "#include <a>\nAOTIRuntimeError AOTInductorModelContainerRun() {}\n"
+    own = "#define CUDA_DRIVER_CHECK(EXPR) check(EXPR)\n"
+    assert split_interface(interface + own) == (interface, own)
+    for other in (interface, own, own + interface):
+        with pytest.raises(RuntimeError, match="another host program than expected"):
+            split_interface(other)

@@ -28,7 +28,8 @@ def test_a_kernel_is_analysed_once_per_variant() -> None:
 
     def two(x, N): ...
 
-    ask, x = _once_per_variant(analyse), torch.zeros(3)
+    known = {}
+    ask, x = _once_per_variant(analyse, known), torch.zeros(3)
     assert ask(one, {"x": x, "N": 2}, {}) == 1
     assert ask(one, {"N": 2, "x": torch.ones(5)}, {}) == 1
     assert ask(tuner(one), {"x": x, "N": 2}, {}) == 1
@@ -44,3 +45,5 @@ def test_a_kernel_is_analysed_once_per_variant() -> None:
     assert [ask(*other, {}) for other in others] == [2, 3, 4, 5, 6, 7]
     size = ShapeEnv().create_unbacked_symint()
     assert ask(tuner(one), {"x": x, "N": size}, {}) == 7
+    assert _once_per_variant(analyse, known)(one, {"x": x, "N": 2}, {}) == 1
+    assert _once_per_variant(analyse, {})(one, {"x": x, "N": 2}, {}) == 8

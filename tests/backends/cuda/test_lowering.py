@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
-from filelock import FileLock
+from files import made_once
 from lowering_methods import (
     MAX_TOKENS,
     OWN_POOL,
@@ -43,26 +43,28 @@ CODES = [f"{name}.{arch}.{n}" for arch in ARCHS for name, ends in LONGEST.items(
 
 def _run(command: str, tmp_path_factory, **environment: str) -> Path:
     """Runs a command of `lowering_methods.py` once for all workers of a test run."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / f"lowering-{command}"
-    with FileLock(base / f"lowering-{command}.lock"):
-        if not (folder / "done").exists():
-            (folder / "tmp").mkdir(parents=True)
-            env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            path = os.pathsep.join([str(TESTS), *filter(None, [env.get("PYTHONPATH")])])
-            env |= {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": path, **environment}
-            subprocess.run([sys.executable, PROGRAM, command, folder], env=env, check=True)
-            left = list((folder / "tmp").iterdir())
-            assert not left, f"temporary files are left: {left}"
-            (folder / "done").touch()
-    return folder
+
+    def make(folder: Path) -> None:
+        (folder / "tmp").mkdir()
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        path = os.pathsep.join([str(TESTS), *filter(None, [env.get("PYTHONPATH")])])
+        env |= {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": path, **environment}
+        subprocess.run([sys.executable, PROGRAM, command, folder], env=env, check=True)
+        left = list((folder / "tmp").iterdir())
+        assert not left, f"temporary files are left: {left}"
+
+    return made_once(tmp_path_factory, f"lowering-{command}", make)
 
 
 @pytest.fixture(scope="session")
 def lowered(tmp_path_factory) -> Path:
     return _run("lower", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory) -> Path:
+    """What is compiled in another process, with other hashes of strings: see `_alone` there."""
+    return _run("alone", tmp_path_factory, PYTHONHASHSEED="123")
 
 
 @pytest.fixture(scope="session")
@@ -268,34 +270,33 @@ def test_second_export_is_quick_and_the_same(lowered):
     assert report["cuda_before_and_after"] == [torch.cuda.is_available(), torch.version.cuda]
 
 
-def test_same_bytes_in_another_process(lowered, tmp_path_factory):
+def test_same_bytes_in_another_process(lowered, alone):
     """A method compiled alone, without the cache, in another folder, and with other hashes of
     strings is the same."""
-    folder = _run("again", tmp_path_factory, PYTHONHASHSEED="123")
     expected = hashlib.sha256((lowered / "decode.sm_80.1.so").read_bytes()).hexdigest()
-    assert (folder / "again.txt").read_text() == expected
+    assert (alone / "again.txt").read_text() == expected
 
 
-def test_refused_graphs(tmp_path_factory):
-    errors = json.loads((_run("errors", tmp_path_factory) / "errors.json").read_text())
+def test_refused_graphs(alone):
+    errors = json.loads((alone / "errors.json").read_text())
     kind, message = errors["LibraryCall"]
     assert kind == "UnsupportedOpError" and "mm" in message
     kind, message = errors["CopiedState"]
     assert kind == "RuntimeError" and "state conv.state is copied by" in message
 
 
-def test_launches_of_a_decoded_token(tmp_path_factory):
+def test_launches_of_a_decoded_token(alone):
     """The 35B model has these four layers ten times; its embedding, head and sampler come once."""
-    report = json.loads((_run("launches", tmp_path_factory) / "launches.json").read_text())
+    report = json.loads((alone / "launches.json").read_text())
     assert report["layers"] == ["linear_attention"] * 3 + ["full_attention"]
     assert 10 * report["launches"] <= 360
     own = [name for name in report["plain"] if not name.startswith("triton_")]
     assert own == ["_embedding_kernel"], "these kernels wait for their predecessor's end to start"
 
 
-def test_rows_of_drafts_of_any_number_of_sequences(tmp_path_factory):
+def test_rows_of_drafts_of_any_number_of_sequences(alone):
     """They take the kernels for decoding, and what is accepted is found in one launch."""
-    report = json.loads((_run("drafts", tmp_path_factory) / "drafts.json").read_text())
+    report = json.loads((alone / "drafts.json").read_text())
     assert list(report) == ["4", "16", str(MAX_TOKENS)]
     for launches in report.values():
         own = {name for name in launches if not name.startswith("triton_")}
