@@ -68,6 +68,12 @@ class Drafts:
         accepted = tuple(one + another for one, another in pairs)
         return Drafts(self.steps + other.steps, self.tokens + other.tokens, accepted)
 
+    def within(self, count: int) -> "Drafts":
+        """Those of a call of which an answer has the first `count` tokens: drafts behind them were
+        accepted for nothing."""
+        accepted = (value if i < count else 0 for i, value in enumerate(self.accepted))
+        return Drafts(self.steps, self.tokens, tuple(accepted))
+
 
 @dataclass(frozen=True)
 class Event:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,18 @@ def test_stop_strings(llm, writes_aabaab, stop, text: str, reason: str | None) -
     streamed = list(llm.stream("x", params))
     assert "".join(new for new, _ in streamed) == text
     assert streamed[-1][1].stop_reason == reason
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_ids_end_with_the_stop_string(llm, writes_aabaab, monkeypatch, seconds: float) -> None:
+    """However many tokens have been drawn meanwhile, for a reader who is slow."""
+    wait = llm._wait
+    monkeypatch.setattr(llm, "_wait", lambda: [time.sleep(seconds), wait()][1])
+    params = SamplingParams(stop="BA", logprobs=0, **{**writes_aabaab, "max_tokens": 25})
+    for request in llm.generate(["x", "y"], params):
+        (output,) = request.outputs
+        text = b"".join(map(llm.tokenizer.id_to_bytes, output.token_ids))
+        assert text == b"AABA" and len(output.logprobs) == 4
 
 
 def test_a_stream_that_is_left_cancels_its_request(llm) -> None:
