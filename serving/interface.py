@@ -84,7 +84,7 @@ class Event:
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per token id, if asked for
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # once; None for the first token
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache
-    drafts: Drafts = Drafts()  # that were fed since
+    drafts: Drafts = Drafts()  # that were fed since; of at most one call
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
 
