@@ -238,6 +238,35 @@ def test_sigterm_lets_requests_end(own_server) -> None:
         httpx.get(server.url)
 
 
+def test_while_requests_end_new_ones_are_told(own_server) -> None:
+    """A load balancer asks `/health` over new connections, and has to get an answer."""
+    server = own_server(0.01, 20)
+    with server.stream("say 200") as response, httpx.Client(base_url=server.url) as kept:
+        lines = response.iter_lines()
+        next(lines)
+        assert kept.get("/health").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        while kept.get("/health").status_code == 200:
+            pass
+        health, refused = httpx.get(f"{server.url}/health"), server.chat("say 1")
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        rest = list(lines)
+    assert (health.status_code, health.json()) == (503, {"status": "shutting down"})
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    assert rest[-2] == "data: [DONE]" and '"finish_reason":"stop"' in rest[-4]
+    assert server.process.wait(20) == 0
+
+
+def test_a_second_ctrl_c_does_not_wait(own_server) -> None:
+    server = own_server(0.01, 60)
+    with server.stream("say 5000") as response:
+        next(response.iter_lines())
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(20)
+
+
 def test_sigterm_has_a_limit(own_server) -> None:
     server = own_server(0.01, 0.5)
     begin = time.monotonic()
