@@ -149,6 +149,8 @@ def test_a_bad_recommendation_is_named(tmp_path, content: str, message: str) -> 
 def test_errors(llm, tiny_program, monkeypatch) -> None:
     with pytest.raises(ValueError, match="the prompt has 33 tokens"):
         llm.generate(["ok", [1] * 33])
+    with pytest.raises(ValueError, match=r"the prompt has 32 tokens, .* needs one at least"):
+        llm.generate([1] * 32)
     with pytest.raises(ValueError, match="the prompt is empty"):
         llm.generate("")
     with LLM(tiny_program) as plain:
