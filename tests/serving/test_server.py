@@ -201,6 +201,25 @@ def test_slow_and_broken_clients(server) -> None:
     assert server.chat("say 2").status_code == 200
 
 
+@pytest.mark.parametrize(("status", "kind"), [(413, "application/json"), (415, "text/plain")])
+def test_a_client_that_sends_all_before_it_reads(server, status: int, kind: str) -> None:
+    """It is told why it is refused, and so is one that asks before it sends."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+    head += f"Content-Length: {9 << 20}\r\n"
+    for more, body in (("", b"x" * (9 << 20)), ("Expect: 100-continue\r\n", b"")):
+        with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+            connection.sendall(f"{head}{more}\r\n".encode() + body)
+            assert connection.recv(12) == f"HTTP/1.1 {status}".encode()
+
+
+def test_what_is_refused_is_not_read_forever(server) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        begin = time.monotonic()
+        connection.sendall(head + b"Content-Length: 9\r\n\r\nx")
+        assert connection.recv(12) == b"HTTP/1.1 415" and time.monotonic() - begin < 10
+
+
 def test_many_clients_at_once_get_their_own_answers(server) -> None:
     async def one(client: httpx.AsyncClient, count: int) -> None:
         body = {"messages": [{"role": "user", "content": f"say {count}"}]}
