@@ -30,7 +30,13 @@ def load_tokenizer(program_dir: Path) -> extension.Tokenizer:
     if not program_dir.is_dir():
         kind = "not a folder" if program_dir.exists() else "no such folder"
         raise ValueError(f"{program_dir}: {kind}, expected one that `et-moe export` wrote")
-    return extension.Tokenizer(program_dir / "tokenizer.json")
+    path = program_dir / "tokenizer.json"
+    if not path.exists():
+        raise RuntimeError(
+            f"{path}: no such file; `et-moe export` copies it if the checkpoint has one, so copy "
+            "the model's into this folder"
+        )
+    return extension.Tokenizer(path)
 
 
 def load_engine(
