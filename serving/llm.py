@@ -194,7 +194,8 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The answers to one conversation or several, by the program's chat template.
+        """The answers to one conversation or several, by the program's chat template. Texts are as
+        the model wrote them, with thinking, `</think>` and tool calls; servers take them apart.
 
         Raises:
             ValueError: as `generate`, or the program has no chat template, or it refuses.
