@@ -181,7 +181,8 @@ class LLM:
         try:
             while answer.output.finish_reason is None:
                 for event in self._wait():
-                    if event.request_id == request_id:
+                    ended = answer.output.finish_reason is not None
+                    if event.request_id == request_id and not ended:
                         yield answer.add(event), answer.output
         finally:
             self.engine.cancel(request_id)
