@@ -29,14 +29,15 @@ EventQueue::~EventQueue() { close(fd_); }
 void EventQueue::push(Event event) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto [found, is_new] = index_.try_emplace(event.request_id, events_.size());
-  if (is_new) {
+  const auto fed_drafts = [](const Event& e) { return e.drafts.steps > 0; };
+  if (is_new || fed_drafts(event) || fed_drafts(events_[found->second])) {
+    found->second = events_.size();
     events_.push_back(std::move(event));
   } else {
     Event& waiting = events_[found->second];
     append(waiting.token_ids, std::move(event.token_ids));
     append(waiting.drawn_ms, std::move(event.drawn_ms));
     append(waiting.logprobs, std::move(event.logprobs));
-    waiting.drafts.add(event.drafts);
     if (event.prompt_logprobs) waiting.prompt_logprobs = std::move(event.prompt_logprobs);
     waiting.end = event.end;
     waiting.error = std::move(event.error);

@@ -10,8 +10,9 @@
 
 namespace et_moe {
 
-/// May be used by any threads at once. At most one event per request waits: what comes meanwhile is
-/// added to it.
+/// May be used by any threads at once. What becomes of a request while an event of it waits is
+/// added to that event, but a call with drafts has one of its own: an answer may end within its
+/// tokens, and has as many of its drafts.
 class EventQueue {
  public:
   /// Throws std::runtime_error if there is no descriptor left.
@@ -30,7 +31,7 @@ class EventQueue {
   const int fd_;
   std::mutex mutex_;
   std::vector<Event> events_;
-  std::map<uint64_t, size_t> index_;  // request -> its event
+  std::map<uint64_t, size_t> index_;  // request -> its last event
 };
 
 }  // namespace et_moe

@@ -3,6 +3,7 @@
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from et_moe.runner import python as extension
@@ -29,7 +30,13 @@ def load_tokenizer(program_dir: Path) -> extension.Tokenizer:
     if not program_dir.is_dir():
         kind = "not a folder" if program_dir.exists() else "no such folder"
         raise ValueError(f"{program_dir}: {kind}, expected one that `et-moe export` wrote")
-    return extension.Tokenizer(program_dir / "tokenizer.json")
+    path = program_dir / "tokenizer.json"
+    if not path.exists():
+        raise RuntimeError(
+            f"{path}: no such file; `et-moe export` copies it if the checkpoint has one, so copy "
+            "the model's into this folder"
+        )
+    return extension.Tokenizer(path)
 
 
 def load_engine(
@@ -80,6 +87,16 @@ class _NativeEngine:
         self._close = weakref.finalize(self, native.close)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+        # The engine draws one token more, behind a full context, which a sequence must not have.
+        room = self.info.max_seq_len - len(prompt_ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens, the context of the program holds "
+                f"{self.info.max_seq_len}, of which the answer needs one at least"
+            )
+        most = params.max_tokens
+        if most is None or (isinstance(most, int) and most > room):
+            params = replace(params, max_tokens=room)
         try:
             return self._native.submit(prompt_ids, params)
         except extension.QueueFullError as error:

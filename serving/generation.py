@@ -1,27 +1,19 @@
-"""One sequence of a loaded model: its events as text, masks for guided decoding, metrics."""
+"""One sequence of a loaded model: its steps, masks for guided decoding, metrics."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 
-from et_moe.serving.detokenizer import Detokenizer
 from et_moe.serving.engine import AsyncEngine
 from et_moe.serving.guidance import Guide
 from et_moe.serving.interface import Drafts, Event, SamplingParams
 from et_moe.serving.metrics import Metrics
+from et_moe.serving.steps import Step, Steps
 
 
 class GenerationError(RuntimeError):
     """The engine failed at a request, or ended it for its own reasons."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one event adds: its text (whole characters only), and the event."""
-
-    text: str
-    event: Event
 
 
 class Generation:
@@ -46,14 +38,12 @@ class Generation:
         metrics: Metrics,
     ) -> None:
         self._engine, self._guide, self._metrics = engine, guide, metrics
-        self._detokenizer = Detokenizer(tokenizer)
+        self._steps = Steps(tokenizer)
         self._stream = engine.submit(prompt_ids, replace(params, guided=guide is not None))
         self._started = time.monotonic()
         self._reason = "cancelled"
-        self._open, self._ending = True, False
-        self.tokens = 0
+        self._open = True
         self.cached_tokens = 0
-        self.drafts = Drafts()
         metrics.prompt_tokens.inc(len(prompt_ids))
 
     def close(self) -> None:
@@ -63,30 +53,53 @@ class Generation:
             self._stream.__exit__(None, None, None)
             self._metrics.finished(self._reason, time.monotonic() - self._started)
 
-    async def steps(self) -> AsyncIterator[Step]:
-        """Raises GenerationError if the request ends without an answer."""
+    @property
+    def tokens(self) -> int:
+        """Of the answer: the token that ended it is its last."""
+        return self._steps.tokens
+
+    @property
+    def drafts(self) -> Drafts:
+        """That were fed for the answer's tokens."""
+        return self._steps.drafts
+
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called."""
+        return self._steps.ended
+
+    async def events(self) -> AsyncIterator[Event]:
+        """All that the engine says of the request, for `steps`.
+
+        Raises:
+            GenerationError: the request has ended without an answer, and not by `end`.
+        """
         if self._guide is not None:
             self._allow(await self._guide.start())
         last = None
         async for event in self._stream:
-            if event.finish_reason is not None:
-                self._reason = event.finish_reason
-            if self._ending and event.finish_reason is not None:
-                self._reason = "stop"
-                return
-            if event.finish_reason in ("error", "cancelled"):
-                raise GenerationError(event.error or "the request was cancelled")
             last = self._measure(event, last)
-            text = self._detokenizer.feed(event.token_ids)
-            if event.finish_reason is not None:
-                text += self._detokenizer.finish()
+            reason = event.finish_reason
+            if reason is not None:
+                self._reason = "stop" if self.ended else reason
             elif self._guide is not None and event.token_ids:
                 self._allow(await self._guide.advance(event.token_ids))
-            yield Step(text, event)
+            if reason not in ("error", "cancelled"):
+                yield event
+                continue
+            if event.token_ids:  # Perhaps one of them ends the answer.
+                yield event
+            if not self.ended:
+                raise GenerationError(event.error or "the request was cancelled")
+
+    def steps(self, event: Event) -> Iterator[Step]:
+        """The steps of the next event, up to the one at which `end` is called; to be used up."""
+        return self._steps.of(event)
 
     def end(self) -> None:
         """Ends the sequence at its next token, for what it has said: its steps end with it."""
-        self._ending = True
+        self._steps.end()
+        self._reason = "stop"
         self._engine.engine.cancel(self._stream.request_id)
 
     def cancel(self) -> None:
@@ -101,46 +114,46 @@ class Generation:
             self.cached_tokens = event.cached_tokens
             self._metrics.cached_tokens.inc(event.cached_tokens)
         if event.drafts.steps:
-            self.drafts += event.drafts
             self._metrics.drafts(event.drafts)
         count = len(event.token_ids)
         if not count:
             return last
         now = time.monotonic()
-        self.tokens += count
         self._metrics.tokens(count, now - (last or self._started), first=last is None)
         return now
 
 
-async def in_turn(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Step]]:
-    """The steps of several sequences as they come, with the sequence's index. The first failure of
-    one ends them all."""
+async def in_turn(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Event]]:
+    """The events of several sequences as they come, with the sequence's index. The first failure
+    of one ends them all."""
     if len(generations) == 1:
-        async for step in generations[0].steps():
-            yield 0, step
+        async for event in generations[0].events():
+            yield 0, event
         return
-    queue: asyncio.Queue[tuple[int, Step] | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue()
 
     async def forward(index: int) -> None:
         try:
-            async for step in generations[index].steps():
-                queue.put_nowait((index, step))
-            queue.put_nowait(None)
+            async for event in generations[index].events():
+                queue.put_nowait((index, event))
+            queue.put_nowait((index, None))
         except BaseException as error:
-            queue.put_nowait(error)
+            queue.put_nowait((index, error))
 
     tasks = [asyncio.create_task(forward(index)) for index in range(len(generations))]
     try:
         running = len(tasks)
         while running:
-            await asyncio.sleep(0)  # as in `Stream`: steps may wait already
-            item = await queue.get()
-            if isinstance(item, BaseException):
+            await asyncio.sleep(0)  # as in `Stream`: events may wait already
+            index, item = await queue.get()
+            if isinstance(item, Event):
+                yield index, item
+                continue
+            # What failed may have been ended since, by what it had said before.
+            ended = isinstance(item, GenerationError) and generations[index].ended
+            if item is not None and not ended:
                 raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
+            running -= 1
     finally:
         for task in tasks:
             task.cancel()

@@ -2,6 +2,7 @@
 request id that it is answered with."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -19,6 +20,9 @@ logger = logging.getLogger("et_moe.serving")
 MAX_BODY_BYTES = 8 * 1024 * 1024
 BODY_SECONDS = 60.0
 """A client that takes longer to send its request is cut off."""
+DISCARD_BYTES = 64 * 1024 * 1024
+DISCARD_SECONDS = 5.0
+"""How much is read of a request that is refused, and for how long."""
 
 _REQUEST_ID = re.compile(r"[\w.:/-]{1,128}\Z", re.ASCII)
 
@@ -58,12 +62,15 @@ class HttpLimits:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
+        body = _Body(receive)
         try:
             self._check(scope, headers)
             if scope["method"] == "POST":
-                receive = await _read_body(headers, receive)
+                receive = await _read_body(headers, body)
         except APIError as error:
             self._refused(error.status)
+            if scope["method"] == "POST" and error.status != 408:
+                await body.discard(headers)
             return await error.response()(scope, receive, send_with_id)
         try:
             await self._app(scope, receive, send_with_id)
@@ -90,6 +97,29 @@ def _log(error: Exception, request_id: str) -> None:
     """Where it happened, without its message, which may hold what the request says."""
     where = "".join(traceback.format_tb(error.__traceback__))
     logger.error("request %s: %s\n%s", request_id, type(error).__name__, where)
+
+
+class _Body:
+    """The body of a request, as it comes."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._more = receive, True
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._more = message.get("more_body", False)
+        return message
+
+    async def discard(self, headers: Headers) -> None:
+        """Reads the rest, within limits: some clients look for an answer only once they have sent
+        all, and would see a broken connection. Those that wait to be asked for it are not."""
+        if headers.get("expect", "").lower() == "100-continue":
+            return
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while self._more and size < DISCARD_BYTES:
+                    size += len((await self()).get("body", b""))
 
 
 async def _read_body(headers: Headers, receive: Receive) -> Receive:

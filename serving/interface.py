@@ -68,6 +68,12 @@ class Drafts:
         accepted = tuple(one + another for one, another in pairs)
         return Drafts(self.steps + other.steps, self.tokens + other.tokens, accepted)
 
+    def within(self, count: int) -> "Drafts":
+        """Those of a call of which an answer has the first `count` tokens: drafts behind them were
+        accepted for nothing."""
+        accepted = (value if i < count else 0 for i, value in enumerate(self.accepted))
+        return Drafts(self.steps, self.tokens, tuple(accepted))
+
 
 @dataclass(frozen=True)
 class Event:
@@ -78,7 +84,7 @@ class Event:
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per token id, if asked for
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # once; None for the first token
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache
-    drafts: Drafts = Drafts()  # that were fed since
+    drafts: Drafts = Drafts()  # that were fed since; of at most one call
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
 

@@ -13,11 +13,11 @@ from rich.progress import track
 from et_moe.runner.python import Tokenizer
 from et_moe.serving import interface
 from et_moe.serving.chat_template import read_chat_template
-from et_moe.serving.detokenizer import Detokenizer
 from et_moe.serving.engine import load_engine, load_tokenizer
 from et_moe.serving.generation_config import read_sampling_defaults
 from et_moe.serving.interface import Drafts, Event, QueueFullError, TokenLogprob
 from et_moe.serving.output_parser import StopStrings
+from et_moe.serving.steps import Step, Steps
 
 
 @dataclass(frozen=True)
@@ -70,31 +70,42 @@ class _Answer:
     ) -> None:
         self.output = CompletionOutput(index)
         self._request = request
-        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._steps = Steps(tokenizer, params.skip_special_tokens)
         self._stops = StopStrings([params.stop] if isinstance(params.stop, str) else params.stop)
         request.outputs.append(self.output)
 
     def add(self, event: Event) -> str:
-        """The new text. Once the output has a finish reason, further events change nothing."""
+        """The new text. Once the output has a finish reason, further events change nothing.
+
+        Raises:
+            GenerationError: the engine failed before that.
+        """
         output = self.output
-        if event.finish_reason == "error":
-            raise GenerationError(event.error)
-        if output.finish_reason is not None:
-            return ""
-        if event.prompt_logprobs is not None:
-            self._request.prompt_logprobs = list(event.prompt_logprobs)
-        if event.logprobs is not None:
-            output.logprobs = output.logprobs or []
-            output.logprobs += event.logprobs
-        output.token_ids += event.token_ids
-        output.drafts += event.drafts
-        text = self._stops.feed(self._detokenizer.feed(event.token_ids))
-        if event.finish_reason is not None:
-            text += self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
+        text = "".join([self._step(step) for step in self._steps.of(event)])
+        output.text += text
+        output.drafts = self._steps.drafts
+        if output.finish_reason is None:
+            if event.finish_reason == "error":
+                raise GenerationError(event.error)
             output.finish_reason = event.finish_reason
+        return text
+
+    def _step(self, step: Step) -> str:
+        output = self.output
+        if step.prompt_logprobs is not None:
+            self._request.prompt_logprobs = list(step.prompt_logprobs)
+        if step.token_id is not None:
+            output.token_ids.append(step.token_id)
+        if step.logprob is not None:
+            output.logprobs = output.logprobs or []
+            output.logprobs.append(step.logprob)
+        text = self._stops.feed(step.text)
+        output.finish_reason = step.finish_reason
+        if step.finish_reason is not None:
+            text += self._stops.finish()
         if self._stops.found is not None:
             output.finish_reason, output.stop_reason = "stop", self._stops.found
-        output.text += text
+            self._steps.end()
         return text
 
 
@@ -170,7 +181,8 @@ class LLM:
         try:
             while answer.output.finish_reason is None:
                 for event in self._wait():
-                    if event.request_id == request_id:
+                    ended = answer.output.finish_reason is not None
+                    if event.request_id == request_id and not ended:
                         yield answer.add(event), answer.output
         finally:
             self.engine.cancel(request_id)
@@ -183,7 +195,8 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The answers to one conversation or several, by the program's chat template.
+        """The answers to one conversation or several, by the program's chat template. Texts are as
+        the model wrote them, with thinking, `</think>` and tool calls; servers take them apart.
 
         Raises:
             ValueError: as `generate`, or the program has no chat template, or it refuses.

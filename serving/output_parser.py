@@ -4,8 +4,9 @@ Calls are taken out first, since models also call while they think and an argume
 text; what is left is reasoning or content.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from et_moe.serving.reasoning import ReasoningParser
@@ -24,6 +25,24 @@ class Content:
 
 
 Part = Reasoning | Content | CallStart | CallArguments | CallEnd
+
+Values = list[Any]
+
+
+def joined(parts: Iterable[tuple[Part, Values]]) -> list[tuple[Part, Values]]:
+    """Parts that go on where the one before them ends, as one; so are the values beside them."""
+    result = []
+    for _, run in groupby(parts, lambda pair: (type(pair[0]), getattr(pair[0], "index", None))):
+        (part, values), *rest = run
+        if rest:
+            values = [*values, *(value for _, more in rest for value in more)]
+            if isinstance(part, CallArguments):
+                json = part.json + "".join([other.json for other, _ in rest])
+                part = CallArguments(part.index, json)
+            else:
+                part = type(part)(part.text + "".join([other.text for other, _ in rest]))
+        result.append((part, values))
+    return result
 
 
 class StopStrings:

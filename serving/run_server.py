@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 
 import uvicorn
@@ -19,39 +20,49 @@ _FAILED = 1
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, whose end begins with a time in which what runs may finish."""
+    """uvicorn's, whose end begins with a time in which what runs may finish. It listens meanwhile,
+    so that whoever asks `/health` is told, and new requests are refused with a status."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
         super().__init__(config)
         self._app, self._drain_seconds = app, drain_seconds
+        self._deadline: float | None = None  # of the drain, by time.monotonic
         self.failed = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would raise the signal again after the end; a process that was asked to end and
         did so in order has exit code 0. A second Ctrl-C does not wait."""
         self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
+        self.should_exit = self._app.state.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         ending = await super().on_tick(counter)
-        if not self.failed and self._app.state.model.engine.engine.status().broken is not None:
-            logger.error("the device has failed: %s", self._status().broken)
+        status = self._status()
+        if status.broken is not None and not self.failed:
+            logger.error("the device has failed: %s", status.broken)
             self.failed = True
-        return ending or self.failed
+        if self.failed or self.force_exit or not ending:
+            return ending or self.failed
+        return self._seconds_left() == 0 or not status.running + status.waiting
 
     def _status(self):
         return self._app.state.model.engine.engine.status()
 
+    def _seconds_left(self) -> float:
+        """Of the drain, which the first call begins."""
+        now = time.monotonic()
+        if self._deadline is None:
+            self._deadline = now + self._drain_seconds
+            status = self._status()
+            if requests := status.running + status.waiting:
+                logger.info("%d requests have %.0f seconds to end", requests, self._drain_seconds)
+        return max(0.0, self._deadline - now)
+
     async def shutdown(self, sockets=None) -> None:
         self._app.state.draining = True
-        status = self._status()
-        if status.running + status.waiting:
-            logger.info(
-                "%d requests have %.0f seconds to end",
-                status.running + status.waiting,
-                self._drain_seconds,
-            )
-        limit = asyncio.get_running_loop().call_later(self._drain_seconds, self._end_requests)
+        seconds = self._seconds_left()
+        self.config.timeout_graceful_shutdown = int(seconds) + 5
+        limit = asyncio.get_running_loop().call_later(seconds, self._end_requests)
         try:
             await super().shutdown(sockets)
         finally:
@@ -98,7 +109,6 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> No
         access_log=False,
         server_header=False,
         timeout_keep_alive=60,
-        timeout_graceful_shutdown=int(drain_seconds) + 5,
         lifespan="on",
     )
     server = _Server(config, app, drain_seconds)

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from et_moe.serving.interface import QueueFullError, SamplingParams
 from et_moe.serving.output_parser import Content, OutputParser, Part, Reasoning
 from et_moe.serving.reasoning import opens_reasoning
 from et_moe.serving.served_model import ServedModel
+from et_moe.serving.steps import Step
 
 HELP = """\
 Enter sends, Alt+Enter begins a new line, Ctrl-C ends an answer, Ctrl-D ends the program.
@@ -87,17 +88,21 @@ class Conversation:
         said = {"role": "assistant", "content": ""}
         self.turns += [turn, said]
         try:
-            async for step in generation.steps():
-                speed.add(len(step.event.token_ids))
-                parts = parser.feed(step.text)
-                if (reason := step.event.finish_reason) is not None:
-                    parts += parser.finish(complete=reason != "length")
-                for part in parts:
+            async for event in generation.events():
+                speed.add(len(event.token_ids))
+                for part in _parts(parser, generation.steps(event)):
                     key = "content" if isinstance(part, Content) else "reasoning_content"
                     said[key] = said.get(key, "") + part.text
                     yield part
         finally:
             generation.close()
+
+
+def _parts(parser: OutputParser, steps: Iterator[Step]) -> Iterator[Part]:
+    for step in steps:
+        yield from parser.feed(step.text)
+        if step.finish_reason is not None:
+            yield from parser.finish(complete=step.finish_reason != "length")
 
 
 class TerminalChat:

@@ -1,13 +1,13 @@
 """POST /v1/chat/completions: a conversation to an answer of reasoning, content and tool calls."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 
-from et_moe.serving.generation import Step, in_turn
+from et_moe.serving.generation import in_turn
+from et_moe.serving.interface import Event
 from et_moe.serving.openai.conversation import Answer, Conversation
 from et_moe.serving.openai.events import Head, Streamed, event, usage
-from et_moe.serving.openai.logprobs import chat_logprobs
 from et_moe.serving.openai.protocol import ChatRequest
 from et_moe.serving.output_parser import Content, Reasoning
 from et_moe.serving.served_model import ServedModel
@@ -20,20 +20,26 @@ class _Choice(Answer):
     def __init__(
         self, index: int, request: ChatRequest, model: ServedModel, started: Conversation
     ) -> None:
-        super().__init__(request, started.generations[index], started.thinking)
-        self.index, self._model = index, model
-        self._logprobs: list[dict] = []
+        super().__init__(request, model, started.generations[index], started.thinking)
+        self.index = index
+        self._passed: list[dict] = []  # log-probabilities of deltas that were passed on
         self.message: dict = {"role": "assistant", "content": ""}
 
-    def add(self, step: Step) -> list[dict]:
-        """The deltas that a step adds, after which `finish_reason` may be known."""
-        if self.finish_reason is not None:
-            return []
-        if step.event.logprobs is not None:
-            ids, values = step.event.token_ids, step.event.logprobs
-            self._logprobs += chat_logprobs(self._model, ids, values)
-        deltas = [self._delta(part) for part in self.parts(step)]
-        return [delta for delta in deltas if delta]
+    def deltas(self, event: Event) -> Iterator[tuple[dict, list[dict]]]:
+        """The deltas that an event adds, after which `finish_reason` may be known, with their
+        tokens' log-probabilities."""
+        waiting: list[dict] = []
+        for part, logprobs in self.add(event):
+            waiting += logprobs
+            if delta := self._delta(part):
+                yield delta, waiting
+                waiting = []
+        self._logprobs[:0] = waiting
+
+    def take(self, event: Event) -> None:
+        """Adds an event to `whole`."""
+        for _, logprobs in self.deltas(event):
+            self._passed += logprobs
 
     def _delta(self, part) -> dict:
         if isinstance(part, Reasoning):
@@ -54,11 +60,6 @@ class _Choice(Answer):
         calls[part.index]["function"]["arguments"] += part.json
         return {"tool_calls": [{"index": part.index, "function": {"arguments": part.json}}]}
 
-    def take_logprobs(self) -> dict | None:
-        """Those of the tokens since the last call, if any were asked for."""
-        taken, self._logprobs = self._logprobs, []
-        return {"content": taken} if taken else None
-
     def whole(self) -> dict:
         """The choice of an answer that is not streamed."""
         if "tool_calls" in self.message and not self.message["content"]:
@@ -66,9 +67,13 @@ class _Choice(Answer):
         return {
             "index": self.index,
             "message": self.message,
-            "logprobs": self.take_logprobs(),
+            "logprobs": _content([*self._passed, *self.take_logprobs()]),
             "finish_reason": self.finish_reason,
         }
+
+
+def _content(logprobs: list[dict]) -> dict | None:
+    return {"content": logprobs} if logprobs else None
 
 
 class Chat(Streamed):
@@ -93,8 +98,8 @@ class Chat(Streamed):
         """The answer when it has ended."""
         with ExitStack() as stack:
             stack.callback(self.close)
-            async for index, step in in_turn([choice.generation for choice in self._choices]):
-                self._choices[index].add(step)
+            async for index, drawn in in_turn([choice.generation for choice in self._choices]):
+                self._choices[index].take(drawn)
         choices = [choice.whole() for choice in self._choices]
         return self._head.with_choices(choices, usage=self._usage())
 
@@ -103,28 +108,24 @@ class Chat(Streamed):
         options = self._request.stream_options
         more = {"usage": None} if options and options.include_usage else {}
 
-        def chunk(choice: _Choice, delta: dict, reason: str | None = None) -> bytes:
-            fields = {"index": choice.index, "delta": delta, "logprobs": choice.take_logprobs()}
+        def chunk(choice: _Choice, delta: dict, logprobs: list, reason: str | None = None) -> bytes:
+            fields = {"index": choice.index, "delta": delta, "logprobs": _content(logprobs)}
             return event(self._head.with_choices([{**fields, "finish_reason": reason}], **more))
 
         with ExitStack() as stack:
             stack.callback(self.close)
             opened: set[int] = set()
-            async for index, step in in_turn([choice.generation for choice in self._choices]):
+            async for index, drawn in in_turn([choice.generation for choice in self._choices]):
                 choice = self._choices[index]
                 if choice.finish_reason is not None:
                     continue
-                deltas = choice.add(step)
                 if index not in opened:
                     opened.add(index)
-                    # Its logprobs wait for the first delta.
-                    head = {"index": index, "delta": {"role": "assistant", "content": ""}}
-                    head |= {"logprobs": None, "finish_reason": None}
-                    yield event(self._head.with_choices([head], **more))
-                for delta in deltas:
-                    yield chunk(choice, delta)
+                    yield chunk(choice, {"role": "assistant", "content": ""}, [])
+                for delta, logprobs in choice.deltas(drawn):
+                    yield chunk(choice, delta, logprobs)
                 if choice.finish_reason is not None:
-                    yield chunk(choice, {}, choice.finish_reason)
+                    yield chunk(choice, {}, choice.take_logprobs(), choice.finish_reason)
         if more:
             yield event(self._head.with_choices([], usage=self._usage()))
 

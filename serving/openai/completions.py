@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
-from et_moe.serving.generation import Generation, Step, in_turn
+from et_moe.serving.generation import Generation, in_turn
+from et_moe.serving.interface import Event
 from et_moe.serving.openai.errors import refusals
 from et_moe.serving.openai.events import Head, Streamed, event, usage
 from et_moe.serving.openai.logprobs import CompletionLogprobs
@@ -12,6 +13,7 @@ from et_moe.serving.openai.protocol import CompletionRequest
 from et_moe.serving.openai.sampling import check_places, sampling_params
 from et_moe.serving.output_parser import StopStrings
 from et_moe.serving.served_model import ServedModel
+from et_moe.serving.steps import Step
 
 
 class _Choice:
@@ -34,32 +36,12 @@ class _Choice:
             self._logprobs = CompletionLogprobs(model, request.logprobs)
         self.finish_reason: str | None = None
 
-    def add(self, step: Step) -> dict | None:
+    def add(self, event: Event) -> dict | None:
         """The choice of a chunk, or None for nothing new."""
         if self.finish_reason is not None:
             return None
-        text = ""
-        if self._echo is not None:
-            text, ids = self._echo
-            self._echo = None
-            if self._logprobs is not None and step.event.prompt_logprobs is not None:
-                self._logprobs.add(ids, step.event.prompt_logprobs)
-        reason = step.event.finish_reason
-        if self._silent:
-            reason = "length"
-        else:
-            if self._logprobs is not None and step.event.logprobs is not None:
-                self._logprobs.add(step.event.token_ids, step.event.logprobs)
-            text += self._stops.feed(step.text)
-            if reason is not None:
-                text += self._stops.finish()
-            if self._stops.found is not None:
-                reason = "stop"
-        if reason is not None:
-            self.finish_reason = reason
-            if step.event.finish_reason is None:
-                self.generation.end()
-        elif not text:
+        text = "".join([self._step(step) for step in self.generation.steps(event)])
+        if not text and self.finish_reason is None:
             return None
         logprobs = None if self._logprobs is None else self._logprobs.take()
         return {
@@ -68,6 +50,36 @@ class _Choice:
             "logprobs": logprobs,
             "finish_reason": self.finish_reason,
         }
+
+    def _step(self, step: Step) -> str:
+        """The text that a step adds, after which `finish_reason` may be known."""
+        text = self._echoed(step)
+        reason = step.finish_reason
+        if self._silent:
+            reason = "length"
+        else:
+            if self._logprobs is not None and step.logprob is not None:
+                self._logprobs.add(step.token_id, step.logprob)
+            text += self._stops.feed(step.text)
+            if reason is not None:
+                text += self._stops.finish()
+            if self._stops.found is not None:
+                reason = "stop"
+        if reason is not None:
+            self.finish_reason = reason
+            if step.finish_reason is None:
+                self.generation.end()
+        return text
+
+    def _echoed(self, step: Step) -> str:
+        """The prompt, with the first step of a request that asks for it."""
+        if self._echo is None:
+            return ""
+        (text, ids), self._echo = self._echo, None
+        if self._logprobs is not None and step.prompt_logprobs is not None:
+            for token_id, logprob in zip(ids, step.prompt_logprobs, strict=True):
+                self._logprobs.add(token_id, logprob)
+        return text
 
 
 class Completion(Streamed):
@@ -107,8 +119,8 @@ class Completion(Streamed):
     async def _added(self) -> AsyncIterator[dict]:
         with ExitStack() as stack:
             stack.callback(self.close)
-            async for index, step in in_turn([choice.generation for choice in self._choices]):
-                if (added := self._choices[index].add(step)) is not None:
+            async for index, drawn in in_turn([choice.generation for choice in self._choices]):
+                if (added := self._choices[index].add(drawn)) is not None:
                     yield added
 
     async def whole(self) -> dict:

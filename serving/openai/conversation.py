@@ -5,16 +5,18 @@ import asyncio
 from dataclasses import dataclass
 
 from et_moe.serving.chat_template import ChatTemplateError
-from et_moe.serving.generation import Generation, Step
+from et_moe.serving.generation import Generation
 from et_moe.serving.grammars import json_grammar, tool_grammar
 from et_moe.serving.guidance import GrammarError, Guide
-from et_moe.serving.interface import SamplingParams
+from et_moe.serving.interface import Event, SamplingParams
 from et_moe.serving.openai.errors import bad_request, refusals
+from et_moe.serving.openai.logprobs import chat_logprob
 from et_moe.serving.openai.protocol import ChatRequest, Message, NamedTool
 from et_moe.serving.openai.sampling import check_places, sampling_params
-from et_moe.serving.output_parser import OutputParser, Part
+from et_moe.serving.output_parser import OutputParser, Part, joined
 from et_moe.serving.reasoning import opens_reasoning
 from et_moe.serving.served_model import ServedModel
+from et_moe.serving.steps import Step
 from et_moe.serving.tool_calls import CallEnd
 
 
@@ -63,27 +65,50 @@ class Answer:
 
     Args:
         thinking: the prompt has opened the thinking already.
+        measure_thinking: whether tokens of reasoning have log-probabilities, too, if they were
+            asked for.
     """
 
-    def __init__(self, request: ChatRequest, generation: Generation, thinking: bool) -> None:
+    def __init__(
+        self,
+        request: ChatRequest,
+        model: ServedModel,
+        generation: Generation,
+        thinking: bool,
+        measure_thinking: bool = True,
+    ) -> None:
         tools = None if request.tool_choice == "none" else request.tool_schemas()
         self.generation = generation
+        self._model, self._measure_thinking = model, measure_thinking
         self._one_call = request.parallel_tool_calls is False
         self._parser = OutputParser(thinking, tools, request.stop or ())
+        self._logprobs: list[dict] = []
         self.finish_reason: str | None = None
         self.reasoning_tokens = 0
 
-    @property
-    def reasoning(self) -> bool:
-        """Whether what comes next is reasoning, as far as the text so far says."""
-        return self._parser.reasoning
+    def add(self, event: Event) -> list[tuple[Part, list[dict]]]:
+        """What an event adds, after which `finish_reason` may be known: parts, with the
+        log-probabilities of the tokens since the part before."""
+        if self.finish_reason is not None:
+            return []
+        parts = []
+        for step in self.generation.steps(event):
+            reasoning = self._parser.reasoning
+            self.reasoning_tokens += reasoning and step.token_id is not None
+            if step.logprob is not None and (self._measure_thinking or not reasoning):
+                self._logprobs.append(chat_logprob(self._model, step.token_id, step.logprob))
+            for part in self._parts(step):
+                parts.append((part, self.take_logprobs()))
+        return parts if len(parts) < 2 else joined(parts)
 
-    def parts(self, step: Step) -> list[Part]:
-        """What a step adds, after which `finish_reason` may be known."""
-        if self._parser.reasoning:
-            self.reasoning_tokens += len(step.event.token_ids)
+    def take_logprobs(self) -> list[dict]:
+        """Those of the tokens behind the last part."""
+        taken, self._logprobs = self._logprobs, []
+        return taken
+
+    def _parts(self, step: Step) -> list[Part]:
         parts = self._parser.feed(step.text)
-        reason = step.event.finish_reason
+        reason = step.finish_reason
         if self._parser.stopped is None and reason is not None:
             parts += self._parser.finish(complete=reason != "length")
         if self._one_call:
@@ -98,7 +123,7 @@ class Answer:
         return parts
 
     def _finish(self, reason: str, step: Step) -> None:
-        if step.event.finish_reason is None:
+        if step.finish_reason is None:
             self.generation.end()
         self.finish_reason = "tool_calls" if reason == "stop" and self._parser.calls else reason
 

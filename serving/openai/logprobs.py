@@ -1,7 +1,5 @@
 """Log-probabilities in the two forms of OpenAI's interface."""
 
-from collections.abc import Sequence
-
 from et_moe.serving.interface import TokenLogprob
 from et_moe.serving.served_model import ServedModel
 
@@ -9,10 +7,8 @@ _LEAST = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
 
 
-def chat_logprobs(
-    model: ServedModel, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
-) -> list[dict]:
-    """Of the tokens of one chunk or answer, for `choices[].logprobs.content`."""
+def chat_logprob(model: ServedModel, token_id: int, logprob: TokenLogprob) -> dict:
+    """Of a token, for `choices[].logprobs.content`."""
 
     def entry(token_id: int, logprob: float) -> dict:
         return {
@@ -21,13 +17,8 @@ def chat_logprobs(
             "bytes": list(model.token_bytes(token_id)),
         }
 
-    return [
-        {
-            **entry(token_id, logprob.logprob),
-            "top_logprobs": [entry(other, value) for other, value in logprob.top],
-        }
-        for token_id, logprob in zip(token_ids, logprobs, strict=True)
-    ]
+    top = [entry(other, value) for other, value in logprob.top]
+    return {**entry(token_id, logprob.logprob), "top_logprobs": top}
 
 
 class CompletionLogprobs:
@@ -50,16 +41,15 @@ class CompletionLogprobs:
             "text_offset": [],
         }
 
-    def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]) -> None:
-        """`logprobs` has None for the first token of a prompt, which has no probability."""
-        for token_id, logprob in zip(token_ids, logprobs, strict=True):
-            text = self._model.token_text(token_id)
-            self._lists["tokens"].append(text)
-            self._lists["text_offset"].append(self._offset)
-            self._offset += len(text)
-            value = None if logprob is None else max(logprob.logprob, _LEAST)
-            self._lists["token_logprobs"].append(value)
-            self._lists["top_logprobs"].append(self._top(text, logprob))
+    def add(self, token_id: int, logprob: TokenLogprob | None) -> None:
+        """`logprob` is None for the first token of a prompt, which has no probability."""
+        text = self._model.token_text(token_id)
+        self._lists["tokens"].append(text)
+        self._lists["text_offset"].append(self._offset)
+        self._offset += len(text)
+        value = None if logprob is None else max(logprob.logprob, _LEAST)
+        self._lists["token_logprobs"].append(value)
+        self._lists["top_logprobs"].append(self._top(text, logprob))
 
     def _top(self, text: str, logprob: TokenLogprob | None) -> dict[str, float] | None:
         if logprob is None:

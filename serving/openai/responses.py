@@ -6,12 +6,10 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 
-from et_moe.serving.generation import Step
-from et_moe.serving.interface import SamplingParams
+from et_moe.serving.interface import Event, SamplingParams
 from et_moe.serving.openai.conversation import Answer, Conversation
 from et_moe.serving.openai.errors import APIError
 from et_moe.serving.openai.events import Streamed, event, usage
-from et_moe.serving.openai.logprobs import chat_logprobs
 from et_moe.serving.openai.protocol import AllowedChoice, NamedTool
 from et_moe.serving.openai.response_items import Output
 from et_moe.serving.openai.responses_protocol import ResponsesRequest, TextConfig
@@ -65,11 +63,10 @@ class ModelResponse(Streamed):
         self, request: ResponsesRequest, model: ServedModel, started: Conversation
     ) -> None:
         [generation] = started.generations
-        self._answer = Answer(request.chat, generation, started.thinking)
-        self._model, self._prompt_tokens = model, started.prompt_tokens
+        self._answer = Answer(request.chat, model, generation, started.thinking, False)
+        self._prompt_tokens = started.prompt_tokens
         self._head = _head(request, model, started.params[0])
         self._output = Output()
-        self._logprobs: list[dict] = []  # of tokens whose text has not come yet
         self._sequence_number = 0
 
     @classmethod
@@ -80,8 +77,8 @@ class ModelResponse(Streamed):
     async def whole(self) -> dict:
         """The response when it has ended."""
         with closing(self._answer.generation):
-            async for step in self._answer.generation.steps():
-                for _ in self._events(step):
+            async for drawn in self._answer.generation.events():
+                for _ in self._events(drawn):
                     pass
         return self._ended()
 
@@ -89,12 +86,12 @@ class ModelResponse(Streamed):
         """The response as it comes."""
         with closing(self._answer.generation):
             begun = False
-            async for step in self._answer.generation.steps():
+            async for drawn in self._answer.generation.events():
                 if not begun:
                     begun = True
                     for state in ("created", "in_progress"):
                         yield self._lifecycle(state, self._response("in_progress"))
-                for fields in self._events(step):
+                for fields in self._events(drawn):
                     yield self._numbered(fields)
         response = self._ended()
         yield self._lifecycle(response["status"], response)
@@ -106,15 +103,11 @@ class ModelResponse(Streamed):
         response = self._response("failed", error=fault, output=self._output.fields())
         return self._lifecycle("failed", response)
 
-    def _events(self, step: Step) -> Iterator[dict]:
+    def _events(self, drawn: Event) -> Iterator[dict]:
         answer = self._answer
         if answer.finish_reason is not None:
             return
-        if step.event.logprobs is not None and not answer.reasoning:
-            ids, values = step.event.token_ids, step.event.logprobs
-            self._logprobs += chat_logprobs(self._model, ids, values)
-        for part in answer.parts(step):
-            logprobs, self._logprobs = self._logprobs, []
+        for part, logprobs in answer.add(drawn):
             yield from self._output.add(part, logprobs if isinstance(part, Content) else [])
         if answer.finish_reason is not None:
             yield from self._output.finish(self._status())

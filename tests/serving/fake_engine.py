@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from et_moe.serving.interface import (
     EngineBrokenError,
@@ -31,6 +31,18 @@ class _Request:
     cancelled: bool = False
 
 
+def _joined(held: Event, event: Event) -> Event:
+    """As the engine's queue joins the events of a request."""
+    logprobs = None if held.logprobs is None else (*held.logprobs, *(event.logprobs or ()))
+    return replace(
+        held,
+        token_ids=held.token_ids + event.token_ids,
+        logprobs=logprobs,
+        finish_reason=event.finish_reason,
+        error=event.error,
+    )
+
+
 class FakeEngine:
     """Implements `interface.Engine`.
 
@@ -41,6 +53,11 @@ class FakeEngine:
         answers: what each request gets as its answer.
         max_sequences, max_waiting: how many requests can run, and how many can wait.
         seconds: how long a step takes.
+
+    Attributes:
+        sizes: asked for how many tokens of a request its next event waits, as events do for a
+            reader who is slow.
+        fail_after: of how many tokens of a request; then it ends with an error.
     """
 
     def __init__(
@@ -59,6 +76,9 @@ class FakeEngine:
         self.cancelled: list[int] = []
         self.hold = threading.Event()  # While it is set, nothing is drawn.
         self.fail_next: str | None = None
+        self.sizes: Callable[[], int] = lambda: 1
+        self.fail_after: int | None = None
+        self._held: dict[int, tuple[Event, int]] = {}
         self._places = (max_sequences, max_waiting)
         self.max_requests = max_sequences + max_waiting
         self._condition = threading.Condition()
@@ -147,6 +167,12 @@ class FakeEngine:
         self._thread.join()
 
     def _say(self, event: Event) -> None:
+        held, size = self._held.pop(event.request_id, (None, None))
+        event = event if held is None else _joined(held, event)
+        size = self.sizes() if size is None else size
+        if event.finish_reason is None and len(event.token_ids) < size:
+            self._held[event.request_id] = (event, size)
+            return
         if not self._events:
             os.eventfd_write(self._fd, 1)
         self._events.append(event)
@@ -179,6 +205,8 @@ class FakeEngine:
         if self.fail_next is not None:
             event = Event(request.id, finish_reason="error", error=self.fail_next)
             self.fail_next = None
+        elif len(request.drawn) == self.fail_after:
+            event = Event(request.id, finish_reason="error", error="no luck any more")
         else:
             event = self._drawn(request)
         self._say(event)

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import time
+from pathlib import Path
 
 import pytest
 from served_app import running_app
@@ -236,8 +237,17 @@ def test_all_refusals_are_counted(engine, tokenizer, monkeypatch) -> None:
     asyncio.run(run())
 
 
+def peak_mib() -> float:
+    """The most memory that this process has had since the peak was reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
 def test_schemas_that_explode(ask) -> None:
-    """Compiling and every mask are bounded in time, so that the request soon fails or ends."""
+    """Compiling and every mask are bounded in time and memory, so that the request soon fails or
+    ends."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    before = peak_mib()
     tree: dict = {"type": "string", "pattern": "(a|b)*a(a|b){400}"}
     schemas = [
         {"type": "array", "items": {"type": "string"}, "minItems": 10**9},
@@ -251,6 +261,7 @@ def test_schemas_that_explode(ask) -> None:
         body = {"messages": [QUESTION], "response_format": form(schema), "max_tokens": 20}
         assert ask(CHAT, body).status_code in (200, 400)
         assert time.monotonic() - begin < 20, schema
+        assert peak_mib() - before < 200, schema
 
 
 def test_a_key(engine, tokenizer) -> None:

@@ -1,5 +1,6 @@
 """What callers are told of drafts: events, outputs of Python, metrics and usage."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ from checkpoints import make_small, storages
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.export import ExportOptions, export
 from et_moe.pipeline.quantize import QuantizedCheckpoint
-from et_moe.serving.interface import Drafts, EngineStatus
+from et_moe.serving.engine import load_engine
+from et_moe.serving.interface import Drafts, EngineStatus, Event
 from et_moe.serving.llm import LLM, SamplingParams
 from et_moe.serving.metrics import Metrics
 from et_moe.serving.openai.events import usage
+from et_moe.serving.steps import Steps
 
 
 def test_a_sum() -> None:
@@ -52,6 +55,53 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = QuantizedCheckpoint(Checkpoint(folder / "checkpoint"), storages("4w", 32, "8w"))
     export(source, folder / "program", ExportOptions(max_seq_len=60, draft_tokens=2))
     return folder / "program"
+
+
+@pytest.mark.parametrize(("count", "accepted"), [(1, (1, 0)), (2, (1, 1)), (3, (1, 1))])
+def test_an_answer_has_the_drafts_of_its_tokens(tokenizer, count: int, accepted: tuple) -> None:
+    """A call that accepted two drafts drew three tokens, of which the answer has so many."""
+    steps = Steps(tokenizer)
+    assert len(list(steps.of(Event(1, (5,))))) == 1
+    for i, _ in enumerate(steps.of(Event(1, (6, 7, 8), drafts=Drafts(1, 2, (1, 1)))), 1):
+        if i == count:
+            steps.end()
+    assert list(steps.of(Event(1, (9, 9), drafts=Drafts(1, 2, (1, 0))))) == []
+    assert steps.tokens == 1 + count and steps.drafts == Drafts(1, 2, accepted)
+
+
+def test_drafts_with_a_stop_string(program: Path, monkeypatch) -> None:
+    """Answers end with the token that completes it, with drafts and without, for a reader who
+    takes each event, and for one who comes late."""
+    whole = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+    with LLM(program, max_sequences=2) as llm:
+        ids = llm.generate([[1, 2, 3]], SamplingParams(**whole))[0].outputs[0].token_ids
+        texts = [llm.tokenizer.id_to_bytes(i).decode(errors="replace") for i in ids]
+        at = next(i for i in range(9, 40) if texts[i].strip() and texts[i] not in texts[:i])
+        found, wait = [], llm._wait
+        for seconds, bias in ((0.0, {}), (0.2, {}), (0.0, {"min_p": 1e-9})):
+            monkeypatch.setattr(llm, "_wait", lambda s=seconds: [time.sleep(s), wait()][1])
+            params = SamplingParams(**whole, **bias, stop=texts[at])
+            found += llm.generate([[1, 2, 3]], params)[0].outputs
+    assert [output.token_ids for output in found] == [ids[: at + 1]] * 3
+    fast, slow, without = (output.drafts for output in found)
+    assert fast == slow != without == Drafts()
+
+
+def test_a_call_with_drafts_has_an_event_of_its_own(program: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    engine = load_engine(program)
+    engine.submit([1, 2, 3], params)
+    time.sleep(0.1)
+    while engine.status().running + engine.status().waiting:
+        time.sleep(0.01)
+    events = engine.take_events()
+    assert len(events) > 10 and events[-1].finish_reason == "length"
+    assert sum(len(event.token_ids) for event in events) == 40
+    for event in events:
+        accepted = sum(event.drafts.accepted)
+        assert event.drafts.steps <= 1
+        assert not event.drafts.steps or len(event.token_ids) in (accepted, accepted + 1)
+    engine.close()
 
 
 def test_outputs_of_python(program: Path) -> None:

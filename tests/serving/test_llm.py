@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def test_stop_strings(llm, writes_aabaab, stop, text: str, reason: str | None) -
     assert streamed[-1][1].stop_reason == reason
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_ids_end_with_the_stop_string(llm, writes_aabaab, monkeypatch, seconds: float) -> None:
+    """However many tokens have been drawn meanwhile, for a reader who is slow."""
+    wait = llm._wait
+    monkeypatch.setattr(llm, "_wait", lambda: [time.sleep(seconds), wait()][1])
+    params = SamplingParams(stop="BA", logprobs=0, **{**writes_aabaab, "max_tokens": 25})
+    for request in llm.generate(["x", "y"], params):
+        (output,) = request.outputs
+        text = b"".join(map(llm.tokenizer.id_to_bytes, output.token_ids))
+        assert text == b"AABA" and len(output.logprobs) == 4
+
+
 def test_a_stream_that_is_left_cancels_its_request(llm) -> None:
     stream = llm.stream("x", SamplingParams(max_tokens=25, ignore_eos=True))
     next(stream)
@@ -136,6 +149,8 @@ def test_a_bad_recommendation_is_named(tmp_path, content: str, message: str) -> 
 def test_errors(llm, tiny_program, monkeypatch) -> None:
     with pytest.raises(ValueError, match="the prompt has 33 tokens"):
         llm.generate(["ok", [1] * 33])
+    with pytest.raises(ValueError, match=r"the prompt has 32 tokens, .* needs one at least"):
+        llm.generate([1] * 32)
     with pytest.raises(ValueError, match="the prompt is empty"):
         llm.generate("")
     with LLM(tiny_program) as plain:

@@ -104,8 +104,10 @@ def test_ends(client) -> None:
     stop = client.events(client.submit(stop_token_ids=(tokens[3],)))
     assert tokens_of(stop) == tokens[: tokens.index(tokens[3]) + 1]
     assert stop[-1].finish_reason == "stop"
-    full = client.events(client.submit([7] * (CONTEXT - 2), max_tokens=None))
-    assert len(tokens_of(full)) == 3 and full[-1].finish_reason == "length"
+    for room in (1, 2):
+        for most in (None, room, 100):
+            full = client.events(client.submit([7] * (CONTEXT - room), max_tokens=most))
+            assert len(tokens_of(full)) == room and full[-1].finish_reason == "length"
     nothing = client.events(client.submit(max_tokens=0))
     assert tokens_of(nothing) == [] and nothing[-1].finish_reason == "length"
 
@@ -224,6 +226,8 @@ def test_the_queue_is_bounded_and_in_order(client) -> None:
     [
         ([], {}, "the prompt is empty"),
         ([1] * 33, {}, "the prompt has 33 tokens, the context of the program holds 32"),
+        ([1] * 32, {}, "has 32 tokens, .* holds 32, of which the answer needs one at least"),
+        ([1], {"max_tokens": "many"}, "max_tokens 'many': expected an integer"),
         ([1, 264], {}, "the prompt: token id 264 is outside the vocabulary of 264"),
         ([-1], {}, "the prompt: token id -1 is outside"),
         (["a"], {}, r"prompt_ids \['a'\]: expected token ids"),

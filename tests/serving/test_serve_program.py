@@ -42,12 +42,23 @@ def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
 
 def test_what_the_program_refuses(server) -> None:
     """Bad prompts are refused with the engine's own words, and chats for lack of a template."""
-    for body in ({"prompt": [1] * 40}, {"prompt": [10**6]}):
+    [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    for body in ({"prompt": [1] * model["max_model_len"]}, {"prompt": [10**6]}):
         response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
     response = server.chat("Hi")
     assert response.status_code == 400 and "no chat template" in response.text
+
+
+def test_prompt_and_answer_have_the_context_together(server) -> None:
+    [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    for count in (model["max_model_len"] - 1, model["max_model_len"] - 3):
+        for fields in ({"max_tokens": 100}, {"max_tokens": None}):
+            body = {"prompt": [1] * count, "ignore_eos": True, **fields}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+            assert answer["usage"]["total_tokens"] == model["max_model_len"]
+            assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_port_in_use_is_found_before_the_model_is_loaded(server, tmp_path) -> None:

@@ -201,6 +201,25 @@ def test_slow_and_broken_clients(server) -> None:
     assert server.chat("say 2").status_code == 200
 
 
+@pytest.mark.parametrize(("status", "kind"), [(413, "application/json"), (415, "text/plain")])
+def test_a_client_that_sends_all_before_it_reads(server, status: int, kind: str) -> None:
+    """It is told why it is refused, and so is one that asks before it sends."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+    head += f"Content-Length: {9 << 20}\r\n"
+    for more, body in (("", b"x" * (9 << 20)), ("Expect: 100-continue\r\n", b"")):
+        with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+            connection.sendall(f"{head}{more}\r\n".encode() + body)
+            assert connection.recv(12) == f"HTTP/1.1 {status}".encode()
+
+
+def test_what_is_refused_is_not_read_forever(server) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        begin = time.monotonic()
+        connection.sendall(head + b"Content-Length: 9\r\n\r\nx")
+        assert connection.recv(12) == b"HTTP/1.1 415" and time.monotonic() - begin < 10
+
+
 def test_many_clients_at_once_get_their_own_answers(server) -> None:
     async def one(client: httpx.AsyncClient, count: int) -> None:
         body = {"messages": [{"role": "user", "content": f"say {count}"}]}
@@ -236,6 +255,35 @@ def test_sigterm_lets_requests_end(own_server) -> None:
     assert server.process.wait(20) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url)
+
+
+def test_while_requests_end_new_ones_are_told(own_server) -> None:
+    """A load balancer asks `/health` over new connections, and has to get an answer."""
+    server = own_server(0.01, 20)
+    with server.stream("say 200") as response, httpx.Client(base_url=server.url) as kept:
+        lines = response.iter_lines()
+        next(lines)
+        assert kept.get("/health").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        while kept.get("/health").status_code == 200:
+            pass
+        health, refused = httpx.get(f"{server.url}/health"), server.chat("say 1")
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        rest = list(lines)
+    assert (health.status_code, health.json()) == (503, {"status": "shutting down"})
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    assert rest[-2] == "data: [DONE]" and '"finish_reason":"stop"' in rest[-4]
+    assert server.process.wait(20) == 0
+
+
+def test_a_second_ctrl_c_does_not_wait(own_server) -> None:
+    server = own_server(0.01, 60)
+    with server.stream("say 5000") as response:
+        next(response.iter_lines())
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(20)
 
 
 def test_sigterm_has_a_limit(own_server) -> None:
