@@ -1,16 +1,19 @@
-"""Checkpoints of very many tensors, such as the official GPTQ one, which has 124611.
+"""Large checkpoints: of very many tensors, as the official GPTQ one with its 124611, and of more
+bytes than there is memory.
 
 The work of opening one grows no faster than their number, and that of reading a layer not at all.
 """
 
 import gc
 import json
+import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from checkpoints import SMALL, make_small, storages
+from checkpoints import SMALL, assert_equal, make_small, parameters, storages
 
 from et_moe.benchmarks.gptq_layout import EXPERT, Entries, stored, write_checkpoint
 from et_moe.examples.qwen3_5_moe.model import MODEL
@@ -104,3 +107,25 @@ def test_a_layer_takes_one_read_a_tensor(write_official, monkeypatch) -> None:
     next(groups)
     own = small_layout(json.loads((directory / "config.json").read_text()))
     assert read == dict.fromkeys((n for n in own if n.startswith("model.layers.0.")), 1)
+
+
+def test_a_file_larger_than_memory(tmp_path: Path) -> None:
+    """The tensors that count stand behind a hole of twice the memory and swap."""
+    directory, path = tmp_path / "c", tmp_path / "c/model.safetensors"
+    make_small(directory)
+    expected = parameters(Checkpoint(directory).groups(storages()))
+    memory = re.findall(r"(?:MemTotal|SwapTotal): *(\d+) kB", Path("/proc/meminfo").read_text())
+    hole = 2048 * sum(map(int, memory))
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for entry in header.values():
+        entry["data_offsets"] = [hole + offset for offset in entry.get("data_offsets", ())]
+    skipped = {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]}
+    header = {"model.visual.x": skipped} | {n: e for n, e in header.items() if n != "__metadata__"}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(hole, os.SEEK_CUR)
+        file.write(content[8 + length :])
+    assert_equal(parameters(Checkpoint(directory).groups(storages())), expected)
