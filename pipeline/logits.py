@@ -93,7 +93,7 @@ class ProgramLogits(contextlib.AbstractContextManager):
         if path.is_file() and SCORE_METHOD not in path.read_bytes():
             warn(
                 f"{path}: takes one token a call; `export --score` makes programs that take 64, "
-                "which is several times faster"
+                "which is faster where weights are large"
             )
 
     def _start(self, ids: int, writing: int) -> subprocess.Popen:
