@@ -59,6 +59,15 @@ def write_sealed(path: Path, data: bytes) -> None:
         file.write(_trailer(len(data), xxhash.xxh3_64_intdigest(data)))
 
 
+def check_sealed(data: bytes) -> None:
+    """Raises ValueError unless `data` is what `write_sealed` writes."""
+    begin = len(data) - len(_trailer(0, 0))
+    if begin < 0 or not data.startswith(MAGIC, begin):
+        raise ValueError("no checksum at its end: truncated, or not written by `et-moe export`")
+    if data[begin:] != _trailer(begin, xxhash.xxh3_64_intdigest(memoryview(data)[:begin])):
+        raise ValueError("damaged: checksum mismatch")
+
+
 def _nbytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
     return math.prod(shape) * dtype.itemsize
 

@@ -258,11 +258,20 @@ def memory(
         Path, typer.Argument(help="For the files: 3 GB a layer, removed again.", **PATH)
     ],
     layers: Annotated[list[int] | None, typer.Option(help="Sizes to compare; default 4.")] = None,
+    gptq: Annotated[
+        bool,
+        typer.Option(
+            "--gptq",
+            help="Of one in the layout of the official GPTQ checkpoint, made of holes: open all of "
+            "its 124,611 tensors, and quantize as many layers.",
+        ),
+    ] = False,
 ) -> None:
-    """Measure the peak memory of quantizing and exporting a checkpoint of the published width."""
-    from et_moe.benchmarks.memory import measure
+    """Measure peak memory and CPU time of quantizing and exporting a checkpoint of the 35B."""
+    from et_moe.benchmarks import memory
 
-    raise typer.Exit(not measure(folder, layers or [4]))
+    run = memory.measure_gptq if gptq else memory.measure
+    raise typer.Exit(not run(folder, layers or [4]))
 
 
 @app.command()

@@ -4,6 +4,8 @@ Nothing is loaded until a group (the embedding, one layer, the head) is asked fo
 at one group whatever the checkpoint's size.
 """
 
+import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +34,27 @@ def indexed_files(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: weight_map must map tensor names to files")
+    files: set[str] = set()
     for name in weight_map.values():
+        if isinstance(name, str) and name in files:
+            continue
         if not isinstance(name, str) or Path(name).name != name:
             raise ConfigError(f"{index}: {name!r} is not the name of a file beside it")
-    return sorted(set(weight_map.values()))
+        files.add(name)
+    return sorted(files)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keeps Python from looking for garbage: among the objects of very many tensors there is none,
+    and looking through them again and again takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def shard_files(directory: Path) -> list[Path]:
@@ -77,6 +96,7 @@ class Checkpoint:
         ConfigError: names the file, tensor or key at fault.
     """
 
+    @_collector_paused()
     def __init__(self, directory: Path) -> None:
         self.directory, self.skipped = directory, 0
         self.config = load_config(directory)

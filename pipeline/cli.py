@@ -1,6 +1,5 @@
 """The command line: `et-moe calibrate | quantize | export | inspect | eval | make-checkpoint`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -232,6 +231,8 @@ def export(
         else:
             exporter.write_program(source, output_dir, options, show)
     console.print(f"wrote {output_dir}", soft_wrap=True)
+    taken = exporter.program_footprint(source, options)
+    console.print(str(taken), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -282,13 +283,14 @@ def _need_standard_output() -> None:
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A `.pte` for CUDA.", **PATH)],
+    file: Annotated[Path, typer.Argument(help="A `.pte`, for the CPU or CUDA.", **PATH)],
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Prints what a CUDA program holds: methods, code, kernels, state and weights."""
+    """Prints what a program holds: methods, kernels, state and weights, bits a weight and bytes a
+    decoded token."""
     _need_standard_output()
-    from et_moe.backends.cuda.inspect import inspect as run
-    from et_moe.backends.cuda.inspect import print_tables
+    from et_moe.pipeline.inspect import inspect as run
+    from et_moe.pipeline.inspect import print_description
 
     if file.is_dir():
         inside = file / "model.pte"
@@ -300,10 +302,7 @@ def inspect(
         description = run(file.read_bytes())
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from e
-    if json_output:
-        print(json.dumps(description, indent=1))
-    else:
-        print_tables(description)
+    print_description(description, json_output)
 
 
 @app.command(name="eval")

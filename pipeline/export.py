@@ -18,7 +18,7 @@ from et_moe.backends.threads import write_behind
 from et_moe.pipeline.bundle import BUNDLE_VERSION, COPIED_FILES, copy_files
 from et_moe.pipeline.config import Config, ConfigError
 from et_moe.pipeline.draft_head import check_draft_vocabulary, with_draft_head
-from et_moe.pipeline.footprint import footprint
+from et_moe.pipeline.footprint import Footprint, footprint
 from et_moe.pipeline.graphs import build_graphs
 from et_moe.pipeline.locks import sole_writer
 from et_moe.pipeline.models import Sizes
@@ -189,13 +189,25 @@ def fingerprint(target: Target, options: ExportOptions) -> str:
     )
 
 
-def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGraph], dict]:
-    """The methods' graphs and the constant methods."""
-    precision = Precision(
+def _precision(target: Target, options: ExportOptions) -> Precision:
+    return Precision(
         target.storages, options.activation_dtype, options.dtype, options.recurrent_state_dtype
     )
+
+
+def _without_head(config: Config) -> Config:
+    return replace(config, mtp_num_hidden_layers=0)
+
+
+def program_footprint(target: Target, options: ExportOptions) -> Footprint:
+    """What the weights of a program take, without the MTP head's."""
+    return footprint(meta_graph(_without_head(target.config), _precision(target, options)))
+
+
+def _graphs(target: Target, options: ExportOptions) -> tuple[dict[str, MethodGraph], dict]:
+    """The methods' graphs and the constant methods."""
+    precision, without_head = _precision(target, options), _without_head(target.config)
     sizes = resolve_sizes(target.config, options)
-    without_head = replace(target.config, mtp_num_hidden_layers=0)
     config = target.config if sizes.draft_tokens else without_head
     graphs = build_graphs(config, precision, sizes)
     constants = constant_methods(without_head, precision, sizes)

@@ -28,8 +28,13 @@ class Footprint:
         return round(8 * self.size / self.weights, 3)
 
     def __str__(self) -> str:
-        token = self.bytes_per_token / 1e6
-        return f"{self.bits_per_weight:.2f} bits a weight, {token:,.1f} MB read for a decoded token"
+        return in_words(self.bits_per_weight, self.bytes_per_token)
+
+
+def in_words(bits_per_weight: float, bytes_per_token: int) -> str:
+    """The two numbers of a `Footprint` for people."""
+    token = bytes_per_token / 1e6
+    return f"{bits_per_weight:.2f} bits a weight, {token:,.1f} MB read for a decoded token"
 
 
 def footprint(graph: Graph) -> Footprint:

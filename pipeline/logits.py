@@ -29,6 +29,9 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """How transformers opens a checkpoint: no network, and none of the code that it may bring."""
 PIPE_BYTES = 1 << 20
 """Of the pipe to the runner, where the system allows it: about a row of a large vocabulary."""
+SCORE_METHOD = b"get_score_tokens"
+"""Name of a method that programs have if they can be given many tokens for their logits. As bytes
+of the file: what would parse it takes seconds to be imported."""
 BATCH_TOKENS = 4096
 """Most tokens that the Hugging Face model is given at once, in windows of one length."""
 
@@ -64,6 +67,7 @@ class ProgramLogits(contextlib.AbstractContextManager):
         self._shape: tuple[int, int] | None = None
 
     def __enter__(self) -> "ProgramLogits":
+        self._say_how_slow()
         with contextlib.ExitStack() as stack:
             # Files without names: nothing is left of them, however this process ends.
             self._errors = stack.enter_context(tempfile.TemporaryFile())
@@ -82,6 +86,15 @@ class ProgramLogits(contextlib.AbstractContextManager):
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def _say_how_slow(self) -> None:
+        """Warns of a program that is fed token by token."""
+        path = self._program_dir / "model.pte"
+        if path.is_file() and SCORE_METHOD not in path.read_bytes():
+            warn(
+                f"{path}: takes one token a call; `export --score` makes programs that take 64, "
+                "which is faster where weights are large"
+            )
 
     def _start(self, ids: int, writing: int) -> subprocess.Popen:
         self._ids = f"/dev/fd/{ids}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,12 @@ def text_config(
     return text
 
 
-def tensor_shapes(model: Model, text: dict[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint with this text config."""
-    shapes = model.checkpoint_shapes(parse_config(text))
+def tensor_shapes(
+    model: Model, text: dict[str, Any], prefix: str, names: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint with this text config; `names` as of
+    `Model.checkpoint_shapes`."""
+    shapes = model.checkpoint_shapes(parse_config(text), names)
     return {
         name if name == "lm_head.weight" or name.startswith(MTP) else prefix + name: shape
         for name, shape in shapes.items()

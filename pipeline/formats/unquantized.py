@@ -4,28 +4,29 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from et_moe.pipeline.config import ConfigError
-from et_moe.pipeline.formats.format import Contents, StoredTensor
+from et_moe.pipeline.formats.format import Contents, StoredTensor, TensorError
 from et_moe.pipeline.storage import Int4
 
 DTYPES = ("BF16", "F16", "F32")
 
-_QUANTIZED = (
-    ".qweight",
-    ".qzeros",
-    ".weight_packed",
-    ".weight_scale",
-    ".weight_scale_inv",
-    ".weight_scale_2",
-    ".absmax",
-    "_blocks",
-    "_scales",
-    "._weight_qdata",
-    ".__qdata",
-    ".w1_scale",
-)
-"""What names of tensors end with in the formats of GPTQ, AWQ, compressed-tensors, NVFP4,
-bitsandbytes, MXFP4, and torchao, with which ExecuTorch writes its prequantized bundles."""
+_METHODS = {
+    "ExecuTorch": ("._weight_qdata", ".__qdata", ".w1_scale"),
+    "bitsandbytes": (".absmax", ".SCB", ".weight_format", ".quant_map"),
+    "HQQ": (".W_q",),
+    "EXL3": (".trellis", ".suh", ".svh"),
+    "EXL2": (".q_weight", ".q_scale", ".q_invperm"),
+    "AQLM": (".codebooks",),
+    "Quanto": ("._data", "._scale"),
+    "MXFP4": ("_blocks", "_scales"),
+    "NVFP4 (ModelOpt)": (".weight_scale_2",),
+    "GPTQ or AWQ": (".qweight", ".qzeros"),
+    "": (".weight_packed", ".weight_scale", ".weight_scale_inv"),
+}
+"""Method -> what the names of tensors end with that only its weights have; the last ones are of
+several methods."""
+
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64")
+"""Dtypes of values and codes, as safetensors names them."""
 
 
 class Floats:
@@ -44,16 +45,19 @@ class Unquantized(Floats):
 
     def __init__(self, contents: Contents) -> None:
         super().__init__(contents.tensors)
-        quantized = next((name for name in contents.tensors if name.endswith(_QUANTIZED)), None)
-        if quantized is None:
-            return
         section = contents.config.get("quantization_config")
-        method = section.get("quant_method") if isinstance(section, dict) else None
-        what = "quantized" if method is None else f"quantized by {method}"
-        raise ConfigError(
-            f"the weights are {what} ({quantized}), which is not supported: use the bf16 "
-            "checkpoint, the block-wise FP8 one, or symmetric INT4 by GPTQ or compressed-tensors"
-        )
+        said = section.get("quant_method") if isinstance(section, dict) else None
+        ends = tuple(end for method in _METHODS.values() for end in method)
+        for name, tensor in contents.tensors.items():
+            # What is not told by its name is by what it holds, where the configuration says so.
+            if name.endswith(ends) or (said and tensor.dtypes[0] in _INTEGERS):
+                found = next((m for m, own in _METHODS.items() if name.endswith(own)), "")
+                by = f" by {said or found}" if said or found else ""
+                raise TensorError(
+                    name,
+                    f"is of weights quantized{by}, which is not supported: use the bf16 checkpoint,"
+                    " the block-wise FP8 one, or symmetric INT4 by GPTQ or compressed-tensors",
+                )
 
     @staticmethod
     def matches(contents: Contents) -> bool:

@@ -368,6 +368,7 @@ def test_inspect(programs) -> None:
     printed = run(pte)
     assert printed.returncode == 0
     assert "_decode_gate_up_kernel" in printed.stdout and "get_max_seq_len: 80" in printed.stdout
+    assert " bits a weight, " in printed.stdout.splitlines()[-1]
     rows = [" ".join(re.findall(r"[^\s│]+", line)) for line in printed.stdout.splitlines()]
     for row in (
         "prefill input tokens int64 [1, 2..20]",
@@ -382,8 +383,6 @@ def test_inspect(programs) -> None:
         printed = run(programs / name / "model.pte").stdout
         found = [" ".join(re.findall(r"[^\s│]+", line)) for line in printed.splitlines()]
         assert all(any(row.startswith(f"{start} ") for row in found) for start in starts)
-    refused = run(programs / "cpu/model.pte")
-    assert refused.returncode == 1 and "not a program for CUDA" in refused.stderr
 
 
 def test_kernels_of_a_batch_start_early(programs) -> None:

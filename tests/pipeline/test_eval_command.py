@@ -17,7 +17,8 @@ def test_eval(run: Run, tiny_checkpoint, tiny_program, build_dir: Path, tmp_path
     common += ("--program-dir", tiny_program, "--runner", runner)
     code, out, err = run(*common, "--json")
     assert code == 0, err
-    result = json.loads(out)
+    result, slow = json.loads(out), f"warning: {tiny_program}/model.pte: takes one token a call"
+    assert err.count(slow) == 1 and "`export --score` makes programs that take 64" in err
     assert result["tokens"] > 50 and 0 <= result["top1_agreement"] <= 1
     assert abs(result["perplexity_growth"]) < 0.2 and 0 <= result["kl_divergence"] < 0.5
     code, out, _ = run(*common)
@@ -68,6 +69,18 @@ def test_eval_of_what_is_not_there(
     for file in (tmp_path / "other").glob("*.safetensors"):
         file.rename(file.with_name("pytorch_model.bin"))
     check([tmp_path / "other", "safetensors"], model_dir=tmp_path / "other")
+
+
+def test_a_program_that_takes_many_tokens_is_no_slow_one(
+    run: Run, scored_model: Path, build_dir: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("a few words")
+    runner = build_dir / "runner" / "qwen3_5_moe_runner"
+    for name in ("score", "plain"):
+        program = scored_model / name
+        code, _, err = run("eval", "--program-dir", program, "--text", text, "--runner", runner)
+        assert code == 0 and ("takes one token a call" in err) == (name == "plain"), err
 
 
 def test_exports_with_a_method_for_it(run: Run, tmp_path: Path) -> None:

@@ -49,32 +49,6 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
         (FP8 | {"weight_block_size": [0, 16]}, {}, r"weight_block_size is \[0, 16\], expected"),
         (FP8, {f"{Q_PROJ}_scale_inv": torch.ones(2, 2)}, r"_scale_inv has shape \(2, 2\), config"),
         (FP8, {Q_PROJ: torch.zeros(128, 32)}, r"q_proj\.weight has dtype F32, expected one of"),
-        (
-            {"quant_method": "awq"},
-            {"model.layers.1.self_attn.q_proj.qweight": torch.zeros(4, 128, dtype=torch.int32)},
-            r"config\.json: the weights are quantized by awq \(layers.*qweight\), .*use the bf16",
-        ),
-        (
-            {"quant_method": "compressed-tensors", "format": "float-quantized"},
-            {"model.layers.1.self_attn.q_proj.weight_scale": torch.zeros(4)},
-            r"the weights are quantized by compressed-tensors \(layers.*weight_scale\)",
-        ),
-        (
-            {"quant_method": "mxfp4"},
-            {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(4, dtype=torch.uint8)},
-            r"the weights are quantized by mxfp4 \(layers.*gate_up_proj_blocks\), .*INT4 by GPTQ",
-        ),
-        (
-            {"quant_method": "bitsandbytes"},
-            {"model.layers.1.self_attn.q_proj.weight.absmax": torch.zeros(4)},
-            r"the weights are quantized by bitsandbytes \(layers.*absmax\)",
-        ),
-        (
-            None,
-            {"layers.1.attn.o_proj._weight_qdata": torch.zeros(4, dtype=torch.int8)},
-            r"the weights are quantized \(layers\.1\.attn\.o_proj\._weight_qdata\), .*use the bf16",
-        ),
-        (None, {"x.absmax": torch.zeros(4)}, r"the weights are quantized \(x\.absmax\), which"),
     ],
 )
 def test_refused(tmp_path: Path, section: dict | None, change: dict, message: str) -> None:
@@ -88,3 +62,54 @@ def test_refused(tmp_path: Path, section: dict | None, change: dict, message: st
         Checkpoint(directory)
     assert str(directory) in str(caught.value)
     assert json.loads((directory / "config.json").read_text()) == config
+
+
+QUANTIZED = {
+    "awq": ("awq", {"qweight": torch.int32, "qzeros": torch.int32}),
+    "float-quantized": ("compressed-tensors", {"weight_scale": torch.float32}),
+    "MXFP4": ("mxfp4", {"gate_up_proj_blocks": torch.uint8}),
+    "bitsandbytes 4-bit": ("bitsandbytes", {"weight.absmax": torch.float32}),
+    "bitsandbytes 8-bit": (
+        "bitsandbytes",
+        {"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8},
+    ),
+    "HQQ": ("hqq", {"W_q": torch.uint8, "scale": torch.float16, "zero": torch.float16}),
+    "EXL3": ("exl3", {"trellis": torch.int16, "suh": torch.float16, "svh": torch.float16}),
+    "EXL2": ("exl2", {"q_weight": torch.int32, "q_scale": torch.int32}),
+    "AQLM": ("aqlm", {"codes": torch.int8, "codebooks": torch.float16}),
+    "Quanto": ("quanto", {"weight._data": torch.int8, "weight._scale": torch.float32}),
+    "NVFP4": ("modelopt", {"weight": torch.uint8, "weight_scale_2": torch.float32}),
+    "ExecuTorch": ("", {"_weight_qdata": torch.int8}),
+    "other": ("new", {"indices": torch.int16, "centroids": torch.float16}),
+}
+"""What is quantized -> its `quant_method`, and the tensors of a module in place of its weight."""
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_methods_that_are_not_supported(tmp_path: Path, kind: str, said: bool) -> None:
+    """Method, file and tensor are named, and what to use instead, with the method in the
+    configuration or without; what nothing tells is unexpected."""
+    method, parts = QUANTIZED[kind]
+    config, tensors = make_small(tmp_path / "small")
+    module = Q_PROJ.removesuffix(".weight")
+    del tensors[Q_PROJ]
+    tensors |= {f"{module}.{part}": torch.zeros(4, dtype=dtype) for part, dtype in parts.items()}
+    if said:
+        config["quantization_config"] = {"quant_method": method} if method else "x"
+    directory = write(tmp_path / "c", config, tensors)
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint(directory)
+    message = str(caught.value)
+    if kind == "other" and not said:
+        assert "unexpected tensors: " in message
+        return
+    names = {"awq": "AWQ", "NVFP4": "NVFP4", "float-quantized": ""}
+    by = method if said and method else names.get(kind, kind.split()[0])
+    assert message.startswith(f"{directory / 'model.safetensors'}: {module}.")
+    assert "is of weights quantized" in message and by in message
+    assert message.endswith(
+        "not supported: use the bf16 checkpoint, the block-wise FP8 one, or symmetric INT4 by GPTQ "
+        "or compressed-tensors"
+    )
+    assert "\n" not in message

@@ -1,55 +1,33 @@
-"""Checkpoints of very many tensors, such as the official GPTQ one, which has 124611.
+"""Large checkpoints: of very many tensors, as the official GPTQ one with its 124611, and of more
+bytes than there is memory.
 
 The work of opening one grows no faster than their number, and that of reading a layer not at all.
 """
 
+import gc
 import json
+import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from checkpoints import GPTQ, SMALL, make_small, storages
+from checkpoints import SMALL, assert_equal, make_small, parameters, storages
 
+from et_moe.benchmarks.gptq_layout import EXPERT, Entries, stored, write_checkpoint
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline import safetensors_file
 from et_moe.pipeline.checkpoint import Checkpoint
-from et_moe.pipeline.models import parse_config
+from et_moe.pipeline.config import ConfigError
+from et_moe.pipeline.make_checkpoint import tensor_shapes
 
-ITEMSIZE = {"I32": 4, "F16": 2, "BF16": 2}
 SHARDS = 3
 
 
-def official_layout(config: dict) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype and shape of each tensor, by name, if the routed experts are quantized."""
-    shapes = MODEL.checkpoint_shapes(parse_config(config), ["layers.0.mlp.experts.0"])
-    entries = {}
-    for name, shape in shapes.items():
-        name = name if name.startswith("lm_head") else f"model.{name}"
-        if ".mlp.experts." not in name:
-            entries[name] = ("BF16", shape)
-            continue
-        module, (n, k) = name.removesuffix(".weight"), shape
-        entries[f"{module}.qweight"] = ("I32", (k // 8, n))
-        entries[f"{module}.qzeros"] = ("I32", (k // 32, n // 8))
-        entries[f"{module}.scales"] = ("F16", (k // 32, n))
-        entries[f"{module}.g_idx"] = ("I32", (k,))
-    return entries
-
-
-def write_holes(path: Path, entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Writes a safetensors file whose tensors are holes in it, so that they read as zeros."""
-    header, end = {}, 0
-    for name, (dtype, shape) in entries.items():
-        size = ITEMSIZE[dtype]
-        for length in shape:
-            size *= length
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+def small_layout(config: dict) -> Entries:
+    """The tensors of a small model in the layout of the official checkpoint."""
+    return stored(tensor_shapes(MODEL, config, "model.", [EXPERT]), 32)
 
 
 @pytest.fixture
@@ -58,17 +36,9 @@ def write_official(tmp_path: Path):
     config, _ = make_small(tmp_path / "small", **SMALL)
 
     def write(experts: int) -> tuple[Path, int]:
-        text = config | {"num_experts": experts, "quantization_config": GPTQ}
-        directory = tmp_path / f"of_{experts}"
-        directory.mkdir()
-        (directory / "config.json").write_text(json.dumps(text))
-        entries, weight_map = official_layout(text), {}
-        for shard in range(SHARDS):
-            part = dict(list(entries.items())[shard::SHARDS])
-            write_holes(directory / f"{shard}.safetensors", part)
-            weight_map |= dict.fromkeys(part, f"{shard}.safetensors")
-        index = {"weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        text, directory = config | {"num_experts": experts}, tmp_path / f"of_{experts}"
+        entries = small_layout(text)
+        write_checkpoint(directory, text, entries, 32, SHARDS)
         return directory, len(entries)
 
     return write
@@ -98,10 +68,25 @@ def test_opening_takes_work_in_proportion_to_the_tensors(write_official, monkeyp
         directory, tensors = write_official(experts)
         files.clear()
         counts = count_calls(lambda directory=directory: Checkpoint(directory))
-        assert files == {f"{shard}.safetensors": 1 for shard in range(SHARDS)}
+        assert len(files) == SHARDS and set(files.values()) == {1}
         work.append((counts["call"] + counts["c_call"]) / tensors)
     assert tensors > 6000
     assert work[1] < 1.1 * work[0] and work[1] < 80
+
+
+def test_opening_looks_for_no_garbage(write_official) -> None:
+    """Python looks through all objects each time their number has grown by a quarter."""
+    directory, _ = write_official(64)
+    gc.collect()
+    before = sum(generation["collections"] for generation in gc.get_stats())
+    Checkpoint(directory)
+    # One is due when looking begins again.
+    assert sum(generation["collections"] for generation in gc.get_stats()) <= before + 1
+    assert gc.isenabled()
+    (directory / "config.json").unlink()
+    with pytest.raises(ConfigError):
+        Checkpoint(directory)
+    assert gc.isenabled()
 
 
 def test_a_layer_takes_one_read_a_tensor(write_official, monkeypatch) -> None:
@@ -113,15 +98,34 @@ def test_a_layer_takes_one_read_a_tensor(write_official, monkeypatch) -> None:
 
     def counted(self, name):
         read.update((name,))
-        tensor = original(self, name)
-        if name.endswith("qzeros"):
-            tensor.fill_(0x77777777)
-        return tensor
+        return original(self, name)
 
     monkeypatch.setattr(safetensors_file.SafetensorsFile, "read", counted)
     groups = checkpoint.groups(storages())
     assert list(next(groups)) == ["embed_tokens.weight"] and read.total() == 1
     read.clear()
     next(groups)
-    own = {name for name in official_layout(json.loads((directory / "config.json").read_text()))}
+    own = small_layout(json.loads((directory / "config.json").read_text()))
     assert read == dict.fromkeys((n for n in own if n.startswith("model.layers.0.")), 1)
+
+
+def test_a_file_larger_than_memory(tmp_path: Path) -> None:
+    """The tensors that count stand behind a hole of twice the memory and swap."""
+    directory, path = tmp_path / "c", tmp_path / "c/model.safetensors"
+    make_small(directory)
+    expected = parameters(Checkpoint(directory).groups(storages()))
+    memory = re.findall(r"(?:MemTotal|SwapTotal): *(\d+) kB", Path("/proc/meminfo").read_text())
+    hole = 2048 * sum(map(int, memory))
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for entry in header.values():
+        entry["data_offsets"] = [hole + offset for offset in entry.get("data_offsets", ())]
+    skipped = {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]}
+    header = {"model.visual.x": skipped} | {n: e for n, e in header.items() if n != "__metadata__"}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(hole, os.SEEK_CUR)
+        file.write(content[8 + length :])
+    assert_equal(parameters(Checkpoint(directory).groups(storages())), expected)
