@@ -7,24 +7,28 @@
 //     the KV cache, if fewer than these take.
 //   together N  N random requests of all kinds give the tokens together that each gives alone.
 //   random N[/MOST] ROUNDS [PTE PTD]  The same N come at random moments and in any order, and some
-//               are cancelled. They give the tokens that each gives alone without a prefix cache, or
-//               that the program PTE gives so. MOST: tokens of a prompt and of an answer. Prints an
-//               object: cached_tokens, cancelled and preemptions.
+//               are cancelled. They give the tokens that each gives alone without a prefix cache,
+//               or that the program PTE gives so. MOST: tokens of a prompt and of an answer. Prints
+//               an object: cached_tokens, cancelled and preemptions.
 //   plain       The same without prefix cache.
 //   prefix N [PTE PTD]  N prompts share three quarters of the context, or a page, and differ after,
 //               and each is followed by a second turn. They give the tokens that they, or another
 //               program, give without a prefix cache, and all but the first are given what they
 //               share.
+//   grow [PTE PTD]  Two prompts of a page are answered up to the end of the context. Their pages,
+//               PAGES, must not be enough for both: the second is put back. They give the tokens
+//               that they, or another program, give alone.
 //   pieces N    N long prompts give the tokens beside others, where they are fed in shorter pieces,
 //               that each gives alone.
 //   soak N      N requests of 32 kinds in a row, 64 of them in flight, some cancelled: their tokens
 //               are those they give alone, and after the first tenth memory does not grow.
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
-//   faults STEP Over the fake driver: loads and serves three requests, once for every STEP-th call
-//               of CUDA with that call failing. Each request must end, those that it does not hit
-//               as they do without it, and an engine that is not broken serves again. Prints a line
-//               each: refused (to load), failed (a request), broken or tolerated, and the error.
+//   faults STEP FIRST  Over the fake driver: loads and serves three requests, once for every
+//               STEP-th call of CUDA, beginning with the FIRST, with that call failing. Each
+//               request must end, those that it does not hit as they do without it, and an engine
+//               that is not broken serves again. Prints a line each: refused (to load), failed (a
+//               request), broken or tolerated, and the error.
 //   fault       The same once, with the fault of the environment; a broken engine must refuse.
 //   survive     Over the fake driver: a prompt fails, then a batch, while other requests are at
 //               several points. Prints the tokens of all but the prompt. alone: those of the same
@@ -47,6 +51,7 @@
 
 #include "tests/runner/async_engine_client.h"
 #include "tests/runner/async_engine_faults.h"
+#include "tests/runner/async_engine_pages.h"
 
 #ifdef __SANITIZE_ADDRESS__
 // The C++ library inside a program's code has a pool of 71 KB for exceptions, which it loses when
@@ -209,46 +214,6 @@ void soak(Client& client, size_t count) {
   client.expect_idle();
 }
 
-/// Serves a conversation of two turns; gives all tokens, and the cached ones of both turns.
-std::pair<Ids, std::vector<int64_t>> converse(Client& client, const Ids& prompt) {
-  const int64_t left = client.engine().info().max_seq_len - static_cast<int64_t>(prompt.size());
-  const Event first =
-      client.wait(client.engine().submit(greedy(prompt, std::min<int64_t>(left / 6, 9))));
-  Ids all(prompt);
-  all.insert(all.end(), first.token_ids.begin(), first.token_ids.end());
-  all.push_back(1);
-  const Event second =
-      client.wait(client.engine().submit(greedy(all, std::min<int64_t>(left / 6, 5))));
-  expect(first.end == RequestEnd::kLength && second.end == RequestEnd::kLength, "two answers");
-  all.insert(all.end(), second.token_ids.begin(), second.token_ids.end());
-  return {all, {first.cached_tokens, second.cached_tokens}};
-}
-
-void prefix(Client& client, Client& without, size_t count) {
-  std::mt19937 random(5);
-  const et_moe::ModelInfo& info = client.engine().info();
-  const auto draw = [&] { return static_cast<int64_t>(random() % info.vocab_size); };
-  Ids shared(static_cast<size_t>(std::max(info.max_seq_len * 3 / 4, info.page_size)));
-  for (int64_t& id : shared) id = draw();
-  const auto length = static_cast<int64_t>(shared.size());
-  const int64_t pages = length / info.page_size * info.page_size;
-  const int64_t own = std::min<int64_t>((info.max_seq_len - length) / 4, 20);
-  for (size_t i = 0; i < count; ++i) {
-    Ids prompt(shared);
-    for (int64_t more = 0; more < own; ++more) prompt.push_back(draw());
-    const auto [tokens, cached] = converse(client, prompt);
-    const auto [expected, none] = converse(without, prompt);
-    expect(tokens == expected,
-           "the tokens of conversation " + std::to_string(i) + " without cache");
-    expect(none[0] == 0 && none[1] == 0, "no cached tokens without a cache");
-    // The second turn of the first one showed where many go on.
-    expect(i == 0 || cached[0] == pages,
-           "all shared pages cached, not " + std::to_string(cached[0]));
-    expect(i == 0 || cached[1] >= pages, "the second turn's pages cached");
-  }
-  client.expect_idle();
-}
-
 void pieces(Client& client, size_t count) {
   std::mt19937 random(3);
   const et_moe::ModelInfo& info = client.engine().info();
@@ -352,10 +317,12 @@ int main(int argc, char** argv) {
       return make_with(0, argc > others ? argv + others : argv + 1);
     };
     const std::string command = argv[5];
-    const char* bound = argc > 6 ? std::strchr(argv[6], '/') : nullptr;
-    const int64_t most = bound ? std::stol(bound + 1) : kMost;
+    const auto most = [&] {
+      const char* bound = std::strchr(argv[6], '/');
+      return bound ? std::stol(bound + 1) : kMost;
+    };
     if (command == "faults") {
-      faults(make, std::stoul(argv[6]));
+      faults(make, std::stoul(argv[6]), std::stoul(argv[7]));
     } else if (command == "fault") {
       et_moe::serve_with_fault(make, {});
     } else if (command == "survive") {
@@ -366,12 +333,14 @@ int main(int argc, char** argv) {
       together(*make(), std::stoul(argv[6]));
     } else if (command == "random") {
       come_and_go(*make(), *without(8), argc > 8 ? same_tokens : same, std::stoul(argv[6]),
-                  std::stoul(argv[7]), most);
+                  std::stoul(argv[7]), most());
     } else if (command == "plain") {
       const auto client = without(argc);
-      come_and_go(*client, *client, same, std::stoul(argv[6]), std::stoul(argv[7]), most);
+      come_and_go(*client, *client, same, std::stoul(argv[6]), std::stoul(argv[7]), most());
     } else if (command == "prefix") {
-      prefix(*make(), *without(7), std::stoul(argv[6]));
+      et_moe::prefix(*make(), *without(7), std::stoul(argv[6]));
+    } else if (command == "grow") {
+      et_moe::grow(*make(), *without(6));
     } else if (command == "pieces") {
       pieces(*without(argc), std::stoul(argv[6]));
     } else if (command == "soak") {

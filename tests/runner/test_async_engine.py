@@ -34,6 +34,11 @@ def test_requests_together_are_as_they_are_alone(binary, tiny_program, sequences
     check(binary, tiny_program, sequences, "together", 40)
 
 
+def test_as_many_as_a_program_decodes_at_once(build_dir, tmp_path: Path) -> None:
+    program = export_small(tmp_path, context=32, max_sequences=256)
+    check(build_dir / "tests/runner/async_engine_check", program, 256, "together", 300)
+
+
 @pytest.mark.parametrize("sequences", [2, 3])
 def test_requests_are_cancelled_at_every_point(binary, tiny_program, sequences: int) -> None:
     check(binary, tiny_program, sequences, "cancel")
@@ -58,6 +63,10 @@ def test_requests_of_several_pages(binary, paged_program, sequences: str) -> Non
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_prompts_that_share_a_prefix(binary, paged_program, sequences: int) -> None:
     check(binary, paged_program, sequences, "prefix", 6)
+
+
+def test_a_sequence_is_put_back_as_it_grows(build_dir, paged_program) -> None:
+    check(build_dir / "tests/runner/async_engine_check", paged_program, "2/4", "grow")
 
 
 def test_long_prompts_beside_others(build_dir, paged_program) -> None:
