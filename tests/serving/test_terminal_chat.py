@@ -163,5 +163,5 @@ def test_a_real_program(tiny_program: Path) -> None:
         ["et-moe", "chat", tiny_program], input="Hi\n", capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("error: program: no chat template: copy chat_template.jinja")
+    assert done.stderr.startswith("error: tiny_program: no chat template: copy chat_template.jinja")
     assert len(done.stderr.splitlines()) == 1
