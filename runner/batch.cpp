@@ -70,17 +70,24 @@ void Run::take(const Event& event, llm::Stats& stats) {
                              event.error);
   }
   Answer& answer = answers_[i];
-  for (size_t k = 0; k < event.token_ids.size(); ++k) {
-    const double drawn = event.drawn_ms[k];
+  const std::vector<double>& times = event.drawn_ms;
+  for (auto first = times.begin(); first != times.end();) {
+    // Tokens of one step come at once, and share its time.
+    const double drawn = *first;
+    const auto next = std::find_if(first, times.end(), [drawn](double t) { return t != drawn; });
+    const auto count = static_cast<size_t>(next - first);
     if (answer.ids.empty()) {
       stats.num_prompt_tokens += static_cast<int64_t>(requests_[i].prompt_ids.size());
       first_ms_.push_back(drawn);
     } else {
-      stats.batch->between_tokens_ms.push_back(drawn - answer.last_ms);
+      auto& between = stats.batch->between_tokens_ms;
+      between.insert(between.end(), count, (drawn - answer.last_ms) / static_cast<double>(count));
     }
-    answer.ids.push_back(event.token_ids[k]);
+    answer.ids.insert(answer.ids.end(), event.token_ids.begin() + (first - times.begin()),
+                      event.token_ids.begin() + (next - times.begin()));
     answer.last_ms = drawn;
-    drawn_ms_.push_back(drawn);
+    drawn_ms_.insert(drawn_ms_.end(), count, drawn);
+    first = next;
   }
   stats.num_generated_tokens = static_cast<int64_t>(drawn_ms_.size());
   if (stats.batch->cached_tokens) *stats.batch->cached_tokens += event.cached_tokens;

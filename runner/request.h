@@ -76,7 +76,7 @@ struct Event {
   std::optional<RequestEnd> end;
   std::string error;          // with kError
   int64_t cached_tokens = 0;  // of the prompt, taken from the prefix cache; with the first token
-  std::vector<double> drawn_ms{};  // when each token was drawn, by llm::now_ms
+  std::vector<double> drawn_ms{};  // when each token was drawn, by llm::now_ms; one time for a step
   llm::DraftStats drafts{};        // that were fed since
 };
 

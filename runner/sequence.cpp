@@ -129,6 +129,9 @@ Event Sequence::take(const Step& step) {
     }
     advance(token, step.logits, event);
   }
+  if (!event.drawn_ms.empty()) {
+    std::fill(event.drawn_ms.begin(), event.drawn_ms.end(), event.drawn_ms.back());
+  }
   // Tokens that are drawn once more were counted; drafts behind the last one come to nothing.
   if (const size_t kept = event.token_ids.size(); kept > 0) {
     event.drafts.add(step.drafts, std::min(kept, step.tokens.size() - 1));

@@ -126,10 +126,11 @@ std::string Stats::to_table() const {
     std::snprintf(text, sizeof text, "  %-22s %12s%s%s\n", name, number, *unit ? " " : "", unit);
     table += text;
   };
-  const auto quantiles = [&row](const char* name, const std::vector<double>& times) {
+  const auto quantiles = [&row](const char* name, const std::vector<double>& times,
+                                const std::string& what) {
     if (times.empty()) return;
-    row(name, "%.1f", quantile(times, 0.5), "ms, median");
-    row("", "%.1f", quantile(times, 0.99), "ms, 99th percentile");
+    row(name, "%.1f", quantile(times, 0.5), ("ms, median" + what).c_str());
+    row("", "%.1f", quantile(times, 0.99), ("ms, 99th percentile" + what).c_str());
   };
   if (batch) row("Requests", "%.0f", static_cast<double>(batch->first_token_ms.size()), "");
   row("Prompt", "%.0f", static_cast<double>(num_prompt_tokens), "tokens");
@@ -140,8 +141,9 @@ std::string Stats::to_table() const {
   row("Model load", "%.1f", model_load_end_ms - model_load_start_ms, "ms");
   if (batch) {
     row("Output", "%.1f", output_token_per_sec(), "tokens/s");
-    quantiles("Time to first token", batch->first_token_ms);
-    quantiles("Time between tokens", batch->between_tokens_ms);
+    quantiles("Time to first token", batch->first_token_ms, "");
+    quantiles("Time between tokens", batch->between_tokens_ms,
+              drafts ? " (tokens of a step share its time)" : "");
   } else {
     row("Prefill", "%.1f", prompt_eval_end_ms - inference_start_ms, "ms");
     row("", "%.1f", prefill_token_per_sec(), "tokens/s");

@@ -23,10 +23,11 @@ struct GpuMemory {
 
 /// Of many requests at once: what each of their callers waits for.
 struct BatchStats {
-  std::vector<double> first_token_ms;     // from the start, one of each request that drew a token
-  std::vector<double> between_tokens_ms;  // from each token to the next one of its request
-  int64_t generated_in_prefill = 0;       // tokens of all requests until the end of prefill
-  std::optional<int64_t> cached_tokens;   // of prompts, taken from a prefix cache, if there is one
+  std::vector<double> first_token_ms;  // from the start, one of each request that drew a token
+  // From each token to the next one of its request; tokens of one step share its time.
+  std::vector<double> between_tokens_ms;
+  int64_t generated_in_prefill = 0;      // tokens of all requests until the end of prefill
+  std::optional<int64_t> cached_tokens;  // of prompts, taken from a prefix cache, if there is one
 };
 
 /// Of tokens that were guessed before they were drawn.

@@ -1,10 +1,15 @@
-"""Tokens that must not depend on what a sequence shares a call with, nor on drafts, bit by bit.
+"""Tokens that must not depend on what a sequence shares a call with, on drafts, nor on a prefix
+cache, bit by bit.
 
 What a program gives one request at a time says what is right: here it is compared with itself, so
 no near tie is an excuse. Up to four rows of a call have the bits that they have alone (the section
 on a row's bits in docs/performance.md), and no more are fed with drafts. Of more sequences it is
 only counted how many have the same tokens. With drafts several at once are compared as well: two,
 which draft together where a step has one draft, and more, of which the last ones draft.
+
+Prompts that begin alike are answered with a prefix cache and without. They share what a long prompt
+is fed up to at first, and differ within the page behind it: so what is reused was made by a call of
+the same tokens that is made without a cache, too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +21,13 @@ SAME = 4
 MORE = 16
 
 NEW_TOKENS = 40
+
+PAGE = 64
+"""Tokens of a page, of which a prefix cache keeps full ones."""
+SHARED = 1024
+"""Tokens that prompts share: of a prompt as long the last full page ends a call."""
+OWN = PAGE - 4
+"""Tokens of a prompt behind these."""
 
 
 def requests_of(prompts: Sequence[list[int]]) -> list[dict]:
@@ -29,18 +41,35 @@ def requests_of(prompts: Sequence[list[int]]) -> list[dict]:
 
 
 def check_same_tokens(
-    program: Program, drafting: Program, prompts: Sequence[list[int]], accepts: bool
+    program: Program,
+    drafting: Program,
+    prompts: Sequence[list[int]],
+    accepts: bool,
+    shared: list[int],
 ) -> Iterator[dict]:
     """Yields what each check found, with an `error` or None.
 
     Args:
         program, drafting: of the same weights, the second one with drafts.
+        prompts: shorter than a page.
         accepts: whether some of its drafts must be accepted.
+        shared: what prompts begin with for the prefix cache, one page at least.
     """
     requests = requests_of(prompts)
+    alike = requests_of([shared + ids for ids in prompts])
 
     def answer(of: Program, sequences: int) -> tuple[list[list[int]], dict]:
         return of.answer(requests, f"--max_sequences={sequences}")
+
+    def cached(of: Program) -> dict:
+        expected, _ = program.answer(alike, "--max_sequences=1")
+        tokens, stats = of.answer(alike, "--max_sequences=1", "--prefix_cache")
+        found = {"cached_prompt_tokens": stats.get("cached_prompt_tokens", 0)}
+        # The second of short prompts shows what is shared, later ones take it.
+        least = (len(alike) - 2) * (len(shared) // PAGE * PAGE)
+        if found["cached_prompt_tokens"] < least:
+            return {**found, "error": f"expected at least {least} cached tokens: {found}"}
+        return {**found, "error": first_difference(tokens, expected)}
 
     alone, _ = answer(program, 1)
 
@@ -69,6 +98,8 @@ def check_same_tokens(
     }
     for n in (2, SAME):
         checks[f"drafts, {n} at once"] = lambda n=n: with_drafts(n)
+    checks["prefix cache"] = lambda: cached(program)
+    checks["drafts, prefix cache"] = lambda: cached(drafting)
     for name, check in checks.items():
         yield {"check": name, **check()}
 

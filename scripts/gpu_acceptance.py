@@ -109,13 +109,14 @@ def models(session: Session) -> dict:
 
 
 def same_tokens(session: Session) -> dict:
-    """Compares tokens alone with those in batches and with drafts."""
+    """Compares tokens alone with those in batches, with drafts and with a prefix cache."""
     found: list[dict] = []
     for entry, mode in itertools.product(session.manifest["same_tokens"], MODES):
         program, drafting = (
             open_program(session, entry[name], mode) for name in ("model", "drafting")
         )
-        for check in check_same_tokens(program, drafting, entry["prompts"], entry["accepts"]):
+        given = (entry[name] for name in ("prompts", "accepts", "shared"))
+        for check in check_same_tokens(program, drafting, *given):
             found.append({"model": entry["model"], "mode": mode, **check})
     wrong = [f"{c['model']}, {c['mode']}, {c['check']}: {c['error']}" for c in found if c["error"]]
     if wrong or not found:
@@ -210,7 +211,7 @@ def demo_benchmark(session: Session) -> dict:
 # time on compiling.
 STEPS = (
     Step("models", models, (80, 40)),
-    Step("same tokens", same_tokens, (40, 20)),
+    Step("same tokens", same_tokens, (60, 30)),
     Step("compute-sanitizer", sanitize, (60, 20)),
     Step("kernel tests", kernel_tests, (190, 90)),
     Step("kernel benchmark", kernel_benchmark, (70, 35)),

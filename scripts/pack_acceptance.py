@@ -25,6 +25,8 @@ import numpy as np
 import typer
 from acceptance_models import EXPECTED_LOGITS, MANIFEST, TOLERANCES, Case, Model, Program, make_case
 from acceptance_session import REPO
+from acceptance_tokens import NEW_TOKENS as COMPARED
+from acceptance_tokens import OWN, SHARED
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -190,7 +192,10 @@ def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], fold
     dtype, lengths = MODELS[name]
     stored = STORED.get(name, ("--recipe", "4w"))
     model = ("--model-dir", checkpoint, *stored, "--qlinear-group-size", "32")
-    model += ("--max-seq-len", str(max((SCORED, *lengths)) + NEW_TOKENS))
+    context = max((SCORED, *lengths)) + NEW_TOKENS
+    if any(name in (entry["model"], entry["drafting"]) for entry in SAME_TOKENS):
+        context = max(context, SHARED + OWN + COMPARED + WINDOWS)
+    model += ("--max-seq-len", str(context))
     with tempfile.TemporaryDirectory() as scratch:
         cpu = Path(scratch, "cpu")
         et_moe("export", *model, "--dtype", "float32", "--output-dir", cpu)
@@ -204,6 +209,12 @@ def pack_model(name: str, checkpoint: Path, runner: Path, archs: list[str], fold
     target += ("--score",) if name in SCORING else ()
     et_moe("export", *model, *target, "--output-dir", folder)
     return Model(name, dtype, cases, scored)
+
+
+def same_tokens(model: str, **entry: object) -> dict:
+    """What the manifest says of an entry of `SAME_TOKENS`."""
+    given = {"prompts": prompts(model, OWN)[::2], "shared": prompts(model, SHARED)[0]}
+    return {"model": model, **entry, **given}
 
 
 def pack(folder: Path, runner: Path, archs: list[str]) -> None:
@@ -229,7 +240,7 @@ def pack(folder: Path, runner: Path, archs: list[str]) -> None:
         "archs": archs,
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "triton", "executorch")},
         "models": [model.to_json() for model in models],
-        "same_tokens": [{**e, "prompts": prompts(e["model"], 60)[::2]} for e in SAME_TOKENS],
+        "same_tokens": [same_tokens(**entry) for entry in SAME_TOKENS],
         "files": committed_files(),
     }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

@@ -99,6 +99,10 @@ class ModelInfo:
     backend: str  # "cpu" or "cuda"
 
 
+PAGE_TOKENS = 64
+"""Of a page of the KV cache."""
+
+
 @dataclass(frozen=True)
 class EngineStatus:
     """The engine's state at one moment, for metrics and health checks."""
@@ -106,10 +110,15 @@ class EngineStatus:
     waiting: int
     running: int
     max_sequences: int
-    pages: int  # of the KV cache, of 64 tokens each
+    pages: int  # of the KV cache, of PAGE_TOKENS each
     free_pages: int
     preemptions: int  # how often a sequence was put back into the queue, since pages ran out
     broken: str | None  # why the engine takes no more requests
+
+    def capacity(self) -> str:
+        """How many sequences and tokens there is room for, in the runner's words."""
+        tokens = self.pages * PAGE_TOKENS
+        return f"{self.max_sequences} sequences at once, {tokens} cached tokens"
 
 
 class Engine(Protocol):

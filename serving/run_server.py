@@ -2,6 +2,7 @@
 has failed."""
 
 import asyncio
+import copy
 import logging
 import resource
 import signal
@@ -44,6 +45,11 @@ class _Server(uvicorn.Server):
         if self.failed or self.force_exit or not ending:
             return ending or self.failed
         return self._seconds_left() == 0 or not status.running + status.waiting
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            logger.info("there is room for %s", self._status().capacity())
 
     def _status(self):
         return self._app.state.model.engine.engine.status()
@@ -105,6 +111,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> No
         app,
         host=host,
         port=port,
+        log_config=_log_config(),
         log_level="info",
         access_log=False,
         server_header=False,
@@ -115,6 +122,13 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> No
     server.run()
     if server.failed or not server.started:
         sys.exit(_FAILED)
+
+
+def _log_config() -> dict:
+    """uvicorn's, for what this package logs, too."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["loggers"][logger.name] = config["loggers"]["uvicorn"]
+    return config
 
 
 def _raise_file_limit() -> None:

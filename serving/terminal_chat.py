@@ -120,7 +120,9 @@ class TerminalChat:
 
     async def run(self) -> None:
         """Until the input ends."""
-        self._note(f"{self._conversation.model.name}: /help says what can be typed")
+        model = self._conversation.model
+        self._note(f"{model.name}: {model.engine.engine.status().capacity()}")
+        self._note("/help says what can be typed")
         while True:
             try:
                 text = (await self._read()).strip()

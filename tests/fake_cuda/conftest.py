@@ -33,7 +33,12 @@ class Fake:
         self._build, self._report = build, report
 
     def run(
-        self, *command, preload: Path | None = None, stdin: str = "", **environment: str
+        self,
+        *command,
+        preload: Path | None = None,
+        stdin: str = "",
+        timeout: float = 600,
+        **environment: str,
     ) -> subprocess.CompletedProcess:
         """Runs a command; `environment` has variables of fake_cuda.h, in lower case and without
         prefix."""
@@ -47,16 +52,17 @@ class Fake:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=timeout,
         )
 
     def runner(self, program: Path, *flags, ptd: Path | None = None, **environment):
         files = ("--model_path", program / "model.pte", "--data_path", ptd or program / "model.ptd")
         return self.run("runner/qwen3_5_moe_runner", *files, *flags, **environment)
 
-    def check(self, *command, tool: str = "fake_cuda/delegate_check", **environment: str) -> str:
-        """Runs a tool of the tests, which must succeed, and returns its output."""
-        done = self.run(f"tests/{tool}", *command, **environment)
+    def check(self, *command, tool: str = "fake_cuda/delegate_check", **further) -> str:
+        """Runs a tool of the tests, which must succeed, and returns its output; `further`: as of
+        `run`."""
+        done = self.run(f"tests/{tool}", *command, **further)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 

@@ -7,7 +7,8 @@ FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activat
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
 it. FOLDER/next gets the same of a small Qwen3-Next, whose experts and attention come from a GPTQ
 checkpoint, with float16 scales, and whose other parts are INT8 with a scale per row; its recurrent
-state is bfloat16, and it has the method `score`. FOLDER/small gets programs with two methods of
+state is bfloat16, and it has the method `score`. FOLDER/long, with ET_MOE_EXECUTED_REQUESTS set, is
+like FOLDER with sequences of three pages. FOLDER/small gets programs with two methods of
 `lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and
 kernels.json; FOLDER/rows the same with its method `rows`.
 """
@@ -45,6 +46,8 @@ tokens has, so that calls have the kernels for many, too."""
 
 MAX_SEQ_LEN = 80
 """More than a page."""
+LONG_SEQ_LEN = 144
+"""More than two pages: a sequence is put back only where it has grown by two."""
 MAX_SEQUENCES = 5
 """More than a power of two, so that calls are padded, too."""
 
@@ -123,6 +126,7 @@ def export_model(
 
     further: options of the export.
     """
+    further.setdefault("max_seq_len", MAX_SEQ_LEN)
     make_checkpoint(folder / "checkpoint", model, "tiny", seed=3, overrides=overrides)
     checkpoint = Checkpoint(change(folder / "checkpoint"))
     source = QuantizedCheckpoint(
@@ -132,7 +136,6 @@ def export_model(
         options = export.ExportOptions(
             backend=backend,
             dtype=torch.float32,
-            max_seq_len=MAX_SEQ_LEN,
             max_sequences=max_sequences,
             cuda_archs=("sm_90",),
             debug_sidecar=backend == "cuda",
@@ -160,6 +163,9 @@ def main() -> None:
     make_small(folder / "rows", {"rows": rows()})
     export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA, MAX_SEQUENCES)
+    if "ET_MOE_EXECUTED_REQUESTS" in os.environ:
+        longer = SMALL_FOR_CUDA | {"max_position_embeddings": LONG_SEQ_LEN}
+        export_model(folder / "long", QWEN3_5_MOE, longer, 3, max_seq_len=LONG_SEQ_LEN)
     # Its ranges for more tokens, and for many sequences, would have the same kernels.
     export.MAX_PREFILL_TOKENS = 4
     with_head = SMALL_FOR_CUDA | {"mtp_num_hidden_layers": 1}

@@ -6,21 +6,29 @@
 //     GRAPH: 0 or 1, whether with CUDA graphs. SEQUENCES: how many are served at once. PAGES: of
 //     the KV cache, if fewer than these take.
 //   together N  N random requests of all kinds give the tokens together that each gives alone.
-//   random N ROUNDS  The same N come at random moments and in any order, and some are cancelled.
-//               With PAGES, some must be put back.
-//   prefix N    N prompts share three quarters of the context and differ after, and each is
-//               followed by a second turn. They give the tokens that they give without a prefix
-//               cache, and all but the first are given what they share.
+//   random N[/MOST] ROUNDS [PTE PTD]  The same N come at random moments and in any order, and some
+//               are cancelled. They give the tokens that each gives alone without a prefix cache,
+//               or that the program PTE gives so. MOST: tokens of a prompt and of an answer. Prints
+//               an object: cached_tokens, cancelled and preemptions.
+//   plain       The same without prefix cache.
+//   prefix N [PTE PTD]  N prompts share three quarters of the context, or a page, and differ after,
+//               and each is followed by a second turn. They give the tokens that they, or another
+//               program, give without a prefix cache, and all but the first are given what they
+//               share.
+//   grow [PTE PTD]  Two prompts of a page are answered up to the end of the context. Their pages,
+//               PAGES, must not be enough for both: the second is put back. They give the tokens
+//               that they, or another program, give alone.
 //   pieces N    N long prompts give the tokens beside others, where they are fed in shorter pieces,
 //               that each gives alone.
 //   soak N      N requests of 32 kinds in a row, 64 of them in flight, some cancelled: their tokens
 //               are those they give alone, and after the first tenth memory does not grow.
 //   cancel      Requests are cancelled before, between and after their tokens while others run.
 //   close       The engine is closed while requests wait, run and have just ended.
-//   faults STEP Over the fake driver: loads and serves three requests, once for every STEP-th call
-//               of CUDA with that call failing. Each request must end, those that it does not hit
-//               as they do without it, and an engine that is not broken serves again. Prints a line
-//               each: refused (to load), failed (a request), broken or tolerated, and the error.
+//   faults STEP FIRST  Over the fake driver: loads and serves three requests, once for every
+//               STEP-th call of CUDA, beginning with the FIRST, with that call failing. Each
+//               request must end, those that it does not hit as they do without it, and an engine
+//               that is not broken serves again. Prints a line each: refused (to load), failed (a
+//               request), broken or tolerated, and the error.
 //   fault       The same once, with the fault of the environment; a broken engine must refuse.
 //   survive     Over the fake driver: a prompt fails, then a batch, while other requests are at
 //               several points. Prints the tokens of all but the prompt. alone: those of the same
@@ -43,6 +51,7 @@
 
 #include "tests/runner/async_engine_client.h"
 #include "tests/runner/async_engine_faults.h"
+#include "tests/runner/async_engine_pages.h"
 
 #ifdef __SANITIZE_ADDRESS__
 // The C++ library inside a program's code has a pool of 71 KB for exceptions, which it loses when
@@ -61,14 +70,23 @@ using et_moe::Ids;
 using et_moe::Request;
 using et_moe::RequestEnd;
 
-/// A request of any kind but a guided one.
-Request random_request(std::mt19937& random, const et_moe::ModelInfo& info) {
+constexpr int64_t kMost = 80;  // tokens of a random prompt
+
+/// A request of any kind but a guided one. `most`: tokens of its prompt, and of its answer.
+Request random_request(std::mt19937& random, const et_moe::ModelInfo& info, int64_t most) {
   const auto below = [&random](int64_t n) { return static_cast<int64_t>(random() % n); };
-  Ids prompt(static_cast<size_t>(1 + below(std::min<int64_t>(info.max_seq_len - 8, 80))));
+  Ids prompt(static_cast<size_t>(1 + below(std::min(info.max_seq_len - 8, most))));
   for (int64_t& id : prompt) id = below(info.vocab_size);
-  Request request = greedy(prompt, 1 + below(std::min<int64_t>(info.max_seq_len / 4, 30)));
+  // Some begin alike, with a page and two tokens.
+  if (const int64_t alike = info.page_size + 2;
+      most >= alike && alike + 8 < info.max_seq_len && below(4) == 0) {
+    prompt.insert(prompt.begin(), static_cast<size_t>(alike), 1);
+    prompt.resize(std::min(prompt.size(), static_cast<size_t>(info.max_seq_len - 8)));
+  }
+  Request request = greedy(prompt, 1 + below(std::min({info.max_seq_len / 4, int64_t{30}, most})));
   auto& p = request.params;
-  if (below(6) == 0) p.max_tokens = info.max_seq_len;  // some take more pages than they begin with
+  // Some take more pages than they begin with.
+  if (most >= info.page_size && below(6) == 0) p.max_tokens = info.max_seq_len;
   p.ignore_eos = below(2) == 0;
   if (below(2))
     p.sampling = {0.5f + static_cast<float>(below(20)) / 10, below(3) * 20, 0.9f, below(99)};
@@ -92,13 +110,18 @@ bool same(const Event& a, const Event& b) {
   return a.token_ids == b.token_ids && a.end == b.end && equal(a.logprobs, b.logprobs) && prompts;
 }
 
+bool same_tokens(const Event& a, const Event& b) {
+  return a.token_ids == b.token_ids && a.end == b.end;
+}
+
 /// Random requests, and what becomes of each alone.
 std::pair<std::vector<Request>, std::vector<Event>> serve_alone(Client& client, size_t count,
-                                                                std::mt19937& random) {
+                                                                std::mt19937& random,
+                                                                int64_t most = kMost) {
   std::vector<Request> requests;
   std::vector<Event> alone;
   for (size_t i = 0; i < count; ++i) {
-    requests.push_back(random_request(random, client.engine().info()));
+    requests.push_back(random_request(random, client.engine().info(), most));
     alone.push_back(client.wait(client.engine().submit(requests.back())));
     expect(alone.back().end == RequestEnd::kStop || alone.back().end == RequestEnd::kLength,
            "a request that ends well: " + alone.back().error);
@@ -116,11 +139,14 @@ void together(Client& client, size_t count) {
   client.expect_idle();
 }
 
-void come_and_go(Client& client, size_t count, size_t rounds, bool few_pages) {
+/// `reference`: what serves them alone; `is_same`: what is compared.
+void come_and_go(Client& client, Client& reference, decltype(same)* is_same, size_t count,
+                 size_t rounds, int64_t most) {
   std::mt19937 random(11);
-  const auto [requests, alone] = serve_alone(client, count, random);
+  const auto [requests, alone] = serve_alone(reference, count, random, most);
   std::vector<size_t> order(count);
   for (size_t i = 0; i < count; ++i) order[i] = i;
+  int64_t cached_tokens = 0, all_cancelled = 0;
   for (size_t round = 0; round < rounds; ++round) {
     std::shuffle(order.begin(), order.end(), random);
     std::vector<uint64_t> ids;
@@ -138,20 +164,23 @@ void come_and_go(Client& client, size_t count, size_t rounds, bool few_pages) {
       const Event &found = client.wait(ids[i]), &expected = alone[order[i]];
       const std::string name = "request " + std::to_string(order[i]) + " of round " +
                                std::to_string(round) + " as it is alone";
+      cached_tokens += found.cached_tokens;
       if (cancelled[i] && found.end == RequestEnd::kCancelled) {
+        ++all_cancelled;
         expect(found.token_ids.size() <= expected.token_ids.size() &&
                    std::equal(found.token_ids.begin(), found.token_ids.end(),
                               expected.token_ids.begin()),
                name + ", up to its end");
       } else {
-        expect(same(found, expected), name);
+        expect(is_same(found, expected), name);
       }
     }
     client.expect_idle();
   }
-  const auto status = client.engine().status();
-  expect(!few_pages || status.preemptions > rounds / 4,
-         "sequences that are put back, got " + std::to_string(status.preemptions));
+  std::cout << et_moe::to_text({{"cached_tokens", cached_tokens},
+                                {"cancelled", all_cancelled},
+                                {"preemptions", client.engine().status().preemptions}})
+            << "\n";
 }
 
 /// Bytes that the allocator has given out.
@@ -182,41 +211,6 @@ void soak(Client& client, size_t count) {
     expect(!before || allocated() < before + kGrowth, "memory that does not grow");
   }
   while (!in_flight.empty()) end_first();
-  client.expect_idle();
-}
-
-/// Serves a conversation of two turns; gives all tokens, and the cached ones of both turns.
-std::pair<Ids, std::vector<int64_t>> converse(Client& client, const Ids& prompt) {
-  const Event first = client.wait(client.engine().submit(greedy(prompt, 9)));
-  Ids all(prompt);
-  all.insert(all.end(), first.token_ids.begin(), first.token_ids.end());
-  all.push_back(1);
-  const Event second = client.wait(client.engine().submit(greedy(all, 5)));
-  expect(first.end == RequestEnd::kLength && second.end == RequestEnd::kLength, "two answers");
-  all.insert(all.end(), second.token_ids.begin(), second.token_ids.end());
-  return {all, {first.cached_tokens, second.cached_tokens}};
-}
-
-void prefix(Client& client, Client& without, size_t count) {
-  std::mt19937 random(5);
-  const et_moe::ModelInfo& info = client.engine().info();
-  const auto draw = [&] { return static_cast<int64_t>(random() % info.vocab_size); };
-  Ids shared(static_cast<size_t>(info.max_seq_len * 3 / 4));
-  for (int64_t& id : shared) id = draw();
-  const int64_t pages = static_cast<int64_t>(shared.size()) / info.page_size * info.page_size;
-  for (size_t i = 0; i < count; ++i) {
-    Ids prompt(shared);
-    for (int more = 0; more < 20; ++more) prompt.push_back(draw());
-    const auto [tokens, cached] = converse(client, prompt);
-    const auto [expected, none] = converse(without, prompt);
-    expect(tokens == expected,
-           "the tokens of conversation " + std::to_string(i) + " without cache");
-    expect(none[0] == 0 && none[1] == 0, "no cached tokens without a cache");
-    // The second turn of the first one showed where many go on.
-    expect(i == 0 || cached[0] == pages,
-           "all shared pages cached, not " + std::to_string(cached[0]));
-    expect(i == 0 || cached[1] >= pages, "the second turn's pages cached");
-  }
   client.expect_idle();
 }
 
@@ -308,19 +302,27 @@ int main(int argc, char** argv) {
     if (argc < 6) throw std::runtime_error("usage: see the top of async_engine_check.cpp");
     const size_t sequences = std::stoul(argv[4]);
     const char* pages = std::strchr(argv[4], '/');
-    const auto make_with = [&](size_t snapshots) {
+    const auto make_with = [&](size_t snapshots, char** files) {
       et_moe::AsyncEngineOptions options;
       options.model.max_sequences = sequences;
       options.model.snapshots = snapshots;
       options.piece_beside_others = 64;  // which changes no token
       if (pages) options.model.pages = std::stoul(pages + 1);
       options.model.device.cuda_graph = std::string(argv[3]) == "1";
-      return std::make_unique<Client>(argv[1], argv[2], options);
+      return std::make_unique<Client>(files[0], files[1], options);
     };
-    const auto make = [&] { return make_with(et_moe::snapshots_for(sequences)); };
+    const auto make = [&] { return make_with(et_moe::snapshots_for(sequences), argv + 1); };
+    // What requests are compared with, of the program that the last arguments may name.
+    const auto without = [&](int others) {
+      return make_with(0, argc > others ? argv + others : argv + 1);
+    };
     const std::string command = argv[5];
+    const auto most = [&] {
+      const char* bound = std::strchr(argv[6], '/');
+      return bound ? std::stol(bound + 1) : kMost;
+    };
     if (command == "faults") {
-      faults(make, std::stoul(argv[6]));
+      faults(make, std::stoul(argv[6]), std::stoul(argv[7]));
     } else if (command == "fault") {
       et_moe::serve_with_fault(make, {});
     } else if (command == "survive") {
@@ -330,11 +332,17 @@ int main(int argc, char** argv) {
     } else if (command == "together") {
       together(*make(), std::stoul(argv[6]));
     } else if (command == "random") {
-      come_and_go(*make(), std::stoul(argv[6]), std::stoul(argv[7]), pages);
+      come_and_go(*make(), *without(8), argc > 8 ? same_tokens : same, std::stoul(argv[6]),
+                  std::stoul(argv[7]), most());
+    } else if (command == "plain") {
+      const auto client = without(argc);
+      come_and_go(*client, *client, same, std::stoul(argv[6]), std::stoul(argv[7]), most());
     } else if (command == "prefix") {
-      prefix(*make(), *make_with(0), std::stoul(argv[6]));
+      et_moe::prefix(*make(), *without(7), std::stoul(argv[6]));
+    } else if (command == "grow") {
+      et_moe::grow(*make(), *without(6));
     } else if (command == "pieces") {
-      pieces(*make_with(0), std::stoul(argv[6]));
+      pieces(*without(argc), std::stoul(argv[6]));
     } else if (command == "soak") {
       mallopt(M_ARENA_MAX, 1);  // `allocated` counts but one
       soak(*make(), std::stoul(argv[6]));

@@ -107,14 +107,15 @@ inline std::unique_ptr<Client> serve_with_fault(const MakeClient& make,
   return client;
 }
 
-inline void faults(const MakeClient& make, uint64_t step) {
+/// Fails the calls `first`, from 1, `first` + `step` and so on, one after the other.
+inline void faults(const MakeClient& make, uint64_t step, uint64_t first) {
   const auto calls = fake<uint64_t()>("fake_cuda_calls");
   const auto fail = fake<void(const char*, uint64_t, int)>("fake_cuda_fail");
   const uint64_t begin = calls();
   const std::vector<Event> expected = serve_three(*make());
   expect(check_served(expected, expected).empty(), "no error without a fault");
   const uint64_t count = calls() - begin;
-  for (uint64_t n = 1; n <= count; n += step) {
+  for (uint64_t n = first; n <= count; n += step) {
     fail(nullptr, n, 0);
     auto client = serve_with_fault(make, expected);
     fail(nullptr, 0, 0);

@@ -55,6 +55,10 @@ TEST(Stats, OfABatchHaveQuantilesOfWhatEachRequestWaitsFor) {
   json = parse_json(stats.to_json());
   EXPECT_EQ(json["time_between_tokens_ms_median"], 2.5);
   EXPECT_NEAR(json["time_between_tokens_ms_p99"], 3.97, 1e-9);
+  const std::string shared = "2.5 ms, median (tokens of a step share its time)\n";
+  EXPECT_EQ(stats.to_table().find(shared), std::string::npos);
+  stats.drafts.emplace();
+  EXPECT_NE(stats.to_table().find(shared), std::string::npos);
 }
 
 TEST(Stats, RatesOfNothingAreZero) {

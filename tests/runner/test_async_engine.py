@@ -1,5 +1,6 @@
 """The engine that serves many callers, driven from C++: see async_engine_check.cpp."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from checkpoints import export_small
 
 
-def check(binary: Path, program: Path, sequences: int | str, *command: object) -> None:
+def check(binary: Path, program: Path, sequences: int | str, *command: object) -> str:
     files = (program / "model.pte", program / "model.ptd")
     done = subprocess.run(
         [binary, *files, "0", str(sequences), *map(str, command)],
@@ -18,6 +19,7 @@ def check(binary: Path, program: Path, sequences: int | str, *command: object) -
         timeout=3600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.fixture(params=["release", "sanitize"])
@@ -30,6 +32,11 @@ def binary(request, build_dir: Path) -> Path:
 @pytest.mark.parametrize("sequences", [1, 3, 20])
 def test_requests_together_are_as_they_are_alone(binary, tiny_program, sequences: int) -> None:
     check(binary, tiny_program, sequences, "together", 40)
+
+
+def test_as_many_as_a_program_decodes_at_once(build_dir, tmp_path: Path) -> None:
+    program = export_small(tmp_path, context=32, max_sequences=256)
+    check(build_dir / "tests/runner/async_engine_check", program, 256, "together", 300)
 
 
 @pytest.mark.parametrize("sequences", [2, 3])
@@ -58,6 +65,10 @@ def test_prompts_that_share_a_prefix(binary, paged_program, sequences: int) -> N
     check(binary, paged_program, sequences, "prefix", 6)
 
 
+def test_a_sequence_is_put_back_as_it_grows(build_dir, paged_program) -> None:
+    check(build_dir / "tests/runner/async_engine_check", paged_program, "2/4", "grow")
+
+
 def test_long_prompts_beside_others(build_dir, paged_program) -> None:
     check(build_dir / "tests/runner/async_engine_check", paged_program, 4, "pieces", 8)
 
@@ -84,11 +95,16 @@ def test_a_recurrent_state_of_bfloat16(build_dir, bf16_state_program, sequences,
     check(build_dir / "tests/runner/async_engine_check", bf16_state_program, sequences, *command)
 
 
+@pytest.mark.parametrize("command", ["random", "plain"])
 @pytest.mark.parametrize("sequences", ["7", "8/5"], ids=["all pages", "few pages"])
-def test_requests_that_come_and_go(build_dir, paged_program, sequences: str) -> None:
-    """With few pages some are put back, and begin anew later."""
+def test_requests_that_come_and_go(build_dir, paged_program, sequences: str, command: str) -> None:
+    """With few pages some are put back, and begin anew later. With and without prefix cache the
+    tokens are those of each alone without one."""
     binary = build_dir / "tests" / "runner" / "async_engine_check"
-    check(binary, paged_program, sequences, "random", 32, 200)
+    done = json.loads(check(binary, paged_program, sequences, command, 32, 200))
+    assert done["cancelled"] > 200
+    assert (done["cached_tokens"] > 0) == (command == "random")
+    assert done["preemptions"] > 50 or sequences == "7"
 
 
 def test_memory_is_flat(build_dir, paged_program) -> None:

@@ -1,13 +1,17 @@
 """`et-moe serve` with a real program."""
 
 import asyncio
+import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 from test_server import Server
+
+from et_moe.serving.engine import load_engine
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,24 @@ def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
             assert alone == together and len(set(alone)) > 6
 
     asyncio.run(run())
+
+
+def test_what_there_is_room_for_is_logged(server, tiny_program: Path) -> None:
+    """In the runner's words."""
+    asked = wait_for_line(server, r"there is room for (.+)")
+    engine = load_engine(tiny_program, max_sequences=4)
+    pages = engine.status().pages
+    engine.close()
+    assert asked == f"4 sequences at once, {64 * pages} cached tokens"
+
+
+def wait_for_line(server: Server, pattern: str) -> str:
+    """The first group of a line in the server's log."""
+    for _ in range(500):
+        if found := re.search(pattern, server.log):
+            return found[1]
+        time.sleep(0.01)
+    pytest.fail(f"no {pattern!r} in {server.log}")
 
 
 def test_what_the_program_refuses(server) -> None:

@@ -253,6 +253,7 @@ def test_sigterm_lets_requests_end(own_server) -> None:
     assert rest[-2:] == ["data: [DONE]", ""]
     assert '"finish_reason":"stop"' in rest[-4]
     assert server.process.wait(20) == 0
+    assert "1 requests have 20 seconds to end" in server.log
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url)
 

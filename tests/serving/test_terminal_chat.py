@@ -56,6 +56,7 @@ def test_a_conversation(chat, engine, tokenizer, tmp_path: Path) -> None:
     engine.text = "hm\n</think>\n\nHello [b]you[/b]."
     file = tmp_path / "saved.json"
     shown = chat("Hi", "", "/system Be brief.", "And?\nNow?", f"/save {file}")
+    assert shown.startswith("demo: 4 sequences at once, 512 cached tokens\n/help says")
     assert shown.count("hm\n\nHello [b]you[/b].\n") == 2
     assert shown.count("tokens/s") == 2 and "the first after" in shown and f"wrote {file}" in shown
     first, second = prompts(engine, tokenizer)
@@ -162,5 +163,5 @@ def test_a_real_program(tiny_program: Path) -> None:
         ["et-moe", "chat", tiny_program], input="Hi\n", capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("error: program: no chat template: copy chat_template.jinja")
+    assert done.stderr.startswith("error: tiny_program: no chat template: copy chat_template.jinja")
     assert len(done.stderr.splitlines()) == 1
