@@ -261,7 +261,7 @@ def evaluate(
     total, done = sum(len(w) - 1 for w in windows), 0
     with contextlib.ExitStack() as stack:
         exported = stack.enter_context(ProgramLogits(runner, program_dir, windows))
-        vocabulary = exported.vocabulary  # known once the program has its part of a GPU's memory
+        vocabulary = exported.vocabulary  # known once its weights are on a GPU, if it is for one
         reference = _open_reference(stack, windows, runner, model_dir, reference_program)
         if reference is not None and reference.vocabulary != vocabulary:
             raise ConfigError(

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -162,9 +162,20 @@ class ProgramLogits(contextlib.AbstractContextManager):
         return torch.from_numpy(rows)
 
 
-def reference_device() -> torch.device:
-    """Where a Hugging Face model computes: on a GPU that torch finds, else on the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SPARE_BYTES = 8 << 30
+"""Of a GPU's memory beside a reference on it: for what its batches take, and the calls of a program
+that is on the same GPU."""
+
+
+def reference_device(size: int) -> torch.device:
+    """Where a Hugging Face model of so many bytes computes: on a GPU that torch finds, if it has
+    room for it, else on the CPU."""
+    try:
+        if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= size + SPARE_BYTES:
+            return torch.device("cuda")
+    except RuntimeError:
+        pass  # a process may have it to itself, such as that of the program
+    return torch.device("cpu")
 
 
 class HuggingFaceLogits:
@@ -179,11 +190,9 @@ class HuggingFaceLogits:
             model_dir, dtype="auto", use_safetensors=True, **LOCAL
         ).eval()
         self._model, self._head = self._whole.base_model, self._whole.get_output_embeddings()
-        self._model_dir, self._device = model_dir, reference_device()
-        try:
-            self._whole.to(self._device)
-        except torch.OutOfMemoryError:
-            self._leave_gpu()
+        size = sum(p.nbytes for p in self._whole.parameters())
+        self._model_dir, self._device = model_dir, reference_device(size)
+        self._compute(self._move, torch.empty(0))
         self._windows = self._hidden(windows)
         self._rest: Tensor | None = None
 
@@ -191,18 +200,28 @@ class HuggingFaceLogits:
     def vocabulary(self) -> int:
         return self._head.weight.shape[0]
 
-    def _leave_gpu(self) -> None:
-        warn(f"{self._model_dir}: too little GPU memory is left, so the CPU runs the reference")
-        self._device = torch.device("cpu")
-        self._whole.to(self._device)
-        torch.cuda.empty_cache()  # others have use for it
+    def _move(self, to: Tensor) -> Tensor:
+        self._whole.to(to.device)
+        return to
+
+    def _compute(self, function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        """A function of values, where the model is. Where memory does not suffice for it, all goes
+        to the CPU."""
+        with torch.no_grad():
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return function(values.to(self._device))
+            warn(f"{self._model_dir}: too little GPU memory is left, so the CPU runs the reference")
+            self._device = torch.device("cpu")
+            self._whole.to(self._device)
+            torch.cuda.empty_cache()  # others have use for it
+            return function(values.to(self._device))
 
     def _forward(self, ids: Tensor) -> Tensor:
         """The hidden states of a batch of windows, `[B, n, H]`."""
         # Without a cache: that of transformers wants a layer of full attention. And without TF32,
         # in which PyTorch computes fp32 convolutions if it may.
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return self._model(ids.to(self._device), use_cache=False).last_hidden_state
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self._model(ids, use_cache=False).last_hidden_state
 
     def _hidden(self, windows: Windows) -> Iterator[Tensor]:
         """Of each window the hidden states that its logits are made of, `[n - 1, H]`."""
@@ -210,17 +229,11 @@ class HuggingFaceLogits:
             alike, size = list(group), max(1, BATCH_TOKENS // length)
             for begin in range(0, len(alike), size):
                 batch = torch.tensor(alike[begin : begin + size])
-                try:
-                    found = self._forward(batch)
-                except torch.OutOfMemoryError:
-                    self._leave_gpu()
-                    found = self._forward(batch)
-                yield from found[:, :-1]
+                yield from self._compute(self._forward, batch)[:, :-1]
 
     def read(self, count: int) -> Tensor:
         """See `Logits`; in the checkpoint's dtype, on the CPU."""
         if self._rest is None or not len(self._rest):
             self._rest = next(self._windows)
         rows, self._rest = self._rest[:count], self._rest[count:]
-        with torch.no_grad():
-            return self._head(rows).cpu()
+        return self._compute(self._head, rows).cpu()

@@ -29,6 +29,22 @@ _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64")
 """Dtypes of values and codes, as safetensors names them."""
 
 
+def _find(contents: Contents, said: bool) -> tuple[str, str] | None:
+    """A tensor of quantized weights, if there is one, and the method that its name tells.
+
+    Args:
+        said: the configuration says that there are some, which may be told by what they hold alone.
+    """
+    for method, ends in _METHODS.items():
+        for name in contents.tensors:
+            if name.endswith(ends):
+                return name, method
+    for name, tensor in contents.tensors.items():
+        if said and tensor.dtypes[0] in _INTEGERS:
+            return name, ""
+    return None
+
+
 class Floats:
     """What formats have in common whose weights are floats once they are read."""
 
@@ -47,17 +63,15 @@ class Unquantized(Floats):
         super().__init__(contents.tensors)
         section = contents.config.get("quantization_config")
         said = section.get("quant_method") if isinstance(section, dict) else None
-        ends = tuple(end for method in _METHODS.values() for end in method)
-        for name, tensor in contents.tensors.items():
-            # What is not told by its name is by what it holds, where the configuration says so.
-            if name.endswith(ends) or (said and tensor.dtypes[0] in _INTEGERS):
-                found = next((m for m, own in _METHODS.items() if name.endswith(own)), "")
-                by = f" by {said or found}" if said or found else ""
-                raise TensorError(
-                    name,
-                    f"is of weights quantized{by}, which is not supported: use the bf16 checkpoint,"
-                    " the block-wise FP8 one, or symmetric INT4 by GPTQ or compressed-tensors",
-                )
+        if (found := _find(contents, bool(said))) is None:
+            return
+        name, method = found
+        by = f" by {said or method}" if said or method else ""
+        raise TensorError(
+            name,
+            f"is of weights quantized{by}, which is not supported: use the bf16 checkpoint,"
+            " the block-wise FP8 one, or symmetric INT4 by GPTQ or compressed-tensors",
+        )
 
     @staticmethod
     def matches(contents: Contents) -> bool:

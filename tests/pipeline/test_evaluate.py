@@ -168,11 +168,13 @@ def test_windows_of_one_length_are_a_batch(scored_model, token_ids, monkeypatch)
 
 def test_the_reference_is_on_a_gpu_where_there_is_one(scored_model, monkeypatch) -> None:
     """All of it, with what it is given; only logits leave it."""
-    for found, device in ((True, "cuda"), (False, "cpu")):
+    free = logits_of.SPARE_BYTES + 1000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+    for found, size, device in ((True, 1000, "cuda"), (True, 1001, "cpu"), (False, 1, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
-        assert logits_of.reference_device() == torch.device(device)
+        assert logits_of.reference_device(size) == torch.device(device)
     meta = torch.device("meta")
-    monkeypatch.setattr(logits_of, "reference_device", lambda: meta)
+    monkeypatch.setattr(logits_of, "reference_device", lambda size: meta)
     away = HuggingFaceLogits(scored_model / "checkpoint", [[1, 2, 3]])
     assert {p.device for p in (*away._model.parameters(), *away._head.parameters())} == {meta}
 
@@ -186,6 +188,15 @@ def test_the_reference_is_on_a_gpu_where_there_is_one(scored_model, monkeypatch)
         away.read(2)
 
 
+def test_a_gpu_that_another_process_has_to_itself(monkeypatch) -> None:
+    def fail() -> tuple[int, int]:
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert logits_of.reference_device(1) == torch.device("cpu")
+
+
 TOO_LITTLE = "/checkpoint: too little GPU memory is left, so the CPU runs the reference$"
 
 
@@ -195,12 +206,12 @@ def test_a_gpu_too_small_for_the_reference(scored_model, monkeypatch) -> None:
     expected = HuggingFaceLogits(checkpoint, [[1, 2, 3]]).read(2)
 
     def to(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        if device.type == "cuda":
+        if device.type == "meta":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return move(module, device)
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    monkeypatch.setattr(logits_of, "reference_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(logits_of, "reference_device", lambda size: torch.device("meta"))
     with pytest.warns(ConfigWarning, match=TOO_LITTLE):
         found = HuggingFaceLogits(checkpoint, [[1, 2, 3]])
     assert torch.equal(found.read(2), expected)

@@ -78,7 +78,10 @@ QUANTIZED = {
     "EXL2": ("exl2", {"q_weight": torch.int32, "q_scale": torch.int32}),
     "AQLM": ("aqlm", {"codes": torch.int8, "codebooks": torch.float16}),
     "Quanto": ("quanto", {"weight._data": torch.int8, "weight._scale": torch.float32}),
-    "NVFP4": ("modelopt", {"weight": torch.uint8, "weight_scale_2": torch.float32}),
+    "NVFP4": (
+        "modelopt",
+        {"weight": torch.uint8, "weight_scale": torch.uint8, "weight_scale_2": torch.float32},
+    ),
     "ExecuTorch": ("", {"_weight_qdata": torch.int8}),
     "other": ("new", {"indices": torch.int16, "centroids": torch.float16}),
 }
