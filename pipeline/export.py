@@ -43,9 +43,9 @@ MAX_DRAFT_TOKENS = 3
 """Most drafts of a sequence in a decode call that are supported."""
 MAX_DRAFT_SEQUENCES = 4
 """Most sequences of a decode call that is fed drafts."""
-MAX_DRAFT_ROWS = {"cpu": 16, "cuda": 4}
-"""By backend, most rows of such a call. On CUDA up to four have the bits that each has alone
-(`docs/performance.md`); with more, drafts would change tokens."""
+MAX_CUDA_DRAFT_ROWS = 4
+"""Most rows of such a call on CUDA, where up to four have the bits that each has alone
+(`docs/performance.md`): with more, drafts would change tokens."""
 SCORE_TOKENS = 64
 """Of a call of `score`, whose logits with a vocabulary of 248,320 take 64 MB."""
 
@@ -69,8 +69,9 @@ def resolve_sizes(config: Config, options: "ExportOptions") -> Sizes:
     check_draft_vocabulary(options.draft_vocabulary, config.vocab_size, options.draft_tokens)
     prefill_tokens = min(max_seq_len, MAX_PREFILL_TOKENS)
     score_tokens = min(prefill_tokens, SCORE_TOKENS) if options.score else 0
-    rows = MAX_DRAFT_ROWS[options.backend] // (1 + options.draft_tokens)
-    sequences = min(options.max_sequences, MAX_DRAFT_SEQUENCES, rows)
+    sequences = min(options.max_sequences, MAX_DRAFT_SEQUENCES)
+    if options.backend == "cuda":
+        sequences = min(sequences, MAX_CUDA_DRAFT_ROWS // (1 + options.draft_tokens))
     drafts = options.draft_tokens, sequences, options.draft_vocabulary
     return Sizes(max_seq_len, prefill_tokens, options.max_sequences, *drafts, score_tokens)
 

@@ -20,6 +20,7 @@ install_system_packages() {
   for package in "${packages[@]}"; do
     case $package in
       g++) command -v g++ >/dev/null || missing+=("$package") ;;
+      ccache) command -v ccache >/dev/null || missing+=("$package") ;;
       python3-dev) python3 -c "$python_headers" 2>/dev/null || missing+=("$package") ;;
       python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=("$package") ;;
       *) dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package") ;;

@@ -220,13 +220,6 @@ def _generate(
         return program
 
 
-def _rows_of(graph: MethodGraph) -> int:
-    """How many rows a sequence has in each call of a method that decodes, else 1."""
-    if graph.hand_over is None:
-        return 1
-    return graph.input_nodes()[graph.hand_over.tokens].meta["val"].shape[1]
-
-
 def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledMethod:
     """Compiles one method for one architecture; no GPU, driver or CUDA toolkit is needed.
 
@@ -248,7 +241,7 @@ def compile_method(graph: MethodGraph, plan: WeightPlan, arch: str) -> CompiledM
     toolchain()  # before minutes of work
     ranges, binaries = [], {}
     with scratch_folder() as scratch:
-        for limits in split(*graph.length(), _rows_of(graph)):
+        for limits in split(*graph.length()):
             program = _generate(graph, plan, gpu, limits, scratch / "kernels")
             check_in_place(program.source, graph)
             code = build(program.source)

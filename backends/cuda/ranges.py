@@ -24,9 +24,8 @@ class Range:
     high: int
 
 
-def split(low: int, high: int, rows: int = 1) -> list[Range]:
-    """The ranges that sizes from `low` to `high` are cut into at `BOUNDS`, in rising order; each
-    size has so many rows."""
-    ends = [*(bound // rows for bound in BOUNDS if low <= bound // rows < high), high]
+def split(low: int, high: int) -> list[Range]:
+    """The ranges that sizes from `low` to `high` are cut into at `BOUNDS`, in rising order."""
+    ends = [*(bound for bound in BOUNDS if low <= bound < high), high]
     starts = [low, *(end + 1 for end in ends)]
     return [Range(start, end) for start, end in zip(starts, ends, strict=False)]

@@ -86,7 +86,7 @@ def test_on_cuda_a_call_has_as_many_rows_as_have_the_bits_of_one(source, k, sequ
     if sequences > 1:
         tokens = graphs["draft_decode_batch"].input_nodes()["tokens"].meta["val"]
         assert tokens.shape == (sequences, 1 + k)
-    assert exporter.MAX_DRAFT_ROWS["cuda"] == LINEAR_ROWS
+    assert exporter.MAX_CUDA_DRAFT_ROWS == LINEAR_ROWS
 
 
 def test_the_fingerprint_says_how_many(source) -> None:
