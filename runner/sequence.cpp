@@ -97,7 +97,7 @@ Event Sequence::feed_prompt() {
   CallOptions options;
   options.full_logits = params.prompt_logprobs && most_scored() > 0;
   options.logits = is_last ? wants_logits() : params.prompt_logprobs.has_value();
-  options.remember = end == piece_end();
+  options.remember = remembers() && end == piece_end();
   if (options.full_logits) {
     // Of these short pieces only the one that ends with the last full page leaves a snapshot.
     const auto page = static_cast<size_t>(model_.info().page_size);

@@ -72,7 +72,7 @@ class Sequence {
     // What is drawn once more may differ from what was drawn at first, and the drafts that were
     // accepted behind it are taken back then: no other sequence may have seen them.
     return {session_.get(), ids_[replayed_], request_.params.sampling, most,
-            !(replays() && drafts())};
+            remembers() && !(replays() && drafts())};
   }
   bool wants_logits() const { return sampler_ || request_.params.logprobs; }
   /// Whether its decode calls can be fed drafts.
@@ -91,6 +91,9 @@ class Sequence {
   size_t next_tokens() const { return in_prompt() ? next_count() : model_.decode_tokens(drafts()); }
   /// How many tokens a call can be fed whose logits are all wanted, with a method for that; else 0.
   size_t most_scored() const { return static_cast<size_t>(model_.info().score_tokens); }
+  /// Whether the prefix cache may have its pages. A prompt that is fed token by token, for the logits
+  /// behind each, is computed in another way than one that goes on from them.
+  bool remembers() const { return !request_.params.prompt_logprobs || most_scored() > 0; }
   /// Whether the next call was made before.
   bool replays() const { return replayed_ + 1 < ids_.size(); }
   Event empty_event() const { return {id_, {}, {}, {}, {}, {}}; }
