@@ -21,7 +21,7 @@ def inspect(pte: bytes) -> dict[str, object]:
         check_sealed(pte)
     file = open_program(pte)
     delegated = any(plan.delegates for plan in file.program.execution_plan)
-    return cuda.describe(file, len(pte)) if delegated else cpu.inspect(file, len(pte))
+    return cuda.describe(file, len(pte)) if delegated else cpu.describe(file, len(pte))
 
 
 def print_description(description: dict, as_json: bool) -> None:

@@ -56,20 +56,9 @@ def check_same_tokens(
         shared: what prompts begin with for the prefix cache, one page at least.
     """
     requests = requests_of(prompts)
-    alike = requests_of([shared + ids for ids in prompts])
 
     def answer(of: Program, sequences: int) -> tuple[list[list[int]], dict]:
         return of.answer(requests, f"--max_sequences={sequences}")
-
-    def cached(of: Program) -> dict:
-        expected, _ = program.answer(alike, "--max_sequences=1")
-        tokens, stats = of.answer(alike, "--max_sequences=1", "--prefix_cache")
-        found = {"cached_prompt_tokens": stats.get("cached_prompt_tokens", 0)}
-        # The second of short prompts shows what is shared, later ones take it.
-        least = (len(alike) - 2) * (len(shared) // PAGE * PAGE)
-        if found["cached_prompt_tokens"] < least:
-            return {**found, "error": f"expected at least {least} cached tokens: {found}"}
-        return {**found, "error": first_difference(tokens, expected)}
 
     alone, _ = answer(program, 1)
 
@@ -98,10 +87,25 @@ def check_same_tokens(
     }
     for n in (2, SAME):
         checks[f"drafts, {n} at once"] = lambda n=n: with_drafts(n)
-    checks["prefix cache"] = lambda: cached(program)
-    checks["drafts, prefix cache"] = lambda: cached(drafting)
+    for name, of in (("prefix cache", program), ("drafts, prefix cache", drafting)):
+        checks[name] = lambda of=of: check_cache(program, of, prompts, shared)
     for name, check in checks.items():
         yield {"check": name, **check()}
+
+
+def check_cache(
+    program: Program, of: Program, prompts: Sequence[list[int]], shared: list[int]
+) -> dict:
+    """Compares the tokens of a program with a prefix cache with those of `program` without."""
+    alike = requests_of([shared + ids for ids in prompts])
+    expected, _ = program.answer(alike, "--max_sequences=1")
+    tokens, stats = of.answer(alike, "--max_sequences=1", "--prefix_cache")
+    found = {"cached_prompt_tokens": stats.get("cached_prompt_tokens", 0)}
+    # The second of short prompts shows what is shared, later ones take it.
+    least = (len(alike) - 2) * (len(shared) // PAGE * PAGE)
+    if found["cached_prompt_tokens"] < least:
+        return {**found, "error": f"expected at least {least} cached tokens: {found}"}
+    return {**found, "error": first_difference(tokens, expected)}
 
 
 def first_difference(actual: list[list[int]], expected: list[list[int]]) -> str | None:

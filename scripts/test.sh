@@ -16,4 +16,5 @@ cmake --preset sanitize -DPython3_EXECUTABLE="$PWD/.venv/bin/python" --log-level
 cmake --build --preset sanitize --target \
   async_engine_check delegate_check executorch_check fake_cuda load_files tokenizer_cli
 ctest --test-dir build --output-on-failure --no-tests=error
-"${with_ccache[@]}" python -m pytest -n 2 --dist worksteal --durations=15
+# One worker more than CI has cores: they wait for other processes a fifth of the time.
+"${with_ccache[@]}" python -m pytest -n 3 --dist worksteal --durations=15

@@ -17,7 +17,7 @@ from et_moe.backends.program_file import (
 )
 
 
-def inspect(file: PTEFile, size: int) -> dict[str, object]:
+def describe(file: PTEFile, size: int) -> dict[str, object]:
     """Describes a `.pte` of `lower` with so many bytes; all of it can be written as JSON.
 
     Returns:

@@ -9,17 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from et_moe.backends.cuda.backend import FORMAT, EtMoeCudaBackend
-from et_moe.backends.program_file import (
-    constants_of,
-    open_program,
-    print_constants,
-    print_methods,
-)
-
-
-def inspect(pte: bytes) -> dict[str, object]:
-    """Describes a `.pte` of `lower`, see `describe`."""
-    return describe(open_program(pte), len(pte))
+from et_moe.backends.program_file import constants_of, print_constants, print_methods
 
 
 def describe(file: PTEFile, size: int) -> dict[str, object]:

@@ -30,9 +30,10 @@ from et_moe.backends.cuda.backend import lower
 from et_moe.backends.cuda.build import RUNTIME_FUNCTIONS
 from et_moe.backends.cuda.gpu import gpu_for
 from et_moe.backends.cuda.host_program import FIND_KERNEL, kernel_calls, run_body
-from et_moe.backends.cuda.inspect import inspect
+from et_moe.backends.cuda.inspect import describe
 from et_moe.backends.cuda.prepack import PREPACK_VERSION, plan_weights
 from et_moe.backends.cuda.triton.tuning import find_config, tuning_target
+from et_moe.backends.program_file import open_program
 
 PROGRAM = Path(__file__).with_name("lowering_methods.py")
 TESTS = PROGRAM.parents[2]
@@ -70,6 +71,10 @@ def alone(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def description(lowered) -> dict:
     return inspect((lowered / "model.pte").read_bytes())
+
+
+def inspect(pte: bytes) -> dict:
+    return describe(open_program(pte), len(pte))
 
 
 def _source(lowered: Path, code: str) -> str:
