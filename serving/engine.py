@@ -124,15 +124,25 @@ class _NativeEngine:
 
 
 def _event(
-    request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error
+    request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error, drawn_ms
 ) -> Event:
     drafts = Drafts() if drafts is None else Drafts(*drafts)
     if logprobs is not None:
         logprobs = tuple(TokenLogprob(*logprob) for logprob in logprobs)
     if prompt_logprobs is not None:
         prompt_logprobs = (None, *(TokenLogprob(*logprob) for logprob in prompt_logprobs))
+    # The runner's clock is the one of time.monotonic.
+    drawn = tuple(ms / 1000 for ms in drawn_ms)
     return Event(
-        request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error
+        request_id,
+        token_ids,
+        logprobs,
+        prompt_logprobs,
+        cached_tokens,
+        drafts,
+        reason,
+        error,
+        drawn,
     )
 
 

@@ -87,6 +87,7 @@ class Event:
     drafts: Drafts = Drafts()  # that were fed since; of at most one call
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
+    drawn: tuple[float, ...] = ()  # when each token was, by time.monotonic; one time for a call
 
 
 @dataclass(frozen=True)

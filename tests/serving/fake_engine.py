@@ -40,6 +40,7 @@ def _joined(held: Event, event: Event) -> Event:
         logprobs=logprobs,
         finish_reason=event.finish_reason,
         error=event.error,
+        drawn=held.drawn + event.drawn,
     )
 
 
@@ -57,6 +58,7 @@ class FakeEngine:
     Attributes:
         sizes: asked for how many tokens of a request its next event waits, as events do for a
             reader who is slow.
+        clock: asked for the time at which a token is drawn.
         fail_after: of how many tokens of a request; then it ends with an error.
     """
 
@@ -77,6 +79,7 @@ class FakeEngine:
         self.hold = threading.Event()  # While it is set, nothing is drawn.
         self.fail_next: str | None = None
         self.sizes: Callable[[], int] = lambda: 1
+        self.clock: Callable[[], float] = time.monotonic
         self.fail_after: int | None = None
         self._held: dict[int, tuple[Event, int]] = {}
         self._places = (max_sequences, max_waiting)
@@ -228,6 +231,7 @@ class FakeEngine:
             self._prompt_logprobs(request) if first else None,
             cached_tokens=len(request.prompt) // 2 if first else 0,
             finish_reason="stop" if ends else "length" if full else None,
+            drawn=(self.clock(),),
         )
 
     @property
