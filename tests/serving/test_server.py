@@ -293,6 +293,21 @@ def test_while_requests_end_new_ones_are_told(own_server) -> None:
     assert server.ended() == 0
 
 
+def test_a_request_that_has_not_come_to_the_engine_is_waited_for(own_server) -> None:
+    server, answers = own_server(0.01, 40), []
+    asking = threading.Thread(target=lambda: answers.append(server.chat("slowly say 3")))
+    asking.start()
+    server.wait_for_line("(it waits with a prompt)")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_for_line(r"(\d+) requests have 40 seconds to end") == "1"
+    time.sleep(0.5)  # several looks at whether there is something to wait for
+    assert server.wait_for_draining().json() == {"status": "shutting down"}
+    server.process.send_signal(signal.SIGUSR1)
+    asking.join()
+    assert answers[0].json()["choices"][0]["message"]["content"] == "word word word"
+    assert server.ended() == 0
+
+
 def test_a_second_ctrl_c_does_not_wait(own_server) -> None:
     server = own_server(0.01, 60)
     with server.stream("say 5000") as response:
