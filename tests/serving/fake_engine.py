@@ -99,9 +99,9 @@ class FakeEngine:
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         if not prompt_ids:
             raise ValueError("the prompt is empty")
-        if len(prompt_ids) >= self.info.max_seq_len:
-            limit = self.info.max_seq_len
-            raise ValueError(f"the prompt has {len(prompt_ids)} tokens, expected less than {limit}")
+        most = self.info.max_seq_len - (params.max_tokens != 0)
+        if len(prompt_ids) > most:
+            raise ValueError(f"the prompt has {len(prompt_ids)} tokens, expected at most {most}")
         if not all(0 <= i < self.info.vocab_size for i in prompt_ids):
             raise ValueError("the prompt has an id outside the vocabulary")
         with self._condition:
@@ -219,6 +219,10 @@ class FakeEngine:
 
     def _drawn(self, request: _Request) -> Event:
         params, first = request.params, not request.drawn
+        cached = len(request.prompt) // 2 if first else 0
+        if params.max_tokens == 0:
+            prompt = self._prompt_logprobs(request)
+            return Event(request.id, (), None, prompt, cached, finish_reason="length")
         token = self._token(request)
         request.drawn.append(token)
         ends = token in (*params.stop_token_ids, *(() if params.ignore_eos else self.eos))
@@ -229,7 +233,7 @@ class FakeEngine:
             (token,),
             None if params.logprobs is None else (self._logprob(token, params.logprobs),),
             self._prompt_logprobs(request) if first else None,
-            cached_tokens=len(request.prompt) // 2 if first else 0,
+            cached_tokens=cached,
             finish_reason="stop" if ends else "length" if full else None,
             drawn=(self.clock(),),
         )

@@ -72,6 +72,18 @@ def test_prompt_and_answer_have_the_context_together(server) -> None:
             assert answer["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_prompt_that_fills_the_context_is_scored(server) -> None:
+    """Without an answer it needs no room for one."""
+    [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    most = model["max_model_len"]
+    body = {"prompt": [1] * most, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    assert (answer["usage"]["total_tokens"], answer["usage"]["completion_tokens"]) == (most, 0)
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == most
+    refused = httpx.post(f"{server.url}/v1/completions", json=body | {"prompt": [1] * (most + 1)})
+    assert refused.status_code == 400
+
+
 def test_a_port_in_use_is_found_before_the_model_is_loaded(server, tmp_path) -> None:
     """The folder holds no model."""
     command = ["et-moe", "serve", tmp_path, "--port", str(server.port)]
