@@ -49,7 +49,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         if self.started:
-            logger.info("there is room for %s", self._status().capacity())
+            engine = self._app.state.model.engine.engine
+            logger.info("capacity: %s", engine.status().capacity(engine.info))
 
     def _status(self):
         return self._app.state.model.engine.engine.status()

@@ -162,7 +162,8 @@ void bind_engine(nb::module_& m) {
            })
       .def_prop_ro("info", [](const AsyncEngine& engine) {
         const ModelInfo& i = engine.info();
-        return nb::make_tuple(i.max_seq_len, i.vocab_size, to_tuple(i.eos_ids), i.backend);
+        return nb::make_tuple(i.max_seq_len, i.page_size, i.vocab_size, to_tuple(i.eos_ids),
+                              i.backend);
       });
 }
 

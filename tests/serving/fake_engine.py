@@ -72,7 +72,7 @@ class FakeEngine:
         max_waiting: int = 8,
         seconds: float = 0.0,
     ) -> None:
-        self.info = ModelInfo(max_seq_len, vocab_size, eos_token_ids, "cpu")
+        self.info = ModelInfo(max_seq_len, 64, vocab_size, eos_token_ids, "cpu")
         self.answers, self.seconds = answers, seconds
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.cancelled: list[int] = []

@@ -66,7 +66,7 @@ def client(tiny_program: Path):
 def test_what_a_program_says(client) -> None:
     info = client.engine.info
     assert (info.max_seq_len, info.vocab_size, info.backend) == (CONTEXT, VOCABULARY, "cpu")
-    assert info.eos_token_ids
+    assert info.page_size == 64 and info.eos_token_ids
     status = client.engine.status()
     assert (status.waiting, status.running, status.max_sequences, status.broken) == (0, 0, 2, None)
 

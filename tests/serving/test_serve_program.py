@@ -44,11 +44,11 @@ def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
 
 def test_what_there_is_room_for_is_logged(server, tiny_program: Path) -> None:
     """In the runner's words."""
-    asked = server.wait_for_line(r"there is room for (.+)")
+    asked = server.wait_for_line(r"capacity: (.+)")
     engine = load_engine(tiny_program, max_sequences=4)
     pages = engine.status().pages
     engine.close()
-    assert asked == f"4 sequences at once, {64 * pages} cached tokens"
+    assert asked == f"4 sequences at once, a KV cache of {64 * pages} tokens"
 
 
 def test_what_the_program_refuses(server) -> None:
