@@ -193,7 +193,7 @@ void generate_batch(const Flags& f, const Tokenizer* tokenizer) {
     AsyncEngine engine(f.model_path, f.data_path, {options, requests.size()});
     stats.model_load_end_ms = llm::now_ms();
     const EngineStatus status = engine.status();
-    std::fprintf(stderr, "%zu sequences at once, %zu cached tokens\n", status.max_sequences,
+    std::fprintf(stderr, "%zu sequences at once, a KV cache of %zu tokens\n", status.max_sequences,
                  status.pages * static_cast<size_t>(info.page_size));
     run_all(engine, f, requests, tokenizer, stats);
   });

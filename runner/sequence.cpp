@@ -177,6 +177,7 @@ void Sequence::advance(int64_t token, const float* logits, Event& event) {
     event.prompt_logprobs = std::move(prompt_logprobs_);
   }
   if (limit_ == 0) {
+    event.cached_tokens = static_cast<int64_t>(cached_);
     event.end = RequestEnd::kLength;
   } else if (!sampler_) {
     accept(token, logits, event);

@@ -4,6 +4,7 @@ import asyncio
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 from et_moe.runner import python as extension
@@ -89,13 +90,13 @@ class _NativeEngine:
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         # The engine draws one token more, behind a full context, which a sequence must not have.
         room = self.info.max_seq_len - len(prompt_ids)
-        if room < 1:
+        most = params.max_tokens
+        if room < 0 or (room == 0 and most != 0):
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens, the context of the program holds "
                 f"{self.info.max_seq_len}, of which the answer needs one at least"
             )
-        most = params.max_tokens
-        if most is None or (isinstance(most, int) and most > room):
+        if most is None or (isinstance(most, Integral) and most > room):
             params = replace(params, max_tokens=room)
         try:
             return self._native.submit(prompt_ids, params)
@@ -124,15 +125,25 @@ class _NativeEngine:
 
 
 def _event(
-    request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error
+    request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error, drawn_ms
 ) -> Event:
     drafts = Drafts() if drafts is None else Drafts(*drafts)
     if logprobs is not None:
         logprobs = tuple(TokenLogprob(*logprob) for logprob in logprobs)
     if prompt_logprobs is not None:
         prompt_logprobs = (None, *(TokenLogprob(*logprob) for logprob in prompt_logprobs))
+    # The runner's clock is the one of time.monotonic.
+    drawn = tuple(ms / 1000 for ms in drawn_ms)
     return Event(
-        request_id, token_ids, logprobs, prompt_logprobs, cached_tokens, drafts, reason, error
+        request_id,
+        token_ids,
+        logprobs,
+        prompt_logprobs,
+        cached_tokens,
+        drafts,
+        reason,
+        error,
+        drawn,
     )
 
 

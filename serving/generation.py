@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from et_moe.serving.engine import AsyncEngine
 from et_moe.serving.guidance import Guide
@@ -39,8 +40,8 @@ class Generation:
     ) -> None:
         self._engine, self._guide, self._metrics = engine, guide, metrics
         self._steps = Steps(tokenizer)
-        self._stream = engine.submit(prompt_ids, replace(params, guided=guide is not None))
         self._started = time.monotonic()
+        self._stream = engine.submit(prompt_ids, replace(params, guided=guide is not None))
         self._reason = "cancelled"
         self._open = True
         self.cached_tokens = 0
@@ -115,12 +116,12 @@ class Generation:
             self._metrics.cached_tokens.inc(event.cached_tokens)
         if event.drafts.steps:
             self._metrics.drafts(event.drafts)
-        count = len(event.token_ids)
-        if not count:
-            return last
-        now = time.monotonic()
-        self._metrics.tokens(count, now - (last or self._started), first=last is None)
-        return now
+        # Not when they are taken: events that have waited for that come all at once.
+        for drawn, together in groupby(event.drawn):
+            seconds = drawn - (self._started if last is None else last)
+            self._metrics.tokens(len(list(together)), seconds, first=last is None)
+            last = drawn
+        return last
 
 
 async def in_turn(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Event]]:

@@ -87,6 +87,7 @@ class Event:
     drafts: Drafts = Drafts()  # that were fed since; of at most one call
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
+    drawn: tuple[float, ...] = ()  # when each token was, by time.monotonic; one time for a call
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,10 @@ class ModelInfo:
     """What a loaded program says of itself."""
 
     max_seq_len: int  # most tokens of one sequence, prompt and answer
+    page_size: int  # tokens of a page of the KV cache
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     backend: str  # "cpu" or "cuda"
-
-
-PAGE_TOKENS = 64
-"""Of a page of the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +108,15 @@ class EngineStatus:
     waiting: int
     running: int
     max_sequences: int
-    pages: int  # of the KV cache, of PAGE_TOKENS each
+    pages: int  # of the KV cache, of `ModelInfo.page_size` tokens each
     free_pages: int
     preemptions: int  # how often a sequence was put back into the queue, since pages ran out
     broken: str | None  # why the engine takes no more requests
 
-    def capacity(self) -> str:
+    def capacity(self, info: ModelInfo) -> str:
         """How many sequences and tokens there is room for, in the runner's words."""
-        tokens = self.pages * PAGE_TOKENS
-        return f"{self.max_sequences} sequences at once, {tokens} cached tokens"
+        tokens = self.pages * info.page_size
+        return f"{self.max_sequences} sequences at once, a KV cache of {tokens} tokens"
 
 
 class Engine(Protocol):

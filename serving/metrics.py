@@ -64,7 +64,7 @@ class Metrics:
         return Histogram(name, text, buckets=_SECONDS, registry=self._registry)
 
     def tokens(self, count: int, seconds: float, first: bool) -> None:
-        """`count` tokens came together, `seconds` after the last ones or after the request."""
+        """`count` tokens were drawn by one call, `seconds` after the last ones or the request."""
         self._generated.inc(count)
         if first:
             self._first.observe(seconds)

@@ -44,23 +44,28 @@ class _Server(uvicorn.Server):
             self.failed = True
         if self.failed or self.force_exit or not ending:
             return ending or self.failed
-        return self._seconds_left() == 0 or not status.running + status.waiting
+        return self._seconds_left() == 0 or not self._requests()
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         if self.started:
-            logger.info("there is room for %s", self._status().capacity())
+            engine = self._app.state.model.engine.engine
+            logger.info("capacity: %s", engine.status().capacity(engine.info))
 
     def _status(self):
         return self._app.state.model.engine.engine.status()
+
+    def _requests(self) -> int:
+        """How many are being answered. The engine does not know all of them: a prompt is tokenized
+        and a grammar compiled before it does."""
+        return len(self.server_state.tasks)
 
     def _seconds_left(self) -> float:
         """Of the drain, which the first call begins."""
         now = time.monotonic()
         if self._deadline is None:
             self._deadline = now + self._drain_seconds
-            status = self._status()
-            if requests := status.running + status.waiting:
+            if requests := self._requests():
                 logger.info("%d requests have %.0f seconds to end", requests, self._drain_seconds)
         return max(0.0, self._deadline - now)
 

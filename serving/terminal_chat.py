@@ -121,7 +121,8 @@ class TerminalChat:
     async def run(self) -> None:
         """Until the input ends."""
         model = self._conversation.model
-        self._note(f"{model.name}: {model.engine.engine.status().capacity()}")
+        engine = model.engine.engine
+        self._note(f"{model.name}: {engine.status().capacity(engine.info)}")
         self._note("/help says what can be typed")
         while True:
             try:

@@ -95,7 +95,8 @@ nb::object name_of(const std::optional<RequestEnd>& end) {
 }
 
 /// (request id, token ids, logprobs or None, those of the prompt or None, cached tokens, drafts or
-/// None, reason to finish or None, error or None); drafts are (calls, tokens, accepted by place).
+/// None, reason to finish or None, error or None, milliseconds at which each token was drawn);
+/// drafts are (calls, tokens, accepted by place).
 nb::tuple to_tuple(const Event& event) {
   const auto optional = [](bool is_there, auto make) {
     return is_there ? nb::object(make()) : nb::none();
@@ -111,7 +112,8 @@ nb::tuple to_tuple(const Event& event) {
                  return nb::make_tuple(d.steps, d.tokens, to_tuple(d.accepted));
                }),
       name_of(event.end),
-      optional(event.end == RequestEnd::kError, [&] { return nb::str(event.error.c_str()); }));
+      optional(event.end == RequestEnd::kError, [&] { return nb::str(event.error.c_str()); }),
+      to_tuple(event.drawn_ms));
 }
 
 nb::list take_events(AsyncEngine& engine) {
@@ -160,7 +162,8 @@ void bind_engine(nb::module_& m) {
            })
       .def_prop_ro("info", [](const AsyncEngine& engine) {
         const ModelInfo& i = engine.info();
-        return nb::make_tuple(i.max_seq_len, i.vocab_size, to_tuple(i.eos_ids), i.backend);
+        return nb::make_tuple(i.max_seq_len, i.page_size, i.vocab_size, to_tuple(i.eos_ids),
+                              i.backend);
       });
 }
 

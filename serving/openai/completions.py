@@ -29,7 +29,6 @@ class _Choice:
     ) -> None:
         self.index, self.generation = index, generation
         self._echo = prompt if request.echo else None
-        self._silent = request.max_tokens == 0
         self._stops = StopStrings(request.stop or ())
         self._logprobs = None
         if request.logprobs is not None:
@@ -55,16 +54,13 @@ class _Choice:
         """The text that a step adds, after which `finish_reason` may be known."""
         text = self._echoed(step)
         reason = step.finish_reason
-        if self._silent:
-            reason = "length"
-        else:
-            if self._logprobs is not None and step.logprob is not None:
-                self._logprobs.add(step.token_id, step.logprob)
-            text += self._stops.feed(step.text)
-            if reason is not None:
-                text += self._stops.finish()
-            if self._stops.found is not None:
-                reason = "stop"
+        if self._logprobs is not None and step.logprob is not None:
+            self._logprobs.add(step.token_id, step.logprob)
+        text += self._stops.feed(step.text)
+        if reason is not None:
+            text += self._stops.finish()
+        if self._stops.found is not None:
+            reason = "stop"
         if reason is not None:
             self.finish_reason = reason
             if step.finish_reason is None:
@@ -99,7 +95,7 @@ class Completion(Streamed):
             request,
             model.defaults,
             model.engine.engine.info.vocab_size,
-            None if request.max_tokens is None else max(request.max_tokens, 1),
+            request.max_tokens,
             request.logprobs,
             request.logprobs if request.echo else None,
         )
@@ -146,10 +142,7 @@ class Completion(Streamed):
             yield event(self._head.with_choices([], usage=self._usage()))
 
     def _usage(self) -> dict:
-        counts = usage(self._prompt_tokens, [choice.generation for choice in self._choices])
-        if self._request.max_tokens == 0:
-            counts |= {"completion_tokens": 0, "total_tokens": self._prompt_tokens}
-        return counts
+        return usage(self._prompt_tokens, [choice.generation for choice in self._choices])
 
 
 def _encode(request: CompletionRequest, model: ServedModel) -> list[tuple[str, list[int]]]:

@@ -33,7 +33,7 @@ def used(done) -> int:
 
 
 def cached(done) -> int:
-    return int(re.search(r", (\d+) cached tokens", done.stderr)[1])
+    return int(re.search(r"a KV cache of (\d+) tokens", done.stderr)[1])
 
 
 @pytest.mark.parametrize("graph", [(), ("--cuda_graph",)], ids=["eager", "graph"])

@@ -35,7 +35,7 @@ def test_executed_tokens_are_those_of_the_cpu(fake, programs, prompts: str, tmp_
     assert "Peak GPU memory" in done.stdout
 
 
-def test_the_fraction_of_memory_bounds_the_cached_tokens(fake, programs, prompts: str) -> None:
+def test_the_fraction_of_memory_bounds_the_kv_cache(fake, programs, prompts: str) -> None:
     """A fraction that is too small for one sequence is refused."""
 
     def run(fraction: float):
@@ -44,7 +44,8 @@ def test_the_fraction_of_memory_bounds_the_cached_tokens(fake, programs, prompts
 
     def cached(done) -> int:
         assert done.returncode == 0, done.stderr
-        return int(re.fullmatch(r"200 sequences at once, (\d+) cached tokens\n", done.stderr)[1])
+        expected = r"200 sequences at once, a KV cache of (\d+) tokens\n"
+        return int(re.fullmatch(expected, done.stderr)[1])
 
     def used(done) -> int:
         line = next(line for line in done.stdout.splitlines() if line.startswith("PyTorch"))

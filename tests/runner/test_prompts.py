@@ -107,7 +107,7 @@ def test_answers_are_printed_in_order(runner, tiny_program, tmp_path, sequences:
         alone = runner.run(tiny_program, tokenizer, prompt, limit).stdout
         expected += f"[{number}]\n" + alone.split("PyTorchObserver")[0]
     assert done.stdout.split("PyTorchObserver")[0] == expected
-    assert done.stderr == f"{sequences} sequences at once, {sequences * 64} cached tokens\n"
+    assert done.stderr == f"{sequences} sequences at once, a KV cache of {sequences * 64} tokens\n"
 
 
 def test_ids_are_printed_without_a_tokenizer(runner, answer, tiny_program, tmp_path) -> None:
@@ -388,4 +388,4 @@ def test_answers_end_with_their_reader(start) -> None:
     process = start("--num_iters=1000000")
     process.stdout.close()
     assert process.wait(timeout=120) == 128 + signal.SIGPIPE
-    assert process.stderr.read().decode().endswith("cached tokens\n")
+    assert process.stderr.read().decode().endswith(" tokens\n")

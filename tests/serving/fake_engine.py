@@ -40,6 +40,7 @@ def _joined(held: Event, event: Event) -> Event:
         logprobs=logprobs,
         finish_reason=event.finish_reason,
         error=event.error,
+        drawn=held.drawn + event.drawn,
     )
 
 
@@ -57,6 +58,7 @@ class FakeEngine:
     Attributes:
         sizes: asked for how many tokens of a request its next event waits, as events do for a
             reader who is slow.
+        clock: asked for the time at which a token is drawn.
         fail_after: of how many tokens of a request; then it ends with an error.
     """
 
@@ -70,13 +72,14 @@ class FakeEngine:
         max_waiting: int = 8,
         seconds: float = 0.0,
     ) -> None:
-        self.info = ModelInfo(max_seq_len, vocab_size, eos_token_ids, "cpu")
+        self.info = ModelInfo(max_seq_len, 64, vocab_size, eos_token_ids, "cpu")
         self.answers, self.seconds = answers, seconds
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.cancelled: list[int] = []
         self.hold = threading.Event()  # While it is set, nothing is drawn.
         self.fail_next: str | None = None
         self.sizes: Callable[[], int] = lambda: 1
+        self.clock: Callable[[], float] = time.monotonic
         self.fail_after: int | None = None
         self._held: dict[int, tuple[Event, int]] = {}
         self._places = (max_sequences, max_waiting)
@@ -96,9 +99,9 @@ class FakeEngine:
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         if not prompt_ids:
             raise ValueError("the prompt is empty")
-        if len(prompt_ids) >= self.info.max_seq_len:
-            limit = self.info.max_seq_len
-            raise ValueError(f"the prompt has {len(prompt_ids)} tokens, expected less than {limit}")
+        most = self.info.max_seq_len - (params.max_tokens != 0)
+        if len(prompt_ids) > most:
+            raise ValueError(f"the prompt has {len(prompt_ids)} tokens, expected at most {most}")
         if not all(0 <= i < self.info.vocab_size for i in prompt_ids):
             raise ValueError("the prompt has an id outside the vocabulary")
         with self._condition:
@@ -216,6 +219,10 @@ class FakeEngine:
 
     def _drawn(self, request: _Request) -> Event:
         params, first = request.params, not request.drawn
+        cached = len(request.prompt) // 2 if first else 0
+        if params.max_tokens == 0:
+            prompt = self._prompt_logprobs(request)
+            return Event(request.id, (), None, prompt, cached, finish_reason="length")
         token = self._token(request)
         request.drawn.append(token)
         ends = token in (*params.stop_token_ids, *(() if params.ignore_eos else self.eos))
@@ -226,8 +233,9 @@ class FakeEngine:
             (token,),
             None if params.logprobs is None else (self._logprob(token, params.logprobs),),
             self._prompt_logprobs(request) if first else None,
-            cached_tokens=len(request.prompt) // 2 if first else 0,
+            cached_tokens=cached,
             finish_reason="stop" if ends else "length" if full else None,
+            drawn=(self.clock(),),
         )
 
     @property

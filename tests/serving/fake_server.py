@@ -1,11 +1,14 @@
 """`serve` over a fake engine, as a process: `fake_server.py SECONDS_A_TOKEN DRAIN_SECONDS`.
 
 The words of a prompt say what happens: "say N" gets N words, "weather" a tool call, "Python" some
-Markdown after thinking, "fail" an error of the engine, and "break" breaks the device.
+Markdown after thinking, "fail" an error of the engine, and "break" breaks the device. The prompt
+of "slowly" is tokenized once SIGUSR1 comes; that it waits is said on stderr.
 """
 
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from fake_engine import FakeEngine
@@ -49,8 +52,23 @@ print(sorted(names, reverse=True))
 """
 
 
+class SlowTokenizer:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._go_on = tokenizer, threading.Event()
+        signal.signal(signal.SIGUSR1, lambda *_: self._go_on.set())
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        if "slowly" in text:
+            print("it waits with a prompt", file=sys.stderr, flush=True)
+            self._go_on.wait(60)
+        return self._tokenizer.encode(text, parse_special)
+
+
 def main() -> None:
-    tokenizer = Tokenizer(str(DEMO / "tokenizer.json"))
+    tokenizer = SlowTokenizer(Tokenizer(str(DEMO / "tokenizer.json")))
 
     def answers(prompt, params) -> list[int]:
         text = b"".join(map(tokenizer.id_to_bytes, prompt)).decode()

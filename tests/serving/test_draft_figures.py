@@ -90,6 +90,7 @@ def test_drafts_with_a_stop_string(program: Path, monkeypatch) -> None:
 def test_a_call_with_drafts_has_an_event_of_its_own(program: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     engine = load_engine(program)
+    begin = time.monotonic()
     engine.submit([1, 2, 3], params)
     time.sleep(0.1)
     while engine.status().running + engine.status().waiting:
@@ -101,6 +102,10 @@ def test_a_call_with_drafts_has_an_event_of_its_own(program: Path) -> None:
         accepted = sum(event.drafts.accepted)
         assert event.drafts.steps <= 1
         assert not event.drafts.steps or len(event.token_ids) in (accepted, accepted + 1)
+        assert len(event.drawn) == len(event.token_ids)
+        assert not event.drafts.steps or len(set(event.drawn)) == 1
+    moments = [begin, *(moment for event in events for moment in event.drawn), time.monotonic()]
+    assert moments == sorted(moments)
     engine.close()
 
 

@@ -4,6 +4,7 @@ import asyncio
 import select
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from et_moe.serving.engine import AsyncEngine, load_engine
@@ -65,7 +66,7 @@ def client(tiny_program: Path):
 def test_what_a_program_says(client) -> None:
     info = client.engine.info
     assert (info.max_seq_len, info.vocab_size, info.backend) == (CONTEXT, VOCABULARY, "cpu")
-    assert info.eos_token_ids
+    assert info.page_size == 64 and info.eos_token_ids
     status = client.engine.status()
     assert (status.waiting, status.running, status.max_sequences, status.broken) == (0, 0, 2, None)
 
@@ -105,11 +106,13 @@ def test_ends(client) -> None:
     assert tokens_of(stop) == tokens[: tokens.index(tokens[3]) + 1]
     assert stop[-1].finish_reason == "stop"
     for room in (1, 2):
-        for most in (None, room, 100):
+        for most in (None, room, 100, np.int64(100)):
             full = client.events(client.submit([7] * (CONTEXT - room), max_tokens=most))
             assert len(tokens_of(full)) == room and full[-1].finish_reason == "length"
-    nothing = client.events(client.submit(max_tokens=0))
-    assert tokens_of(nothing) == [] and nothing[-1].finish_reason == "length"
+    for prompt in (PROMPT, [7] * CONTEXT):
+        nothing = client.events(client.submit(prompt, max_tokens=0, prompt_logprobs=0))
+        assert tokens_of(nothing) == [] and nothing[-1].finish_reason == "length"
+        assert len(nothing[-1].prompt_logprobs) == len(prompt)
 
 
 def test_an_end_of_sequence_id(client) -> None:
@@ -226,6 +229,8 @@ def test_the_queue_is_bounded_and_in_order(client) -> None:
     [
         ([], {}, "the prompt is empty"),
         ([1] * 33, {}, "the prompt has 33 tokens, the context of the program holds 32"),
+        ([1] * 33, {"max_tokens": 0}, "the prompt has 33 tokens, the context"),
+        ([1] * 32, {"max_tokens": None}, "has 32 tokens, .* of which the answer needs one"),
         ([1] * 32, {}, "has 32 tokens, .* holds 32, of which the answer needs one at least"),
         ([1], {"max_tokens": "many"}, "max_tokens 'many': expected an integer"),
         ([1, 264], {}, "the prompt: token id 264 is outside the vocabulary of 264"),

@@ -1,10 +1,8 @@
 """`et-moe serve` with a real program."""
 
 import asyncio
-import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import httpx
@@ -46,20 +44,11 @@ def test_twelve_at_once_get_the_texts_that_they_get_alone(server) -> None:
 
 def test_what_there_is_room_for_is_logged(server, tiny_program: Path) -> None:
     """In the runner's words."""
-    asked = wait_for_line(server, r"there is room for (.+)")
+    asked = server.wait_for_line(r"capacity: (.+)")
     engine = load_engine(tiny_program, max_sequences=4)
     pages = engine.status().pages
     engine.close()
-    assert asked == f"4 sequences at once, {64 * pages} cached tokens"
-
-
-def wait_for_line(server: Server, pattern: str) -> str:
-    """The first group of a line in the server's log."""
-    for _ in range(500):
-        if found := re.search(pattern, server.log):
-            return found[1]
-        time.sleep(0.01)
-    pytest.fail(f"no {pattern!r} in {server.log}")
+    assert asked == f"4 sequences at once, a KV cache of {64 * pages} tokens"
 
 
 def test_what_the_program_refuses(server) -> None:
@@ -83,6 +72,18 @@ def test_prompt_and_answer_have_the_context_together(server) -> None:
             assert answer["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_prompt_that_fills_the_context_is_scored(server) -> None:
+    """Without an answer it needs no room for one."""
+    [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    most = model["max_model_len"]
+    body = {"prompt": [1] * most, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    assert (answer["usage"]["total_tokens"], answer["usage"]["completion_tokens"]) == (most, 0)
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == most
+    refused = httpx.post(f"{server.url}/v1/completions", json=body | {"prompt": [1] * (most + 1)})
+    assert refused.status_code == 400
+
+
 def test_a_port_in_use_is_found_before_the_model_is_loaded(server, tmp_path) -> None:
     """The folder holds no model."""
     command = ["et-moe", "serve", tmp_path, "--port", str(server.port)]
@@ -93,7 +94,7 @@ def test_a_port_in_use_is_found_before_the_model_is_loaded(server, tmp_path) -> 
 
 def test_it_ends_in_order(server) -> None:
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
+    assert server.ended() == 0
     assert "error" not in server.log.lower(), server.log
 
 

@@ -56,7 +56,7 @@ def test_a_conversation(chat, engine, tokenizer, tmp_path: Path) -> None:
     engine.text = "hm\n</think>\n\nHello [b]you[/b]."
     file = tmp_path / "saved.json"
     shown = chat("Hi", "", "/system Be brief.", "And?\nNow?", f"/save {file}")
-    assert shown.startswith("demo: 4 sequences at once, 512 cached tokens\n/help says")
+    assert shown.startswith("demo: 4 sequences at once, a KV cache of 512 tokens\n/help says")
     assert shown.count("hm\n\nHello [b]you[/b].\n") == 2
     assert shown.count("tokens/s") == 2 and "the first after" in shown and f"wrote {file}" in shown
     first, second = prompts(engine, tokenizer)
