@@ -91,8 +91,8 @@ class Sequence {
   size_t next_tokens() const { return in_prompt() ? next_count() : model_.decode_tokens(drafts()); }
   /// How many tokens a call can be fed whose logits are all wanted, with a method for that; else 0.
   size_t most_scored() const { return static_cast<size_t>(model_.info().score_tokens); }
-  /// Whether the prefix cache may have its pages. A prompt that is fed token by token, for the logits
-  /// behind each, is computed in another way than one that goes on from them.
+  /// Whether the prefix cache may have its pages. A prompt that is fed token by token, for the
+  /// logits behind each, is computed in another way than one that goes on from them.
   bool remembers() const { return !request_.params.prompt_logprobs || most_scored() > 0; }
   /// Whether the next call was made before.
   bool replays() const { return replayed_ + 1 < ids_.size(); }
