@@ -14,6 +14,8 @@ import pytest
 MANY = "ET_MOE_DRAFT_PROMPTS" in os.environ
 LONG = pytest.mark.skipif(not MANY, reason="takes too long: set ET_MOE_DRAFT_PROMPTS")
 EAGER, GRAPH = pytest.param(False, id="eager", marks=LONG), pytest.param(True, id="graph")
+TOGETHER = 2 if os.environ.get("ET_MOE_DRAFT_TOKENS", "1") == "1" else 1
+"""Sequences that draft together on CUDA."""
 PROMPTS = [[5, 77, 130, 9, 31, 64, 250, 3, 8, 19, 20, 33, 41, 57, 101, 99], [9, 8], [4], [7, 7, 7]]
 
 
@@ -26,7 +28,8 @@ def test_requests(fake, programs, tmp_path: Path, graph: bool) -> None:
     requests[1] |= {"temperature": 0.7, "seed": 3}
     path = tmp_path / "prompts"
     path.write_text("\n".join(map(json.dumps, requests)))
-    flags = (f"--prompts_path={path}", f"--output_ids_path={tmp_path / 'ids'}", "--max_sequences=2")
+    flags = (f"--prompts_path={path}", f"--output_ids_path={tmp_path / 'ids'}")
+    flags += (f"--max_sequences={TOGETHER}",)
     flags += (f"--stats_path={tmp_path / 'stats'}",)
 
     def run(backend: str, *more: str, **environment: str) -> tuple[list, dict]:
@@ -40,7 +43,7 @@ def test_requests(fake, programs, tmp_path: Path, graph: bool) -> None:
     assert tokens == expected
     for name in ("draft_steps", "draft_tokens", "accepted_draft_tokens_per_position"):
         assert stats[name] == cpu[name], name
-    assert stats["accepted_draft_tokens_per_position"][-1] > 0
+    assert stats["accepted_draft_tokens_per_position"][0] > 0
     report = fake.report()
     assert not report["violations"] and not report["leaks"]
 
