@@ -64,7 +64,7 @@ def _count_ops(plan) -> dict[str, int]:
 
 
 def print_tables(description: dict) -> None:
-    """Prints what `inspect` returns for people: ops, tensors, constants."""
+    """Prints what `describe` returns for people: ops, tensors, constants."""
     console = Console()
     console.print(f"{description['backend']}, {description['bytes']:,} bytes")
     ops = Table("method", "op", "calls", title="ops")

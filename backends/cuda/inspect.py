@@ -76,7 +76,7 @@ def _check_code(name: str, file: PTEFile, code: dict) -> None:
 
 
 def print_tables(description: dict) -> None:
-    """Prints what `inspect` returns for people: code, kernels, tensors, constants."""
+    """Prints what `describe` returns for people: code, kernels, tensors, constants."""
     console = Console()
     methods = description["methods"]
     versions = ", ".join(f"{k} {v}" for k, v in next(iter(methods.values()))["versions"].items())

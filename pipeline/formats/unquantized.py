@@ -35,8 +35,10 @@ def _find(contents: Contents, said: bool) -> tuple[str, str] | None:
     Args:
         said: the configuration says that there are some, which may be told by what they hold alone.
     """
+    every = tuple(end for ends in _METHODS.values() for end in ends)
+    told = [name for name in contents.tensors if name.endswith(every)]
     for method, ends in _METHODS.items():
-        for name in contents.tensors:
+        for name in told:
             if name.endswith(ends):
                 return name, method
     for name, tensor in contents.tensors.items():
