@@ -186,7 +186,7 @@ def drafts(
 def tune(
     tables: Annotated[str, typer.Option(help="Tables to tune, by commas; by default all.")] = "",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens to tune for, by commas.")] = (
-        "1,2,4,8,16,64,256,1024,4095"
+        "1,2,4,16,64,256,2048"
     ),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print, and leave the tables alone.")

@@ -3,9 +3,10 @@
     python -m et_moe.benchmarks tune --tables linear_w4a8,linear_w4_gemv
 
 For every table, and every size by which the cases of its ops look it up, each candidate (and the
-configuration in use) is timed inside its op; the fastest becomes an entry of this GPU's. All are
-compiled first, on all cores, into Triton's cache: that takes longer than the timing. Kernels are
-launched as in a program, where one call's weights are under way before the call before it ends.
+configuration in use) is timed inside its op; the fastest becomes an entry of this GPU's, or, where
+the order of additions must be one for all sizes, the fastest of that order. All are compiled first,
+on all cores, into Triton's cache: that takes longer than the timing. Kernels are launched as in a
+program, where one call's weights are under way before the call before it ends.
 """
 
 import collections
@@ -26,7 +27,7 @@ from et_moe.backends.cuda.triton import tuning
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.cases.lookups import record_lookups
 from et_moe.backends.cuda.triton.cases.op_case import OpCase
-from et_moe.backends.cuda.triton.cases.table import OP_CASES, TUNING_CANDIDATES
+from et_moe.backends.cuda.triton.cases.table import ONE_ORDER, OP_CASES, TUNING_CANDIDATES
 from et_moe.benchmarks.timing import launched_as_in_programs, microseconds, require_gpu, rotated
 
 
@@ -34,7 +35,8 @@ def uses(table: str, counts: list[int]) -> dict[int, list]:
     """Size -> (case, tokens) that look up a configuration of `table` for it."""
     users = collections.defaultdict(list)
     for case in (case for case in OP_CASES if table in case.tables):
-        for m in counts if len(case.tokens) > 1 else case.tokens:
+        fewest, most = min(case.tokens), max(case.tokens)
+        for m in [m for m in counts if fewest <= m <= most] if fewest < most else case.tokens:
             with record_lookups() as lookups, record_launches():
                 case.op(**case.arguments(m, torch.device("meta")))
             for size in {lookup.size for lookup in lookups if lookup.table == table}:
@@ -56,7 +58,7 @@ def configured(table: str, config: dict[str, int]):
         yield
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # experts have gigabytes, in each process
 def example(name: str, m: int) -> tuple[OpCase, dict]:
     """A case and its arguments on the GPU."""
     case = next(case for case in OP_CASES if case.name == name)
@@ -82,8 +84,10 @@ def compile_all(jobs: list[tuple[str, dict, str, int]]) -> None:
             print("the compiler crashed: what is missing is compiled when it is timed")
 
 
-def best(table: str, size: int, candidates: list[dict], inputs: list) -> tuple[dict, float, float]:
-    """(the fastest configuration, its time, the time of the one in use), summed over `inputs`."""
+def time_candidates(
+    table: str, size: int, candidates: list[dict], inputs: list
+) -> list[tuple[dict, float]]:
+    """(configuration, its time summed over `inputs`) of the one in use, then of those that run."""
     current = tuning.find_config(table, **{tuning.read_table(table).key: size})
     times = []
     for config in [current, *(c for c in candidates if c != current)]:
@@ -95,12 +99,30 @@ def best(table: str, size: int, candidates: list[dict], inputs: list) -> tuple[d
         except Exception as e:  # a configuration that this GPU cannot run is only not chosen
             print(f"  {config}: {type(e).__name__} {str(e)[:100]}")
             continue
-        times.append((total, config))
+        times.append((config, total))
         print(f"  {config}: {total:.2f} us")
     if not times:
         raise RuntimeError(f"{table}: no configuration runs for {size}")
-    time, config = min(times, key=lambda item: item[0])
-    return config, time, times[0][0]
+    return times
+
+
+def choose(times: dict[int, list[tuple[dict, float]]], shared: tuple[str, ...]) -> dict[int, dict]:
+    """Size -> the fastest of its configurations, among those that agree in the keys `shared`.
+
+    The values of `shared` are those with the least mean of times over the fastest of their size.
+    """
+    fastest = {size: min(time for _, time in found) for size, found in times.items()}
+    groups: dict[tuple, dict[int, tuple[float, dict]]] = collections.defaultdict(dict)
+    for size, found in times.items():
+        for config, time in found:
+            group = groups[tuple(config[key] for key in shared)]
+            if size not in group or time < group[size][0]:
+                group[size] = (time, config)
+    whole = [group for group in groups.values() if len(group) == len(times)]
+    if not whole:
+        raise RuntimeError(f"no configurations that agree in {shared} run for all of {list(times)}")
+    group = min(whole, key=lambda g: sum(time / fastest[size] for size, (time, _) in g.items()))
+    return {size: config for size, (_, config) in group.items()}
 
 
 def merge(found: dict[int, dict]) -> list[tuning.Entry]:
@@ -158,12 +180,14 @@ def tune_tables(tables: list[str] | None, counts: list[int], dry_run: bool) -> N
         ]
     )
     for table, users in work.items():
-        found = {}
+        times = {}
         for size, calls in sorted(users.items()):
             print(f"{table}, {size}:")
             inputs = [(c, rotated(lambda c=c, m=m: c.arguments(m, device), l2)) for c, m in calls]
-            config, time, before = best(table, size, TUNING_CANDIDATES[table], inputs)
-            print(f"{table}, {size}: {before:.2f} -> {time:.2f} us with {config}", flush=True)
-            found[size] = config
-        if found and not dry_run:
+            times[size] = time_candidates(table, size, TUNING_CANDIDATES[table], inputs)
+        found = choose(times, ONE_ORDER.get(table, ()))
+        for size, config in found.items():
+            before, after = times[size][0][1], next(t for c, t in times[size] if c == config)
+            print(f"{table}, {size}: {before:.2f} -> {after:.2f} us with {config}", flush=True)
+        if not dry_run:
             save(table, gpu, merge(found))

@@ -34,6 +34,9 @@ def test_a_table_is_tuned_for_the_sizes_that_it_is_looked_up_by():
     assert set(tune.uses("linear_w4_gemv", [1])) == {12352, 9216, 2048, 248320}
     assert set(tune.uses("attention_decode", [1])) == {4096}
     assert set(tune.uses("router_prefill", [1, 16, 17, 4095])) == {17, 4095}
+    # Rows that have the bits of a call of their own are four at most.
+    assert {m for _, m in tune.uses("linear_w4_rows", [1, 2, 4, 8])[4]} == {4}
+    assert tune.uses("gated_delta_step", [1, 2, 4, 8, 4095])
 
 
 def test_a_configuration_that_is_tried_is_the_only_one():
@@ -41,3 +44,17 @@ def test_a_configuration_that_is_tried_is_the_only_one():
         assert tuning.find_config("linear_w4_gemv", out_features=1) == {"SPAN": 8}
         assert tuning.find_config("causal_conv1d", tokens=1) != {"SPAN": 8}
     assert tuning.find_config("linear_w4_gemv", out_features=1) != {"SPAN": 8}
+
+
+def test_parameters_that_all_sizes_share_are_chosen_together():
+    fast, even, slow, alone = ({"ORDER": i, "BLOCK": i} for i in range(4))
+    other = {"ORDER": 1, "BLOCK": 7}
+    times = {
+        1: [(slow, 9.0), (fast, 1.0), (even, 2.0), (alone, 0.5)],
+        8: [(slow, 9.0), (fast, 20.0), (even, 6.0), (other, 5.0)],
+    }
+    assert tune.choose(times, ()) == {1: alone, 8: other}
+    # 20 is four times the best of its size, and `alone` was not run for all.
+    assert tune.choose(times, ("ORDER",)) == {1: even, 8: other}
+    with pytest.raises(RuntimeError, match="agree in"):
+        tune.choose({1: [(fast, 1.0)], 8: [(even, 1.0)]}, ("ORDER",))

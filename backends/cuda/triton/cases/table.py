@@ -36,3 +36,7 @@ TUNING_CANDIDATES: dict[str, list[dict[str, int]]] = {
     **router.CANDIDATES,
 }
 """Tuning table -> configurations worth trying."""
+
+ONE_ORDER: dict[str, tuple[str, ...]] = moe.ONE_ORDER
+"""Tuning table -> parameters with one value for all sizes of a GPU. They decide in which order
+floats are added up, and a row's bits must not depend on how many rows there are."""

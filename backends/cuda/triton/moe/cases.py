@@ -163,11 +163,19 @@ _EXPERT_CANDIDATES = {
     ],
 }
 
+_EXPERTS = ("moe_w4a8", "moe_w4a16", "moe_w8a8", "moe_w8a16", "moe_dense")
+
 CANDIDATES = {
     "moe_sum_slots": [{"BLOCK": b, "num_warps": b // 256} for b in (512, 1024, 2048)],
     **{
         f"{op}_{kernel}": configs
-        for op in ("moe_w4a8", "moe_w4a16", "moe_w8a8", "moe_w8a16", "moe_dense")
+        for op in _EXPERTS
         for kernel, configs in _EXPERT_CANDIDATES.items()
     },
+}
+
+ONE_ORDER = {
+    f"{op}_{kernel}": ("BLOCK_T", "LANES", "num_warps")
+    for op in _EXPERTS
+    for kernel in ("decode_gate_up", "decode_down")
 }

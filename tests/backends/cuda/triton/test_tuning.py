@@ -5,6 +5,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from et_moe.backends.cuda.triton import tuning
+from et_moe.backends.cuda.triton.cases.table import ONE_ORDER
 from et_moe.backends.cuda.triton.tuning import find_config, parse_table, tuning_target
 
 
@@ -79,3 +80,10 @@ def test_the_file_at_fault_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json: "):
         tuning.read_table("broken")
+
+
+@pytest.mark.parametrize("name", sorted(ONE_ORDER))
+def test_the_order_of_additions_does_not_depend_on_the_number_of_tokens(name):
+    for gpu, entries in tuning.read_table(name).entries.items():
+        orders = {tuple(entry.config[key] for key in ONE_ORDER[name]) for entry in entries}
+        assert len(orders) == 1, gpu
