@@ -238,6 +238,27 @@ def cpu(
 
 
 @app.command()
+def overhead(
+    program: Annotated[Path, typer.Option(help="Folder of a program.", **PATH)] = (
+        REPO / "build/demo"
+    ),
+    out: Out = RESULTS / "overhead.json",
+    load: Annotated[
+        list[str], typer.Option(help="SEQUENCES:PROMPT:NEW_TOKENS[:REQUESTS]; repeatable.")
+    ] = ("1:1600:512", "64:1700:600"),
+    model_dir: ModelDir = None,
+    runner: Annotated[Path, typer.Option(help="The runner's binary.", **PATH)] = RUNNER,
+) -> None:
+    """Time the same requests through the runner and through the server."""
+    from et_moe.benchmarks.batch import Load
+    from et_moe.benchmarks.overhead import measure
+    from et_moe.benchmarks.shape import model_shape
+
+    loads = [Load.parse(text) for text in load]
+    raise typer.Exit(not measure(runner, program, loads, model_shape(model_dir), out))
+
+
+@app.command()
 def clients(
     program: Annotated[Path, typer.Option(help="Folder of a program.", **PATH)] = (
         REPO / "build/demo"

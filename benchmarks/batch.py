@@ -15,6 +15,7 @@ import json
 import random
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -67,14 +68,19 @@ class Load:
         sequences, prompt, new_tokens, *requests = map(int, parts)
         return Load(sequences, *(requests or [sequences]), prompt, new_tokens)
 
-    def write(self, path: Path, vocabulary: int) -> None:
-        """The prompts as the runner's `--prompts_path` takes them."""
+    def lines(self, vocabulary: int) -> Iterator[dict]:
+        """The prompts as the runner's `--prompts_path` takes them; random, and always the same."""
         draw = random.Random(self.prompt)
+        for _ in range(self.requests):
+            line: dict = {"prompt_ids": draw.choices(range(vocabulary), k=self.prompt)}
+            if self.requests > self.sequences:
+                line["max_new_tokens"] = round(self.new_tokens * draw.uniform(0.5, 1.5))
+            yield line
+
+    def write(self, path: Path, vocabulary: int) -> None:
+        """A file of `lines`."""
         with path.open("w") as file:
-            for _ in range(self.requests):
-                line = {"prompt_ids": draw.choices(range(vocabulary), k=self.prompt)}
-                if self.requests > self.sequences:
-                    line["max_new_tokens"] = round(self.new_tokens * draw.uniform(0.5, 1.5))
+            for line in self.lines(vocabulary):
                 file.write(json.dumps(line) + "\n")
 
 
@@ -89,7 +95,9 @@ def _command(runner: Path, program: Path, load: Load, folder: Path) -> list[str 
     ]
 
 
-def _run(runner: Path, program: Path, load: Load, vocabulary: int, more: list[str]) -> dict:
+def run_load(
+    runner: Path, program: Path, load: Load, vocabulary: int, more: Sequence[str] = ()
+) -> dict:
     """The runner's stats of the second of two runs, with further flags.
 
     Raises:
@@ -181,7 +189,7 @@ def measure(
         result["rows"].append(row)
         try:
             more = ["--prefix_cache"] if prefix_cache else []
-            stats = _run(runner, program, load, c.vocab_size, more)
+            stats = run_load(runner, program, load, c.vocab_size, more)
         except RuntimeError as e:  # one failure must not end the benchmark
             row["error"] = str(e)
         else:

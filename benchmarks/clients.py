@@ -4,20 +4,18 @@ question gets alone, no request may fail that should not, and the server's memor
 import asyncio
 import json
 import random
-import signal
-import socket
 import statistics
-import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import psutil
+
+from et_moe.benchmarks.server import served
 
 QUESTIONS = 48
 LEAVES, REFUSED = 0.2, 0.05
@@ -161,29 +159,6 @@ class Load:
         return not (self.outcomes["wrong"] or self.faults or grows or left)
 
 
-@contextmanager
-def _server(program: Path, clients: int):
-    """A server's process and its address, once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["et-moe", "serve", program, "--port", str(port), "--max-waiting", str(clients)]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stderr=log) as process:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            while process.poll() is None:
-                with suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health").status_code == 200:
-                        break
-                time.sleep(0.1)
-            else:
-                log.seek(0)
-                raise ValueError(log.read().decode())
-            yield process, url
-        finally:
-            process.send_signal(signal.SIGTERM)
-
-
 async def _run(url: str, pid: int, clients: int, seconds: float, seed: int) -> bool:
     """Whether all went well."""
     rng = random.Random(seed)
@@ -211,7 +186,8 @@ def measure(program: Path, clients: int, seconds: float, seed: int) -> bool:
         Whether every answer was right, nothing failed, memory did not grow, nothing was left
         running, and the server ended in order.
     """
-    with _server(program, clients) as (process, url):
+    with served(program, "--max-waiting", str(clients)) as (process, port):
+        url = f"http://127.0.0.1:{port}"
         is_well = asyncio.run(_run(url, process.pid, clients, seconds, seed))
     print(f"exit code {process.returncode}")
     return is_well and process.returncode == 0
