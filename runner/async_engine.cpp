@@ -32,12 +32,8 @@ AsyncEngine::AsyncEngine(const std::string& pte_path, const std::string& ptd_pat
 AsyncEngine::~AsyncEngine() { close(); }
 
 void AsyncEngine::check(const Request& request) const {
-  if (request.prompt_ids.empty()) throw InvalidRequest("the prompt is empty");
-  if (request.prompt_ids.size() > static_cast<size_t>(info_.max_seq_len)) {
-    throw InvalidRequest("the prompt has " + std::to_string(request.prompt_ids.size()) +
-                         " tokens, the context of the program holds " +
-                         std::to_string(info_.max_seq_len));
-  }
+  const bool is_answered = request.params.max_tokens.value_or(1) != 0;
+  check_length(request.prompt_ids.size(), 0, is_answered, info_.max_seq_len);
   check_ids(request.prompt_ids, info_.vocab_size, "the prompt: ");
   et_moe::check(request.params, info_.vocab_size);
 }

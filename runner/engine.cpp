@@ -13,15 +13,7 @@ Engine::Engine(std::shared_ptr<Model> model)
 
 void Engine::check(const std::vector<int64_t>& ids, const GenerationConfig& config) const {
   const ModelInfo& info = model_->info();
-  if (ids.empty()) throw std::runtime_error("the prompt is empty");
-  const auto before = static_cast<int64_t>(tokens_.size());
-  const auto count = static_cast<int64_t>(ids.size());
-  if (before + count > info.max_seq_len) {
-    const std::string held = before ? " after " + std::to_string(before) + " in the sequence" : "";
-    throw std::runtime_error("the prompt has " + std::to_string(count) + " tokens" + held +
-                             ", the context of the program holds " +
-                             std::to_string(info.max_seq_len));
-  }
+  check_length(ids.size(), tokens_.size(), config.max_new_tokens != 0, info.max_seq_len);
   if (config.max_new_tokens < 0) {
     throw std::runtime_error("max_new_tokens " + std::to_string(config.max_new_tokens) +
                              ": expected at least 0");
@@ -120,8 +112,7 @@ Generation Engine::append(const std::vector<int64_t>& ids, const GenerationConfi
   stats.model_execution_start_ms = llm::now_ms();
   const Step step = prefill(config.sampling, stats);
   stats.prompt_eval_end_ms = stats.first_token_ms = llm::now_ms();
-  // The last token drawn needs no room in the cache.
-  const int64_t room = model_->info().max_seq_len - session_->position() + 1;
+  const int64_t room = model_->info().max_seq_len - session_->position();
   Generation generation = decode(step.tokens[0], std::min(config.max_new_tokens, room),
                                  config.sampling, stats, on_token);
   stats.num_generated_tokens = static_cast<int64_t>(generation.ids.size());

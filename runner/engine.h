@@ -33,8 +33,7 @@ struct Generation {
 /// thread-safe.
 ///
 /// Every token that was fed or drawn belongs to the sequence, also the one that ended a generation.
-/// The last token drawn is fed only with what is appended next: it takes no room in the context
-/// before.
+/// All of them fit the context, though the last token drawn is fed only with what is appended next.
 class Engine {
  public:
   /// Called with each token as it is drawn, an end-of-sequence id included. Returns whether to go

@@ -128,11 +128,7 @@ void check_limit(int64_t max_new_tokens) {
 }
 
 void check_request(const Request& request, const ModelInfo& info) {
-  if (request.prompt_ids.empty()) fail("the prompt is empty");
-  if (request.prompt_ids.size() > static_cast<size_t>(info.max_seq_len)) {
-    fail("the prompt has " + std::to_string(request.prompt_ids.size()) +
-         " tokens, the context of the program holds " + std::to_string(info.max_seq_len));
-  }
+  check_length(request.prompt_ids.size(), 0, true, info.max_seq_len);
   check_ids(request.prompt_ids, info.vocab_size, "the prompt: ");
   check_limit(*request.params.max_tokens);
   check(request.params, info.vocab_size);

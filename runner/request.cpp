@@ -29,6 +29,16 @@ void require_count(const char* name, const std::optional<int64_t>& value, int64_
 
 }  // namespace
 
+void check_length(size_t count, size_t before, bool is_answered, int64_t max_seq_len) {
+  if (count == 0) throw InvalidRequest("the prompt is empty");
+  const auto room = max_seq_len - static_cast<int64_t>(before + count);
+  if (room > 0 || (room == 0 && !is_answered)) return;
+  const std::string held = before ? " after " + std::to_string(before) + " in the sequence" : "";
+  throw InvalidRequest("the prompt has " + std::to_string(count) + " tokens" + held +
+                       ", the context of the program holds " + std::to_string(max_seq_len) +
+                       (is_answered ? ", of which the answer needs one at least" : ""));
+}
+
 void check_ids(const std::vector<int64_t>& ids, int64_t vocab_size, const std::string& what) {
   for (const int64_t id : ids) {
     if (id >= 0 && id < vocab_size) continue;

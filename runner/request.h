@@ -49,6 +49,9 @@ struct Request {
 };
 
 /// These throw InvalidRequest that names the parameter at fault, and what was expected of it.
+/// The length of a prompt behind `before` tokens: it must fit the context, with a token of the
+/// answer if there is to be one.
+void check_length(size_t count, size_t before, bool is_answered, int64_t max_seq_len);
 /// Token ids: `what` says whose, at the beginning of the message.
 void check_ids(const std::vector<int64_t>& ids, int64_t vocab_size, const std::string& what = "");
 void check(const Sampling& sampling);

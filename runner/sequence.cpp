@@ -27,8 +27,7 @@ size_t bounded_end(size_t begin, size_t end, size_t bound) {
 Sequence::Sequence(uint64_t id, Request request, Model& model)
     : id_(id), request_(std::move(request)), model_(model) {
   const ModelInfo& info = model_.info();
-  // The last token drawn needs no room in the context.
-  const int64_t room = info.max_seq_len - static_cast<int64_t>(request_.prompt_ids.size()) + 1;
+  const int64_t room = info.max_seq_len - static_cast<int64_t>(request_.prompt_ids.size());
   limit_ = std::min(request_.params.max_tokens.value_or(room), room);
 }
 

@@ -3,8 +3,6 @@
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 
 from et_moe.runner import python as extension
@@ -88,16 +86,6 @@ class _NativeEngine:
         self._close = weakref.finalize(self, native.close)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
-        # The engine draws one token more, behind a full context, which a sequence must not have.
-        room = self.info.max_seq_len - len(prompt_ids)
-        most = params.max_tokens
-        if room < 0 or (room == 0 and most != 0):
-            raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens, the context of the program holds "
-                f"{self.info.max_seq_len}, of which the answer needs one at least"
-            )
-        if most is None or (isinstance(most, Integral) and most > room):
-            params = replace(params, max_tokens=room)
         try:
             return self._native.submit(prompt_ids, params)
         except extension.QueueFullError as error:

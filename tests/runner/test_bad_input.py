@@ -28,13 +28,13 @@ CONTEXT, VOCABULARY = 32, 264
 
 def test_a_good_run_writes_its_files(runner, tiny_program: Path, tmp_path: Path) -> None:
     """The refusals below are compared with this run, which uses the whole context."""
-    prompt = ",".join(["7"] * CONTEXT)
+    prompt = ",".join(["7"] * (CONTEXT - 1))
     ids, stats = tmp_path / "ids.json", tmp_path / "stats.json"
     runner.run(
         tiny_program, f"--prompt_ids={prompt}", f"--output_ids_path={ids}", f"--stats_path={stats}"
     )
     assert len(json.loads(ids.read_text())) == 1
-    assert json.loads(stats.read_text())["prompt_tokens"] == CONTEXT
+    assert json.loads(stats.read_text())["prompt_tokens"] == CONTEXT - 1
     scored = runner.score(tiny_program, [7] * (CONTEXT + 1))
     assert len(scored) == CONTEXT
 
@@ -185,7 +185,7 @@ def test_weights_of_another_group_size(refused, tmp_path: Path) -> None:
 
 def test_prompts_that_do_not_fit(refused, tiny_program: Path, tmp_path: Path) -> None:
     tokenizer = f"--tokenizer_path={tiny_program / 'tokenizer.json'}"
-    for length in (CONTEXT + 1, 1000):
+    for length in (CONTEXT, CONTEXT + 1, 1000):
         message = f"the prompt has {length} tokens, the context of the program holds {CONTEXT}"
         refused(f"--prompt_ids={','.join(['1'] * length)}", parts=[message])
         refused(tokenizer, f"--prompt={'a' * length}", parts=[message])

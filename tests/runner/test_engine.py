@@ -59,8 +59,12 @@ def test_reasons_to_finish(engine, tiny_program: Path) -> None:
     assert free["finish"] == "length"
     (stopped,) = engine(generate(FIRST, 20, stop_after=3))
     assert stopped == {"ids": free["ids"][:3], "finish": "callback"}
-    (full,) = engine(generate([7] * CONTEXT, 20))
+    (full,) = engine(generate([7] * (CONTEXT - 1), 20))
     assert len(full["ids"]) == 1 and full["finish"] == "length"
+    # A whole context can be fed, not answered.
+    refused, fed = engine(append([7] * CONTEXT, 1), append([7] * CONTEXT, 0))
+    assert refused["error"].endswith("of which the answer needs one at least")
+    assert fed == {"ids": [], "finish": "length"}
 
 
 def test_an_end_of_sequence_id_stops(engine) -> None:

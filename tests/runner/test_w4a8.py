@@ -159,6 +159,5 @@ def test_a_full_context_ends_generation(runner, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint", MODEL, "tiny", 5)
     source = QuantizedCheckpoint(Checkpoint(tmp_path / "checkpoint"), storages("4w", 64))
     export(source, tmp_path, ExportOptions(max_seq_len=16))
-    # 12 prompt tokens fill 12 rows of the cache, 4 drawn tokens the rest; a fifth needs none.
     ids = runner.generate(tmp_path, list(range(12)), 100)
-    assert len(ids) == 5 or (len(ids) < 5 and ids[-1] in (256, 258))
+    assert len(ids) == 4 or (len(ids) < 4 and ids[-1] in (256, 258))
