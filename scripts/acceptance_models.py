@@ -25,24 +25,21 @@ class Tolerance:
 
     Activations that are rounded to INT8 differ by a whole step where two programs differ in the
     last bits, and the recurrent state carries that on. On an H200 the fp32 programs of the tiny and
-    of the demo model have relative errors of 0.006 and 0.011 and a top-1 agreement of 99.2%, and a
-    token of margin 0.02 differed. In bf16 the error is 0.022 and the agreement 96.5%. The bf16
-    program of the CPU has an agreement of 94% to 98% and an error of 0.02 to 0.04 on the demo
-    model's held-out text, and every token that differs has a margin under 0.23. A random model has
-    more near ties than a trained one.
+    of the demo model have relative errors of 0.006 and 0.009, bf16 programs of 0.01 to 0.06. The
+    likeliest token is then another one at 1% to 9% of the positions, since a fourth of them have a
+    margin below 0.1. The bf16 program of the CPU has an error of 0.02 to 0.04 on the demo model's
+    held-out text, and every token that differs has a margin under 0.23.
 
     Attributes:
         margin: a token must be the same if its margin is at least this.
-        top1: the least share of positions that must have the same likeliest token.
         relative_error: the largest relative error of the logits, in the L2 norm over all positions.
     """
 
     margin: float
-    top1: float
     relative_error: float
 
 
-TOLERANCES = {"float32": Tolerance(0.1, 0.98, 0.02), "bfloat16": Tolerance(0.5, 0.85, 0.1)}
+TOLERANCES = {"float32": Tolerance(0.1, 0.02), "bfloat16": Tolerance(0.5, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -161,8 +158,9 @@ def compare_tokens(actual: list[int], expected: list[int]) -> str | None:
     return None
 
 
-def compare_logits(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """The share of rows with the same likeliest token, and the relative L2 error.
+def compare_logits(actual: np.ndarray, expected: np.ndarray, margin: float) -> dict[str, float]:
+    """The share of rows with the same likeliest token, of all and of those whose margin is at
+    least `margin`, how many these are, and the relative L2 error.
 
     NaN counts as wrong.
 
@@ -174,7 +172,13 @@ def compare_logits(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]
     same = (actual.argmax(-1) == expected.argmax(-1)) & np.isfinite(actual).all(-1)
     difference, size = (np.linalg.norm(x.astype("f8")) for x in (actual - expected, expected))
     error = difference / size if size else np.inf
-    return {"top1": float(same.mean()), "relative_error": float(error)}
+    settled = same[margins(expected) >= margin]
+    return {
+        "top1": float(same.mean()),
+        "settled": len(settled),
+        "settled_top1": float(settled.mean()) if len(settled) else 0.0,
+        "relative_error": float(error),
+    }
 
 
 def check_tokens(program: Program, case: Case) -> dict:
@@ -195,13 +199,13 @@ def check_batch(program: Program, cases: list[Case]) -> dict:
 def check_logits(program: Program, model: Model) -> dict:
     """The measures of `compare_logits`, with an `error` if they are out of tolerance."""
     expected = np.load(program.folder / EXPECTED_LOGITS)
-    found = compare_logits(program.logits(model.score_ids), expected)
     allowed = TOLERANCES[model.dtype]
-    if found["top1"] >= allowed.top1 and found["relative_error"] <= allowed.relative_error:
+    found = compare_logits(program.logits(model.score_ids), expected, allowed.margin)
+    if found["settled_top1"] == 1 and found["relative_error"] <= allowed.relative_error:
         return {**found, "error": None}
-    error = f"top-1 agreement {found['top1']:.3f}, expected at least {allowed.top1}; relative error"
-    error += f" {found['relative_error']:.4f}, expected at most {allowed.relative_error}"
-    return {**found, "error": error}
+    error = f"top-1 agreement {found['settled_top1']:.3f} of {found['settled']} positions without a"
+    error += f" near tie, expected 1; relative error {found['relative_error']:.4f}, "
+    return {**found, "error": f"{error}expected at most {allowed.relative_error}"}
 
 
 def check_model(program: Program, model: Model, cases: list[Case]) -> Iterator[dict]:

@@ -79,10 +79,12 @@ batch() { # RESULT PROGRAM FLAGS...
     --program "$folder/full_size/$2" "${@:3}"
 }
 single() { # RESULT PROGRAM...
-  local programs=() name
+  local programs=() name activations
   for name in "${@:2}"; do
     weights "$name"
-    programs+=(--program "$name=$folder/full_size/$name")
+    activations=int8
+    [ "$name" = bf16 ] && activations=bf16
+    programs+=(--program "$activations=$folder/full_size/$name")
   done
   measure e2e "$1" --runner "$runner" --model-dir "$scratch/${recipe[$2]:-4w}" "${programs[@]}"
 }

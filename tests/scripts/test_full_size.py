@@ -1,9 +1,12 @@
 """The 35B at full size on a GPU: the script, with a python3 that only writes down its arguments."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from et_moe.benchmarks.e2e import Program
 
 REPO = Path(__file__).resolve().parents[2]
 PROGRAMS = ("int8", "bf16", "state", "mixed", "drafts1", "drafts2", "long")
@@ -51,7 +54,7 @@ def commands(calls: list[str]) -> list[str]:
     return [" ".join([*w[:2], Path(out).stem]).strip() for w, out in zip(words, outs, strict=True)]
 
 
-def test_all_of_it(measure) -> None:
+def test_all_of_it(measure, tmp_path: Path) -> None:
     """Weights are made once for all programs that they serve."""
     code, calls, error = measure()
     assert code == 0, error
@@ -67,6 +70,10 @@ def test_all_of_it(measure) -> None:
     drafts = [call.split("--draft-tokens ")[1].split()[0] for call in exports]
     assert drafts == ["0", "1", "2", "0"]
     assert "--program int8=FOLDER/full_size/int8 --program bf16=FOLDER/full_size/bf16" in calls[2]
+    single = [call for call in calls if call.startswith("benchmarks e2e")]
+    programs = re.findall(r"--program (\S+)", " ".join(single))
+    taken = [Program.parse(text.replace("FOLDER", str(tmp_path / "packed"))) for text in programs]
+    assert [program.folder.name for program in taken] == ["int8", "bf16", "mixed"]
 
 
 def test_one_of_them(measure) -> None:

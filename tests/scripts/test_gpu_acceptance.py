@@ -83,8 +83,18 @@ def test_no_models_is_no_pass(session):
 
 def test_nan_logits_are_wrong():
     expected = np.eye(3, dtype="f4")
-    found = models.compare_logits(np.full_like(expected, np.nan), expected)
-    assert found["top1"] == 0 and not found["relative_error"] <= 1
+    found = models.compare_logits(np.full_like(expected, np.nan), expected, 0.1)
+    assert found["top1"] == found["settled_top1"] == 0 and not found["relative_error"] <= 1
+
+
+def test_another_token_is_right_only_at_a_near_tie():
+    expected = np.array([[5, 0, 0, 0], [0, 5, 4.99, 0], [0, 0, 0, 5]], "f4")
+    actual = expected.copy()
+    actual[1, 2] = 5.01
+    found = models.compare_logits(actual, expected, 0.1)
+    assert found["settled"] == 2 and found["settled_top1"] == 1 and found["top1"] < 1
+    actual[2, 0] = 5.01
+    assert models.compare_logits(actual, expected, 0.1)["settled_top1"] == 0.5
 
 
 def test_tokens_count():
