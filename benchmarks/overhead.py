@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from et_moe.benchmarks.batch import Load, run_load
 from et_moe.benchmarks.e2e import measure_gpu
+from et_moe.benchmarks.report.overhead import COLUMNS, cells
 from et_moe.benchmarks.result import provenance, write_result
 from et_moe.benchmarks.server import served
 from et_moe.examples.qwen3_5_moe.config import ModelConfig
@@ -29,10 +30,6 @@ from et_moe.examples.qwen3_5_moe.config import ModelConfig
 _DATA = b"data: "
 _COMPARED = ("output_token_per_sec", "decode_token_per_sec", "time_to_first_token_ms_median")
 """In the names of the runner's stats; the rate of decode where there is one request."""
-_COLUMNS = (
-    *("sequences", "requests", "prompt", "new", "by", "output tok/s", "decode tok/s"),
-    *("first token ms", "server's CPU us a token"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,18 +134,6 @@ def _serve(program: Path, load: Load, vocabulary: int) -> dict:
     return found
 
 
-def _cells(row: dict, by: str) -> list[str]:
-    head = [f"{row[name]:,}" for name in ("sequences", "requests", "prompt", "new_tokens")]
-    if "error" in row:
-        return [*head, by, row["error"]]
-    found = row[by]
-    numbers = (
-        f"{found[name]:,.{digits}f}" if name in found else ""
-        for name, digits in (*((name, 1) for name in _COMPARED), ("cpu_us_per_token", 1))
-    )
-    return [*head, by, *numbers]
-
-
 def _compare(runner: Path, program: Path, load: Load, vocabulary: int) -> dict:
     """A row of the result.
 
@@ -171,7 +156,7 @@ def measure(runner: Path, program: Path, loads: list[Load], c: ModelConfig, out:
         Whether no measurement failed.
     """
     result: dict = provenance() | {"gpu": measure_gpu(), "rows": []}
-    table = Table(*_COLUMNS)
+    table = Table(*COLUMNS)
     for load in loads:
         row: dict = dataclasses.asdict(load)
         try:
@@ -179,8 +164,8 @@ def measure(runner: Path, program: Path, loads: list[Load], c: ModelConfig, out:
         except (RuntimeError, ValueError) as error:  # one failure must not end the benchmark
             row["error"] = str(error)
         result["rows"].append(row)
-        for by in ("runner", "server"):
-            table.add_row(*_cells(row, by))
+        for line in cells(row):
+            table.add_row(*line)
         print(row, flush=True)
         write_result(out, result)
     Console(width=150).print(table)

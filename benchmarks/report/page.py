@@ -14,6 +14,7 @@ from et_moe.benchmarks.report import (
     e2e,
     kernels,
     machine_code,
+    overhead,
     peers,
     quality,
 )
@@ -46,6 +47,7 @@ class Section:
 SECTIONS = (
     Section("e2e", "end to end", e2e.section, e2e.condense, e2e.plot),
     Section("batch", "many sequences", batch.section, plot=batch.plot),
+    Section("overhead", "server", overhead.section),
     Section("peers", "other implementations", peers.section),
     Section("kernels", "kernels", kernels.section, kernels.condense, kernels.plot),
     Section("quality", "quality", quality.section, quality.condense),

@@ -7,6 +7,7 @@ import pytest
 
 from et_moe.benchmarks import overhead
 from et_moe.benchmarks.batch import Load
+from et_moe.benchmarks.report import overhead as report
 from et_moe.benchmarks.shape import model_shape
 
 
@@ -29,6 +30,8 @@ def test_rows(runner, without_tokenizer, tiny_checkpoint, tmp_path: Path) -> Non
             assert row[by]["time_to_first_token_ms_median"] > 0
         assert row["server"]["generated_tokens"] == row["runner"]["generated_tokens"]
         assert row["server"]["cpu_us_per_token"] >= 0
+    lines = report.section(json.loads(out.read_text()))
+    assert sum("| output tok/s | " in line for line in lines) == 2
 
 
 def test_a_failure_is_kept(runner, without_tokenizer, tiny_checkpoint, tmp_path: Path) -> None:
@@ -36,4 +39,4 @@ def test_a_failure_is_kept(runner, without_tokenizer, tiny_checkpoint, tmp_path:
     out, shape = tmp_path / "overhead.json", model_shape(tiny_checkpoint)
     assert not overhead.measure(runner.binary, without_tokenizer, [Load(1, 1, 1000, 8)], shape, out)
     (row,) = json.loads(out.read_text())["rows"]
-    assert "context" in row["error"]
+    assert "context" in row["error"] and row["error"] in report.cells(row)[0]
