@@ -1,10 +1,13 @@
 """How a cache is divided into splits, and how what was attended to in each is joined."""
 
+import torch
 import triton
 import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
+from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_sequence
+from et_moe.backends.cuda.triton.tuning import find_config
 
 
 @triton.jit
@@ -36,7 +39,8 @@ def combine_kernel(
 ):
     """Joins the splits of one row and query head, for BLOCK_D columns, and applies the output gate.
 
-    Padding becomes 0, and so do rows in front of FIRST_TOKEN.
+    Padding becomes 0, and so do rows in front of FIRST_TOKEN. With a BLOCK_N the cache is divided
+    for each row by `divide`; with 0 each split has left a maximum, -inf if it has no token.
     """
     head = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -54,10 +58,12 @@ def combine_kernel(
     if valid <= 0:
         tl.store(target, tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty))
         return
-    _, splits = divide(position, SPLITS, BLOCK_N)
-    used = split < splits
     first = item * (SPLITS * HEADS)
     slot = split * HEADS + head
+    if BLOCK_N > 0:
+        used = split < divide(position, SPLITS, BLOCK_N)[1]
+    else:
+        used = tl.load(max_ptr + first + slot) > float("-inf")
     part = tl.load(
         partial_ptr + first.to(tl.int64) * DIM + slot[:, None] * DIM + column[None, :],
         mask=used[:, None],
@@ -68,3 +74,18 @@ def combine_kernel(
     weight = tl.exp2(top - tl.max(top, 0))
     o = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0) * tl.sigmoid(gate)
     tl.store(target, o.to(out_ptr.dtype.element_ty))
+
+
+def join_splits(
+    arguments: tuple[torch.Tensor, ...], rows: int | torch.SymInt, heads: int, shape: dict
+) -> None:
+    """Launches `combine_kernel` for all rows and query heads.
+
+    Args:
+        arguments: of the kernel.
+        shape: its constexprs but for HEADS and BLOCK_D.
+    """
+    config = find_config("attention_combine", tokens=1)
+    config["BLOCK_D"] = min(config["BLOCK_D"], shape["DIM"])
+    grid = (heads, shape["DIM"] // config["BLOCK_D"], rows)
+    launch(combine_kernel, grid, *arguments, HEADS=heads, **shape, **config)

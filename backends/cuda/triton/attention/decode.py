@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.attention.combine import combine_kernel, divide
+from et_moe.backends.cuda.triton.attention.combine import divide, join_splits
 from et_moe.backends.cuda.triton.attention.pages import NO_TOP, PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
@@ -324,13 +324,8 @@ def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict, tokens: int)
     config |= {"ROWS": max(16, triton.next_power_of_2(shape["GROUP"])), "BATCHED": batched}
     grid = (programs, kv_heads, rows)
     launch(_decode_kernel, grid, *inputs, partial, top, total, **shape, **config)
-    config = find_config("attention_combine", tokens=1)
-    config["BLOCK_D"] = min(config["BLOCK_D"], dim)
     out = qkv.new_empty((rows, heads * dim))
-    grid = (heads, dim // config["BLOCK_D"], rows)
     names = ("KV_HEADS", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN", "TOKENS")
-    joined = {n: shape[n] for n in names}
-    joined |= {"HEADS": heads, **splits, **config}
-    arguments = (qkv, positions, num_tokens, partial, top, total, out)
-    launch(combine_kernel, grid, *arguments, **joined)
+    joined = {n: shape[n] for n in names} | splits
+    join_splits((qkv, positions, num_tokens, partial, top, total, out), rows, heads, joined)
     return out

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from et_moe.backends.cuda.triton.attention.combine import join_splits
 from et_moe.backends.cuda.triton.attention.pages import NO_TOP, PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
@@ -15,8 +16,14 @@ from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previou
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
-from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.cuda.triton.tuning import find_config, find_largest
 from et_moe.backends.ops import PAGE_SIZE
+
+FEW_TOKENS = 64
+"""Up to this many tokens have few tiles of rows, each of which would read all of the cache."""
+MAX_SPLITS = 16
+SPLIT_TOKENS = 512
+"""The fewest tokens of a split, but for the last."""
 
 
 @triton.jit
@@ -96,6 +103,7 @@ def _attend_tile(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     FIRST_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Attends to the BLOCK_N cached tokens from `first` on, with an online softmax.
 
@@ -106,6 +114,7 @@ def _attend_tile(
             softmax so far, and the weighted sum of v.
         MASKED: whether some of the cached tokens lie behind a query's position or the end.
         FIRST_TOKEN: in front of which no token is read; 0, or MASKED must be true.
+        SPLIT: whether these may be the first tokens that a query sees, and hidden from it.
 
     Returns:
         top, total and acc with these tokens.
@@ -127,7 +136,7 @@ def _attend_tile(
     if FIRST_TOKEN > 0:
         s = tl.where((token >= FIRST_TOKEN - first)[None, :], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
-    if FIRST_TOKEN > 0:
+    if FIRST_TOKEN > 0 or (SPLIT and MASKED):
         new_top = tl.maximum(new_top, NO_TOP)
     shrink = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top[:, None])
@@ -146,18 +155,30 @@ def _flash_kernel(
     positions_ptr,
     num_tokens_ptr,
     out_ptr,
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
     tokens,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     HAS_NUM_TOKENS: tl.constexpr,
     FIRST_TOKEN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Causal attention of BLOCK_M tokens of one query head, and its gate. Padding becomes 0, and so
-    do tokens in front of FIRST_TOKEN."""
+    do tokens in front of FIRST_TOKEN.
+
+    If there are several SPLITS of the cache, of LEAST tokens or more, a program attends to one of
+    them, and leaves for
+    `combine_kernel` what `_decode_kernel` does: maximum and sum of the softmax, fp32
+    `[T, SPLITS, Hq]`, and the weighted sum of v, `[T, SPLITS, Hq, DIM]`. The maximum of a split
+    without tokens is -inf.
+    """
     tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     head = tl.program_id(0)
     kv_head = head // GROUP
@@ -170,28 +191,43 @@ def _flash_kernel(
     ROW: tl.constexpr = 2 * (HEADS + HEADS // GROUP) * DIM
     qkv_ptr += start.to(tl.int64) * ROW + head * (2 * DIM) + DIM
     gate_tile = qkv_ptr + row[:, None] * ROW + column[None, :]
-    if BLOCK_M <= 32:  # more rows would take registers that the products need
+    if SPLITS == 1 and BLOCK_M <= 32:  # more rows would take registers that the products need
         gate = tl.load(gate_tile, mask=inside, other=0.0)
     wait_for_previous()
     out_ptr += start.to(tl.int64) * (HEADS * DIM) + head * DIM
     out_tile = out_ptr + row[:, None] * (HEADS * DIM) + column[None, :]
     in_out = (row < tokens - start)[:, None]
     if start >= valid:
-        tl.store(out_tile, tl.zeros((BLOCK_M, DIM), out_ptr.dtype.element_ty), mask=in_out)
+        if SPLITS == 1:
+            tl.store(out_tile, tl.zeros((BLOCK_M, DIM), out_ptr.dtype.element_ty), mask=in_out)
         return
     q_ptr += (head.to(tl.int64) * tokens + start) * DIM
     q = tl.load(q_ptr + row[:, None] * DIM + column[None, :], mask=inside, other=0.0)
     end = position + tl.minimum(start + BLOCK_M, valid)
     seen_by_all = (position + start + 1) // BLOCK_N * BLOCK_N
+    split_begin, split_end = 0, end
+    if SPLITS > 1:
+        split = tl.program_id(2)
+        slot = ((start + row) * SPLITS + split) * HEADS + head
+        length = tl.cdiv(tl.cdiv(position + valid, SPLITS), BLOCK_N) * BLOCK_N
+        length = tl.maximum(length, LEAST)
+        split_begin, split_end = split * length, tl.minimum((split + 1) * length, end)
+        if split_begin >= split_end:
+            nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            tl.store(max_ptr + slot, nothing, mask=row < valid - start)
+            return
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
-    page = load_page(pages_ptr, 0, end)  # always a tile ahead
-    begin = 0
+    page = load_page(pages_ptr, split_begin, end)  # always a tile ahead
+    begin = split_begin
     if FIRST_TOKEN > 0:
-        begin = tl.minimum(tl.cdiv(FIRST_TOKEN, BLOCK_N) * BLOCK_N, end)
-        seen_by_all = tl.maximum(seen_by_all, begin)
-        for first in tl.range(0, begin, BLOCK_N, num_stages=1):
+        begin = tl.minimum(tl.cdiv(FIRST_TOKEN, BLOCK_N) * BLOCK_N, split_end)
+        begin = tl.maximum(begin, split_begin)
+    if FIRST_TOKEN > 0 or SPLITS > 1:
+        seen_by_all = tl.minimum(tl.maximum(seen_by_all, begin), split_end)
+    if FIRST_TOKEN > 0:
+        for first in tl.range(split_begin, begin, BLOCK_N, num_stages=1):
             row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
             page = load_page(pages_ptr, first + BLOCK_N, end)
             top, total, acc = _attend_tile(
@@ -209,6 +245,7 @@ def _flash_kernel(
                 BLOCK_N,
                 True,
                 FIRST_TOKEN,
+                SPLITS > 1,
             )
     for first in tl.range(begin, seen_by_all, BLOCK_N, num_stages=STAGES):
         row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
@@ -228,8 +265,9 @@ def _flash_kernel(
             BLOCK_N,
             False,
             0,
+            SPLITS > 1,
         )
-    for first in tl.range(seen_by_all, end, BLOCK_N, num_stages=STAGES):
+    for first in tl.range(seen_by_all, split_end, BLOCK_N, num_stages=STAGES):
         row_of_tile = find_row(page, first, kv_head, HEADS // GROUP, DIM)
         page = load_page(pages_ptr, first + BLOCK_N, end)
         top, total, acc = _attend_tile(
@@ -247,13 +285,28 @@ def _flash_kernel(
             BLOCK_N,
             True,
             0,
+            SPLITS > 1,
         )
-    if BLOCK_M > 32:
-        gate = tl.load(gate_tile, mask=inside, other=0.0)
-    o = acc / total[:, None] * tl.sigmoid(gate.to(tl.float32))
-    if FIRST_TOKEN > 0:
-        inside &= (position + start + row >= FIRST_TOKEN)[:, None]
-    tl.store(out_tile, tl.where(inside, o, 0.0).to(out_ptr.dtype.element_ty), mask=in_out)
+    if SPLITS > 1:
+        mask = row < valid - start
+        tl.store(max_ptr + slot, top, mask=mask)
+        tl.store(sum_ptr + slot, total, mask=mask)
+        tl.store(partial_ptr + slot[:, None] * DIM + column[None, :], acc, mask=mask[:, None])
+    else:
+        if BLOCK_M > 32:
+            gate = tl.load(gate_tile, mask=inside, other=0.0)
+        o = acc / total[:, None] * tl.sigmoid(gate.to(tl.float32))
+        if FIRST_TOKEN > 0:
+            inside &= (position + start + row >= FIRST_TOKEN)[:, None]
+        tl.store(out_tile, tl.where(inside, o, 0.0).to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+def _count_splits(tokens: int | torch.SymInt, capacity: int) -> int:
+    """Into how many splits the cache is divided for the tokens of a call, a power of two; 1 where
+    tiles of rows keep the GPU busy, and where a cache is small."""
+    if find_largest(tokens) > FEW_TOKENS:
+        return 1
+    return min(MAX_SPLITS, triton.next_power_of_2(cdiv(capacity, SPLIT_TOKENS)))
 
 
 def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
@@ -276,9 +329,15 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
         return torch.zeros_like(out)
     table = "attention_prefill" if qkv.element_size() == 2 else "attention_prefill_fp32"
     config = find_config(table, tokens=tokens)
+    splits = _count_splits(tokens, PAGE_SIZE * shape["MAX_PAGES"])
+    parts = (None, None, None)
+    if splits > 1:
+        partial = qkv.new_empty((tokens, splits, heads, dim), dtype=torch.float32)
+        top = qkv.new_empty((tokens, splits, heads), dtype=torch.float32)
+        parts = (partial, top, torch.empty_like(top))
     launch(
         _flash_kernel,
-        (heads, cdiv(tokens, config["BLOCK_M"])),
+        (heads, cdiv(tokens, config["BLOCK_M"]), splits),
         q,
         qkv,
         k_cache,
@@ -287,9 +346,17 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
         positions,
         num_tokens,
         out,
+        *parts,
         tokens,
         HEADS=heads,
+        SPLITS=splits,
+        LEAST=SPLIT_TOKENS,
         **{n: shape[n] for n in ("GROUP", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN")},
         **config,
     )
+    if splits > 1:
+        names = ("KV_HEADS", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN")
+        joined = {n: shape[n] for n in names} | {"TOKENS": FEW_TOKENS, "SPLITS": splits}
+        arguments = (qkv, positions, num_tokens, *parts, out)
+        join_splits(arguments, tokens, heads, joined | {"BLOCK_N": 0})
     return out
