@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from et_moe.backends.cpu import lowering
 from et_moe.backends.cuda import backend as cuda
 from et_moe.backends.cuda.build import scratch_folder
+from et_moe.backends.cuda.triton.attention import prefill
 from et_moe.backends.method_graph import MethodGraph
 from et_moe.backends.sealed_file import LAYOUT, PtdWriter, write_sealed
 from et_moe.examples.qwen3_5_moe.model import MODEL as QWEN3_5_MOE
@@ -48,6 +49,8 @@ MAX_SEQ_LEN = 80
 """More than a page."""
 LONG_SEQ_LEN = 144
 """More than two pages: a sequence is put back only where it has grown by two."""
+SPLIT_TOKENS = 32
+"""So few that attention of a prompt has several splits."""
 MAX_SEQUENCES = 5
 """More than a power of two, so that calls are padded, too."""
 
@@ -162,6 +165,7 @@ def main() -> None:
     make_small(folder / "small", {"scores": scores(), "decode": method(Small(), decode=True)})
     make_small(folder / "rows", {"rows": rows()})
     export.MAX_PREFILL_TOKENS = MAX_PREFILL_TOKENS
+    prefill.SPLIT_TOKENS = SPLIT_TOKENS
     export_model(folder, QWEN3_5_MOE, SMALL_FOR_CUDA, MAX_SEQUENCES)
     if "ET_MOE_EXECUTED_REQUESTS" in os.environ:
         longer = SMALL_FOR_CUDA | {"max_position_embeddings": LONG_SEQ_LEN}
