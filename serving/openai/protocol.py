@@ -62,6 +62,11 @@ class ToolCall(Model):
     type: Literal["function"] = "function"
     function: FunctionCall
 
+    @model_validator(mode="after")
+    def _object(self) -> "ToolCall":
+        self.template()
+        return self
+
     def template(self) -> dict[str, Any]:
         """As chat templates want it: the arguments as a mapping."""
         name, arguments = self.function.name, self.function.arguments or {}
@@ -261,8 +266,6 @@ class ChatRequest(SamplingRequest):
             self.tool_choice = choice.allowed_tools.mode
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        for message in self.messages:
-            message.template()
         return self
 
     def place(self, field: str) -> str:

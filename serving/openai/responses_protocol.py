@@ -69,7 +69,7 @@ class FunctionCallItem(Model):
 
     @model_validator(mode="after")
     def _object(self) -> "FunctionCallItem":
-        self._call().template()
+        self._call()  # says what is wrong with the arguments
         return self
 
     def _call(self) -> ToolCall:
