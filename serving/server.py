@@ -188,7 +188,7 @@ def _tokenize(body: TokenizeRequest, model: ServedModel) -> dict:
     if text is None:
         options = body.chat_template_kwargs or {}
         text = rendered(model, body.messages, body.tools, options, body.add_generation_prompt)
-    with refusals():
+    with refusals("prompt"):
         ids = model.tokenizer.encode(text, True)
     limit = model.engine.engine.info.max_seq_len
     answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}

@@ -175,14 +175,14 @@ class Conversation:
             request.max_completion_tokens or request.max_tokens,
             (request.top_logprobs or 0) if request.logprobs else None,
         )
-        with refusals():
+        with refusals(request.place("messages")):
             generations = model.start([prompt_ids] * request.n, params, guides)
         return cls(len(prompt_ids), thinking, params, generations)
 
 
 def _encode(request: ChatRequest, model: ServedModel) -> tuple[str, list[int]]:
     prompt = render(request, model)
-    with refusals():
+    with refusals(request.place("messages")):
         return prompt, model.tokenizer.encode(prompt, True)
 
 
