@@ -134,7 +134,18 @@ def test_defaults_are_those_of_the_program(llm, program) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "generation_config.json: "), ("[]", "an object"), ('{"top_k": "x"}', "top_k 'x'")],
+    [
+        ("{", "generation_config.json: "),
+        ("[]", "an object"),
+        ('{"top_k": "x"}', "top_k 'x'"),
+        ('{"top_k": 1e999}', "top_k inf: expected a count"),
+        ('{"top_k": 2.5}', "top_k 2.5: expected a count"),
+        ('{"temperature": -1}', "temperature -1: expected 0 or at least 1e-5"),
+        ('{"temperature": NaN}', "temperature nan: expected"),
+        ('{"top_p": 0}', "top_p 0: expected more than 0"),
+        ('{"min_p": 2}', "min_p 2: expected 0 to 1"),
+        ('{"repetition_penalty": 0}', "repetition_penalty 0: expected"),
+    ],
 )
 def test_a_bad_recommendation_is_named(tmp_path, content: str, message: str) -> None:
     from et_moe.serving.generation_config import read_sampling_defaults
@@ -144,6 +155,9 @@ def test_a_bad_recommendation_is_named(tmp_path, content: str, message: str) -> 
         read_sampling_defaults(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 2}')
     assert read_sampling_defaults(tmp_path) == {"temperature": 0.0}
+    for given, top_k in ((-1, 0), (20.0, 20)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": given}))
+        assert repr(read_sampling_defaults(tmp_path)) == repr({"top_k": top_k})
 
 
 def test_errors(llm, tiny_program, monkeypatch) -> None:
