@@ -73,7 +73,9 @@ def _add_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return refuse(request, APIError(error.status_code, message))
+        response = refuse(request, APIError(error.status_code, message))
+        response.headers.update(error.headers or {})  # a 405 says what is allowed
+        return response
 
     async def left(request: Request, error: _ClientLeft) -> Response:
         return Response(status_code=499)
