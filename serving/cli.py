@@ -19,7 +19,10 @@ Program = Annotated[
     typer.Argument(help="Folder that `et-moe export` wrote.", parser=_folder, metavar="PROGRAM"),
 ]
 MaxSequences = Annotated[
-    int, typer.Option(min=1, help="Requests that are served at once; the memory of each is taken.")
+    int,
+    typer.Option(
+        min=1, max=2**20, help="Requests that are served at once; the memory of each is taken."
+    ),
 ]
 
 
@@ -49,10 +52,14 @@ def serve(
         bool, typer.Option(help="Whether prompts that begin alike share what is computed.")
     ] = True,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait; more are refused with status 429.")
+        int,
+        typer.Option(
+            min=1, max=2**20, help="Requests that may wait; more are refused with status 429."
+        ),
     ] = 256,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="That requests have to end in after SIGTERM.")
+        float,
+        typer.Option(min=0, max=86400, help="That requests have to end in after SIGTERM."),
     ] = 30.0,
 ) -> None:
     """Serves a program over HTTP: OpenAI's interface, and a page to chat with at `/`."""

@@ -67,7 +67,7 @@ def _value_rule(rule: str, schema: Mapping[str, Any], parameter: str, its_schema
     closing = json.dumps("\n</parameter>\n")
     types = parameter_types(schema, parameter)
     values = its_schema.get("enum") if isinstance(its_schema, Mapping) else None
-    if types == STRING and values:
+    if types == STRING and values and isinstance(values, list):
         texts = " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
         return f"{rule}: ({texts}) {closing}"
     if "string" in types:

@@ -1,9 +1,11 @@
 """Generating in Python, in vLLM's shape: `LLM(program).generate(prompts, SamplingParams(...))`."""
 
+import random
 import select
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,24 @@ class SamplingParams(interface.SamplingParams):
     n: int = 1  # answers to each prompt; they differ in the seed: seed, seed + 1, ...
     stop: str | Sequence[str] = ()  # strings that end the text and are no part of it
     skip_special_tokens: bool = True  # special tokens have no text
+
+    def __post_init__(self) -> None:
+        """Takes None and -1 where they mean in vLLM that nothing is asked for; a seed of None is
+        drawn at random.
+
+        Raises:
+            ValueError: there is no answer to give, or a stop string is empty.
+        """
+        if self.n < 1:
+            raise ValueError(f"n {self.n}: expected at least 1")
+        unset = {"stop": (), "stop_token_ids": (), "logit_bias": {}}
+        for name, value in (unset | {"seed": random.getrandbits(62)}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if "" in ([self.stop] if isinstance(self.stop, str) else self.stop):
+            raise ValueError("stop: expected strings that are not empty")
 
 
 @dataclass
@@ -154,13 +174,24 @@ class LLM:
             use_tqdm: a progress bar on a terminal, where there are several prompts.
 
         Raises:
+            TypeError: what is given is no prompt, or no parameters.
             ValueError: a prompt or parameter is refused.
             GenerationError: the engine failed at a request.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+            expected = "expected a text, a list of token ids, or a list of those"
+            raise TypeError(f"prompts: {expected}, got {type(prompts).__name__}")
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Integral)):
             prompts = [prompts]
         if not isinstance(sampling_params, Sequence):
             sampling_params = [sampling_params or self._defaults] * len(prompts)
+        for params in sampling_params:
+            if not isinstance(params, SamplingParams):
+                expected = f"expected SamplingParams, got {type(params).__name__}"
+                raise TypeError(f"sampling_params: {expected}")
+        if len(sampling_params) != len(prompts):
+            count = f"{len(sampling_params)} for {len(prompts)} prompts"
+            raise ValueError(f"sampling_params: {count}, expected one for each")
         requests = [self._request(prompt) for prompt in prompts]
         answers = self._run(self._submissions(requests, sampling_params))
         if use_tqdm and len(requests) > 1 and sys.stderr.isatty():
@@ -211,7 +242,11 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def _request(self, prompt: Prompt) -> RequestOutput:
+        if isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__iter__"):
+            expected = "expected a text or a list of token ids"
+            raise TypeError(f"prompts: {expected}, got {type(prompt).__name__}")
         if isinstance(prompt, str):
+            prompt.encode()  # says where a lone surrogate is
             return RequestOutput(prompt, self.tokenizer.encode(prompt, True), [])
         return RequestOutput(None, list(prompt), [])
 

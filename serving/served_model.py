@@ -129,6 +129,8 @@ def model_opener(program: Path, name: str | None, **engine_options) -> OpenModel
     """
     try:
         tokenizer = load_tokenizer(program)
+        for read in (read_chat_template, read_special_tokens, read_sampling_defaults):
+            read(program)  # a model of many gigabytes is not loaded for a template that is none
         engine = load_engine(program, **engine_options)
     except RuntimeError as error:
         raise ValueError(str(error)) from None

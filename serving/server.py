@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from et_moe.serving.http_limits import HttpLimits
 from et_moe.serving.openai.chat import Chat
 from et_moe.serving.openai.completions import Completion
-from et_moe.serving.openai.conversation import template_messages
+from et_moe.serving.openai.conversation import rendered
 from et_moe.serving.openai.errors import KNOWN, APIError, api_error, bad_request, refusals
 from et_moe.serving.openai.events import EventStream, primed, with_errors
 from et_moe.serving.openai.protocol import (
@@ -73,7 +73,9 @@ def _add_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return refuse(request, APIError(error.status_code, message))
+        response = refuse(request, APIError(error.status_code, message))
+        response.headers.update(error.headers or {})  # a 405 says what is allowed
+        return response
 
     async def left(request: Request, error: _ClientLeft) -> Response:
         return Response(status_code=499)
@@ -164,24 +166,14 @@ def _card(model: ServedModel) -> dict:
 
 def _add_tokens(app: FastAPI) -> None:
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict:
+    async def tokenize(request: Request) -> Response:
         body = await _parse(TokenizeRequest, request)
-        model: ServedModel = request.app.state.model
-        ids = await asyncio.to_thread(_tokenize, body, model)
-        limit = model.engine.engine.info.max_seq_len
-        answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
-        if body.return_token_strs:
-            answer["token_strs"] = [model.token_text(i) for i in ids]
-        return answer
+        return JSONResponse(await asyncio.to_thread(_tokenize, body, request.app.state.model))
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict:
+    async def detokenize(request: Request) -> Response:
         body = await _parse(DetokenizeRequest, request)
-        model: ServedModel = request.app.state.model
-        size = model.engine.engine.info.vocab_size
-        if not all(0 <= i < size for i in body.tokens):
-            raise bad_request(f"tokens: expected ids from 0 to {size - 1}", "tokens")
-        return {"prompt": model.decode(body.tokens)}
+        return JSONResponse(await asyncio.to_thread(_detokenize, body, request.app.state.model))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info(request: Request) -> dict:
@@ -193,19 +185,25 @@ def _add_tokens(app: FastAPI) -> None:
         return {"chat_template": template, **tokens, **model.special_tokens}
 
 
-def _tokenize(body: TokenizeRequest, model: ServedModel) -> list[int]:
+def _tokenize(body: TokenizeRequest, model: ServedModel) -> dict:
     text = body.prompt
     if text is None:
-        if model.template is None:
-            raise bad_request(f"the model {model.name!r} has no chat template", "messages")
-        text = model.template.render(
-            template_messages(body.messages),
-            body.tools,
-            body.add_generation_prompt,
-            **(body.chat_template_kwargs or {}),
-        )
-    with refusals():
-        return model.tokenizer.encode(text, True)
+        options = body.chat_template_kwargs or {}
+        text = rendered(model, body.messages, body.tools, options, body.add_generation_prompt)
+    with refusals("prompt"):
+        ids = model.tokenizer.encode(text, True)
+    limit = model.engine.engine.info.max_seq_len
+    answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [model.token_text(i) for i in ids]
+    return answer
+
+
+def _detokenize(body: DetokenizeRequest, model: ServedModel) -> dict:
+    size = model.engine.engine.info.vocab_size
+    if not all(0 <= i < size for i in body.tokens):
+        raise bad_request(f"tokens: expected ids from 0 to {size - 1}", "tokens")
+    return {"prompt": model.decode(body.tokens)}
 
 
 def _add_state(app: FastAPI) -> None:

@@ -1,6 +1,7 @@
 """A chat in the terminal: answers appear as they are written, and Ctrl-C ends an answer only."""
 
 import asyncio
+import io
 import json
 import random
 import re
@@ -126,7 +127,8 @@ class TerminalChat:
         self._note("/help says what can be typed")
         while True:
             try:
-                text = (await self._read()).strip()
+                # What is no character, as half of one that was pasted, has no tokens.
+                text = (await self._read()).encode(errors="replace").decode().strip()
             except KeyboardInterrupt:
                 continue
             except EOFError:
@@ -163,8 +165,8 @@ class TerminalChat:
         text = json.dumps(self._conversation.messages(), ensure_ascii=False, indent=2)
         try:
             Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            self._note(f"{path}: {error.strerror}", "red")
+        except (OSError, RuntimeError, ValueError) as error:  # "~nobody/x", a null byte
+            self._note(f"{path}: {getattr(error, 'strerror', None) or error}", "red")
         else:
             self._note(f"wrote {path}")
 
@@ -201,10 +203,13 @@ class TerminalChat:
 
 def _reader() -> Callable[[], Awaitable[str]]:
     """Of a person at a terminal, with an editor; else of the lines of the standard input."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
+        source = sys.stdin or io.StringIO()
+        if isinstance(source, io.TextIOWrapper):
+            source.reconfigure(errors="replace")
 
         async def read_line() -> str:
-            line = await asyncio.to_thread(sys.stdin.readline)
+            line = await asyncio.to_thread(source.readline)
             if not line:
                 raise EOFError
             return line

@@ -100,7 +100,7 @@ class Completion(Streamed):
             request.logprobs if request.echo else None,
         )
         pairs = [(prompt, its_params) for prompt in prompts for its_params in params]
-        with refusals():
+        with refusals("prompt"):
             generations = model.start([ids for (_, ids), _ in pairs], [p for _, p in pairs])
         choices = [
             _Choice(i, request, model, generation, pair[0])
@@ -148,7 +148,7 @@ class Completion(Streamed):
 def _encode(request: CompletionRequest, model: ServedModel) -> list[tuple[str, list[int]]]:
     """Text and token ids of each prompt; special tokens in a text become their ids."""
     prompts = []
-    with refusals():
+    with refusals("prompt"):
         for prompt in request.prompts():
             if isinstance(prompt, str):
                 prompts.append((prompt, model.tokenizer.encode(prompt, True)))

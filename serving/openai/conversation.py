@@ -2,7 +2,9 @@
 grammar of its answers, and the parts of each answer as they come."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from et_moe.serving.chat_template import ChatTemplateError
 from et_moe.serving.generation import Generation
@@ -35,21 +37,43 @@ def template_messages(messages: list[Message]) -> list[dict]:
 
 def render(request: ChatRequest, model: ServedModel) -> str:
     """The prompt of a conversation."""
-    place = request.place("messages")
-    if model.template is None:
-        message = f"the model {model.name!r} has no chat template: use /v1/completions"
-        raise bad_request(message, place)
     options = {}
     if request.reasoning_effort is not None:
         options["reasoning_effort"] = request.reasoning_effort
         options["enable_thinking"] = request.reasoning_effort != "none"
     options |= request.chat_template_kwargs or {}
     tools = None if request.tool_choice == "none" else request.tools
+    return rendered(model, request.messages, tools, options, place=request.place("messages"))
+
+
+def rendered(
+    model: ServedModel,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    options: Mapping[str, Any],
+    add_generation_prompt: bool = True,
+    place: str = "messages",
+) -> str:
+    """The text of a conversation by the model's template.
+
+    Args:
+        options: the template's own variables.
+        place: where the request has its messages.
+
+    Raises:
+        APIError: there is no template, it refuses, or the text is none that can be encoded.
+    """
+    if model.template is None:
+        message = f"the model {model.name!r} has no chat template: use /v1/completions"
+        raise bad_request(message, place)
     for name in ("messages", "tools", "add_generation_prompt"):
         if name in options:
-            raise bad_request(f"chat_template_kwargs: {name} is not for here", name)
+            message = f"chat_template_kwargs: {name} is not for here"
+            raise bad_request(message, "chat_template_kwargs")
     try:
-        text = model.template.render(template_messages(request.messages), tools, **options)
+        text = model.template.render(
+            template_messages(messages), tools, add_generation_prompt, **options
+        )
     except ChatTemplateError as error:
         raise bad_request(str(error), place) from None
     try:
@@ -151,14 +175,14 @@ class Conversation:
             request.max_completion_tokens or request.max_tokens,
             (request.top_logprobs or 0) if request.logprobs else None,
         )
-        with refusals():
+        with refusals(request.place("messages")):
             generations = model.start([prompt_ids] * request.n, params, guides)
         return cls(len(prompt_ids), thinking, params, generations)
 
 
 def _encode(request: ChatRequest, model: ServedModel) -> tuple[str, list[int]]:
     prompt = render(request, model)
-    with refusals():
+    with refusals(request.place("messages")):
         return prompt, model.tokenizer.encode(prompt, True)
 
 

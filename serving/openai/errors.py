@@ -1,19 +1,25 @@
 """Errors in OpenAI's envelope, and what each failure of a request becomes."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from et_moe.serving.chat_template import ChatTemplateError
 from et_moe.serving.generation import GenerationError
-from et_moe.serving.interface import EngineBrokenError, QueueFullError
+from et_moe.serving.interface import EngineBrokenError, QueueFullError, SamplingParams
 
 _LONGEST = 1000
 
 RETRY_SECONDS = 1
 """After which a request that was refused for load may come again."""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 class APIError(Exception):
@@ -26,8 +32,8 @@ class APIError(Exception):
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None
     ) -> None:
-        if len(message) > _LONGEST:  # it may quote what the request says
-            message = message[:_LONGEST] + "..."
+        # Both may quote what the request says.
+        message, param = _shortened(message), param and _shortened(param)
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
@@ -89,20 +95,34 @@ KNOWN = (
 """The exceptions that `api_error` knows."""
 
 
+_PARAMETERS = {field.name for field in fields(SamplingParams)}
+
+
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Where the engine or the tokenizer refuse what a request asks of them, as a bad request."""
+def refusals(place: str) -> Iterator[None]:
+    """Where the engine or the tokenizer refuse what a request asks of them, as a bad request.
+
+    Args:
+        place: where the request has its prompt, for messages that do not begin with the name of
+            another parameter.
+    """
     try:
         yield
     except KNOWN:
         raise
     except ValueError as error:
-        raise bad_request(str(error)) from None
+        message = str(error)
+        name = re.split("[ :]", message, maxsplit=1)[0]
+        # Clients that can do with less look for this code.
+        code = "context_length_exceeded" if message.startswith("the prompt has ") else None
+        raise bad_request(message, name if name in _PARAMETERS else place, code) from None
 
 
 def _invalid(error: ValidationError) -> APIError:
     """The first fault. What the request holds at that place is left out."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    return bad_request(f"{where}: {message}" if where else message, where or None)
+    if where:
+        return bad_request(f"{where}: {message}", where)
+    return bad_request(message, first.get("ctx", {}).get("field"))

@@ -8,13 +8,27 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_PROMPTS = 256
 MAX_TOOLS = 256
 MAX_LOGPROBS = 20
+
+
+def fault(field: str, message: str) -> PydanticCustomError:
+    """What a check of a whole request raises, where the fault is that of one field."""
+    return PydanticCustomError("fault", "{message}", {"message": message, "field": field})
 
 
 def _texts(value: object) -> object:
@@ -52,6 +66,18 @@ Stops = Annotated[
 ]
 
 
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity; a parser may read them, and 1e999, all the same."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError("NaN and infinite numbers are no JSON") from None
+    return value
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_finite)]
+
+
 class FunctionCall(Model):
     name: str
     arguments: str | dict[str, Any] = ""
@@ -61,6 +87,11 @@ class ToolCall(Model):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+
+    @model_validator(mode="after")
+    def _object(self) -> "ToolCall":
+        self.template()
+        return self
 
     def template(self) -> dict[str, Any]:
         """As chat templates want it: the arguments as a mapping."""
@@ -109,12 +140,21 @@ class Message(Model):
 class Function(Model):
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
 
 
 class Tool(Model):
     type: Literal["function"]
     function: Function
+
+
+def _tool(value: dict[str, Any]) -> dict[str, Any]:
+    Tool.model_validate(value)
+    return value
+
+
+ToolObject = Annotated[dict[str, Any], AfterValidator(_tool)]
+"""A tool that is one, as the template is to see it."""
 
 
 class NamedFunction(Model):
@@ -165,7 +205,7 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedChoice | N
 
 class JsonSchema(Model):
     name: str = ""
-    json_schema: dict[str, Any] = Field(alias="schema", default_factory=dict)
+    json_schema: Schema = Field(alias="schema", default_factory=dict)
 
 
 class ResponseFormat(Model):
@@ -207,7 +247,7 @@ class SamplingRequest(Model):
     @model_validator(mode="after")
     def _refused(self) -> "SamplingRequest":
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of is not supported")
+            raise fault("best_of", "best_of is not supported")
         return self
 
 
@@ -230,7 +270,7 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tools: list[ToolObject] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -242,7 +282,7 @@ class ChatRequest(SamplingRequest):
     def _known(cls, data: object) -> object:
         for key, instead in _REFUSED.items():
             if isinstance(data, dict) and data.get(key) is not None:
-                raise ValueError(f"{key} is not supported: {instead}")
+                raise fault(key, f"{key} is not supported: {instead}")
         return data
 
     @model_validator(mode="after")
@@ -250,19 +290,18 @@ class ChatRequest(SamplingRequest):
         """Of `allowed_tools`, what they allow is left, as if the request had no other tools."""
         choice, names = self.tool_choice, self.tool_schemas()
         if choice == "required" and not names:
-            raise ValueError("tool_choice: 'required' needs tools")
+            raise fault("tool_choice", "tool_choice: 'required' needs tools")
         allowed = choice.allowed_tools.tools if isinstance(choice, AllowedChoice) else ()
         for named in (choice,) if isinstance(choice, NamedTool) else allowed:
             if named.function.name not in names:
-                raise ValueError(f"tool_choice: there is no tool {named.function.name!r}")
+                message = f"tool_choice: there is no tool {named.function.name!r}"
+                raise fault("tool_choice", message)
         if isinstance(choice, AllowedChoice):
             chosen = {named.function.name for named in allowed}
             self.tools = [t for t in self.tools or () if t["function"]["name"] in chosen]
             self.tool_choice = choice.allowed_tools.mode
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        for message in self.messages:
-            message.template()
+            raise fault("top_logprobs", "top_logprobs needs logprobs: true")
         return self
 
     def place(self, field: str) -> str:
@@ -287,11 +326,11 @@ class CompletionRequest(SamplingRequest):
     @model_validator(mode="after")
     def _supported(self) -> "CompletionRequest":
         if self.suffix:
-            raise ValueError("suffix is not supported")
+            raise fault("suffix", "suffix is not supported")
         if not 1 <= len(self.prompts()) <= MAX_PROMPTS:
-            raise ValueError(f"prompt: expected 1 to {MAX_PROMPTS} prompts")
+            raise fault("prompt", f"prompt: expected 1 to {MAX_PROMPTS} prompts")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 needs echo")
+            raise fault("max_tokens", "max_tokens: 0 needs echo")
         return self
 
     def prompts(self) -> list[str | list[int]]:
@@ -317,7 +356,7 @@ class TokenizeRequest(Model):
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("expected either prompt or messages")
+            raise fault("prompt", "expected either prompt or messages")
         return self
 
 

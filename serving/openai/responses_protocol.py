@@ -22,10 +22,12 @@ from et_moe.serving.openai.protocol import (
     NamedTool,
     ResponseFormat,
     SamplingRequest,
+    Schema,
     Text,
     ToolCall,
     ToolChoice,
     choice_of,
+    fault,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -69,7 +71,7 @@ class FunctionCallItem(Model):
 
     @model_validator(mode="after")
     def _object(self) -> "FunctionCallItem":
-        self._call().template()
+        self._call()  # says what is wrong with the arguments
         return self
 
     def _call(self) -> ToolCall:
@@ -222,7 +224,7 @@ class TextFormat(Model):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    json_schema: Schema | None = Field(None, alias="schema")
 
     @model_validator(mode="after")
     def _whole(self) -> "TextFormat":
@@ -289,7 +291,7 @@ class ResponsesRequest(SamplingRequest):
     @model_validator(mode="after")
     def _consistent(self) -> "ResponsesRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs needs include: [{LOGPROBS!r}]")
+            raise fault("top_logprobs", f"top_logprobs needs include: [{LOGPROBS!r}]")
         _ = self.chat
         return self
 

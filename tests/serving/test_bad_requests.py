@@ -178,6 +178,7 @@ def test_sizes_types_and_places(ask) -> None:
     error(ask(CHAT, b"{}", headers=text), 415)
     error(ask("/v1/nothing"), 404)
     error(ask(CHAT), 405)
+    assert ask(CHAT).headers["Allow"] == "POST"
     found = error(ask(CHAT, {"model": "gpt", "messages": [QUESTION]}), 404)
     assert found["code"] == "model_not_found" and found["param"] == "model"
     error(ask("/v1/models/gpt"), 404)

@@ -63,7 +63,7 @@ def test_prompts_of_ids_and_parameters_of_each(llm) -> None:
     assert one.prompt is None and one.prompt_token_ids == [5, 6]
     assert [len(r.outputs[0].token_ids) for r in (one, three)] == [1, 3]
     assert llm.generate([5, 6], params[0]) == [one]
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 for 3 prompts, expected one for each"):
         llm.generate([[1], [2], [3]], params)
 
 
@@ -134,7 +134,18 @@ def test_defaults_are_those_of_the_program(llm, program) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "generation_config.json: "), ("[]", "an object"), ('{"top_k": "x"}', "top_k 'x'")],
+    [
+        ("{", "generation_config.json: "),
+        ("[]", "an object"),
+        ('{"top_k": "x"}', "top_k 'x'"),
+        ('{"top_k": 1e999}', "top_k inf: expected a count"),
+        ('{"top_k": 2.5}', "top_k 2.5: expected a count"),
+        ('{"temperature": -1}', "temperature -1: expected 0 or at least 1e-5"),
+        ('{"temperature": NaN}', "temperature nan: expected"),
+        ('{"top_p": 0}', "top_p 0: expected more than 0"),
+        ('{"min_p": 2}', "min_p 2: expected 0 to 1"),
+        ('{"repetition_penalty": 0}', "repetition_penalty 0: expected"),
+    ],
 )
 def test_a_bad_recommendation_is_named(tmp_path, content: str, message: str) -> None:
     from et_moe.serving.generation_config import read_sampling_defaults
@@ -144,6 +155,9 @@ def test_a_bad_recommendation_is_named(tmp_path, content: str, message: str) -> 
         read_sampling_defaults(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 2}')
     assert read_sampling_defaults(tmp_path) == {"temperature": 0.0}
+    for given, top_k in ((-1, 0), (20.0, 20)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": given}))
+        assert repr(read_sampling_defaults(tmp_path)) == repr({"top_k": top_k})
 
 
 def test_errors(llm, tiny_program, monkeypatch) -> None:
@@ -161,6 +175,35 @@ def test_errors(llm, tiny_program, monkeypatch) -> None:
         monkeypatch.setattr(plain.engine, "submit", lambda *_: request)
         with pytest.raises(GenerationError, match="allows no token"):
             plain.generate("x")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "kind", "fault"),
+    [
+        ({"prompt_token_ids": [1]}, None, TypeError, "prompts: expected .*, got dict"),
+        ([{"prompt": "x"}], None, TypeError, "prompts: expected .*, got dict"),
+        (b"x", None, TypeError, "prompts: expected .*, got bytes"),
+        (None, None, TypeError, "prompts: expected .*, got NoneType"),
+        ([None], None, TypeError, "prompts: expected .*, got NoneType"),
+        ("\ud800", None, ValueError, "surrogates not allowed"),
+        ("x", {"max_tokens": 2}, TypeError, "expected SamplingParams, got dict"),
+        (["x", "y"], [SamplingParams()], ValueError, "1 for 2 prompts, expected one for each"),
+    ],
+)
+def test_what_is_no_prompt(llm, prompts, params, kind, fault: str) -> None:
+    with pytest.raises(kind, match=fault):
+        llm.generate(prompts, params)
+
+
+def test_parameters_as_vllm_has_them(llm) -> None:
+    unset = SamplingParams(
+        max_tokens=2, stop=None, stop_token_ids=None, logit_bias=None, seed=None, top_k=-1
+    )
+    assert (unset.stop, unset.stop_token_ids, unset.logit_bias, unset.top_k) == ((), (), {}, 0)
+    assert len(llm.generate("x", unset)[0].outputs[0].token_ids) == 2
+    for bad, fault in (({"n": 0}, "n 0"), ({"stop": ""}, "stop: "), ({"stop": ["a", ""]}, "stop")):
+        with pytest.raises(ValueError, match=fault):
+            SamplingParams(**bad)
 
 
 def test_a_progress_bar(llm, monkeypatch, capsys) -> None:

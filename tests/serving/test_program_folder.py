@@ -20,6 +20,30 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
                 load(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("chat_template.jinja", b"{% for x in %}", "line 1: Expected an expression"),
+        ("chat_template.jinja", b"\xff", "can't decode"),
+        ("tokenizer_config.json", b"[", "Expecting value"),
+        ("generation_config.json", b'{"temperature": -1}', "temperature -1: expected"),
+    ],
+)
+def test_a_file_that_is_damaged_is_named(
+    tiny_program: Path, tmp_path: Path, monkeypatch, name: str, content: bytes, fault: str
+) -> None:
+    """Before the model is loaded, by all that load one."""
+    for file in tiny_program.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).write_bytes(content)
+    for module in ("served_model", "llm"):
+        monkeypatch.setattr(f"et_moe.serving.{module}.load_engine", None)
+    for load in (LLM, lambda folder: model_opener(folder, None)):
+        with pytest.raises(ValueError, match=f"{name}: .*{fault}"):
+            load(tmp_path)
+
+
 NAMES = [b"n\xff", "n\u00f6".encode()]
 
 

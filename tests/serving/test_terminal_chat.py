@@ -90,6 +90,36 @@ def test_what_cannot_be_answered(chat, engine, tokenizer) -> None:
     assert "error: no luck" in chat("Hi")
 
 
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [("~no one/x", "home directory"), ("a\0b", "null byte"), ("/", "s a directory")],
+)
+def test_a_file_that_cannot_be_written(chat, engine, path: str, fault: str) -> None:
+    engine.text = "</think>Fine."
+    shown = chat(f"/save {path}", "Hi")
+    assert fault in shown and "wrote" not in shown and "Fine." in shown
+
+
+def test_what_is_no_character(chat, engine, tokenizer, tmp_path: Path) -> None:
+    engine.text = "</think>Fine."
+    assert "Fine." in chat("a\udcffb", f"/save {tmp_path / 'saved.json'}")
+    assert "user\na?b<" in prompts(engine, tokenizer)[0]
+    assert json.loads((tmp_path / "saved.json").read_text())[0]["content"] == "a?b"
+
+
+@pytest.mark.parametrize("redirected", ["< lines", "<&-"])
+def test_input_that_is_no_text_or_not_there(tmp_path: Path, redirected: str) -> None:
+    (tmp_path / "lines").write_bytes(b"h\xffi\n")
+    shell = f'exec "$0" -c "$1" {redirected}'
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", shell, sys.executable, TALK.replace("* 500", "* 5")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s") == (redirected == "< lines")
+
+
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(chat, engine) -> None:
     engine.text = "</think>a\x1b[2Jb\x07\x9bc\td\ne"
     shown = chat("Hi")
