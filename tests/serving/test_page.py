@@ -1,10 +1,10 @@
 """The page: its files and headers, and a real run of it in headless Chromium."""
 
 import re
-import shutil
 
 import pytest
-from test_server import fake_server
+from page_driver import send, wait_for_end
+from server_process import fake_server
 
 from et_moe.serving.page import PAGE_PATHS
 
@@ -32,42 +32,10 @@ def server():
     running.stop()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium-headless-shell", "chromium", "google-chrome")
-    chromium = next(filter(None, map(shutil.which, names)), None)
-    if chromium is None:
-        pytest.skip(f"none of {', '.join(names)} found; see scripts/setup.sh --for-tests")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def page(browser, server):
-    """The page on a phone; whatever its console says is a fault."""
-    context = browser.new_context(viewport={"width": 360, "height": 640})
-    page = context.new_page()
-    page.set_default_timeout(30_000)
-    faults: list[str] = []
-    page.on("console", lambda message: faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(server.url)
-    page.faults = faults
-    yield page
-    context.close()
-
-
-def send(page, text: str) -> None:
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-
-
-def wait_for_end(page, count: int = 1) -> None:
-    page.locator(".speed").nth(count - 1).wait_for()
+def page(open_page, server):
+    """The page on a phone."""
+    return open_page(server.url, 360, 640)
 
 
 def test_two_turns(page, server) -> None:
