@@ -8,6 +8,9 @@ const input = at("input");
 let turns = []; // { role, content, reasoning_content? }, as the server takes them
 let running = null; // the AbortController of the answer that is being written
 
+// In less time it says more of the connection than of the server how far apart chunks come.
+const MEASURABLE_MS = 50;
+
 // --- settings: kept in this browser; the key only until the tab is closed ---
 
 function restore() {
@@ -91,10 +94,14 @@ class Answer {
     this.tokens = this.chunks = 0;
   }
 
-  add({ content = "", reasoning_content = "" }) {
-    if (!content && !reasoning_content) return;
+  // A chunk has come. The first comes with the first token, be there something to see or not.
+  arrived() {
     this.last = performance.now();
     this.first ??= this.last;
+  }
+
+  add({ content = "", reasoning_content = "" }) {
+    if (!content && !reasoning_content) return;
     this.chunks += 1;
     this.content += content;
     this.reasoning += reasoning_content;
@@ -115,14 +122,22 @@ class Answer {
     this.ended = true;
     if (this.frame) cancelAnimationFrame(this.frame);
     this.draw();
-    const parts = note ? [note] : [];
-    if (this.first !== null) {
-      const count = this.tokens || this.chunks;
-      parts.push(`${count} tokens`, `first after ${Math.round(this.first - this.started)} ms`);
-      const seconds = (this.last - this.first) / 1000;
-      if (seconds > 0 && count > 1) parts.push(`${((count - 1) / seconds).toFixed(1)} tokens/s`);
-    }
-    show(() => this.node.append(element("div", "speed", parts.join(" · "))));
+    show(() => this.node.append(element("div", "speed", [...(note ? [note] : []), ...this.figures()].join(" · "))));
+  }
+
+  // How many tokens there were, and how fast. An answer that was stopped was not counted by the
+  // server; each of its chunks has a token or more.
+  figures() {
+    if (this.first === null) return [];
+    const count = this.tokens || this.chunks;
+    const parts = [
+      `${this.tokens ? "" : "at least "}${count} ${count === 1 ? "token" : "tokens"}`,
+      `first after ${Math.round(this.first - this.started)} ms`,
+    ];
+    const taken = this.last - this.first;
+    if (count > 1 && taken >= MEASURABLE_MS) parts.push(`${((1000 * (count - 1)) / taken).toFixed(1)} tokens/s`);
+    else if (count > 1) parts.push(`last after ${Math.round(this.last - this.started)} ms`);
+    return parts;
   }
 
   fail(text) {
@@ -138,7 +153,7 @@ async function* events(response) {
   let buffer = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the answer broke off");
     buffer += value;
     const lines = buffer.split("\n\n");
     buffer = lines.pop();
@@ -147,6 +162,16 @@ async function* events(response) {
       if (data === "[DONE]") return;
       yield JSON.parse(data);
     }
+  }
+}
+
+// `fetch`, which rejects with other words in each browser.
+async function reach(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("the server cannot be reached");
   }
 }
 
@@ -167,10 +192,11 @@ async function answer() {
   let note = "";
   try {
     const options = { method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal };
-    const response = await fetch("/v1/chat/completions", options);
+    const response = await reach("/v1/chat/completions", options);
     if (!response.ok) throw new Error(await failure(response));
     for await (const chunk of events(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
+      shown.arrived();
       if (chunk.usage) shown.tokens = chunk.usage.completion_tokens;
       for (const choice of chunk.choices) {
         shown.add(choice.delta);
@@ -195,13 +221,14 @@ async function answer() {
 }
 
 async function showModel() {
-  const response = await fetch("/v1/models", { headers: headers() });
-  if (!response.ok) {
-    at("model").textContent = await failure(response);
-    return;
+  try {
+    const response = await reach("/v1/models", { headers: headers() });
+    if (!response.ok) throw new Error(await failure(response));
+    const { data } = await response.json();
+    at("model").textContent = document.title = data[0].id;
+  } catch (error) {
+    at("model").textContent = error.message;
   }
-  const { data } = await response.json();
-  at("model").textContent = document.title = data[0].id;
 }
 
 // --- what people do ---

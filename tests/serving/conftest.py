@@ -4,13 +4,16 @@ And the demo's program, for those that need a model."""
 
 import asyncio
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
 from files import made_once
+from page_driver import chromium, opened
 from served_app import DEMO, END, running_app
+from server_process import Server
 
 from et_moe.runner.python import Tokenizer
 
@@ -56,3 +59,24 @@ def demo_program(tmp_path_factory) -> Path:
         subprocess.run(command, check=True, capture_output=True, timeout=300)
 
     return made_once(tmp_path_factory, "served_demo_program", make)
+
+
+@pytest.fixture(scope="module")
+def demo_server(demo_program: Path):
+    """A process that serves `demo_program`."""
+    running = Server("et-moe", "serve", demo_program, "--port", "0", "--model-name", "demo")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens the page of a server; `open_page(url, width, height)`, as `opened` says."""
+    with ExitStack() as stack:
+        yield lambda *where: stack.enter_context(opened(browser, *where))

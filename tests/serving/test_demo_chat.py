@@ -1,9 +1,7 @@
 """The demo model as it is served: INT4, on the CPU, asked as programs and people ask it."""
 
-from pathlib import Path
-
-import pytest
-from test_server import Server, assert_conforms
+from server_process import Server
+from test_server import assert_conforms
 
 TRAINS = {
     "type": "function",
@@ -19,13 +17,6 @@ TRAINS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(demo_program: Path):
-    running = Server("et-moe", "serve", demo_program, "--port", "0", "--model-name", "demo")
-    yield running
-    running.stop()
-
-
 def answer(server: Server, messages: list, **fields) -> dict:
     body = {"messages": messages, "temperature": 0, "max_tokens": 200, **fields}
     response = server.chat("", **body)
@@ -37,32 +28,32 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-def test_the_conformance_suite_with_a_true_model(server) -> None:
-    assert_conforms(server.url)
+def test_the_conformance_suite_with_a_true_model(demo_server) -> None:
+    assert_conforms(demo_server.url)
 
 
-def test_it_remembers_what_it_was_told(server) -> None:
+def test_it_remembers_what_it_was_told(demo_server) -> None:
     told = [user("My name is Ada."), {"role": "assistant", "content": "Nice to meet you, Ada!"}]
     for thinking in (True, False):
         options = {"chat_template_kwargs": {"enable_thinking": thinking}}
-        said = answer(server, [*told, user("What is my name?")], **options)
+        said = answer(demo_server, [*told, user("What is my name?")], **options)
         assert said["content"] == "Your name is Ada."
         assert thinking or not said.get("reasoning_content")
 
 
-def test_it_knows_the_standard_library(server) -> None:
-    said = answer(server, [user("What does os.path.join do?")])
+def test_it_knows_the_standard_library(demo_server) -> None:
+    said = answer(demo_server, [user("What does os.path.join do?")])
     assert "pathname components" in said["content"]
 
 
-def test_it_calls_a_tool_and_tells_what_it_found(server) -> None:
+def test_it_calls_a_tool_and_tells_what_it_found(demo_server) -> None:
     """Neither tool nor place was in its training; the call's form is free, and then bound."""
     messages = [user("Call next_train with city Oslo and hour 7.")]
     for choice in ("auto", "required"):
-        said = answer(server, messages, tools=[TRAINS], tool_choice=choice)
+        said = answer(demo_server, messages, tools=[TRAINS], tool_choice=choice)
         [call] = said["tool_calls"]
         assert call["function"]["name"] == "next_train"
         assert call["function"]["arguments"] == '{"city": "Oslo", "hour": 7}'
     result = {"role": "tool", "tool_call_id": call["id"], "content": '{"error": "late"}'}
-    said = answer(server, [*messages, said, result], tools=[TRAINS])
+    said = answer(demo_server, [*messages, said, result], tools=[TRAINS])
     assert "late" in said["content"] and not said.get("tool_calls")

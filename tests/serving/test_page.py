@@ -1,10 +1,11 @@
 """The page: its files and headers, and a real run of it in headless Chromium."""
 
+import json
 import re
-import shutil
 
 import pytest
-from test_server import fake_server
+from page_driver import send, wait_for_end
+from server_process import fake_server
 
 from et_moe.serving.page import PAGE_PATHS
 
@@ -32,42 +33,10 @@ def server():
     running.stop()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium-headless-shell", "chromium", "google-chrome")
-    chromium = next(filter(None, map(shutil.which, names)), None)
-    if chromium is None:
-        pytest.skip(f"none of {', '.join(names)} found; see scripts/setup.sh --for-tests")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def page(browser, server):
-    """The page on a phone; whatever its console says is a fault."""
-    context = browser.new_context(viewport={"width": 360, "height": 640})
-    page = context.new_page()
-    page.set_default_timeout(30_000)
-    faults: list[str] = []
-    page.on("console", lambda message: faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(server.url)
-    page.faults = faults
-    yield page
-    context.close()
-
-
-def send(page, text: str) -> None:
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-
-
-def wait_for_end(page, count: int = 1) -> None:
-    page.locator(".speed").nth(count - 1).wait_for()
+def page(open_page, server):
+    """The page on a phone."""
+    return open_page(server.url, 360, 640)
 
 
 def test_two_turns(page, server) -> None:
@@ -177,10 +146,20 @@ MARKDOWN = {
     "```\n<x>\n```js": "<pre><code>&lt;x&gt;\n```js</code>",
     "~~~\na\n~~~\nb": "<pre><code>a</code>",
     "- a\n- b\n  more": "<ul><li>a</li><li>b\nmore</li></ul>",
+    "- a\n\n- b\n\n  c\n\nd": "<ul><li>a</li><li>b<p>c</p></li></ul><p>d</p>",
+    "1. a\n\n   - b\n2. c": '<ol start="1"><li>a<ul><li>b</li></ul></li><li>c</li></ol>',
+    "1. a:\n   ```\n   x\n\n     - y\n   ```\n2. b": '<ol start="1"><li>a:'
+    "<pre><code>x\n\n  - y</code>"
+    '<button type="button">Copy</button></pre></li><li>b</li></ol>',
+    "- a\n\n1. b": '<ul><li>a</li></ul><ol start="1"><li>b</li></ol>',
     "3. a\n4. b": '<ol start="3"><li>a</li><li>b</li></ol>',
     "> a\n> - b": "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>",
     "---": "<hr>",
     "a | b\n--|--\n1 | 2": "<table><thead><tr><th>a</th><th>b</th></tr></thead>",
+    "a | b\n--|--\n`1 \\| 2` | 3": "<table><thead><tr><th>a</th><th>b</th></tr></thead>"
+    "<tbody><tr><td><code>1 | 2</code></td><td>3</td></tr></tbody></table>",
+    r"\*a\* \(b\)": r"<p>*a* \(b\)</p>",
+    "a  \nb": "<p>a<br>b</p>",
     "[a](data:x) [b](http://c/?d)": '<p>[a](data:x) <a href="http://c/?d"',
     "see http://a.b/c.": '<p>see <a href="http://a.b/c"',
     "**": "<p>**</p>",
@@ -201,4 +180,80 @@ def test_markdown_whole_and_in_pieces(page) -> None:
         whole = page.evaluate(html, [text, len(text) or 1])
         assert whole.startswith(expected), (text, whole)
         assert page.evaluate(html, [text, 1]) == whole
+    assert not page.faults
+
+
+def test_what_is_nested_too_deeply_is_text(page) -> None:
+    for marks in ("> ", "- "):
+        depth = """async (text) => {
+            const { render } = await import("/page/markdown.js");
+            const target = document.createElement("div");
+            render(text, target);
+            return [target.querySelectorAll("blockquote, ul").length, target.textContent];
+        }"""
+        count, text = page.evaluate(depth, marks * 20_000 + "a")
+        assert count == 20 and text.endswith("- a" if marks == "- " else "> a")
+    assert not page.faults
+
+
+def events(*chunks: dict, done: bool = True) -> str:
+    lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"] * done
+    return "".join(f"data: {line}\n\n" for line in lines)
+
+
+def delta(**fields) -> dict:
+    return {"choices": [{"index": 0, "delta": fields, "finish_reason": None}]}
+
+
+def answered_with(page, body: str) -> None:
+    """Sends a question that gets this body, all at once."""
+    kind = "text/event-stream"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type=kind))
+    send(page, "Hi")
+    wait_for_end(page)
+
+
+def test_no_speed_is_made_of_what_came_at_once(page) -> None:
+    words = [delta(content="word ") for _ in range(500)]
+    usage = {"choices": [], "usage": {"completion_tokens": 510}}
+    answered_with(page, events(delta(role="assistant"), *words, usage))
+    figures = r"510 tokens · first after \d+ ms · last after \d+ ms"
+    assert re.fullmatch(figures, page.inner_text(".speed"))
+    assert not page.faults
+
+
+def test_an_answer_that_breaks_off(page) -> None:
+    answered_with(page, events(delta(content="word"), done=False))
+    assert page.inner_text(".fault") == "the answer broke off"
+    assert page.inner_text(".assistant .body") == "word"
+    assert page.inner_text(".speed").startswith("at least 1 token ")
+    assert not page.faults
+
+
+def test_a_server_that_cannot_be_reached(page) -> None:
+    """It is said in the same words by every browser, for the model and for an answer."""
+    page.route("**/v1/**", lambda route: route.abort())
+    page.click("#show-settings")
+    page.fill("[name=seed]", "1")
+    page.press("[name=seed]", "Tab")
+    page.locator("#model", has_text="the server cannot be reached").wait_for()
+    send(page, "say 1")
+    assert page.inner_text(".fault") == "the server cannot be reached"
+    assert page.input_value("#input") == "say 1"
+    assert all("ERR_FAILED" in fault for fault in page.faults)
+
+
+@pytest.mark.parametrize("clipboard", ["delete Navigator.prototype.clipboard", ""])
+def test_copy(open_page, server, clipboard: str) -> None:
+    """Also where there is no `navigator.clipboard`, as over plain HTTP from another machine."""
+    page = open_page(server.url, 360, 640)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(clipboard)
+    send(page, "Python")
+    wait_for_end(page)
+    page.click("pre button")
+    page.locator("pre button", has_text="Copied").wait_for()
+    page.focus("#input")
+    page.keyboard.press("ControlOrMeta+V")
+    assert page.input_value("#input") == page.locator("pre code").text_content()
     assert not page.faults

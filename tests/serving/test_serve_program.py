@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from test_server import Server
+from server_process import Server
 
 from et_moe.serving.engine import load_engine
 
