@@ -60,7 +60,7 @@ def serve(
     drain_seconds: Annotated[
         float,
         typer.Option(min=0, max=86400, help="That requests have to end in after SIGTERM."),
-    ] = 30.0,
+    ] = 25.0,  # most supervisors kill after 30
 ) -> None:
     """Serves a program over HTTP: OpenAI's interface, and a page to chat with at `/`."""
     from et_moe.serving.run_server import check_address

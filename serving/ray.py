@@ -50,7 +50,7 @@ class Arguments(BaseModel):
     max_sequences: int = Field(8, ge=1)
     max_waiting: int = Field(256, ge=1)
     memory_fraction: float | None = Field(None, gt=0, le=1)
-    drain_seconds: float = Field(30.0, ge=0)
+    drain_seconds: float = Field(25.0, ge=0)
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     num_gpus: float = Field(1, ge=0)

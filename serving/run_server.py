@@ -104,7 +104,7 @@ def check_address(host: str, port: int) -> None:
         raise ValueError(f"--host {host} --port {port}: {error.strerror}") from None
 
 
-def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> None:
+def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 25.0) -> None:
     """Serves until SIGTERM or SIGINT, and returns. Exits with code 1 if the device fails or
     the address is taken.
 

@@ -207,6 +207,7 @@ def _detokenize(body: DetokenizeRequest, model: ServedModel) -> dict:
 
 
 def _add_state(app: FastAPI) -> None:
+    @app.head("/health")  # as some load balancers ask
     @app.get("/health")
     async def health(request: Request) -> Response:
         broken = request.app.state.model.engine.engine.status().broken

@@ -136,6 +136,8 @@ def test_slow_and_broken_clients(server) -> None:
         connections.append(socket.create_connection(("127.0.0.1", server.port)))
         connections[-1].sendall(heads[i % 4])
     assert httpx.get(f"{server.url}/health", timeout=10).json() == {"status": "ok"}
+    asked = httpx.head(f"{server.url}/health", timeout=10)
+    assert asked.status_code == 200 and not asked.content
     with server.stream("say 50") as response:
         assert response.status_code == 200  # and nothing is read
     for connection in connections:
