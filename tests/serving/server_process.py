@@ -72,8 +72,11 @@ class Server:
             yield response
 
     def metric(self, name: str) -> float:
+        """The value of a metric; 0 where nothing has been counted under these labels."""
         text = httpx.get(f"{self.url}/metrics").text
-        return float(re.search(rf"^{re.escape(name)} (.+)$", text, re.MULTILINE)[1])
+        found = re.search(rf"^{re.escape(name)} (.+)$", text, re.MULTILINE)
+        assert found or "{" in name, f"no metric {name}"
+        return float(found[1]) if found else 0.0
 
     def wait_for(self, name: str, value: float) -> None:
         for _ in range(500):

@@ -41,11 +41,11 @@ def page(open_page, server):
 
 def test_two_turns(page, server) -> None:
     page.locator("#model", has_text="demo").wait_for()
-    send(page, "say 30")
+    send(page, "say 400")  # for two seconds, of which a busy machine may take one to look
     page.wait_for_selector("#stop:visible")
     page.locator(".assistant .body", has_text="word word word").wait_for()
     wait_for_end(page)
-    assert page.inner_text(".assistant .body") == " ".join(["word"] * 30)
+    assert page.inner_text(".assistant .body") == " ".join(["word"] * 400)
     assert re.search(
         r"\d+ tokens · first after \d+ ms · [\d.]+ tokens/s", page.inner_text(".speed")
     )

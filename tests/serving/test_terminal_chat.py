@@ -111,7 +111,8 @@ def test_what_is_no_character(chat, engine, tokenizer, tmp_path: Path) -> None:
 def test_input_that_is_no_text_or_not_there(tmp_path: Path, redirected: str) -> None:
     (tmp_path / "lines").write_bytes(b"h\xffi\n")
     shell = f'exec "$0" -c "$1" {redirected}'
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ['PYTHONPATH']}"}
+    path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(
         ["bash", "-c", shell, sys.executable, TALK.replace("* 500", "* 5")],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
