@@ -174,10 +174,9 @@ def _flash_kernel(
     do tokens in front of FIRST_TOKEN.
 
     If there are several SPLITS of the cache, of LEAST tokens or more, a program attends to one of
-    them, and leaves for
-    `combine_kernel` what `_decode_kernel` does: maximum and sum of the softmax, fp32
-    `[T, SPLITS, Hq]`, and the weighted sum of v, `[T, SPLITS, Hq, DIM]`. The maximum of a split
-    without tokens is -inf.
+    them, and leaves for `combine_kernel` what `_decode_kernel` does: maximum and sum of the
+    softmax, fp32 `[T, SPLITS, Hq]`, and the weighted sum of v, `[T, SPLITS, Hq, DIM]`. The maximum
+    of a split without tokens is -inf.
     """
     tl.static_assert(PAGE % BLOCK_N == 0, "a tile must lie in one page")
     head = tl.program_id(0)
