@@ -29,9 +29,8 @@ def attention(
     """`ops.attention`: `[B R, Hq * D]` in two launches, for D a power of two from 16 on.
 
     B or R is 1 or, with each_row, R is at most 5. With each_row, and for up to 64 rows of one
-    sequence whose cache is large, it takes three launches. All tensors are
-    contiguous; shapes and dtypes are those of the contract, floats bf16 or fp32. The outputs of
-    padding are zeros.
+    sequence whose cache is large, it takes three launches. All tensors are contiguous; shapes and
+    dtypes are those of the contract, floats bf16 or fp32. The outputs of padding are zeros.
 
     Raises:
         ValueError: sequences have other rows.

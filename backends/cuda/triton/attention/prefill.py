@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from et_moe.backends.cuda.triton.attention.combine import join_splits
+from et_moe.backends.cuda.triton.attention.combine import divide, join_splits
 from et_moe.backends.cuda.triton.attention.pages import NO_TOP, PAGE, find_row, load_page
 from et_moe.backends.cuda.triton.attention.rope import (
     load_frequencies,
@@ -208,8 +208,7 @@ def _flash_kernel(
     if SPLITS > 1:
         split = tl.program_id(2)
         slot = ((start + row) * SPLITS + split) * HEADS + head
-        length = tl.cdiv(tl.cdiv(position + valid, SPLITS), BLOCK_N) * BLOCK_N
-        length = tl.maximum(length, LEAST)
+        length = tl.maximum(divide(position + valid, SPLITS, BLOCK_N)[0], LEAST)
         split_begin, split_end = split * length, tl.minimum((split + 1) * length, end)
         if split_begin >= split_end:
             nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
