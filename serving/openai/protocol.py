@@ -310,8 +310,8 @@ class ChatRequest(SamplingRequest):
 
     def tool_schemas(self) -> dict[str, dict[str, Any]]:
         """Name of each function -> JSON schema of its parameters."""
-        functions = [Tool.model_validate(tool).function for tool in self.tools or []]
-        return {function.name: function.parameters or {} for function in functions}
+        functions = [tool["function"] for tool in self.tools or ()]
+        return {function["name"]: function.get("parameters") or {} for function in functions}
 
 
 class CompletionRequest(SamplingRequest):
