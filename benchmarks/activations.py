@@ -41,13 +41,13 @@ def triton_kernels(dispatch_key: str) -> Iterator[None]:
     Linear layers and experts then take prepacked weights (see `prepack`).
     """
     from et_moe.backends.cuda.triton.attention.op import attention
-    from et_moe.backends.cuda.triton.embedding.op import embedding_w8
+    from et_moe.backends.cuda.triton.embedding.op import embedding_w4, embedding_w8
     from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net
     from et_moe.backends.cuda.triton.linear import op as linear
     from et_moe.backends.cuda.triton.moe import op as moe
     from et_moe.backends.cuda.triton.router.op import moe_router
 
-    functions = [attention, embedding_w8, gated_delta_net, moe_router]
+    functions = [attention, embedding_w4, embedding_w8, gated_delta_net, moe_router]
     functions += [linear.linear_w4a8, linear.linear_w4a16, moe.moe_w4a8, moe.moe_w4a16]
     with torch.library._scoped_library("et_moe", "IMPL") as library:
         for function in functions:

@@ -31,6 +31,8 @@ struct DenseRow {
   }
 };
 
+inline int group_shift_of(int64_t group_size) { return __builtin_ctzll(group_size); }
+
 // One row of INT4 weights, even columns first (see pack_floats). Its length is a multiple of what
 // is read at a time, so no part of a vector is left over.
 template <class Scale>
@@ -164,10 +166,7 @@ class Int4Weights {
  public:
   using Element = float;
   explicit Int4Weights(Int4Rows rows)
-      : rows_(rows),
-        group_shift_(rows.group_size == 32   ? 5
-                     : rows.group_size == 64 ? 6
-                                             : 7) {}
+      : rows_(rows), group_shift_(group_shift_of(rows.group_size)) {}
 
   int64_t row_elements() const { return padded_columns(rows_.columns); }
 

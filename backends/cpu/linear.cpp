@@ -17,6 +17,47 @@ bool check_arguments(Op& op, const Tensor& x, int64_t rows, const Fusion& fusion
          op.output("out", out, x.scalar_type(), {x.size(0), rows});
 }
 
+// Of an embedding: the dtype of its result.
+bool check_dtype(Op& op, int64_t dtype) {
+  const auto type = static_cast<ScalarType>(dtype);
+  return type == ScalarType::Float || type == ScalarType::BFloat16 ||
+         op.fail("dtype: expected float32 or bfloat16, got %lld", (long long)dtype);
+}
+
+// Fails unless all ids are rows of a table.
+bool check_ids(Op& op, const Tensor& ids, int64_t vocabulary) {
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < ids.size(0); ++t) {
+    if (id[t] < 0 || id[t] >= vocabulary) {
+      return op.fail("ids: token %lld at %lld is outside 0..%lld", (long long)id[t], (long long)t,
+                     (long long)vocabulary - 1);
+    }
+  }
+  return true;
+}
+
+template <class Scale>
+void copy_int4_rows(const Tensor& ids, const Tensor& weight, const Tensor& scale,
+                    int64_t group_size, Tensor& out) {
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  const auto* packed = weight.const_data_ptr<uint8_t>();
+  const auto* scales = scale.const_data_ptr<Scale>();
+  const int64_t columns = out.size(1), groups = scale.size(1);
+  const MutableFloats output(out);
+  for (int64_t t = 0; t < ids.size(0); ++t) {
+    const Int4Row<Scale> row{packed + id[t] * (columns / 2), scales + id[t] * groups,
+                             group_shift_of(group_size)};
+    for (int64_t k = 0; k < columns; k += 2 * kLanes) {
+      f32x8 even, odd;
+      row.load16(k, even, odd);
+      float pairs[2 * kLanes];
+      for (int i = 0; i < kLanes; ++i) pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i];
+      output.store(t * columns + k, load(pairs), kLanes);
+      output.store(t * columns + k + kLanes, load(pairs + kLanes), kLanes);
+    }
+  }
+}
+
 // out[t, n] = tile[t * kTileRows + n] + residual[t, n] for a tile at (token, row).
 void store_tile(const float* tile, int64_t token, int64_t tokens, int64_t row, int64_t rows,
                 int64_t columns, Floats residual, MutableFloats out) {
@@ -150,24 +191,15 @@ void linear_w8a16(Op& op, const Tensor& x, const Tensor& weight, const Tensor& s
 
 void embedding_w8(Op& op, const Tensor& ids, const Tensor& weight, const Tensor& scale,
                   int64_t dtype, Tensor& out) {
-  const auto type = static_cast<ScalarType>(dtype);
-  if (type != ScalarType::Float && type != ScalarType::BFloat16) {
-    return void(op.fail("dtype: expected float32 or bfloat16, got %lld", (long long)dtype));
-  }
-  if (!op.check("ids", ids, {ScalarType::Long}, {kAny}) ||
+  if (!check_dtype(op, dtype) || !op.check("ids", ids, {ScalarType::Long}, {kAny}) ||
       !op.check("weight", weight, {ScalarType::Char}, {kAny, kAny}) ||
       !op.check("scale", scale, {ScalarType::BFloat16}, {weight.size(0), 1}) ||
-      !op.output("out", out, type, {ids.size(0), weight.size(1)})) {
+      !op.output("out", out, static_cast<ScalarType>(dtype), {ids.size(0), weight.size(1)}) ||
+      !check_ids(op, ids, weight.size(0))) {
     return;
   }
-  const int64_t tokens = ids.size(0), vocabulary = weight.size(0), columns = weight.size(1);
+  const int64_t tokens = ids.size(0), columns = weight.size(1);
   const int64_t* id = ids.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (id[t] < 0 || id[t] >= vocabulary) {
-      return void(op.fail("ids: token %lld at %lld is outside 0..%lld", (long long)id[t],
-                          (long long)t, (long long)vocabulary - 1));
-    }
-  }
   const Floats scales(scale);
   const MutableFloats output(out);
   const int8_t* table = weight.const_data_ptr<int8_t>();
@@ -177,6 +209,23 @@ void embedding_w8(Op& op, const Tensor& ids, const Tensor& weight, const Tensor&
     for_lanes(columns, [&](int64_t i, int64_t count) {
       output.store(t * columns + i, load(row + i, count) * row_scale, count);
     });
+  }
+}
+
+void embedding_w4(Op& op, const Tensor& ids, const Tensor& weight, const Tensor& scale,
+                  int64_t group_size, int64_t dtype, Tensor& out) {
+  if (!check_dtype(op, dtype) || !op.check("ids", ids, {ScalarType::Long}, {kAny}) ||
+      !op.check("weight", weight, {ScalarType::Byte}, {kAny, kAny}) ||
+      !op.group_size(group_size, 2 * weight.size(1)) ||
+      !op.check("scale", scale, kScales, {weight.size(0), 2 * weight.size(1) / group_size}) ||
+      !op.output("out", out, static_cast<ScalarType>(dtype), {ids.size(0), 2 * weight.size(1)}) ||
+      !check_ids(op, ids, weight.size(0))) {
+    return;
+  }
+  if (scale.scalar_type() == ScalarType::Half) {
+    copy_int4_rows<fp16>(ids, weight, scale, group_size, out);
+  } else {
+    copy_int4_rows<bf16>(ids, weight, scale, group_size, out);
   }
 }
 

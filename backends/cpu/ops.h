@@ -34,6 +34,9 @@ void linear_w8a16(Op& op, const Tensor& x, const Tensor& weight, const Tensor& s
 void embedding_w8(Op& op, const Tensor& ids, const Tensor& weight, const Tensor& scale,
                   int64_t dtype, Tensor& out);
 
+void embedding_w4(Op& op, const Tensor& ids, const Tensor& weight, const Tensor& scale,
+                  int64_t group_size, int64_t dtype, Tensor& out);
+
 void moe_router(Op& op, const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
                 int64_t top_k, int64_t num_shared, double eps, const OptionalTensor& num_tokens,
                 bool normalize, Tensor& normed, Tensor& topk_weights, Tensor& topk_ids);

@@ -44,7 +44,7 @@ const Kernel kKernels[] = {
     ET_MOE_KERNEL(causal_conv1d),   ET_MOE_KERNEL(gated_delta_rule),
     ET_MOE_KERNEL(gated_delta_net), ET_MOE_KERNEL(attention),
     ET_MOE_KERNEL(sample),          ET_MOE_KERNEL(rms_norm),
-    ET_MOE_KERNEL(token_shift),
+    ET_MOE_KERNEL(token_shift),     ET_MOE_KERNEL(embedding_w4),
 };
 
 #undef ET_MOE_KERNEL

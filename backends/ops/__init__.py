@@ -6,6 +6,7 @@
 from et_moe.backends.ops.attention import attention
 from et_moe.backends.ops.gated_delta_net import causal_conv1d, gated_delta_net, gated_delta_rule
 from et_moe.backends.ops.linear import (
+    embedding_w4,
     embedding_w8,
     linear,
     linear_w4a8,
@@ -44,6 +45,7 @@ __all__ = [
     "check_finite",
     "dequantize_w4",
     "dequantize_w8",
+    "embedding_w4",
     "embedding_w8",
     "expert_activation_tile",
     "gated_delta_net",

@@ -177,3 +177,31 @@ def embedding_w8(
         `[T, H]`: weight[id] * scale[id].
     """
     return (weight[ids].float() * scale[ids].float()).to(dtype)
+
+
+def _embedding_w4_fake(ids, weight, scale, group_size, dtype):
+    return torch.empty((ids.shape[0], 2 * weight.shape[1]), dtype=dtype, device=ids.device)
+
+
+@declare(_embedding_w4_fake)
+def embedding_w4(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows of an INT4 table.
+
+    Args:
+        ids: `int64 [T]`, each in 0..V-1 (checked).
+        weight: `uint8 [V, H/2]`; scale: `[V, H/group_size]`, bfloat16 or float16, as from
+            `quantize_w4`. The kernels take them as they are: a row is read by itself, so no other
+            order would serve.
+        group_size: columns that share a scale.
+        dtype: of the result, float32 or bfloat16.
+
+    Returns:
+        `[T, H]`: each value times the scale of its group, which is exact in fp32.
+    """
+    return dequantize_w4(weight[ids], scale[ids], group_size).to(dtype)

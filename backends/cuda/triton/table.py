@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
-from et_moe.backends.cuda.triton.embedding.op import embedding_w8
+from et_moe.backends.cuda.triton.embedding.op import embedding_w4, embedding_w8
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net, gated_delta_rule
 from et_moe.backends.cuda.triton.linear.dense import linear
 from et_moe.backends.cuda.triton.linear.op import (
@@ -29,6 +29,7 @@ from et_moe.backends.cuda.triton.token_shift.op import token_shift
 TRITON_OPS: dict[str, Callable] = {
     "attention": attention,
     "causal_conv1d": causal_conv1d,
+    "embedding_w4": embedding_w4,
     "embedding_w8": embedding_w8,
     "gated_delta_net": gated_delta_net,
     "gated_delta_rule": gated_delta_rule,

@@ -111,20 +111,41 @@ def test_quantize_rounds_half_to_even(harness: Harness) -> None:
     harness.compare("quantize_int8", [[x, 512]])
 
 
-def test_embedding(harness: Harness, dtype: torch.dtype) -> None:
-    weight, scale = ops.quantize_w8(normal(50, 45, seed=1))
+def _same_rows(harness: Harness, op: str, *table) -> None:
+    """The rows of a table of 50 have the reference's bits."""
     generator = torch.Generator().manual_seed(0)
-    calls = [[torch.randint(50, (t,), generator=generator), weight, scale, dtype] for t in TOKENS]
-    harness.compare("embedding_w8", [*calls, [torch.tensor([0, 49]), weight, scale, dtype]])
+    ids = [torch.randint(50, (t,), generator=generator) for t in TOKENS] + [torch.tensor([0, 49])]
+    calls = [[i, *table] for i in ids]
+    for call, result in zip(calls, harness.run(op, calls)[0], strict=True):
+        assert result.error == 0, harness.log
+        assert torch.equal(result.tensors[0], getattr(ops, op)(*call))
+
+
+def test_embedding(harness: Harness, dtype: torch.dtype) -> None:
+    _same_rows(harness, "embedding_w8", *ops.quantize_w8(normal(50, 45, seed=1)), dtype)
+
+
+@pytest.mark.parametrize("scale_dtype", ops.SCALE_DTYPES)
+@pytest.mark.parametrize(("columns", "group"), SHAPES)
+def test_embedding_int4(
+    harness: Harness, columns: int, group: int, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """One row of the table is zero, and one has small scales, which are subnormal in float16."""
+    table = normal(50, columns, seed=1)
+    table[2], table[3] = 0.0, table[3] * 1e-6
+    weights = quantized(table, group, scale_dtype)
+    _same_rows(harness, "embedding_w4", *weights, group, dtype)
 
 
 @pytest.mark.parametrize("bad", [50, -1, 2**40, -(2**63)])
-def test_embedding_refuses_tokens_outside_the_table(harness: Harness, bad: int) -> None:
-    weight, scale = ops.quantize_w8(normal(50, 45, seed=1))
+@pytest.mark.parametrize("op", ["embedding_w4", "embedding_w8"])
+def test_embedding_refuses_tokens_outside_the_table(harness: Harness, op: str, bad: int) -> None:
+    table = normal(50, 64, seed=1)
+    weights = [*quantized(table, 32), 32] if op == "embedding_w4" else ops.quantize_w8(table)
     harness.refuse(
-        "embedding_w8",
-        [torch.tensor([3, bad]), weight, scale, torch.float32],
-        f"et_moe::embedding_w8: ids: token {bad} at 1 is outside 0..49",
+        op,
+        [torch.tensor([3, bad]), *weights, torch.float32],
+        f"et_moe::{op}: ids: token {bad} at 1 is outside 0..49",
     )
 
 

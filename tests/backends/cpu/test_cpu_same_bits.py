@@ -96,9 +96,11 @@ def test_linear(harness: Harness, op: str, columns: int, dtype: torch.dtype) -> 
 
 
 def test_embedding(harness: Harness, dtype: torch.dtype) -> None:
-    weight, scale = ops.quantize_w8(normal(50, 45, seed=1))
     ids = torch.randint(50, (COUNT,), generator=torch.Generator().manual_seed(0))
+    weight, scale = ops.quantize_w8(normal(50, 45, seed=1))
     _check(harness, "embedding_w8", [ids, weight, scale, dtype], (0,))
+    weight, scale = quantized(normal(50, 96, seed=1), 32)
+    _check(harness, "embedding_w4", [ids, weight, scale, 32, dtype], (0,))
 
 
 @pytest.mark.parametrize("op", MOE_OPS)

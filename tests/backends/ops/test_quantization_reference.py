@@ -215,6 +215,23 @@ def test_w4_arguments() -> None:
         ops.quantize_w4(weight, 64, "max")
 
 
+@GROUPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding_w4(group_size: int, dtype: torch.dtype) -> None:
+    """A row is that of the whole table; small scales, which float16 has as subnormal, stay."""
+    table = torch.randn(30, 256, generator=rng(4)) * torch.logspace(-7, 1, 30)[:, None]
+    ids = torch.tensor([29, 0, 7, 29])
+    for scale_dtype in ops.SCALE_DTYPES:
+        weight, scale = ops.quantize_w4(table, group_size, scale_dtype=scale_dtype)
+        rows = ops.embedding_w4(ids, weight, scale, group_size, dtype)
+        whole = ops.dequantize_w4(weight, scale, group_size).to(dtype)
+        assert rows.dtype == dtype and torch.equal(rows, whole[ids])
+        fake = torch.ops.et_moe.embedding_w4(
+            *(t.to("meta") for t in (ids, weight, scale)), group_size, dtype
+        )
+        assert (fake.shape, fake.dtype) == (rows.shape, rows.dtype)
+
+
 def test_w8() -> None:
     """Errors are at most half a step of the row, also for rows of zeros and of denormals, and all
     values are from -127 to 127."""
