@@ -26,6 +26,9 @@ def _list_names(names: list[str], limit: int = 8) -> str:
     return ", ".join(sorted(names)[:limit]) + more
 
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Names of weights that may be one and the same."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -152,9 +155,7 @@ class Checkpoint:
     def _kept(self, name: str) -> tuple[str, Int4] | None:
         """The part and the storage of a weight that stays as it arrives."""
         storage, part = self._format.kept(name), self._model.part(name)
-        if storage is None or self._model.parts.get(part) not in storage.stores:
-            return None
-        return part, storage
+        return None if storage is None or part is None else (part, storage)
 
     def others(self, part: str) -> list[str]:
         """The weights of a part that are not kept, by their names in the files if these have them
@@ -176,7 +177,14 @@ class Checkpoint:
                 both = f"{first[part]} is {storages[part]}, {name} is {storage}"
                 raise ConfigError(f"{self.directory}: weights of {part} differ: {both}")
             first.setdefault(part, name)
+        embedding = self._model.part(EMBEDDING)
+        if self.is_tied() and embedding in storages:
+            storages[self._model.part(HEAD)] = storages[embedding]
         return storages
+
+    def is_tied(self) -> bool:
+        """Whether the head has the embedding's weight, for want of one of its own."""
+        return HEAD not in self.shapes()
 
     def _check(self, found: dict[str, StoredTensor]) -> None:
         expected: dict[str, StoredTensor] = {}

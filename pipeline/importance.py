@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from et_moe.backends.atomic_file import write_file
-from et_moe.pipeline.checkpoint import Checkpoint
+from et_moe.pipeline.checkpoint import EMBEDDING, Checkpoint
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.models import MTP, Parts, Shapes, model_of
 from et_moe.pipeline.safetensors_file import SafetensorsFile
@@ -66,7 +66,7 @@ def important(checkpoint: Checkpoint) -> Shapes:
     """The weights that have an importance -> its shape: those of linear layers and experts, but
     for the MTP head, which takes no part in the model's tokens."""
     model, shapes = model_of(checkpoint.config), checkpoint.shapes()
-    tied = {} if "lm_head.weight" in shapes else {"embed_tokens.weight"}
+    tied = {EMBEDDING} if checkpoint.is_tied() else {}
     return {
         name: (*shape[:-2], shape[-1])
         for name, shape in shapes.items()
@@ -79,6 +79,10 @@ def write_importance(path: Path, found: Mapping[str, Tensor]) -> None:
     """Writes a file of means and numbers of rows by name."""
     apart = {name: tensor.clone() for name, tensor in found.items()}  # weights share their inputs
     write_file(path, safetensors.torch.save(apart, metadata=KIND))
+
+
+def _ones(shape: tuple[int, ...]) -> Tensor:
+    return torch.ones((), dtype=torch.bfloat16).expand(shape)
 
 
 class Importance:
@@ -122,10 +126,14 @@ class Importance:
         """The importance of every entry of a weight, bfloat16, without memory for its rows."""
         shape = self._shapes[name]
         if name not in self._important:
-            return torch.ones((), dtype=torch.bfloat16).expand(shape)
+            return _ones(shape)
         return self._columns(name).unsqueeze(-2).expand(shape)
 
     def groups(self, storages: Storages) -> Iterator[dict[str, Parts]]:
         """The importance of every entry of the parameters, in the parts that `Checkpoint.groups`
-        makes them up of; ones for parameters that have none."""
-        return self._checkpoint.groups_of(self._read, storages)
+        makes them up of; ones for parameters that have none. The embedding has none, even if its
+        weight has that of the head: no inputs meet its columns."""
+        for group in self._checkpoint.groups_of(self._read, storages):
+            if EMBEDDING in group:
+                group[EMBEDDING] = [_ones(part.shape) for part in group[EMBEDDING]]
+            yield group

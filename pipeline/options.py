@@ -33,11 +33,6 @@ class QWeight(StrEnum):
     NONE = "none"
 
 
-class QEmbedding(StrEnum):
-    NONE = "none"
-    W8 = "8w"
-
-
 class ActivationDtype(StrEnum):
     INT8 = "int8"
     BF16 = "bf16"
@@ -90,7 +85,7 @@ STORAGE_OPTIONS = {
         int | None, typer.Option(help="Weights per INT4 scale: 32, 64 or 128. Default: 128.")
     ],
     "qembedding": Annotated[
-        QEmbedding | None, typer.Option(help="Embedding, in place of the recipe's.")
+        QWeight | None, typer.Option(help="Embedding, in place of the recipe's.")
     ],
     "qexperts": _part("Routed experts"),
     "qattention": _part("Projections of attention"),

@@ -38,11 +38,9 @@ class Storage:
 
     Attributes:
         kind: names the class in a bundle.
-        stores: what it can store: "embedding", "linear", "experts".
     """
 
     kind: ClassVar[str]
-    stores: ClassVar[frozenset[str]]
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         """What is kept of a weight: name -> dtype and shape, values first.
@@ -109,7 +107,6 @@ class Int4(Storage):
     group_size: int = 128
     scale_dtype: str = "bfloat16"
     kind: ClassVar[str] = "int4"
-    stores: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
 
     def __post_init__(self) -> None:
         if type(self.group_size) is not int or self.group_size not in ops.GROUP_SIZES:
@@ -124,7 +121,7 @@ class Int4(Storage):
         if k % self.group_size:
             what = name.removesuffix(".weight")
             raise ValueError(
-                f"group size {self.group_size} does not divide the {k} inputs of {what}"
+                f"group size {self.group_size} does not divide the {k} columns of {what}"
             )
         return {
             name: (torch.uint8, (*rows, k // 2)),
@@ -147,6 +144,9 @@ class Int4(Storage):
         op = et.moe_w4a8 if activation_dtype == "int8" else et.moe_w4a16
         return op(x, *w13, *w2, topk_weights, topk_ids, self.group_size, residual)
 
+    def embedding(self, ids, weight, dtype):
+        return et.embedding_w4(ids, *weight, self.group_size, dtype)
+
 
 @dataclass(frozen=True)
 class Int8PerRow(Storage):
@@ -156,7 +156,6 @@ class Int8PerRow(Storage):
     """
 
     kind: ClassVar[str] = "int8_per_row"
-    stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear", "experts"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         *rows, k = shape
@@ -187,7 +186,6 @@ class Dense(Storage):
     """The weight as it is, in the model's dtype."""
 
     kind: ClassVar[str] = "dense"
-    stores: ClassVar[frozenset[str]] = frozenset({"embedding", "linear", "experts"})
 
     def tensors(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Entry]:
         return {name: (dtype, tuple(shape))}
@@ -264,9 +262,8 @@ def choose_storages(
         flags = ((flag_of(part).lstrip("-"), by_part.get(part)), general)
         default = ("recipe", RECIPES[recipe][kind])
         flag, value = next((f for f in flags if f[1] is not None), default)
-        allowed = [v for v, storage in storages.items() if kind in storage.stores]
-        if value not in allowed:
-            raise ValueError(f"{flag} {value!r}: expected one of {allowed} for {part}")
+        if value not in storages:
+            raise ValueError(f"{flag} {value!r}: expected one of {[*storages]} for {part}")
         chosen[part] = storages[value]
     return chosen
 
@@ -291,8 +288,6 @@ def storages_from_json(value: object, parts: Mapping[str, str]) -> dict[str, Sto
         kind = fields.pop("storage", None)
         if not isinstance(kind, str) or kind not in STORAGES:
             raise ValueError(f"{part}.storage is {kind!r}, expected one of {tuple(STORAGES)}")
-        if parts[part] not in STORAGES[kind].stores:
-            raise ValueError(f"{part} cannot be stored as {kind}")
         try:
             storages[part] = STORAGES[kind](**fields)
         except TypeError as e:

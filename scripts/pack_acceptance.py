@@ -60,7 +60,7 @@ MODELS = {
 }
 """Name -> dtype, and lengths of the prompts whose next tokens are checked."""
 STORED = {
-    "demo-int8": ("--qlinear", "8w"),
+    "demo-int8": ("--qlinear", "8w", "--qembedding", "4w"),
     "demo-dense": ("--recipe", "dense", "--recurrent-state-dtype", "bfloat16"),
 }
 """Name -> how it and its state are stored, if not with `--recipe 4w` and in float32."""

@@ -5,12 +5,12 @@ It runs in a process of its own, as tests interpret kernels in theirs, and needs
 
 FOLDER/cpu and FOLDER/cuda get the programs of one model, fp32 with INT8 activations, FOLDER/cuda
 also the kernels' sources. Its methods take their inputs in the reverse order: nothing may depend on
-it. FOLDER/next gets the same of a small Qwen3-Next, whose experts and attention come from a GPTQ
-checkpoint, with float16 scales, and whose other parts are INT8 with a scale per row; its recurrent
-state is bfloat16, and it has the method `score`. FOLDER/long, with ET_MOE_EXECUTED_REQUESTS set, is
-like FOLDER with sequences of three pages. FOLDER/small gets programs with two methods of
-`lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for each, such as cuda.0.ptd, and
-kernels.json; FOLDER/rows the same with its method `rows`.
+it. FOLDER/next gets the same of a small Qwen3-Next, whose embedding, experts and attention come
+from a GPTQ checkpoint, with float16 scales, and whose other parts are INT8 with a scale per row;
+its recurrent state is bfloat16, and it has the method `score`. FOLDER/long, with
+ET_MOE_EXECUTED_REQUESTS set, is like FOLDER with sequences of three pages. FOLDER/small gets
+programs with two methods of `lowering_methods`, cpu.pte and cuda.pte, weights of two kinds for
+each, such as cuda.0.ptd, and kernels.json; FOLDER/rows the same with its method `rows`.
 """
 
 import json
@@ -106,10 +106,10 @@ def _turned(methods):
 
 
 def quantized_checkpoint(checkpoint: Path) -> Path:
-    """A copy of the checkpoint with experts and attention as GPTQ stores them."""
+    """A copy of the checkpoint with embedding, experts and attention as GPTQ stores them."""
     config = json.loads((checkpoint / "config.json").read_text())
     (file,) = checkpoint.glob("model-*.safetensors")
-    names = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
+    names = ["embed_tokens.weight", *(f"self_attn.{p}_proj.weight" for p in "qkvo")]
     names += [f"experts.{e}.{p}_proj.weight" for e in range(8) for p in ("gate", "up", "down")]
     stored, _ = to_gptq(load_file(file), tuple(names))
     section = {"quantization_config": GPTQ}

@@ -32,6 +32,7 @@ QUANTIZATIONS = [
     storages("4w", 32, "none"),
     storages("none", 128, "8w"),
     storages("none", 64, "none"),
+    storages("none", 32, "4w"),
 ]
 
 
@@ -81,12 +82,16 @@ def test_files_of_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     assert index["metadata"]["total_size"] == total
 
 
-def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "weight"),
+    [(("4w", 64), r"layers\.0\."), (("none", 64, "4w"), "embed_tokens$")],
+)
+def test_group_size_that_does_not_divide(tmp_path: Path, values, weight: str) -> None:
     make_small(tmp_path / "c")
     with pytest.raises(
-        ValueError, match=r"group size 64 does not divide the 32 inputs of layers\.0"
+        ConfigError, match=f"group size 64 does not divide the 32 columns of {weight}"
     ):
-        QuantizedCheckpoint(Checkpoint(tmp_path / "c"), storages("4w", 64))
+        QuantizedCheckpoint(Checkpoint(tmp_path / "c"), storages(*values))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
         ({"qlinear": "3w"}, "qlinear '3w': expected one of "),
         ({"group_size": 48}, "qlinear group size 48: expected one of "),
         ({"group_size": 32.0}, "qlinear group size 32.0: expected one of "),
-        ({"qembedding": "4w"}, "qembedding '4w': expected one of "),
+        ({"qembedding": "2w"}, "qembedding '2w': expected one of "),
     ],
 )
 def test_values_of_flags(values: dict, message: str) -> None:
@@ -178,10 +183,17 @@ REFUSED = [
     ),
     (
         storage("experts", storage="int4", group_size=64),
-        ["group size 64 does not divide the 32 inputs of layers.0.mlp.experts.w13"],
+        ["group size 64 does not divide the 32 columns of layers.0.mlp.experts.w13"],
     ),
     (storage("head", storage="dense"), ["unexpected tensor"]),
-    (storage("embedding", storage="int4"), ["embedding cannot be stored as int4"]),
+    (
+        storage("embedding", storage="int4", group_size=64),
+        ["group size 64 does not divide the 32 columns of embed_tokens"],
+    ),
+    (
+        storage("embedding", storage="int4", group_size=32),
+        ["embed_tokens.weight is torch.int8 (", "expected torch.uint8 ("],
+    ),
     (edit_config(lambda c: c.update(hidden_size=64)), [SHARD.replace("2", "1", 1), "expected"]),
     (
         edit_config(lambda c: c.update(hidden_size=2**31 - 32, moe_intermediate_size=2**31 - 32)),

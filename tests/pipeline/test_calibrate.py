@@ -19,6 +19,7 @@ from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError
 from et_moe.pipeline.importance import KIND, Importance, Moments, important, write_importance
 from et_moe.pipeline.quantize import QuantizedCheckpoint
+from et_moe.pipeline.storage import Dense
 
 TEXT = "Columns that meet large inputs matter more than those that meet small ones.\n" * 40
 
@@ -168,6 +169,21 @@ def test_importance_takes_no_part_in_what_is_not_int4(small, tmp_path):
     different = {name for name in found if not torch.equal(found[name], expected[name])}
     parts = ("proj.", "experts.w", "lm_head.")
     assert different == {name for name in found if any(part in name for part in parts)}
+
+
+def test_an_embedding_has_not_the_importance_of_the_head_that_is_tied_to_it(small, tmp_path):
+    """The head's counts what its columns meet; an embedding's columns meet nothing."""
+    _, config, tensors = small
+    del tensors["lm_head.weight"]
+    tied = write(tmp_path / "tied", config | {"tie_word_embeddings": True}, tensors)
+    columns = importance_file(tmp_path / "importance", tied)["embed_tokens.weight"]
+    chosen = {**storages("4w", 32, "4w"), "experts": Dense(), "shared_expert": Dense()}
+    found = quantized(tied, chosen, tmp_path / "importance")
+    table = tensors["embed_tokens.weight"]
+    for name, importance in (("embed_tokens", None), ("lm_head", columns)):
+        packed, scale = ops.quantize_w4(table, 32, "search", importance=importance)
+        assert torch.equal(found[f"{name}.weight"], packed), name
+        assert torch.equal(found[f"{name}.scale"], scale), name
 
 
 @pytest.mark.parametrize(

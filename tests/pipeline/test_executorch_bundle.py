@@ -57,6 +57,7 @@ KINDS = {
     "8w": ("8w", None),
     "8da4w": ("8da4w", "8w"),
     "embedding": (None, "8w"),
+    "int4_embedding": (None, "4w"),
 }
 
 
@@ -91,6 +92,7 @@ def copy(bundle: Path, folder: Path, change) -> Path:
         ("8w", {"experts"}),
         ("8da4w", {"experts", "shared_expert", "attention", "linear_attention", "head"}),
         ("embedding", set()),
+        ("int4_embedding", {"embedding"}),
         ("mlx", set()),
         ("mlx_symmetric", {"experts", "shared_expert", "attention", "linear_attention", "head"}),
     ],

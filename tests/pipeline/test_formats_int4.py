@@ -20,7 +20,7 @@ from et_moe.pipeline.bundle import Bundle, write_bundle
 from et_moe.pipeline.checkpoint import Checkpoint
 from et_moe.pipeline.config import ConfigError, ConfigWarning
 from et_moe.pipeline.quantize import QuantizedCheckpoint
-from et_moe.pipeline.storage import Dense, Int4
+from et_moe.pipeline.storage import Dense, Int4, Int8PerRow
 
 WIDE = {
     "hidden_size": 64,
@@ -95,6 +95,31 @@ def test_values_and_scales_are_kept_whatever_the_flags(
         assert torch.equal(found[name], meant[name])
     same = torch.equal(found["lm_head.weight"], meant["lm_head.weight"])
     assert same == (qlinear == "none")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_embedding_and_the_head_that_is_tied_to_it(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
+    """Both are the weight that arrives, whatever the flags."""
+    make, section, scale_dtype = FORMATS[kind]
+    config, tensors = make_small(tmp_path / "small", **WIDE)
+    if tied:
+        del tensors["lm_head.weight"]
+    stored, meant = make(tensors, ("embed_tokens.weight",))
+    config = config | {"tie_word_embeddings": tied, "quantization_config": section}
+    checkpoint = Checkpoint(write(tmp_path / "quantized", config, stored))
+    kept = Int4(32, scale_dtype)
+    parts = {"embedding", "head"} if tied else {"embedding"}
+    assert checkpoint.kept == dict.fromkeys(parts, kept)
+    source = QuantizedCheckpoint(checkpoint, storages("8w", 64, "8w"))
+    assert source.storages["embedding"] == kept
+    assert source.storages["head"] == (kept if tied else Int8PerRow())
+    found = floats(source)
+    table = meant["model.embed_tokens.weight"]
+    assert torch.equal(found["embed_tokens.weight"], table)
+    assert torch.equal(found["lm_head.weight"], table) == tied
 
 
 def test_float16_scales_are_not_rounded(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from et_moe.backends import ops
 from et_moe.examples.qwen3_5_moe.model import MODEL
 from et_moe.pipeline.bundle import Bundle
 from et_moe.pipeline.config import ConfigError
-from et_moe.pipeline.make_bundle import WEIGHT_RMS, make_bundle
+from et_moe.pipeline.make_bundle import WEIGHT_RMS, RandomWeights, make_bundle
 from et_moe.pipeline.quantize import meta_graph
-from et_moe.pipeline.storage import Precision
+from et_moe.pipeline.storage import Int4, Precision
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -48,6 +48,15 @@ def test_values_are_spread(tmp_path: Path) -> None:
     assert (counts - counts.float().mean()).abs().max() < counts.float().mean() / 2
     rms = ops.dequantize_w4(weights[name], weights[f"{name}_scale"], 128).square().mean().sqrt()
     assert abs(rms / WEIGHT_RMS - 1) < 0.1
+
+
+def test_a_random_embedding_in_int4(tmp_path: Path) -> None:
+    make_bundle(tmp_path, MODEL, "tiny", 3, layers=1)
+    bundle = Bundle(tmp_path)
+    chosen = {**bundle.storages, "embedding": Int4(32)}
+    weights = next(RandomWeights(tmp_path, bundle.config, chosen, 3).groups())
+    table = ops.dequantize_w4(weights["embed_tokens.weight"], weights["embed_tokens.scale"], 32)
+    assert abs(table.square().mean().sqrt() / WEIGHT_RMS - 1) < 0.1
 
 
 def test_an_existing_bundle_is_kept(tmp_path: Path) -> None:

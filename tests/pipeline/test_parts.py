@@ -50,6 +50,13 @@ def test_a_part_goes_before_qlinear_and_that_before_the_recipe() -> None:
     }
 
 
+def test_embedding_in_int4() -> None:
+    """By its own flag alone, with the groups of the others."""
+    chosen = choose_storages(MODEL.parts, group_size=64, qembedding="4w", recipe="mixed")
+    assert chosen["embedding"] == chosen["experts"] == Int4(64) and chosen["head"] == W8
+    assert choose_storages(MODEL.parts, "4w")["embedding"] == W8
+
+
 def test_experts_in_int8() -> None:
     assert set(choose_storages(MODEL.parts, "8w").values()) == {W8}
     chosen = choose_storages(MODEL.parts, by_part={"experts": "8w"})
@@ -66,7 +73,10 @@ def test_experts_in_int8() -> None:
             {"by_part": {"shared_expert": "2w"}},
             r"qshared-expert '2w': expected one of \['4w', '8w'",
         ),
-        ({"qembedding": "4w"}, r"qembedding '4w': expected one of \['8w', 'none'\] for embedding"),
+        (
+            {"qembedding": "2w"},
+            r"qembedding '2w': expected one of \['4w', '8w', 'none'\] for embed",
+        ),
     ],
 )
 def test_values_are_refused_by_flag(flags: dict, message: str) -> None:
@@ -76,7 +86,7 @@ def test_values_are_refused_by_flag(flags: dict, message: str) -> None:
 
 def test_flags_of_the_command_line(run, tmp_path: Path) -> None:
     make_small(tmp_path / "c", shared_expert_intermediate_size=64)
-    flags = ("--recipe", "mixed", "--qhead", "none", "--qshared-expert", "4w")
+    flags = ("--recipe", "mixed", "--qhead", "none", "--qshared-expert", "4w", "--qembedding", "4w")
     flags += ("--qlinear-group-size", 32, "--qattention", "none", "--qlinear-attention", "4w")
     code, _, err = run(
         "quantize", "--model-dir", tmp_path / "c", *flags, "--output-dir", tmp_path / "b"
@@ -87,14 +97,14 @@ def test_flags_of_the_command_line(run, tmp_path: Path) -> None:
     assert f"{taken.bits_per_weight:.2f} bits a weight, " in err
     assert f"{taken.bytes_per_token / 1e6:,.1f} MB read for a decoded token" in err
     assert bundle.storages == {
-        "embedding": W8,
+        "embedding": Int4(32),
         "attention": NONE,
         "linear_attention": Int4(32),
         "experts": Int4(32),
         "shared_expert": Int4(32),
         "head": NONE,
     }
-    for flag in ("--qexperts", "--qattention", "--qshared-expert", "--recipe"):
+    for flag in ("--qexperts", "--qattention", "--qshared-expert", "--qembedding", "--recipe"):
         value = "mixed" if flag == "--recipe" else "none"
         arguments = ("--prequantized", tmp_path / "b", flag, value, "--output-dir", tmp_path / "p")
         code, _, err = run("export", *arguments)
@@ -164,6 +174,11 @@ def test_footprint_of_a_model_by_hand(tmp_path: Path) -> None:
     assert taken.size == always_bytes + experts_bytes + vocabulary * h + 2 * vocabulary
     assert taken.bytes_per_token == always_bytes + experts_bytes // 4 + h + 2
     assert taken.bits_per_weight == round(8 * taken.size / weights, 3)
+    int4 = Precision(bundle.storages | {"embedding": Int4(32)})
+    smaller = footprint(meta_graph(c, int4))
+    assert smaller.weights == weights
+    assert smaller.size == taken.size - vocabulary * (h // 2 + 2 - 2 * h // 32)
+    assert smaller.bytes_per_token == taken.bytes_per_token - (h // 2 + 2 - 2 * h // 32)
 
 
 def test_a_program_says_what_its_weights_take(tiny_bundle: Path) -> None:

@@ -36,6 +36,7 @@ FLAGS = {
     "4w": {"recipe": "4w"},
     "int8_experts": {"recipe": "mixed", "by_part": {"experts": "8w", "attention": "none"}},
     "dense_experts": {"recipe": "4w", "by_part": {"experts": "none", "shared_expert": "8w"}},
+    "int4_embedding": {"recipe": "4w", "qembedding": "4w"},
     "apart": {
         "qlinear": "none",
         "by_part": {"attention": "8w", "linear_attention": "4w", "shared_expert": "4w"},

@@ -84,6 +84,7 @@ class Side:
 STORED = {
     "4w": {"shared_expert": Int4(32)},
     "others": {
+        "embedding": Int4(32),
         "attention": Dense(),
         "linear_attention": Int8PerRow(),
         "experts": Int8PerRow(),
@@ -91,7 +92,7 @@ STORED = {
         "head": Int8PerRow(),
     },
 }
-"""How parts are stored, if not as INT4."""
+"""How parts are stored, if not as INT4; of the embedding, if not as INT8."""
 
 
 def lower(
