@@ -97,7 +97,7 @@ def _between(activations: str) -> Iterator[Row]:
 
 
 def single_parts() -> Iterator[Row]:
-    """One part INT4 with groups of 128, or the embedding INT8, and the rest as it is."""
+    """One part INT4 with groups of 128, or INT8, and the rest as it is."""
     dense = recipe("dense")
     for scales in ("mse", BEST):
         for name, inside in PIECES.items():
@@ -106,4 +106,5 @@ def single_parts() -> Iterator[Row]:
         if not name.startswith("experts"):
             eight = dict.fromkeys(inside, Int8PerRow())
             yield Row(f"{name} INT8", "mse", dense, exceptions=eight)
-    yield Row("embedding INT8", "mse", recipe("dense") | {"embedding": Int8PerRow()})
+    for name, storage in (("INT8", Int8PerRow()), ("INT4", Int4())):
+        yield Row(f"embedding {name}", "mse", dense | {"embedding": storage})

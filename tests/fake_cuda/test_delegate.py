@@ -176,6 +176,7 @@ def test_executed_tokens_with_float16_scales_of_qwen3_next(fake, programs, build
     done = fake.runner(programs / "next/cuda", *flags(SHORT, 3), execute=sidecar)
     assert done.returncode == 0, done.stderr
     assert tokens(done.stdout) == cpu_tokens(build_dir, programs / "next", SHORT, 3)
+    assert fake.report()["launches"]["_embedding_w4_kernel"] > 0
 
 
 @pytest.mark.timeout(900)
