@@ -3,7 +3,7 @@
 import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
-from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
+from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.dense import linear
 from et_moe.backends.cuda.triton.linear.op import (
     linear_w4a8,
@@ -52,20 +52,26 @@ _SHAPES = {
 
 def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
     gemv, few = f"linear_w{bits}_gemv", f"linear_w{bits}_rows"
+    some = (f"linear_w{bits}_few_rows",) if "a8" in op.__name__ else ()
 
     # Activations of 16 bits are quantized ahead of few rows.
-    rows, tables = (
+    loop, tables = (
         ("_gemv_loop_kernel", (gemv,)) if "a8" in op.__name__ else ("_rows_kernel", (gemv, few))
     )
-    multiply = ("_gemv_kernel", rows, "_gemm_kernel")
+    multiply = ("_gemv_kernel", loop, "_gemm_kernel", *(("_few_rows_kernel",) if some else ()))
 
-    def case(name, arguments, tokens, *kernels, tables=(op.__name__, *tables)):
-        gemms = frozenset(kernels) & {"_gemm_kernel"}
+    def case(name, arguments, tokens, *kernels, tables=(op.__name__, *some, *tables)):
+        gemms = frozenset(kernels) & {"_few_rows_kernel", "_gemm_kernel"}
         streams = {kernel: ("weight",) for kernel in kernels}
         return OpCase(f"{op.__name__}/{name}", op, arguments, tables, tokens, gemms, streams)
 
     found = [
-        case(name, _arguments(*shape, bits), (1, LINEAR_ROWS, PREFILL_TOKENS), *multiply)
+        case(
+            name,
+            _arguments(*shape, bits),
+            (1, LINEAR_ROWS, 8, DECODE_TOKENS, PREFILL_TOKENS),
+            *multiply,
+        )
         for name, shape in shapes.items()
     ]
     lm_head = _arguments(248320, 2048, True, False, bits, torch.float32)
@@ -74,6 +80,7 @@ def _cases(op, bits: int, shapes: dict, head: bool = True) -> list[OpCase]:
             case("lm_head", lm_head, (1,), "_gemv_kernel", tables=(gemv,)),
             case("lm_head_of_two", lm_head, (2,), "_rows_kernel", tables=(few,)),
             case("lm_head_of_a_batch", lm_head, (LINEAR_ROWS,), "_rows_kernel", tables=(few,)),
+            case("lm_head_of_many", lm_head, (DECODE_TOKENS,), "_gemm_kernel", tables=some),
         ]
     return found
 
@@ -139,6 +146,13 @@ _ROWS = [
 _GEMV_INT8 = [config | {"SPAN": 2 * config["SPAN"]} for config in _GEMV]
 _DENSE_ROWS = [{"BLOCK_N": n, "num_warps": w} for n, w in ((2, 2), (4, 4), (8, 4), (8, 8))]
 
+# With MOST_ROWS 0 the GEMM takes all of these rows.
+_FEW_ROWS = [{"BLOCK_N": 16, "MOST_ROWS": 0, "num_warps": 2}] + [
+    {"BLOCK_N": n, "MOST_ROWS": most, "num_warps": warps}
+    for n, warps in ((16, 2), (32, 2), (16, 4), (32, 4), (16, 8))
+    for most in (8, DECODE_TOKENS)
+]
+
 CANDIDATES = {
     "linear_dense": [config | {"BLOCK_K": 64} for config in _GEMM],
     "linear_dense_fp32": [config | {"BLOCK_K": 32} for config in _GEMM],
@@ -149,6 +163,8 @@ CANDIDATES = {
     "linear_w8a16": _GEMM,
     "linear_w4_gemv": _GEMV,
     "linear_w4_rows": _ROWS,
+    "linear_w4_few_rows": _FEW_ROWS,
+    "linear_w8_few_rows": _FEW_ROWS,
     "linear_w8_gemv": _GEMV_INT8,
     "linear_w8_rows": _ROWS,
 }

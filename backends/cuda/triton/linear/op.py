@@ -12,6 +12,7 @@ from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
 from et_moe.backends.cuda.triton.linear.decode_loop import linear_decode_loop, supports_loop
 from et_moe.backends.cuda.triton.linear.decode_rows import linear_decode_rows, supports_rows
+from et_moe.backends.cuda.triton.linear.few_rows import linear_few_rows, supports_few_rows
 from et_moe.backends.cuda.triton.linear.layout import nibble_distance
 from et_moe.backends.cuda.triton.linear.prefill import linear_prefill
 from et_moe.backends.cuda.triton.tuning import find_largest
@@ -69,6 +70,8 @@ def linear(x, weight, scale, group_size, norm_weight, eps, residual, planes) -> 
     rows, bits = find_largest(x.shape[0]), 8 if group_size is None else 4
     if rows <= LINEAR_ROWS and supports_rows(weight.shape[0], x.shape[1], rows, bits):
         return linear_decode_rows(*arguments, rows)
+    if supports_few_rows(weight.shape[0], x.shape[1], rows, group_size, planes):
+        return linear_few_rows(*arguments[:-1], rows)
     return linear_prefill(*arguments)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from et_moe.backends.cuda.triton.cases.op_case import PREFILL_TOKENS, OpCase, random_tensor
-from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS
+from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS
 from et_moe.backends.cuda.triton.moe.op import (
     moe,
     moe_w4a8,
@@ -14,6 +14,7 @@ from et_moe.backends.cuda.triton.moe.op import (
 
 _PREFILL = ("_gate_up_kernel", "_down_kernel")
 _DECODE = ("_decode_gate_up_kernel", "_decode_down_kernel")
+_FEW = ("_few_gate_up_kernel", "_few_down_kernel")
 
 
 def _random_weight(bits: int, *shape: int, device: torch.device) -> torch.Tensor:
@@ -53,13 +54,15 @@ def _arguments(hidden: int, inner: int, experts: int, slots: int, bits: int, gro
     return arguments
 
 
-_TOKENS = (1, DECODE_TOKENS, DECODE_TOKENS + 1, PREFILL_TOKENS)
+_TOKENS = (1, LINEAR_ROWS, DECODE_TOKENS, DECODE_TOKENS + 1, PREFILL_TOKENS)
 _QWEN3_5_35B = {bits: _arguments(2048, 512, 257, 9, bits) for bits in (4, 8, 16)}
 _QWEN3_NEXT_80B = _arguments(2048, 512, 513, 11, 4)
 
 
 def _tables(op: str) -> tuple[str, ...]:
-    names = ("route", "gate_up", "down", "decode_gate_up", "decode_down")
+    names = ["route", "gate_up", "down", "decode_gate_up", "decode_down"]
+    if op.endswith("a8"):
+        names += ["few_gate_up", "few_down"]
     return (*(f"{op}_{name}" for name in names), "moe_sum_slots")
 
 
@@ -67,7 +70,7 @@ def _streams(*kernels: str) -> dict[str, tuple[str, ...]]:
     return {name: ("w13",) if "gate_up" in name else ("w2",) for name in kernels}
 
 
-_INT8 = {"gemms": frozenset(_PREFILL), "streams": _streams(*_PREFILL, *_DECODE)}
+_INT8 = {"gemms": frozenset(_PREFILL), "streams": _streams(*_PREFILL, *_DECODE, *_FEW)}
 
 CASES = [
     OpCase(
@@ -162,6 +165,13 @@ _EXPERT_CANDIDATES = {
         if 8 <= tiles * lanes // warps <= 32
     ],
 }
+_EXPERT_CANDIDATES |= {
+    f"few_{kernel}": [
+        {"BLOCK_N": n, "BLOCK_T": tiles, "LANES": 8, "num_warps": warps}
+        for n, tiles, warps in _DECODE_BLOCKS
+    ]
+    for kernel in ("gate_up", "down")
+}
 
 _EXPERTS = ("moe_w4a8", "moe_w4a16", "moe_w8a8", "moe_w8a16", "moe_dense")
 
@@ -171,11 +181,13 @@ CANDIDATES = {
         f"{op}_{kernel}": configs
         for op in _EXPERTS
         for kernel, configs in _EXPERT_CANDIDATES.items()
+        if op.endswith("a8") or not kernel.startswith("few")
     },
 }
 
 ONE_ORDER = {
     f"{op}_{kernel}": ("BLOCK_T", "LANES", "num_warps")
     for op in _EXPERTS
-    for kernel in ("decode_gate_up", "decode_down")
+    for kernel in ("decode_gate_up", "decode_down", "few_gate_up", "few_down")
+    if op.endswith("a8") or not kernel.startswith("few")
 }

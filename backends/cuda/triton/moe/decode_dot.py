@@ -113,6 +113,34 @@ def quantize_steps(x, limit, TILE: tl.constexpr, LANES: tl.constexpr, INNER: tl.
         return q_low[None, :, :, :, :], q_high[None, :, :, :, :], a_low, a_high
 
 
+@triton.jit
+def load_quantized(q, scale, valid, TILE: tl.constexpr, LANES: tl.constexpr):
+    """Loads what `quantize_steps` would return, for LANES lanes, of activations that are quantized.
+
+    Args:
+        q, scale: `[STEPS]`, pointers to the first of each step's 128 numbers, int8, as one to
+            int32, and to the first of its scales, one for each TILE columns.
+        valid: `[STEPS]`, whether there are any; else they count as 0.
+    """
+    STEPS: tl.constexpr = q.shape[0]
+    q, scale = q[None, :, None, None], scale[None, :, None, None]
+    valid = valid[None, :, None, None]
+    word = tl.arange(0, QUADS * _WORDS)[None, None, None, :]
+    word = tl.broadcast_to(word, (1, STEPS, LANES, QUADS * _WORDS))
+    low = tl.load(q + word, mask=valid, other=0)
+    high = tl.load(q + (word + 16), mask=valid, other=0)
+    # All lanes load the scales of their own columns, see `_load_nibbles`.
+    tile = tl.arange(0, QUADS)[None, None, None, :] * 16 // TILE
+    tile = tl.broadcast_to(tile, (1, STEPS, LANES, QUADS))
+    a_low = tl.load(tl.max_contiguous(scale + tile, (1, 1, 1, 1)), mask=valid, other=0.0)
+    a_high = a_low
+    if TILE < 128:
+        high_tile = tl.max_contiguous(scale + (tile + 64 // TILE), (1, 1, 1, 1))
+        a_high = tl.load(high_tile, mask=valid, other=0.0)
+    WORDS: tl.constexpr = (1, STEPS, LANES, QUADS, _WORDS)
+    return low.reshape(WORDS), high.reshape(WORDS), a_low, a_high
+
+
 @triton.constexpr_function
 def count_row_units(bits: int, tile: int) -> int:
     """How much of what `point_to_units` points to a row has in a block of 128 columns."""

@@ -235,7 +235,8 @@ def test_rows_of_a_gemm_do_not_depend_on_others(block_m, block_n, name, reconfig
     x, residual = torch.randn(70, 512, device=device), torch.randn(70, 50, device=device)
     expected = TRITON_OPS[name](x, *packed, residual=residual)
     reconfigure("linear_w", BLOCK_M=block_m, BLOCK_N=block_n)
-    for count in (LINEAR_ROWS + 1, 17, 70):
+    least = 17 if name.endswith("a8") else LINEAR_ROWS + 1  # fewer have another kernel
+    for count in (least, 33, 70):
         rows = torch.randperm(70)[:count].tolist()
         got = TRITON_OPS[name](x[rows], *packed, residual=residual[rows])
         assert torch.equal(got, expected[rows])
@@ -252,14 +253,20 @@ def test_configurations_of_a_few_rows_give_the_same_bits(name, rows, warps, reco
 @pytest.mark.parametrize("name", TOLERANCE)
 @pytest.mark.parametrize(
     "rows,repeat,launched",
-    [(2, 1, "_gemv_loop_kernel"), (2, 8, "_rows_kernel"), (5, 1, "_gemm_kernel")],
+    [
+        (2, 1, "_gemv_loop_kernel"),
+        (2, 8, "_rows_kernel"),
+        (5, 1, "_few_rows_kernel"),
+        (17, 1, "_gemm_kernel"),
+    ],
 )
 def test_kernel_of_a_few_rows(rows, repeat, launched, name, reconfigure, device):
     reconfigure("_gemv", REPEAT=repeat)
     with record_launches() as launches:
         run(name, torch.randn(rows, 256, device=device), 48, 128, device)
-    if launched == "_gemv_loop_kernel" and name.endswith("a16"):
-        launched = "_rows_kernel"
+    if name.endswith("a16"):
+        others = {"_gemv_loop_kernel": "_rows_kernel", "_few_rows_kernel": "_gemm_kernel"}
+        launched = others.get(launched, launched)
     ahead = [] if launched == "_gemv_loop_kernel" else ["quantize_rows_kernel"]
     assert [x.name for x in launches] == [*ahead, launched]
 
