@@ -32,12 +32,24 @@ be of very different lengths."""
 
 
 @triton.jit
-def _find_next(first, length, BLOCK_N: tl.constexpr, BATCHED: tl.constexpr):
+def _count_programs(position, BLOCK_N: tl.constexpr, BATCHED: tl.constexpr):
+    """How many programs share the splits of a cache. Those of a batch take four tiles or more, as
+    far as a quarter of them can: the next tile is on its way while one is attended to, but what
+    comes before the first takes as long as several."""
+    programs = tl.num_programs(0)
+    if BATCHED:
+        wanted = tl.cdiv(tl.cdiv(position, BLOCK_N), 4)
+        programs = tl.minimum(programs, tl.maximum(wanted, tl.cdiv(programs, 4)))
+    return programs
+
+
+@triton.jit
+def _find_next(first, length, programs, BLOCK_N: tl.constexpr, BATCHED: tl.constexpr):
     """The tile that a program takes after the one at `first`. If BATCHED, its next split follows
     its last one."""
     following = first + BLOCK_N
     if BATCHED:
-        skipped = (tl.num_programs(0) - 1) * length
+        skipped = (programs - 1) * length
         following = tl.where(following % length == 0, following + skipped, following)
     return following
 
@@ -74,6 +86,7 @@ def _attend_split(
     tile,
     cache,
     split,
+    programs,
     position,
     end,
     kv_head,
@@ -94,6 +107,7 @@ def _attend_split(
         tile: k and v of the split's first tile, and the page of the tile that the program takes
             after it.
         cache: pointers to the sequence's page table, and to the caches of k and v.
+        programs: as from `_count_programs`.
         end: where the tokens end that this program may load.
 
     Returns:
@@ -107,11 +121,11 @@ def _attend_split(
     start = split * length
     for first in range(start, tl.minimum(start + length, position), BLOCK_N):
         k, v = k_next, v_next
-        following = _find_next(first, length, BLOCK_N, BATCHED)
+        following = _find_next(first, length, programs, BLOCK_N, BATCHED)
         k_next, v_next = _load_tile(
             cache, page, following, end, kv_head, KV_HEADS, DIM, BLOCK_N, FIRST_TOKEN
         )
-        page = load_page(pages_ptr, _find_next(following, length, BLOCK_N, BATCHED), end)
+        page = load_page(pages_ptr, _find_next(following, length, programs, BLOCK_N, BATCHED), end)
         s = dot(q, tl.trans(k), k_cache_ptr) * SCALE_LOG2
         s = tl.where((first + token < position)[None, :], s, float("-inf"))
         if FIRST_TOKEN > 0:
@@ -176,8 +190,8 @@ def _decode_kernel(
     Of each split it leaves the softmax's maximum (of logits in base 2) and sum, fp32
     `[B, SPLITS, Hq]`, and the weighted sum of v, fp32 `[B, SPLITS, Hq, DIM]`. Split 0 makes the new
     token's k and v, uses them from registers and appends them to the cache. All else reads older
-    rows of the cache, so nothing races. If BATCHED, a program takes every num_programs-th split;
-    else it takes one.
+    rows of the cache, so nothing races. If BATCHED, a program takes every n-th split, see
+    `_count_programs`; else it takes one.
 
     Each of a sequence's TOKENS rows is attended to as if it came alone. If there are several, then
     `append_rows_kernel` has appended k and v of all.
@@ -198,8 +212,9 @@ def _decode_kernel(
     sequence, token = find_sequence(item, TOKENS)
     position = tl.load(positions_ptr + sequence).to(tl.int32) + token
     length, used = divide(position, SPLITS, BLOCK_N)
+    programs = _count_programs(position, BLOCK_N, BATCHED)
     valid = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS) - token
-    if (split >= used) | (valid <= 0):
+    if (split >= tl.minimum(used, programs)) | (valid <= 0):
         return
     first = split * length
     end = position
@@ -211,7 +226,7 @@ def _decode_kernel(
     if TOKENS == 1:
         k, v = _load_tile(cache, page, first, end, kv_head, KV_HEADS, DIM, BLOCK_N, FIRST_TOKEN)
     first_page = page
-    page = load_page(pages_ptr, _find_next(first, length, BLOCK_N, BATCHED), end)
+    page = load_page(pages_ptr, _find_next(first, length, programs, BLOCK_N, BATCHED), end)
     new_page = load_page(pages_ptr, position, tl.where(split == 0, position + 1, 0))
     sin, cos = sincos(position.to(tl.float32) * frequency)
     HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -249,6 +264,7 @@ def _decode_kernel(
         (k, v, page),
         cache,
         split,
+        programs,
         position,
         end,
         kv_head,
@@ -268,13 +284,14 @@ def _decode_kernel(
             tl.zeros((ROWS,), tl.float32),
             tl.zeros((ROWS, DIM), tl.float32),
         )
-        for own in range(split + tl.num_programs(0), used, tl.num_programs(0)):
+        for own in range(split + programs, used, programs):
             softmax, tile = _attend_split(
                 q,
                 empty,
                 (k, v, page),
                 cache,
                 own,
+                programs,
                 position,
                 end,
                 kv_head,
