@@ -191,11 +191,32 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print, and leave the tables alone.")
     ] = False,
+    pack: Annotated[
+        Path | None,
+        typer.Option(help="Compile the kernels into this file, for --packed.", **PATH),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="With --pack: the GPU they are for.")] = "NVIDIA H200",
+    packed: Annotated[
+        Path | None,
+        typer.Option(help="Time kernels that --pack has compiled elsewhere.", **PATH),
+    ] = None,
 ) -> None:
     """Time the candidates of the tuning tables, and enter the fastest for this GPU."""
-    from et_moe.benchmarks.tune import tune_tables
+    import triton
 
-    tune_tables(tables.split(",") if tables else None, _numbers(tokens, "--tokens"), dry_run)
+    from et_moe.backends.cuda.gpu import GPUS
+    from et_moe.benchmarks.tune import pack_tables, tune_tables
+
+    chosen, counts = tables.split(",") if tables else None, _numbers(tokens, "--tokens")
+    if pack is None:
+        tune_tables(chosen, counts, dry_run, packed)
+        return
+    if triton.knobs.runtime.interpret:
+        raise typer.BadParameter("unset TRITON_INTERPRET: nothing is compiled under it")
+    found = [known for known in GPUS if known.name == gpu]
+    if not found:
+        raise typer.BadParameter(f"{gpu!r} is none of {[known.name for known in GPUS]}")
+    pack_tables(found[0], chosen, counts, pack, processes=2)
 
 
 @app.command()

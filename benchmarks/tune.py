@@ -1,12 +1,16 @@
 """Fills `backends/cuda/triton/tuning/*.json` for the GPU at hand.
 
-    python -m et_moe.benchmarks tune --tables linear_w4a8,linear_w4_gemv
+    python -m et_moe.benchmarks tune --pack kernels.zip --gpu "NVIDIA H200" --tables linear_w4a8
+    python -m et_moe.benchmarks tune --packed kernels.zip --tables linear_w4a8
+
+The first command compiles the kernels where programs are made, the second one times them on the
+GPU. Without both files, the kernels that are timed are those of the GPU machine's own Triton.
 
 For every table, and every size by which the cases of its ops look it up, each candidate (and the
 configuration in use) is timed inside its op; the fastest becomes an entry of this GPU's, or, where
-the order of additions must be one for all sizes, the fastest of that order. All are compiled first,
-on all cores, into Triton's cache: that takes longer than the timing. Kernels are launched as in a
-program, where one call's weights are under way before the call before it ends.
+the order of additions must be one for all sizes, the fastest of that order. What is not packed is
+compiled first, on all cores, into Triton's cache: that takes longer than the timing. Kernels are
+launched as in a program, where one call's weights are under way before the call before it ends.
 """
 
 import collections
@@ -16,18 +20,23 @@ import functools
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from unittest import mock
 
 import torch
 
 from et_moe.backends.atomic_file import write_file
+from et_moe.backends.cuda.gpu import Gpu
 from et_moe.backends.cuda.triton import tuning
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.cases.lookups import record_lookups
 from et_moe.backends.cuda.triton.cases.op_case import OpCase
 from et_moe.backends.cuda.triton.cases.table import ONE_ORDER, OP_CASES, TUNING_CANDIDATES
+from et_moe.benchmarks.packed_kernels import PackedKernels, launched_from, pack_kernels
+from et_moe.benchmarks.static.collect import Job, job_of
 from et_moe.benchmarks.timing import launched_as_in_programs, microseconds, require_gpu, rotated
 
 
@@ -84,16 +93,24 @@ def compile_all(jobs: list[tuple[str, dict, str, int]]) -> None:
             print("the compiler crashed: what is missing is compiled when it is timed")
 
 
-def time_candidates(
-    table: str, size: int, candidates: list[dict], inputs: list
-) -> list[tuple[dict, float]]:
-    """(configuration, its time summed over `inputs`) of the one in use, then of those that run."""
+def configurations(table: str, size: int) -> list[dict]:
+    """The configuration in use, then the other candidates."""
     current = tuning.find_config(table, **{tuning.read_table(table).key: size})
+    return [current, *(c for c in TUNING_CANDIDATES[table] if c != current)]
+
+
+def time_candidates(
+    table: str, size: int, inputs: list, launched: Callable[[], contextlib.AbstractContextManager]
+) -> list[tuple[dict, float]]:
+    """(configuration, its time summed over `inputs`) of the one in use, then of those that run.
+
+    launched: makes a block in which ops launch the kernels that are timed.
+    """
     times = []
-    for config in [current, *(c for c in candidates if c != current)]:
+    for config in configurations(table, size):
         total = 0.0
         try:
-            with configured(table, config), launched_as_in_programs():
+            with configured(table, config), launched():
                 for case, sets in inputs:
                     total += microseconds([lambda s=s, c=case: c.op(**s) for s in sets])
         except Exception as e:  # a configuration that this GPU cannot run is only not chosen
@@ -155,36 +172,71 @@ def save(name: str, gpu: str, entries: list[tuning.Entry]) -> None:
     tuning.read_table.cache_clear()
 
 
-def tune_tables(tables: list[str] | None, counts: list[int], dry_run: bool) -> None:
+def choose_tables(tables: list[str] | None) -> list[str]:
+    """All tables for None.
+
+    Raises:
+        SystemExit: there are no candidates for one of the names.
+    """
+    if unknown := set(tables or ()) - set(TUNING_CANDIDATES):
+        known = sorted(TUNING_CANDIDATES)
+        raise SystemExit(f"no candidates for {sorted(unknown)}: expected of {known}")
+    return tables or list(TUNING_CANDIDATES)
+
+
+def pack_tables(
+    gpu: Gpu, tables: list[str] | None, counts: list[int], path: Path, processes: int
+) -> None:
+    """Packs what `tune_tables` launches on a GPU for the same tables and counts into a file."""
+    jobs: list[Job] = []
+    with tuning.tuning_target(gpu.name, gpu.arch):
+        for table in choose_tables(tables):
+            for size, calls in uses(table, counts).items():
+                for config in configurations(table, size):
+                    for case, m in calls:
+                        with configured(table, config), record_launches() as launches:
+                            case.op(**case.arguments(m, torch.device("meta")))
+                        jobs += [job_of(launch, gpu.arch) for launch in launches]
+    for fault in pack_kernels(jobs, path, processes):
+        print(f"not packed: {fault}")
+    print(f"packed {len(set(jobs))} kernels into {path}, {path.stat().st_size >> 20} MiB")
+
+
+def tune_tables(
+    tables: list[str] | None, counts: list[int], dry_run: bool, packed: Path | None = None
+) -> None:
     """Tunes on the first GPU, and writes entries under its name unless it is a `dry_run`.
 
     Args:
         tables: names, or None for all.
         counts: numbers of tokens to tune for.
+        packed: a file of `pack_tables` with the kernels; by default they are compiled here.
     """
+    chosen = choose_tables(tables)
+    kernels = None if packed is None else PackedKernels(packed)
     device = require_gpu()
     gpu = torch.cuda.get_device_name()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    chosen = tables or list(TUNING_CANDIDATES)
-    if unknown := set(chosen) - set(TUNING_CANDIDATES):
-        known = sorted(TUNING_CANDIDATES)
-        raise SystemExit(f"no candidates for {sorted(unknown)}: expected of {known}")
     work = {table: uses(table, counts) for table in chosen}
-    compile_all(
-        [
-            (table, config, case.name, m)
-            for table, users in work.items()
-            for calls in users.values()
-            for case, m in calls
-            for config in TUNING_CANDIDATES[table]
-        ]
-    )
+    launched: Callable[[], contextlib.AbstractContextManager] = launched_as_in_programs
+    if kernels:
+        launched = functools.partial(launched_from, kernels)
+    else:
+        compile_all(
+            [
+                (table, config, case.name, m)
+                for table, users in work.items()
+                for calls in users.values()
+                for case, m in calls
+                for config in TUNING_CANDIDATES[table]
+            ]
+        )
     for table, users in work.items():
         times = {}
         for size, calls in sorted(users.items()):
             print(f"{table}, {size}:")
             inputs = [(c, rotated(lambda c=c, m=m: c.arguments(m, device), l2)) for c, m in calls]
-            times[size] = time_candidates(table, size, TUNING_CANDIDATES[table], inputs)
+            times[size] = time_candidates(table, size, inputs, launched)
         found = choose(times, ONE_ORDER.get(table, ()))
         for size, config in found.items():
             before, after = times[size][0][1], next(t for c, t in times[size] if c == config)

@@ -65,7 +65,7 @@ def _tell_target(target: GPUTarget) -> None:
     target_info.current_target = current_target
 
 
-def _from_source(job: Job, target: GPUTarget) -> tuple[dict, int]:
+def compile_source(job: Job, target: GPUTarget) -> tuple[dict, int]:
     """Triton's "llir", "ptx" and "cubin" of a kernel, and its bytes of shared memory."""
     _tell_target(target)
     source = ASTSource(
@@ -78,8 +78,14 @@ def _from_source(job: Job, target: GPUTarget) -> tuple[dict, int]:
     return compiled.asm, compiled.metadata.shared
 
 
+def count_parameters(ptx: str) -> int:
+    """How many parameters a kernel has: those of its source, and Triton's own behind them."""
+    entry = ptx[ptx.index(".entry") :]
+    return entry[: entry.index(")")].count(".param")
+
+
 def _from_llvm_ir(llir: str, job: Job, target: GPUTarget) -> dict:
-    """The last two steps of `_from_source`, from another architecture's LLVM IR."""
+    """The last two steps of `compile_source`, from another architecture's LLVM IR."""
     backend, metadata = make_backend(target), {}
     options = backend.parse_options(dict(job.options))
     ptx = backend.make_ptx(llir, metadata, options, target.arch)
@@ -121,7 +127,7 @@ def compile_family(family: Sequence[Job], verify: bool = False) -> list[Compiled
             target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
             with contextlib.redirect_stdout(log):
                 if llir is None or verify:
-                    asm, shared_memory = _from_source(job, target)
+                    asm, shared_memory = compile_source(job, target)
                 else:
                     asm = _from_llvm_ir(llir, job, target)
             if llir not in (None, asm["llir"]):

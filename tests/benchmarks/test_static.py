@@ -122,7 +122,7 @@ def compiled(monkeypatch):
     def describe(job, asm, shared_memory, log):
         return compiler.Compiled({"shared_memory": shared_memory})
 
-    monkeypatch.setattr(compiler, "_from_source", from_source)
+    monkeypatch.setattr(compiler, "compile_source", from_source)
     monkeypatch.setattr(compiler, "_from_llvm_ir", from_llvm_ir)
     monkeypatch.setattr(compiler, "_describe", describe)
     return calls

@@ -32,6 +32,25 @@ class Launch:
 
 
 @contextlib.contextmanager
+def replace_launches(run: Callable[[Launch], None]) -> Iterator[None]:
+    """Has `run` called for every launch that the ops' functions make inside the block, instead."""
+
+    def replaced(kernel, grid, *args, **kwargs) -> None:
+        names = kernel.arg_names
+        arguments = dict(zip(names, args, strict=False))
+        arguments.update((k, v) for k, v in kwargs.items() if k in names)
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        run(Launch(kernel, tuple(grid), arguments, options))
+
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            users = name.startswith(_KERNELS) and name not in (__name__, launch.__module__)
+            if users and vars(module).get("launch") is launch:
+                stack.enter_context(mock.patch.object(module, "launch", replaced))
+        yield
+
+
+@contextlib.contextmanager
 def record_launches(run: bool = False) -> Iterator[list[Launch]]:
     """Collects the launches that the ops' functions make inside the block.
 
@@ -40,18 +59,10 @@ def record_launches(run: bool = False) -> Iterator[list[Launch]]:
     """
     launches: list[Launch] = []
 
-    def recorder(kernel, grid, *args, **kwargs) -> None:
-        names = kernel.arg_names
-        arguments = dict(zip(names, args, strict=False))
-        arguments.update((k, v) for k, v in kwargs.items() if k in names)
-        options = {k: v for k, v in kwargs.items() if k not in names}
-        launches.append(Launch(kernel, tuple(grid), arguments, options))
+    def record(found: Launch) -> None:
+        launches.append(found)
         if run:
-            launch(kernel, grid, *args, **kwargs)
+            launch(found.kernel, found.grid, **found.arguments, **found.options)
 
-    with contextlib.ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            users = name.startswith(_KERNELS) and name not in (__name__, launch.__module__)
-            if users and vars(module).get("launch") is launch:
-                stack.enter_context(mock.patch.object(module, "launch", recorder))
+    with replace_launches(record):
         yield launches
