@@ -24,6 +24,7 @@ from et_moe.backends.cuda.triton.moe.decode_dot import (
     sum_rows,
 )
 from et_moe.backends.cuda.triton.moe.layout import count_scales, find_bits, name_tables
+from et_moe.backends.cuda.triton.moe.slots import load_slot_weights
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
@@ -135,7 +136,6 @@ def _decode_down_kernel(
     token = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N
     row = column % 64 + arange_rows(BLOCK_N, LANES)
-    units = point_to_units(w2, BITS, TILE)
     n = column + tl.arange(0, BLOCK_N)
     target = token * HIDDEN + n
     # The residual is ready, as are the ids and their weights: an earlier kernel than the last wrote
@@ -144,18 +144,10 @@ def _decode_down_kernel(
         addend = tl.load(residual + target, mask=n < HIDDEN, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_N // LANES, BLOCK_T, LANES, QUADS), tl.float32)
     for start in range(0, SLOTS * TILES, BLOCK_T):
-        step = start + tl.arange(0, BLOCK_T)
-        slot, tile = step // TILES, step % TILES
-        pair = token * SLOTS + slot
-        expert = tl.load(topk_ids + pair, mask=slot < SLOTS, other=-1).to(tl.int64)
-        valid = (expert >= 0) & (expert < EXPERTS)
-        block = (expert * (HIDDEN_UP // 64) + column // 64) * TILES + tile
-        weight = tl.load(topk_weights + pair, mask=valid, other=0.0).to(tl.float32)
-        weight = weight[None, :, None, None]
-        values, low, high = load_weights(
-            units, w2_scale, block, valid, row, 64, TILES, GROUP, BITS, TILE
+        weights, pair, tile, valid = load_slot_weights(
+            *(w2, w2_scale, topk_weights, topk_ids, token, start, column, row),
+            *(EXPERTS, SLOTS, TILES, HIDDEN_UP, GROUP, BITS, TILE, BLOCK_T),
         )
-        weights = values, low * weight, high * weight
         if AT_ONCE:
             wait_for_previous()
         limit = tl.where(valid, 128, 0)
