@@ -32,6 +32,7 @@ from et_moe.pipeline.safetensors_stream import SafetensorsWriter
 from et_moe.pipeline.storage import (
     Precision,
     Storages,
+    is_scale,
     storages_from_json,
     storages_to_json,
 )
@@ -111,7 +112,9 @@ class Bundle:
     def _read(self, name: str) -> Tensor:
         file, (dtype, shape) = self._files[name], self._spec[name]
         tensor = file.read(name)
-        same_kind = tensor.is_floating_point() and dtype.is_floating_point
+        # Weights are converted to the dtype of the program. Scales are not: values were chosen by
+        # them, and another dtype might not hold them.
+        same_kind = tensor.is_floating_point() and dtype.is_floating_point and not is_scale(name)
         if tuple(tensor.shape) != shape or not (tensor.dtype == dtype or same_kind):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ConfigError(f"{file.path}: {name} is {found}, expected {dtype} {shape}")

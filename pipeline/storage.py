@@ -6,7 +6,7 @@ has which is a table, `Storages`. A new storage is a class here and a line in `S
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -30,6 +30,12 @@ def scale_name(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     scale = "scale" if leaf == "weight" else f"{leaf}_scale"
     return f"{module}.{scale}" if module else scale
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor has such a name."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "scale" or leaf.endswith("_scale")
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,8 @@ class Int4(Storage):
     def __post_init__(self) -> None:
         if type(self.group_size) is not int or self.group_size not in ops.GROUP_SIZES:
             expected = f"expected one of {ops.GROUP_SIZES}"
-            raise ValueError(f"qlinear group size {self.group_size!r}: {expected}")
-        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"group size {self.group_size!r}: {expected}")
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_DTYPES:
             expected = f"expected one of {tuple(SCALE_DTYPES)}"
             raise ValueError(f"dtype of scales {self.scale_dtype!r}: {expected}")
 
@@ -284,13 +290,16 @@ def storages_from_json(value: object, parts: Mapping[str, str]) -> dict[str, Sto
         raise ValueError(f"found {found!r}, expected an object of the parts {sorted(parts)}")
     storages = {}
     for part in parts:
-        fields = dict(value[part]) if isinstance(value[part], dict) else {}
-        kind = fields.pop("storage", None)
+        given = dict(value[part]) if isinstance(value[part], dict) else {}
+        kind = given.pop("storage", None)
         if not isinstance(kind, str) or kind not in STORAGES:
             raise ValueError(f"{part}.storage is {kind!r}, expected one of {tuple(STORAGES)}")
+        known = {field.name for field in fields(STORAGES[kind])}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"{part} has {unknown}, which {kind} has not: {sorted(known)}")
         try:
-            storages[part] = STORAGES[kind](**fields)
-        except TypeError as e:
+            storages[part] = STORAGES[kind](**given)
+        except ValueError as e:
             raise ValueError(f"{part}: {e}") from None
     return storages
 

@@ -98,8 +98,8 @@ def test_group_size_that_does_not_divide(tmp_path: Path, values, weight: str) ->
     ("values", "message"),
     [
         ({"qlinear": "3w"}, "qlinear '3w': expected one of "),
-        ({"group_size": 48}, "qlinear group size 48: expected one of "),
-        ({"group_size": 32.0}, "qlinear group size 32.0: expected one of "),
+        ({"group_size": 48}, "group size 48: expected one of "),
+        ({"group_size": 32.0}, "group size 32.0: expected one of "),
         ({"qembedding": "2w"}, "qembedding '2w': expected one of "),
     ],
 )
@@ -172,14 +172,22 @@ REFUSED = [
     (section(storages={"head": {}}), ["config.json: et_moe.storages: found ['head'], expected"]),
     (storage("head"), ["et_moe.storages: head.storage is None, expected one of ('int4', "]),
     (storage("head", storage=[]), ["et_moe.storages: head.storage is [], expected one of ("]),
-    (storage("head", storage="dense", bits=4), ["et_moe.storages: head: ", "'bits'"]),
+    (storage("head", storage="dense", bits=4), ["et_moe.storages: head has ['bits'], "]),
+    (
+        storage("head", storage="int4", group_size=32, scale_dtype=["bfloat16"]),
+        ["et_moe.storages: head: dtype of scales ['bfloat16']: expected one of"],
+    ),
+    (
+        storage("attention", storage="int4", group_size=32, scale_dtype="float16"),
+        [".scale is torch.bfloat16 (", "expected torch.float16 ("],
+    ),
     (
         storage("head", storage="int4", group_size=33),
-        ["config.json: et_moe.storages: qlinear group size 33: expected one of"],
+        ["config.json: et_moe.storages: head: group size 33: expected one of"],
     ),
     (
         storage("head", storage="int4", group_size=32.0),
-        ["config.json: et_moe.storages: qlinear group size 32.0: expected one of"],
+        ["config.json: et_moe.storages: head: group size 32.0: expected one of"],
     ),
     (
         storage("experts", storage="int4", group_size=64),
