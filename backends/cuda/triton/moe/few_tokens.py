@@ -13,6 +13,7 @@ import triton.language as tl
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import launch
 from et_moe.backends.cuda.triton.common.silu import silu
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS
 from et_moe.backends.cuda.triton.moe.decode_dot import (
     QUADS,
     arange_rows,
@@ -26,7 +27,7 @@ from et_moe.backends.cuda.triton.moe.decode_dot import (
 from et_moe.backends.cuda.triton.moe.layout import count_scales, find_bits, name_tables
 from et_moe.backends.cuda.triton.moe.slots import load_slot_weights
 from et_moe.backends.cuda.triton.quantization.op import quantize_hidden, quantize_int8
-from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.cuda.triton.tuning import find_config, find_largest
 from et_moe.backends.ops import ACTIVATION_TILE, expert_activation_tile
 
 
@@ -138,6 +139,14 @@ def _few_down_kernel(
     tl.store(out + target, out_row.to(out.dtype.element_ty), mask=n < HIDDEN)
 
 
+def supports_few_tokens(x: torch.Tensor, int8: bool) -> bool:
+    """Whether `moe_few_tokens` shall take x `[T, K]`, of at most `DECODE_TOKENS` rows.
+
+    Of up to `LINEAR_ROWS` rows each has the bits that it has alone, by the kernels for one.
+    """
+    return int8 and find_largest(x.shape[0]) > LINEAR_ROWS and x.shape[1] % 128 == 0
+
+
 def moe_few_tokens(
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -149,8 +158,8 @@ def moe_few_tokens(
     group_size: int | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """An op of experts with INT4 or INT8 weights and INT8 activations (`op.py`) on tokens of a
-    multiple of 128 columns, with the arguments and result of `moe_decode`."""
+    """An op of experts with INT4 or INT8 weights and INT8 activations (`op.py`), for which
+    `supports_few_tokens`, with the arguments and result of `moe_decode`."""
     tokens, hidden = x.shape
     slots = topk_ids.shape[1]
     experts, inner_blocks = w13.shape[:2]

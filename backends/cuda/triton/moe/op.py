@@ -11,19 +11,18 @@ GEMM 2, see `expert_activation_tile`.
 
 import torch
 
-from et_moe.backends.cuda.triton.common.tokens import DECODE_TOKENS, LINEAR_ROWS
+from et_moe.backends.cuda.triton.common.tokens import is_decode
 from et_moe.backends.cuda.triton.moe.decode import moe_decode
-from et_moe.backends.cuda.triton.moe.few_tokens import moe_few_tokens
+from et_moe.backends.cuda.triton.moe.few_tokens import moe_few_tokens, supports_few_tokens
 from et_moe.backends.cuda.triton.moe.prefill import moe_prefill
-from et_moe.backends.cuda.triton.tuning import find_largest
 
 
 def _moe(int8, x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, group_size, residual):
-    rows = find_largest(x.shape[0])
     packed = (w13, w13_scale, w2, w2_scale)
-    if int8 and LINEAR_ROWS < rows <= DECODE_TOKENS and x.shape[1] % 128 == 0:
+    decode = is_decode(x.shape[0])
+    if decode and supports_few_tokens(x, int8):
         return moe_few_tokens(x, *packed, topk_weights, topk_ids, group_size, residual)
-    run = moe_decode if rows <= DECODE_TOKENS else moe_prefill
+    run = moe_decode if decode else moe_prefill
     return run(x, *packed, topk_weights, topk_ids, group_size, residual, int8)
 
 

@@ -2,29 +2,19 @@
 
 import pytest
 import torch
+from linear_weights import weights
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
-from et_moe.backends.cuda.triton.linear.layout import prepack_linear
 from et_moe.backends.cuda.triton.table import TRITON_OPS
 
 NAMES = ["linear_w4a8", "linear_w8a8"]
 SMALL = {"BLOCK_N": 16, "MOST_ROWS": 16, "num_warps": 4}
 
 
-def weights(name, n, k, device, dtype=torch.bfloat16, group=128):
-    """A weight as a bundle has it, and as the kernels take it."""
-    weight = torch.randn(n, k) * (1 + torch.rand(n, 1))
-    if name == "linear_w8a8":
-        bundle = tuple(t.to(device) for t in ops.quantize_w8(weight))
-        return bundle, bundle
-    packed, scale = (t.to(device) for t in ops.quantize_w4(weight, group, scale_dtype=dtype))
-    return (packed, scale, group), (*prepack_linear(packed, scale, group), group)
-
-
 def check(name, m, n, k, device, dtype=torch.float32, scale_dtype=torch.bfloat16):
     """Compares a call with norm and residual with the reference."""
-    bundle, prepacked = weights(name, n, k, device, scale_dtype)
+    bundle, prepacked = weights(name, n, k, 128, device, scale_dtype)
     x = torch.randn(m, k, device=device).to(dtype)
     norm, residual = torch.randn(k).to(x), torch.randn(m, n).to(x)
     with record_launches(run=True) as launches:
@@ -67,7 +57,7 @@ def test_rows_do_not_depend_on_others(name, reconfigure, device):
 
     Under the interpreter, which adds as numpy does, this is only a hint that it holds on a GPU."""
     reconfigure("_few_rows", **SMALL)
-    packed = weights(name, 48, 1024, device)[1]
+    packed = weights(name, 48, 1024, 128, device)[1]
     x, residual = torch.randn(16, 1024, device=device), torch.randn(16, 48, device=device)
     x[3], x[4] = x[3] * 1e4, 0.0
     expected = TRITON_OPS[name](x, *packed, residual=residual)
@@ -90,7 +80,7 @@ def test_rows_do_not_depend_on_others(name, reconfigure, device):
 )
 def test_which_kernel(name, n, k, group, most, launched, reconfigure, device):
     reconfigure("_few_rows", MOST_ROWS=most)
-    bundle, prepacked = weights(name, n, k, device, group=group)
+    bundle, prepacked = weights(name, n, k, group, device)
     x = torch.randn(8, k, device=device)
     with record_launches(run=True) as launches:
         got = TRITON_OPS[name](x, *prepacked)

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from expert_tables import TOLERANCE, Experts, Tables, gaussian, relative_error
+from expert_tables import TOLERANCE, Experts, int8_or_dense, relative_error
 
-from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
 from et_moe.backends.cuda.triton.moe.decode import moe_decode
-from et_moe.backends.cuda.triton.moe.layout import prepack_experts_w8
 
 NAMES = ["moe_w4a8", "moe_w8a8"]
 
@@ -15,12 +13,7 @@ NAMES = ["moe_w4a8", "moe_w8a8"]
 def experts_of(name, count, hidden, inner, device, group=64):
     if name == "moe_w4a8":
         return Experts(count, hidden, inner, group, device)
-    bundle = [
-        tensor
-        for shape in ((2 * inner, hidden), (hidden, inner))
-        for tensor in ops.quantize_w8(gaussian(count, *shape))
-    ]
-    return Tables(count, hidden, device, bundle, prepack_experts_w8)
+    return int8_or_dense(name, count, hidden, inner, torch.float32, device)
 
 
 def names(launches):

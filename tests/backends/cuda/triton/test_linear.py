@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from linear_weights import INT8, weights
 
 from et_moe.backends import ops
 from et_moe.backends.cuda.triton.cases.launches import record_launches
@@ -15,25 +16,12 @@ from et_moe.backends.cuda.triton.table import TRITON_OPS
 # The relative L2 error that is allowed against the reference with fp32 activations.
 TOLERANCE = {"linear_w4a8": 1e-5, "linear_w4a16": 2e-4, "linear_w8a8": 1e-5, "linear_w8a16": 2e-4}
 INT4 = ["linear_w4a8", "linear_w4a16"]
-INT8 = ["linear_w8a8", "linear_w8a16"]
 ROWS = [1, 2, 3, 15, 16, 17, 31, 64, 65, 129]
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     got, expected = got.double(), expected.double()
     return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
-
-
-def weights(name, n, k, group, device, dtype=torch.bfloat16, size=1.0):
-    """What an op takes as its weight: as a bundle has it, with INT4 scales of `dtype`, and as the
-    kernels take it."""
-    weight = torch.randn(n, k) * (size + size * torch.rand(n, 1))
-    if name in INT8:
-        bundle = tuple(t.to(device) for t in ops.quantize_w8(weight))
-        return bundle, bundle
-    packed, scale = ops.quantize_w4(weight, group, scale_dtype=dtype)
-    packed, scale = packed.to(device), scale.to(device)
-    return (packed, scale, group), (*prepack_linear(packed, scale, group), group)
 
 
 def run(name, x, n, group, device, scale_dtype=torch.bfloat16, **options):
