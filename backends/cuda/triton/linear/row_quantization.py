@@ -51,7 +51,8 @@ def _load_normed_row(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A row of x `[M, K]` after RMSNorm, if norm_weight is given, and the columns that it has.
+    """Waits, and loads a row of x `[M, K]`: after RMSNorm, if norm_weight is given, and the columns
+    that it has.
 
     Returns:
         fp32 `[TILES, TILE]`, rounded to x's dtype and zero from column K on, and int32 of the same
@@ -62,10 +63,13 @@ def _load_normed_row(
     x += row.to(tl.int64) * K
     inside = None if WHOLE else column < K
     other = None if WHOLE else 0.0
+    if norm_weight is not None:
+        # Behind the wait it would come after the weights that the next kernel asks for.
+        gain = tl.load(norm_weight + column, mask=inside, other=other)
+    wait_for_previous()
     value = tl.load(x + column, mask=inside, other=other).to(tl.float32)
     if norm_weight is not None:
         squares = tl.sum(tl.reshape(value * value, (TILES * TILE,)), axis=0)
-        gain = tl.load(norm_weight + column, mask=inside, other=other)
         value = apply_rms_norm(value, gain, squares / K, eps, x.dtype.element_ty)
     return value, column
 
@@ -81,7 +85,6 @@ def _norm_rows_kernel(
     TILE: tl.constexpr,
 ):
     """RMSNorm of one row of x `[M, K]` per program, rounded to x's dtype."""
-    wait_for_previous()
     row = tl.program_id(0)
     value, column = _load_normed_row(x, norm_weight, eps, row, K, TILES, TILE)
     target = out + row.to(tl.int64) * K + column
@@ -114,7 +117,6 @@ def quantize_rows_kernel(
     Where K is a power of two, loads and sums have the layout of `_gemv_kernel` with as many
     warps, and results the same bits.
     """
-    wait_for_previous()
     row = tl.program_id(0)
     tile = tl.arange(0, TILES)
     value, column = _load_normed_row(x, norm_weight, eps, row, K, TILES, TILE)
