@@ -42,7 +42,70 @@ def _copy_to_every_warp(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_token(
+def point_to_state(
+    state_ptr,
+    head,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Where a program finds its part of a state, and of q, k and v.
+
+    Latency is what counts here, so threads exchange as little as possible. A warp has some columns
+    of the state to itself, and sums over their rows in registers first, then over lanes. Every warp
+    loads all of q and k and computes their norms. Only the norm of o crosses warps.
+
+    Args:
+        state_ptr: pointer to `[HEADS, DK, DV]`.
+
+    Returns:
+        Pointers to the state; key `[ROWS, K_LANES]`, which elements of q and k; and dv
+        `[WARPS, V_LANES, VECTOR]`, which of the BLOCK_V columns.
+    """
+    COLUMNS: tl.constexpr = BLOCK_V // WARPS
+    BITS: tl.constexpr = state_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = min(128 // BITS, COLUMNS)  # columns per thread: a load of 16 bytes
+    V_LANES: tl.constexpr = COLUMNS // VECTOR
+    K_LANES: tl.constexpr = min(max(32 // V_LANES, 1), DK // 2)
+    ROWS: tl.constexpr = DK // K_LANES  # per thread
+    dk = tl.arange(0, K_LANES)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+    dv = tl.arange(0, WARPS)[:, None] * V_LANES + tl.arange(0, V_LANES)[None, :]
+    dv = dv[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    # The compiler spreads a tile over lanes, then warps, then registers, with the last dimension
+    # first. Rows are loaded in the order that brings each to its thread.
+    row = tl.arange(0, WARPS * DK)
+    lane, warp = row % K_LANES, row // K_LANES % WARPS
+    row = lane * ROWS + row // (K_LANES * WARPS)
+    tile = state_ptr + head * (DK * DV) + tl.program_id(1) * BLOCK_V
+    tile += (row * DV + warp * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    return tile, head // GROUP * DK + dk, dv
+
+
+@triton.jit
+def load_state(tile, key, dv, valid):
+    """The state that `point_to_state` points to, fp32 `[ROWS, WARPS, K_LANES, V_LANES, VECTOR]`;
+    zeros unless valid."""
+    state = tl.load(tile, mask=valid, other=0.0).to(tl.float32)
+    return state.reshape(key.shape[0], dv.shape[0], key.shape[1], dv.shape[1], dv.shape[2])
+
+
+@triton.jit
+def load_layer(
+    a_log_ptr, dt_bias_ptr, norm_weight_ptr, head, DV: tl.constexpr, GATED: tl.constexpr
+):
+    """The head's a_log and dt_bias and the norm's weight, fp32; zeros without GATED."""
+    a_log, dt_bias, norm_weight = 0.0, 0.0, 0.0
+    if GATED:
+        a_log = tl.load(a_log_ptr + head).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + tl.arange(0, DV)).to(tl.float32)
+    return a_log, dt_bias, norm_weight
+
+
+@triton.jit
+def load_token(
     qkv,
     gates,
     sequence,
@@ -77,6 +140,60 @@ def _load_token(
         z_ptr += sequence * STRIDE + Z_COLUMN
         z = tl.load(z_ptr + column).to(tl.float32)
     return q, k, v, b, a, z
+
+
+@triton.jit
+def advance_token(
+    state,
+    inputs,
+    layer,
+    KEEP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    GATED: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """One token of `_step_kernel`.
+
+    Args:
+        state: fp32, in the dimensions that `load_state` gives it.
+        inputs: as from `load_token`; layer: as from `load_layer`.
+        KEEP: the dtype in which the state is kept behind the token.
+
+    Returns:
+        The state as it is kept, and o, `[WARPS, BLOCK_V]`, of which each row is a copy.
+    """
+    ROWS: tl.constexpr = state.shape[0]
+    WARPS: tl.constexpr = state.shape[1]
+    K_LANES: tl.constexpr = state.shape[2]
+    V_LANES: tl.constexpr = state.shape[3]
+    q, k, v, b, a, z = inputs
+    a_log, dt_bias, norm_weight = layer
+    if GATED:
+        z = norm_weight * silu(z)
+        b, a = compute_gates(b, a, a_log, dt_bias)
+    decay = tl.exp(a)
+
+    # Sums are over registers first, then over lanes. q and k get the dimensions of the state
+    # that they lack, so that they are spread as it is, and their sums are where its sums are.
+    q_lane = tl.broadcast_to(q, (ROWS, WARPS, K_LANES, V_LANES, 1))
+    k_lane = tl.broadcast_to(k, (ROWS, WARPS, K_LANES, V_LANES, 1))
+    squares = tl.reduce((q_lane * q_lane, k_lane * k_lane, q_lane * k_lane), 0, _add_3)
+    qq, kk, qk_product = tl.reduce(squares, 1, _add_3)
+    k_state, q_state = tl.reduce(tl.reduce((state * k, state * q), 0, _add_2), 1, _add_2)
+    q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
+    k_scale = tl.rsqrt(kk + 1e-6)
+    delta = b * (v - decay * k_scale * k_state)
+    o = q_scale * (decay * q_state + k_scale * qk_product * delta)
+    state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
+    left = state.to(KEEP)
+    o = _copy_to_every_warp(o, WARPS)
+    if GATED:
+        # Two threads that add each other's product would each fuse their own multiplication
+        # with the addition, and their sums would differ in the last bit. Adding 0 takes up the
+        # fusion.
+        o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
+    return left, o
 
 
 @triton.jit
@@ -126,54 +243,31 @@ def _step_kernel(
     BLOCK_V must be the whole head. A sequence without a valid row gets zeros, and nothing is read
     through its slot. The state stays in registers from token to token, and each leaves a version,
     from which the next goes on: rounded, if states are bf16.
-
-    Latency is what counts here, so threads exchange as little as possible. A warp has some columns
-    of the state to itself, and sums over their rows in registers first, then over lanes. Every warp
-    loads all of q and k and computes their norms. Only the norm of o crosses warps.
     """
-    COLUMNS: tl.constexpr = BLOCK_V // WARPS
-    BITS: tl.constexpr = state_ptr.dtype.element_ty.primitive_bitwidth
-    VECTOR: tl.constexpr = min(128 // BITS, COLUMNS)  # columns per thread: a load of 16 bytes
-    V_LANES: tl.constexpr = COLUMNS // VECTOR
-    K_LANES: tl.constexpr = min(max(32 // V_LANES, 1), DK // 2)
-    ROWS: tl.constexpr = DK // K_LANES  # per thread
     head = tl.program_id(0)
-    dk = tl.arange(0, K_LANES)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
-    dv = tl.arange(0, WARPS)[:, None] * V_LANES + tl.arange(0, V_LANES)[None, :]
-    dv = dv[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    key = head // GROUP * DK + dk
-    first = head * DV + tl.program_id(1) * BLOCK_V
-    column = first + tl.arange(0, BLOCK_V)
-    # The compiler spreads a tile over lanes, then warps, then registers, with the last dimension
-    # first. Rows are loaded in the order that brings each to its thread.
-    row = tl.arange(0, WARPS * DK)
-    lane, warp = row % K_LANES, row // K_LANES % WARPS
-    row = lane * ROWS + row // (K_LANES * WARPS)
     sequence = tl.program_id(2).to(tl.int64)
     count = count_valid_tokens(num_tokens_ptr + sequence, TOKENS, HAS_NUM_TOKENS)
     valid = count > 0
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
     if versions_ptr is not None:
         slot *= VERSIONS
-    state_tile = state_ptr + (slot * HEADS + head) * (DK * DV) + tl.program_id(1) * BLOCK_V
-    state_tile += (row * DV + warp * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    state_ptr += slot * (HEADS * DK * DV)
+    state_tile, key, dv = point_to_state(state_ptr, head, DK, DV, BLOCK_V, GROUP, WARPS)
     old_tile = state_tile
     if versions_ptr is not None:
         old_tile += load_version(versions_ptr + sequence, VERSIONS) * (HEADS * DK * DV)
-    state = tl.load(old_tile, mask=valid, other=0.0).to(tl.float32)
-    state = state.reshape(ROWS, WARPS, K_LANES, V_LANES, VECTOR)
-    a_log, dt_bias, norm_weight = 0.0, 0.0, 0.0
-    if GATED:
-        a_log = tl.load(a_log_ptr + head).to(tl.float32)
-        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-        norm_weight = tl.load(norm_weight_ptr + tl.arange(0, DV)).to(tl.float32)
+    state = load_state(old_tile, key, dv, valid)
+    layer = load_layer(a_log_ptr, dt_bias_ptr, norm_weight_ptr, head, DV, GATED)
+    first = head * DV + tl.program_id(1) * BLOCK_V
+    column = first + tl.arange(0, BLOCK_V)
     wait_for_previous()
     q_ptr += sequence * (TOKENS * K_ROW)
     k_ptr += sequence * (TOKENS * K_ROW) + K_COLUMN
     v_ptr += sequence * (TOKENS * V_ROW) + V_COLUMN
     gates = (b_ptr, a_ptr, z_ptr)
     STRIDE: tl.constexpr = TOKENS * GATE_ROW
-    inputs = _load_token(
+    KEEP: tl.constexpr = state_ptr.dtype.element_ty
+    inputs = load_token(
         (q_ptr, k_ptr, v_ptr),
         gates,
         sequence,
@@ -189,12 +283,12 @@ def _step_kernel(
         GATED,
     )
     for token in tl.static_range(TOKENS):
-        q, k, v, b, a, z = inputs
+        now = inputs
         if token + 1 < TOKENS:  # on their way while this token is computed
             q_ptr += K_ROW
             k_ptr += K_ROW
             v_ptr += V_ROW
-            inputs = _load_token(
+            inputs = load_token(
                 (q_ptr, k_ptr, v_ptr),
                 gates,
                 sequence,
@@ -209,38 +303,15 @@ def _step_kernel(
                 Z_COLUMN + (token + 1) * GATE_ROW,
                 GATED,
             )
-        if GATED:
-            z = norm_weight * silu(z)
-            b, a = compute_gates(b, a, a_log, dt_bias)
-        decay = tl.exp(a)
-
-        # Sums are over registers first, then over lanes. q and k get the dimensions of the state
-        # that they lack, so that they are spread as it is, and their sums are where its sums are.
-        q_lane = tl.broadcast_to(q, (ROWS, WARPS, K_LANES, V_LANES, 1))
-        k_lane = tl.broadcast_to(k, (ROWS, WARPS, K_LANES, V_LANES, 1))
-        squares = tl.reduce((q_lane * q_lane, k_lane * k_lane, q_lane * k_lane), 0, _add_3)
-        qq, kk, qk_product = tl.reduce(squares, 1, _add_3)
-        k_state, q_state = tl.reduce(tl.reduce((state * k, state * q), 0, _add_2), 1, _add_2)
-        q_scale = tl.rsqrt(qq + 1e-6) * DK**-0.5
-        k_scale = tl.rsqrt(kk + 1e-6)
-        delta = b * (v - decay * k_scale * k_state)
-        o = q_scale * (decay * q_state + k_scale * qk_product * delta)
-        state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
-        left = state.to(state_ptr.dtype.element_ty)
-        tl.store(state_tile, left.reshape(WARPS * DK, COLUMNS), mask=valid)
+        left, o = advance_token(state, now, layer, KEEP, DK, DV, GATED, EPS)
+        tl.store(state_tile, left.reshape(state_tile.shape), mask=valid)
         state = left.to(tl.float32)
-        o = _copy_to_every_warp(o, WARPS)
-        if GATED:
-            # Two threads that add each other's product would each fuse their own multiplication
-            # with the addition, and their sums would differ in the last bit. Adding 0 takes up the
-            # fusion.
-            o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
         warp = tl.arange(0, WARPS)[:, None]
         if HAS_NUM_TOKENS:
             o = tl.where(valid, o, 0.0)
         out_ptr += sequence * (TOKENS * HEADS * DV) if token == 0 else HEADS * DV
         target = out_ptr + warp * 0 + column[None, :]
-        mask = warp == tl.arange(0, BLOCK_V)[None, :] // COLUMNS
+        mask = warp == tl.arange(0, BLOCK_V)[None, :] // (BLOCK_V // WARPS)
         tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
         if token + 1 < TOKENS:
             state_tile += HEADS * DK * DV
