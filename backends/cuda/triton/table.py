@@ -54,5 +54,6 @@ TRITON_OPS: dict[str, Callable] = {
 
 A function has the parameters of the op's contract in `et_moe.backends.ops`, in the same order and
 with the same defaults, except that weights which the kernels want in another order are prepacked
-(`et_moe.backends.cuda.prepack`).
+(`et_moe.backends.cuda.prepack`). What it takes by keyword only is for ops that are computed
+together (`et_moe.backends.cuda.fusion`).
 """

@@ -5,13 +5,20 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx import Node
 
 from et_moe.backends.cuda.fusion import fuse
 from et_moe.backends.cuda.triton.gated_delta_net.op import gated_delta_net_projected
+from et_moe.backends.cuda.triton.out_projection.op import (
+    attention_out,
+    gated_delta_net_out,
+    gated_delta_net_projected_out,
+)
 
 HEADS, DIM, TAPS, GROUP = 2, 16, 4, 32
 CHANNELS = 3 * HEADS * DIM
 WIDTH = CHANNELS + HEADS * DIM + 2 * HEADS
+N = 64
 
 
 class Net(nn.Module):
@@ -36,6 +43,22 @@ class Net(nn.Module):
         return out, y.sum() if self.shared else None
 
 
+def empty_net(versions: bool = False) -> tuple[tuple, tuple]:
+    """Weights and state of a gated delta net."""
+    weights = (
+        torch.empty(CHANNELS, TAPS),
+        torch.empty(HEADS),
+        torch.empty(HEADS),
+        torch.empty(DIM),
+    )
+    states = (
+        torch.empty(1, TAPS - 1, CHANNELS),
+        torch.empty(1, *(1,) * versions, HEADS, DIM, DIM),
+        torch.empty(1, dtype=torch.int32),
+    )
+    return weights, states
+
+
 def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, dynamic=False):
     """The targets of the graph's nodes, and the keyword arguments of the fused node if there is
     one."""
@@ -50,12 +73,7 @@ def fused(model: Net, tokens: int = 1, k: int = 256, num_tokens: bool = False, d
             torch.empty(tokens, WIDTH),
             torch.empty(1, dtype=torch.int64) if num_tokens else None,
             (weight, torch.empty(scale, dtype=torch.bfloat16)),
-            (torch.empty(CHANNELS, TAPS), torch.empty(HEADS), torch.empty(HEADS), torch.empty(DIM)),
-            (
-                torch.empty(1, TAPS - 1, CHANNELS),
-                torch.empty(1, *(1,) * model.versions, HEADS, DIM, DIM),
-                torch.empty(1, dtype=torch.int32),
-            ),
+            *empty_net(model.versions),
         )
     rows = {0: Dim("T", min=2, max=64)} if dynamic else None
     shapes = (rows, rows, None, (None,) * 2, (None,) * 4, (None,) * 3)
@@ -104,3 +122,91 @@ def test_left_alone(model):
     assert kwargs is None
     targets = [str(node.target) for node in calls]
     assert f"et_moe.{model.op}.default" in targets and "et_moe.gated_delta_net.default" in targets
+
+
+class Mixer(nn.Module):
+    """Attention or a gated delta net, and the linear layer behind it."""
+
+    def __init__(self, what: str, op: str = "linear_w4a8", between: bool = False, **layer: bool):
+        super().__init__()
+        self.what, self.op, self.between, self.layer = what, op, between, layer
+
+    def forward(self, projected, residual, linear, weights, state):
+        mixed = getattr(torch.ops.et_moe, self.what)(projected, *weights, *state)
+        if self.between:
+            residual = torch.ops.et_moe.rms_norm(residual, residual[0])
+        group = (GROUP,) if "w4" in self.op else ()
+        more = {"residual": residual} if self.layer.get("residual") else {}
+        more |= {"norm_weight": linear[2]} if self.layer.get("norm") else {}
+        out = getattr(torch.ops.et_moe, self.op)(mixed, *linear[:2], *group, **more)
+        return out, mixed.sum() if self.layer.get("shared") else None
+
+
+def fused_mixer(model: Mixer) -> list[Node]:
+    """The calls of the graph behind `fuse`."""
+    columns = HEADS * DIM
+    with FakeTensorMode():
+        weight = torch.empty((N, columns // 2), dtype=torch.uint8)
+        scale = torch.empty(N, columns // GROUP)
+        if "w8" in model.op:
+            weight, scale = torch.empty((N, columns), dtype=torch.int8), torch.empty(N, 1)
+        if model.what == "attention":
+            width = 2 * (HEADS + 1) * DIM
+            weights = (torch.empty(DIM), torch.empty(DIM), torch.empty(4))
+            state = (torch.empty(2, 1, 64, DIM), torch.empty(2, 1, 64, DIM))
+            state += (torch.empty(1, 2, dtype=torch.int32), torch.empty(1, dtype=torch.int64))
+        else:
+            width, weights, state = WIDTH, *empty_net()
+        linear = (weight, scale, torch.empty(columns))
+        arguments = (torch.empty(8, width), torch.empty(8, N), linear, weights, state)
+    graph = export(model, arguments).graph
+    fuse(graph)
+    graph.lint()
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    ("what", "function"),
+    [("attention", attention_out), ("gated_delta_net", gated_delta_net_out)],
+)
+@pytest.mark.parametrize("op", ["linear_w4a8", "linear_w8a8"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_out_projections(what, function, op, residual):
+    (node,) = fused_mixer(Mixer(what, op, residual=residual))
+    assert node.target is function
+    assert node.kwargs["group_size"] == (GROUP if op == "linear_w4a8" else None)
+    assert (node.kwargs["residual"] is not None) == residual
+    assert ("pages" in node.kwargs["given"]) == (what == "attention")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"op": "linear_w4a16"},
+        {"op": "linear_w8a16"},
+        {"norm": True},
+        {"shared": True},
+        {"between": True, "residual": True},
+    ],
+    ids=["16 bits", "16 bits, INT8 weights", "norm", "other user", "an op between"],
+)
+@pytest.mark.parametrize("what", ["attention", "gated_delta_net"])
+def test_out_projections_left_alone(what, options):
+    targets = [str(node.target) for node in fused_mixer(Mixer(what, **options))]
+    assert f"et_moe.{what}.default" in targets
+    assert f"et_moe.{options.get('op', 'linear_w4a8')}.default" in targets
+
+
+def test_a_net_between_its_projections():
+    """All three are one call, whose arguments are those of the two in front."""
+
+    class Both(Mixer):
+        def forward(self, projected, residual, linear, weights, state):
+            weight = torch.empty((WIDTH, N // 2), dtype=torch.uint8)
+            scale = torch.empty(WIDTH, N // GROUP)
+            projected = torch.ops.et_moe.linear_w4a8(residual, weight, scale, GROUP)
+            return super().forward(projected, residual, linear, weights, state)
+
+    calls = fused_mixer(Both("gated_delta_net", residual=True))
+    node = next(node for node in calls if node.target is gated_delta_net_projected_out)
+    assert {"x", "weight", "planes", "conv_weight"} <= set(node.kwargs["given"])

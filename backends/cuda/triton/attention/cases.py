@@ -12,7 +12,7 @@ from et_moe.backends.cuda.triton.cases.op_case import OpCase, random_tensor
 _CAPACITY = 4096
 
 
-def _arguments(shape: tuple, batch: bool):
+def arguments_of(shape: tuple, batch: bool):
     """Arguments of m tokens of one sequence or, if batch, of one token of each of m sequences."""
     dtype, heads, kv_heads, head_dim, half = shape
 
@@ -42,7 +42,7 @@ def _arguments(shape: tuple, batch: bool):
 
 
 # dtype, query heads, KV heads, D, rotated pairs
-_QWEN3_5_35B = (torch.bfloat16, 16, 2, 256, 32)
+QWEN3_5_35B = (torch.bfloat16, 16, 2, 256, 32)
 _SMALL_FP32 = (torch.float32, 4, 1, 64, 8)
 _STREAMS = {"_decode_kernel": ("k_cache_ptr", "v_cache_ptr")}
 
@@ -51,12 +51,12 @@ def _case(name: str, shape: tuple) -> OpCase:
     suffix = "_fp32" if shape[0] == torch.float32 else ""
     tables = (f"attention_decode{suffix}", f"attention_prefill{suffix}")
     tables = (*tables, "attention_combine", "attention_append")
-    arguments = _arguments(shape, batch=False)
+    arguments = arguments_of(shape, batch=False)
     return OpCase(f"attention/{name}", attention, arguments, tables, streams=_STREAMS)
 
 
 def _batch_case(name: str, shape: tuple) -> OpCase:
-    arguments = _arguments(shape, batch=True)
+    arguments = arguments_of(shape, batch=True)
     return OpCase(f"attention/{name}_batch", attention, arguments, tokens=(7,), streams=_STREAMS)
 
 
@@ -64,7 +64,7 @@ def _drafts_case(name: str, shape: tuple) -> OpCase:
     """The rows of drafts of one sequence."""
 
     def arguments(m, device):
-        given = _arguments(shape, batch=False)(m, device)
+        given = arguments_of(shape, batch=False)(m, device)
         given["positions"] = torch.full((1,), _CAPACITY - m, device=device)
         return given | {"each_row": True}
 
@@ -76,17 +76,17 @@ def _head_case(name: str, shape: tuple) -> OpCase:
     """Attention of an MTP head, whose keys begin at token 1."""
 
     def arguments(m, device):
-        return _arguments(shape, batch=False)(m, device) | {"first_token": 1}
+        return arguments_of(shape, batch=False)(m, device) | {"first_token": 1}
 
     return OpCase(f"attention/{name}_head", attention, arguments, streams=_STREAMS)
 
 
 CASES = [
-    _case("qwen3_5_35b", _QWEN3_5_35B),
+    _case("qwen3_5_35b", QWEN3_5_35B),
     _case("small_fp32", _SMALL_FP32),
-    _batch_case("qwen3_5_35b", _QWEN3_5_35B),
-    _drafts_case("qwen3_5_35b", _QWEN3_5_35B),
-    _head_case("qwen3_5_35b", _QWEN3_5_35B),
+    _batch_case("qwen3_5_35b", QWEN3_5_35B),
+    _drafts_case("qwen3_5_35b", QWEN3_5_35B),
+    _head_case("qwen3_5_35b", QWEN3_5_35B),
     _head_case("small_fp32", _SMALL_FP32),
 ]
 

@@ -22,6 +22,7 @@ from et_moe.backends.cuda.triton.attention.rows import append_rows_kernel
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, is_one, launch
+from et_moe.backends.cuda.triton.common.quantized_rows import QuantizedRows, RowFormat
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, find_sequence
 from et_moe.backends.cuda.triton.tuning import find_config
 from et_moe.backends.ops import PAGE_SIZE
@@ -307,9 +308,11 @@ def _decode_kernel(
             _store_split(partial, softmax, own, head, in_group, HEADS, DIM)
 
 
-def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict, tokens: int) -> torch.Tensor:
+def attention_decode(
+    inputs: tuple[torch.Tensor, ...], shape: dict, tokens: int, wanted: RowFormat | None
+) -> torch.Tensor | QuantizedRows:
     """Attention of `tokens` tokens of each of B sequences: `[B * tokens, Hq * D]` in the dtype of
-    qkv.
+    qkv, or quantized, see `join_splits`.
 
     Args:
         inputs: the leading arguments of `_decode_kernel` up to `num_tokens`, for which any tensor
@@ -341,8 +344,7 @@ def attention_decode(inputs: tuple[torch.Tensor, ...], shape: dict, tokens: int)
     config |= {"ROWS": max(16, triton.next_power_of_2(shape["GROUP"])), "BATCHED": batched}
     grid = (programs, kv_heads, rows)
     launch(_decode_kernel, grid, *inputs, partial, top, total, **shape, **config)
-    out = qkv.new_empty((rows, heads * dim))
     names = ("KV_HEADS", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN", "TOKENS")
     joined = {n: shape[n] for n in names} | splits
-    join_splits((qkv, positions, num_tokens, partial, top, total, out), rows, heads, joined)
-    return out
+    arguments = (qkv, positions, num_tokens, partial, top, total)
+    return join_splits(arguments, heads, joined, wanted)

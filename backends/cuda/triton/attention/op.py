@@ -6,6 +6,7 @@ import torch
 
 from et_moe.backends.cuda.triton.attention.decode import attention_decode
 from et_moe.backends.cuda.triton.attention.prefill import attention_prefill
+from et_moe.backends.cuda.triton.common.quantized_rows import QuantizedRows, RowFormat
 from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS, count_decode_rows
 
 MOST_ROWS = LINEAR_ROWS + 1
@@ -25,12 +26,15 @@ def attention(
     num_tokens: torch.Tensor | None = None,
     first_token: int = 0,
     each_row: bool = False,
-) -> torch.Tensor:
+    *,
+    wanted: RowFormat | None = None,
+) -> torch.Tensor | QuantizedRows:
     """`ops.attention`: `[B R, Hq * D]` in two launches, for D a power of two from 16 on.
 
     B or R is 1 or, with each_row, R is at most 5. With each_row, and for up to 64 rows of one
     sequence whose cache is large, it takes three launches. All tensors are contiguous; shapes and
-    dtypes are those of the contract, floats bf16 or fp32. The outputs of padding are zeros.
+    dtypes are those of the contract, floats bf16 or fp32. The outputs of padding are zeros. With
+    `wanted`, the rows may be quantized for the linear layer behind, see `join_splits`.
 
     Raises:
         ValueError: sequences have other rows.
@@ -51,4 +55,6 @@ def attention(
         "FIRST_TOKEN": first_token,
     }
     inputs = (*inputs, positions if num_tokens is None else num_tokens)
-    return attention_decode(inputs, shape, rows) if rows else attention_prefill(inputs, shape)
+    if rows:
+        return attention_decode(inputs, shape, rows, wanted)
+    return attention_prefill(inputs, shape, wanted)

@@ -15,6 +15,7 @@ from et_moe.backends.cuda.triton.attention.rope import (
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.dot import dot
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.quantized_rows import QuantizedRows, RowFormat
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.tuning import find_config, find_largest
 from et_moe.backends.ops import PAGE_SIZE
@@ -307,8 +308,11 @@ def _count_splits(tokens: int | torch.SymInt, capacity: int) -> int:
     return min(MAX_SPLITS, triton.next_power_of_2(cdiv(capacity, SPLIT_TOKENS)))
 
 
-def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Tensor:
-    """Attention of any number of tokens of one sequence: `[T, Hq * D]` in the dtype of qkv.
+def attention_prefill(
+    inputs: tuple[torch.Tensor, ...], shape: dict, wanted: RowFormat | None
+) -> torch.Tensor | QuantizedRows:
+    """Attention of any number of tokens of one sequence: `[T, Hq * D]` in the dtype of qkv; or
+    quantized, where splits are joined, see `join_splits`.
 
     Args:
         inputs: the leading arguments of `_append_kernel` up to `num_tokens`, for which any tensor
@@ -355,6 +359,6 @@ def attention_prefill(inputs: tuple[torch.Tensor, ...], shape: dict) -> torch.Te
     if splits > 1:
         names = ("KV_HEADS", "DIM", "HAS_NUM_TOKENS", "FIRST_TOKEN")
         joined = {n: shape[n] for n in names} | {"TOKENS": FEW_TOKENS, "SPLITS": splits}
-        arguments = (qkv, positions, num_tokens, *parts, out)
-        join_splits(arguments, tokens, heads, joined | {"BLOCK_N": 0})
+        arguments = (qkv, positions, num_tokens, *parts)
+        return join_splits(arguments, heads, joined | {"BLOCK_N": 0}, wanted)
     return out

@@ -8,6 +8,7 @@ from et_moe.backends.cuda.triton.gated_delta_net import cases as gated_delta_net
 from et_moe.backends.cuda.triton.hand_over import cases as hand_over
 from et_moe.backends.cuda.triton.linear import cases as linear
 from et_moe.backends.cuda.triton.moe import cases as moe
+from et_moe.backends.cuda.triton.out_projection import cases as out_projection
 from et_moe.backends.cuda.triton.quantization import cases as quantization
 from et_moe.backends.cuda.triton.router import cases as router
 from et_moe.backends.cuda.triton.sampling import cases as sampling
@@ -20,6 +21,7 @@ OP_CASES: tuple[OpCase, ...] = (
     *hand_over.CASES,
     *linear.CASES,
     *moe.CASES,
+    *out_projection.CASES,
     *quantization.CASES,
     *router.CASES,
     *sampling.CASES,

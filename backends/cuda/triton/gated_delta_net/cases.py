@@ -17,7 +17,7 @@ from et_moe.backends.cuda.triton.linear.cases import example_weight
 _STREAMS = {"_step_kernel": ("state_ptr",)}
 
 
-def _net_arguments(
+def net_arguments(
     dtype: torch.dtype,
     key_heads: int,
     heads: int,
@@ -63,7 +63,7 @@ def _net_case(name: str, *shape, **options) -> OpCase:
     tables = ("causal_conv1d", "gated_delta_prepare", "gated_delta_norm")
     scan = scan_table(shape[0], options.get("state_dtype", torch.float32))
     tables = (*tables, scan, "causal_conv1d_step", "gated_delta_step")
-    arguments = _net_arguments(*shape, **options)
+    arguments = net_arguments(*shape, **options)
     return OpCase(f"gated_delta_net/{name}", gated_delta_net, arguments, tables, streams=_STREAMS)
 
 
@@ -71,7 +71,7 @@ def _batch_case(name: str, *shape, **options) -> OpCase:
     return OpCase(
         f"gated_delta_net/{name}_batch",
         gated_delta_net,
-        _net_arguments(*shape, batch=True, **options),
+        net_arguments(*shape, batch=True, **options),
         ("causal_conv1d_step",),
         tokens=(7,),
         streams=_STREAMS,
@@ -79,7 +79,7 @@ def _batch_case(name: str, *shape, **options) -> OpCase:
 
 
 def _versions_case(name: str, *shape, **options) -> OpCase:
-    arguments = _net_arguments(*shape, versions=4, **options)
+    arguments = net_arguments(*shape, versions=4, **options)
     return OpCase(f"gated_delta_net/{name}_versions", gated_delta_net, arguments, streams=_STREAMS)
 
 
@@ -87,13 +87,13 @@ def _drafts_case(name: str, *shape, **options) -> OpCase:
     return OpCase(
         f"gated_delta_net/{name}_drafts",
         gated_delta_net,
-        _net_arguments(*shape, versions=4, each_row=True, **options),
+        net_arguments(*shape, versions=4, each_row=True, **options),
         tokens=(2, 3, 4),
         streams=_STREAMS,
     )
 
 
-_QWEN3_5_35B = (torch.bfloat16, 16, 32, 128)
+QWEN3_5_35B = (torch.bfloat16, 16, 32, 128)
 _BF16_STATE = {"state_dtype": torch.bfloat16}
 
 
@@ -105,11 +105,11 @@ def _projected_case(
     versions: int = 0,
     **rows: bool,
 ) -> OpCase:
-    """rows: which rows there are, as `_net_arguments` takes it."""
+    """rows: which rows there are, as `net_arguments` takes it."""
     hidden = 2048
 
     def arguments(m, device):
-        given = _net_arguments(*_QWEN3_5_35B, versions=versions, **rows)(m, device)
+        given = net_arguments(*QWEN3_5_35B, versions=versions, **rows)(m, device)
         n = given.pop("projected").shape[1]
         return given | {
             "x": random_tensor(m, hidden, device=device),
@@ -159,14 +159,14 @@ CASES = [
         tables=("gated_delta_prepare", "gated_delta_scan", "gated_delta_step"),
         streams=_STREAMS,
     ),
-    _net_case("qwen3_5_35b", *_QWEN3_5_35B),
-    _batch_case("qwen3_5_35b", *_QWEN3_5_35B),
-    _versions_case("qwen3_5_35b", *_QWEN3_5_35B),
-    _drafts_case("qwen3_5_35b", *_QWEN3_5_35B),
-    _net_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
-    _batch_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
-    _versions_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
-    _drafts_case("qwen3_5_35b_bf16_state", *_QWEN3_5_35B, **_BF16_STATE),
+    _net_case("qwen3_5_35b", *QWEN3_5_35B),
+    _batch_case("qwen3_5_35b", *QWEN3_5_35B),
+    _versions_case("qwen3_5_35b", *QWEN3_5_35B),
+    _drafts_case("qwen3_5_35b", *QWEN3_5_35B),
+    _net_case("qwen3_5_35b_bf16_state", *QWEN3_5_35B, **_BF16_STATE),
+    _batch_case("qwen3_5_35b_bf16_state", *QWEN3_5_35B, **_BF16_STATE),
+    _versions_case("qwen3_5_35b_bf16_state", *QWEN3_5_35B, **_BF16_STATE),
+    _drafts_case("qwen3_5_35b_bf16_state", *QWEN3_5_35B, **_BF16_STATE),
     _net_case("small_fp32_bf16_state", torch.float32, 2, 4, 64, **_BF16_STATE),
     _drafts_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("small_fp32", torch.float32, 2, 4, 64),

@@ -5,6 +5,7 @@ import torch
 from et_moe.backends.cuda.triton.causal_conv1d.decode import count_conv_versions
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
 from et_moe.backends.cuda.triton.common.launch import is_one
+from et_moe.backends.cuda.triton.common.quantized_rows import QuantizedRows, RowFormat
 from et_moe.backends.cuda.triton.common.tokens import count_decode_rows
 from et_moe.backends.cuda.triton.gated_delta_net.chunk import chunk_gated_delta
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating
@@ -44,12 +45,20 @@ def gated_delta_rule(
     return _run((q, k, v), (0, 0), (g, beta), places, each_row, q.shape[1]).view(v.shape)
 
 
-def _run(qkv, columns, gates, places: StatePlaces, each_row: bool, key_heads: int) -> torch.Tensor:
-    """The rule, by the kernels for as many rows, as from `chunk_gated_delta`."""
+def _run(
+    qkv,
+    columns,
+    gates,
+    places: StatePlaces,
+    each_row: bool,
+    key_heads: int,
+    wanted: RowFormat | None = None,
+) -> torch.Tensor | QuantizedRows:
+    """The rule, by the kernels for as many rows, as from `step_gated_delta`."""
     rows = count_decode_rows(qkv[0].shape[0], places.slots.shape[0], each_row)
     check_each_row(each_row, rows, places.versions, places.count)
     if rows:
-        return step_gated_delta(qkv, columns, gates, places, key_heads, rows)
+        return step_gated_delta(qkv, columns, gates, places, key_heads, rows, wanted)
     return chunk_gated_delta(qkv, columns, gates, places, key_heads)
 
 
@@ -59,13 +68,14 @@ def _behind_convolution(
     gating: Gating,
     places: StatePlaces,
     each_row: bool,
-) -> torch.Tensor:
+    wanted: RowFormat | None,
+) -> torch.Tensor | QuantizedRows:
     """All that `gated_delta_net` does behind its convolution, whose results are the first channels
     of the rows of qkv."""
     heads, key_dim, value_dim = places.shape
     keys = (channels - heads * value_dim) // 2
     columns, key_heads = (keys, 2 * keys), keys // key_dim
-    return _run((qkv, qkv, qkv), columns, gating, places, each_row, key_heads)
+    return _run((qkv, qkv, qkv), columns, gating, places, each_row, key_heads, wanted)
 
 
 def gated_delta_net(
@@ -81,7 +91,9 @@ def gated_delta_net(
     num_tokens: torch.Tensor | None = None,
     versions: torch.Tensor | None = None,
     each_row: bool = False,
-) -> torch.Tensor:
+    *,
+    wanted: RowFormat | None = None,
+) -> torch.Tensor | QuantizedRows:
     """`ops.gated_delta_net` in two launches for one token of each sequence or, with each_row, up to
     four; else in four.
 
@@ -89,7 +101,8 @@ def gated_delta_net(
     fp32. A version below or above those that there are counts as the first or the last.
 
     Returns:
-        `[B R, V]` in projected's dtype. The outputs of padding are zeros.
+        `[B R, V]` in projected's dtype, or these rows quantized, see `step_gated_delta`. The
+        outputs of padding are zeros.
 
     Raises:
         ValueError: sequences have other rows, or each_row without versions or with too few.
@@ -98,7 +111,7 @@ def gated_delta_net(
     qkv = causal_conv1d(projected, conv_weight, conv_state, *where, each_row)
     gating, channels = Gating(projected, a_log, dt_bias, norm_weight, eps), conv_weight.shape[0]
     places = StatePlaces(recurrent_state, *where)
-    return _behind_convolution(qkv, channels, gating, places, each_row)
+    return _behind_convolution(qkv, channels, gating, places, each_row, wanted)
 
 
 def gated_delta_net_projected(
@@ -120,7 +133,9 @@ def gated_delta_net_projected(
     num_tokens: torch.Tensor | None = None,
     versions: torch.Tensor | None = None,
     each_row: bool = False,
-) -> torch.Tensor:
+    *,
+    wanted: RowFormat | None = None,
+) -> torch.Tensor | QuantizedRows:
     """A linear layer and the `gated_delta_net` behind it.
 
     They take two launches for a single token without `num_tokens`, and for up to `LINEAR_ROWS` rows
@@ -133,10 +148,10 @@ def gated_delta_net_projected(
             planes 1, or `linear_w4a16` for planes 2; with group_size None, as `linear_w8a8` and
             `linear_w8a16` take them.
         conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, slots, eps,
-            num_tokens, versions, each_row: as `gated_delta_net` takes them.
+            num_tokens, versions, each_row, wanted: as `gated_delta_net` takes them.
 
     Returns:
-        `[B R, V]` in x's dtype, as from the two ops.
+        `[B R, V]` in x's dtype, as from the two ops; or these rows quantized.
 
     Raises:
         ValueError: the projection's arguments do not fit each other, or as `gated_delta_net`.
@@ -153,11 +168,9 @@ def gated_delta_net_projected(
         conv = ConvRows(conv_weight, conv_state, slots, versions, num_tokens, rows)
         projected = linear_decode_loop(*projection, conv)
     else:
-        states = (conv_state, recurrent_state, slots)
         projected = linear(*projection, planes)
-        return gated_delta_net(
-            projected, conv_weight, *layer, *states, eps, num_tokens, versions, each_row
-        )
+        net = (projected, conv_weight, *layer, conv_state, recurrent_state, slots, eps)
+        return gated_delta_net(*net, num_tokens, versions, each_row, wanted=wanted)
     places = StatePlaces(recurrent_state, slots, num_tokens, versions)
     gating = Gating(projected, *layer, eps)
-    return _behind_convolution(projected, conv_weight.shape[0], gating, places, each_row)
+    return _behind_convolution(projected, conv_weight.shape[0], gating, places, each_row, wanted)

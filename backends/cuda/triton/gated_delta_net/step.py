@@ -7,11 +7,18 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import launch
+from et_moe.backends.cuda.triton.common.quantized_rows import (
+    QuantizedRows,
+    RowFormat,
+    allocate_rows,
+    quantize_tile,
+)
 from et_moe.backends.cuda.triton.common.silu import silu
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, load_version
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, compute_gates, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces
 from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.ops import ACTIVATION_TILE
 
 
 @triton.jit
@@ -212,6 +219,7 @@ def _step_kernel(
     slots_ptr,
     versions_ptr,
     out_ptr,
+    scale_ptr,
     K_ROW: tl.constexpr,
     K_COLUMN: tl.constexpr,
     V_ROW: tl.constexpr,
@@ -231,6 +239,8 @@ def _step_kernel(
     HAS_NUM_TOKENS: tl.constexpr,
     VERSIONS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PADDED_M: tl.constexpr,
+    SCALE_FACTOR: tl.constexpr,
 ):
     """TOKENS tokens of a sequence, BLOCK_V columns of a value head. With q and k scaled to unit
     length, of each:
@@ -243,6 +253,8 @@ def _step_kernel(
     BLOCK_V must be the whole head. A sequence without a valid row gets zeros, and nothing is read
     through its slot. The state stays in registers from token to token, and each leaves a version,
     from which the next goes on: rounded, if states are bf16.
+
+    With scale_ptr o is quantized: out_ptr and it are the `QuantizedRows`, of PADDED_M rows.
     """
     head = tl.program_id(0)
     sequence = tl.program_id(2).to(tl.int64)
@@ -312,6 +324,11 @@ def _step_kernel(
         out_ptr += sequence * (TOKENS * HEADS * DV) if token == 0 else HEADS * DV
         target = out_ptr + warp * 0 + column[None, :]
         mask = warp == tl.arange(0, BLOCK_V)[None, :] // (BLOCK_V // WARPS)
+        if scale_ptr is not None:
+            o, scale = quantize_tile(o, q_ptr.dtype.element_ty)
+            at = head * PADDED_M + sequence * TOKENS + token
+            own = tl.arange(0, WARPS) == 0
+            tl.store(scale_ptr + at + tl.zeros_like(own), scale * SCALE_FACTOR, mask=own)
         tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
         if token + 1 < TOKENS:
             state_tile += HEADS * DK * DV
@@ -325,19 +342,26 @@ def step_gated_delta(
     places: StatePlaces,
     key_heads: int,
     tokens: int,
-) -> torch.Tensor:
+    wanted: RowFormat | None = None,
+) -> torch.Tensor | QuantizedRows:
     """`chunk_gated_delta` of `tokens` tokens of each of B sequences, in one launch; each token
     leaves a version.
 
     All else has B times `tokens` rows.
 
+    Args:
+        wanted: how the linear layer behind it wants rows, if it takes them quantized. They are if
+            there is a `Gating` and Dv is `ACTIVATION_TILE`.
+
     Returns:
-        `[B * tokens, Hv * Dv]` in the dtype of q.
+        `[B * tokens, Hv * Dv]` in the dtype of q, or these rows quantized.
     """
     (q, k, v), (heads, key_dim, value_dim) = qkv, places.shape
     values, slots, num_tokens = heads * value_dim, places.slots, places.num_tokens
-    out = q.new_empty((q.shape[0], values))
     found = find_gates(gates, columns[1] + values, values, heads)
+    if not found.gated or value_dim != ACTIVATION_TILE:
+        wanted = None
+    result = allocate_rows(q, q.shape[0], values, wanted)
     block = value_dim if found.gated else min(value_dim, 32)
     config = find_config("gated_delta_step", state_elements=key_dim * block)
     launch(
@@ -351,7 +375,7 @@ def step_gated_delta(
         places.state,
         slots,
         places.versions,
-        out,
+        *result.pointers,
         K_ROW=k.stride(0),
         K_COLUMN=columns[0],
         V_ROW=v.stride(0),
@@ -371,6 +395,7 @@ def step_gated_delta(
         HAS_NUM_TOKENS=num_tokens is not None,
         VERSIONS=places.count,
         TOKENS=tokens,
+        **result.shape,
         **config,
     )
-    return out
+    return result.out

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from et_moe.backends.cuda.triton.common.dependent_launch import wait_for_previous
 from et_moe.backends.cuda.triton.common.launch import cdiv, launch
+from et_moe.backends.cuda.triton.common.quantized_rows import QuantizedRows, RowFormat
 from et_moe.backends.cuda.triton.linear.decode import floor_power_of_two, supports_k
 from et_moe.backends.cuda.triton.linear.layout import point_to_scale_pairs, split_scale_pair
 from et_moe.backends.cuda.triton.linear.prefill import unpack_bytes
@@ -182,21 +183,42 @@ def linear_few_rows(
     Returns:
         `[T, N]` in x's dtype.
     """
-    (m, k), n, bits = x.shape, weight.shape[0], 8 if group_size is None else 4
-    blocks, padded_m = weight.shape[1] // 128, 8 * cdiv(rows, 8)
+    (m, k), bits = x.shape, 8 if group_size is None else 4
+    padded_m = RowFormat.of_weights(rows, bits).padded_m
+    quantized = quantize_rows(x, norm_weight, eps, k, 1, padded_m, False, 4, bits)
+    return multiply_few_rows(QuantizedRows(*quantized), m, x.dtype, weight, scale, bits, residual)
+
+
+def multiply_few_rows(
+    x: QuantizedRows,
+    m: int | torch.SymInt,
+    dtype: torch.dtype,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """The product of `linear_few_rows` with rows that are quantized already.
+
+    Args:
+        x: of `RowFormat.of_weights`; m: how many rows count.
+
+    Returns:
+        `[m, N]` in dtype.
+    """
+    n, blocks = weight.shape[0], weight.shape[1] // 128
     config = find_config(f"linear_w{bits}_few_rows", out_features=n)
     warps, block_n = min(config["num_warps"], blocks), min(config["BLOCK_N"], floor_power_of_two(n))
-    q, q_scale = quantize_rows(x, norm_weight, eps, k, 1, padded_m, False, 4, bits)
-    out = x.new_empty((m, n))
+    out = scale.new_empty((m, n), dtype=dtype)
     launch(
         _few_rows_kernel,
         (cdiv(n, block_n),),
-        *(q, q_scale, weight, scale, residual, out, m, n),
+        *(*x, weight, scale, residual, out, m, n),
         BLOCKS=blocks,
         WARPS=warps,
         BITS=bits,
         BLOCK_N=block_n,
-        ROWS=padded_m,
+        ROWS=x.scale.shape[1],
         num_warps=warps,
     )
     return out
