@@ -140,7 +140,8 @@ def batched_call(launches: list[Launch]) -> list[Launch]:
     calls.pop()  # behind the last decode call
     names = [[launch.name for launch in call] for call in calls]
     # Those of a prefill stand in front of the kernels of the decode call behind it.
-    prefills = [i for i, call in enumerate(names) if any("_scan_kernel" in n for n in call)]
+    prompts = ("_scan_kernel", "_few_tokens_kernel")
+    prefills = [i for i, call in enumerate(names) if any(n.endswith(prompts) for n in call)]
     last = prefills[-1] if prefills else len(names)
     if len(names) < last + 3 or names[last + 1] != names[last + 2]:
         raise ProfileError("the trace does not hold three decode calls behind a prefill, two equal")

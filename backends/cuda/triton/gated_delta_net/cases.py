@@ -67,6 +67,14 @@ def _net_case(name: str, *shape, **options) -> OpCase:
     return OpCase(f"gated_delta_net/{name}", gated_delta_net, arguments, tables, streams=_STREAMS)
 
 
+def _short_case(name: str, *shape, **options) -> OpCase:
+    """Prompts of up to 4 and of up to 16 tokens."""
+    arguments = net_arguments(*shape, **options)
+    streams = {"_few_tokens_kernel": ("state_ptr",)}
+    name = f"gated_delta_net/{name}_short"
+    return OpCase(name, gated_delta_net, arguments, tokens=(4, 16), streams=streams)
+
+
 def _batch_case(name: str, *shape, **options) -> OpCase:
     return OpCase(
         f"gated_delta_net/{name}_batch",
@@ -170,6 +178,9 @@ CASES = [
     _net_case("small_fp32_bf16_state", torch.float32, 2, 4, 64, **_BF16_STATE),
     _drafts_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("small_fp32", torch.float32, 2, 4, 64),
+    _short_case("qwen3_5_35b", *QWEN3_5_35B),
+    _short_case("qwen3_5_35b_bf16_state", *QWEN3_5_35B, **_BF16_STATE),
+    _short_case("small_fp32", torch.float32, 2, 4, 64),
     _net_case("narrow", torch.bfloat16, 2, 4, 32),
 ]
 

@@ -29,12 +29,14 @@ from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces, find_state
 from et_moe.backends.cuda.triton.gated_delta_net.prepare import FACTORS, SQUARES, prepare_kernel
-from et_moe.backends.cuda.triton.tuning import find_config
+from et_moe.backends.cuda.triton.tuning import find_config, find_largest
 from et_moe.backends.ops.sequences import PAGE_SIZE
 
 LOG_CHUNK = {2: 6, 4: 4}
 """log2 of the tokens in a chunk, by the bytes of an element; fp32 takes more registers. Chunks fill
 pages."""
+LEAST_LOG_CHUNK = 4
+"""That of prompts which are no longer."""
 _PAGE = tl.constexpr(PAGE_SIZE)
 
 
@@ -228,7 +230,8 @@ def chunk_gated_delta(
     """
     (q, k, v), (heads, key_dim, value_dim) = qkv, places.shape
     tokens, values = q.shape[0], heads * value_dim
-    log_chunk = LOG_CHUNK[q.element_size()]
+    is_short = find_largest(tokens) <= 1 << LEAST_LOG_CHUNK
+    log_chunk = LEAST_LOG_CHUNK if is_short else LOG_CHUNK[q.element_size()]
     chunk = 1 << log_chunk
     chunks = cdiv(tokens, chunk)
     out = q.new_empty((tokens, values))

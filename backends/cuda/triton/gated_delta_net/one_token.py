@@ -1,4 +1,4 @@
-"""One token of the gated delta rule in registers: what the kernels of one token and of a few share."""
+"""One token of the gated delta rule, in registers: for one token in a kernel, and for a few."""
 
 import triton
 import triton.language as tl

@@ -6,14 +6,16 @@ from et_moe.backends.cuda.triton.causal_conv1d.decode import count_conv_versions
 from et_moe.backends.cuda.triton.causal_conv1d.op import causal_conv1d
 from et_moe.backends.cuda.triton.common.launch import is_one
 from et_moe.backends.cuda.triton.common.quantized_rows import QuantizedRows, RowFormat
-from et_moe.backends.cuda.triton.common.tokens import count_decode_rows
+from et_moe.backends.cuda.triton.common.tokens import LINEAR_ROWS, count_decode_rows
 from et_moe.backends.cuda.triton.gated_delta_net.chunk import chunk_gated_delta
+from et_moe.backends.cuda.triton.gated_delta_net.few_tokens import few_gated_delta
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating
 from et_moe.backends.cuda.triton.gated_delta_net.places import StatePlaces
 from et_moe.backends.cuda.triton.gated_delta_net.step import step_gated_delta
 from et_moe.backends.cuda.triton.linear.decode import linear_decode, supports_k
 from et_moe.backends.cuda.triton.linear.decode_loop import ConvRows, linear_decode_loop
 from et_moe.backends.cuda.triton.linear.op import check_linear, linear, takes_loop
+from et_moe.backends.cuda.triton.tuning import find_largest
 from et_moe.backends.ops.sequences import check_each_row
 
 
@@ -30,7 +32,7 @@ def gated_delta_rule(
     each_row: bool = False,
 ) -> torch.Tensor:
     """`ops.gated_delta_rule` in one launch for one token of each sequence or, with each_row, up to
-    four; else in two.
+    four; for up to four tokens of one sequence in one, else in two.
 
     Else B is 1. Dk and Dv are powers of two from 16 on; q, k and v are contiguous, bf16 or fp32. A
     version below or above those that there are counts as the first or the last.
@@ -59,6 +61,8 @@ def _run(
     check_each_row(each_row, rows, places.versions, places.count)
     if rows:
         return step_gated_delta(qkv, columns, gates, places, key_heads, rows, wanted)
+    if find_largest(qkv[0].shape[0]) <= LINEAR_ROWS:
+        return few_gated_delta(qkv, columns, gates, places, key_heads)
     return chunk_gated_delta(qkv, columns, gates, places, key_heads)
 
 
@@ -95,7 +99,7 @@ def gated_delta_net(
     wanted: RowFormat | None = None,
 ) -> torch.Tensor | QuantizedRows:
     """`ops.gated_delta_net` in two launches for one token of each sequence or, with each_row, up to
-    four; else in four.
+    four; for up to four tokens of one sequence in two, else in four.
 
     Else B is 1. Dk and Dv are powers of two from 16 on; all tensors are contiguous, floats bf16 or
     fp32. A version below or above those that there are counts as the first or the last.

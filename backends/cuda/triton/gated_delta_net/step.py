@@ -14,7 +14,7 @@ from et_moe.backends.cuda.triton.common.quantized_rows import (
     quantize_tile,
 )
 from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, load_version
-from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, find_gates
+from et_moe.backends.cuda.triton.gated_delta_net.gates import Gates, Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.one_token import (
     advance_token,
     load_layer,
@@ -159,6 +159,34 @@ def _step_kernel(
             valid = count > token + 1
 
 
+def describe_rows(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    columns: tuple[int, int],
+    found: Gates,
+    places: StatePlaces,
+    key_heads: int,
+) -> dict:
+    """The constexprs of `_step_kernel` from K_ROW to DV, with GATED and EPS, for arguments as of
+    `step_gated_delta`."""
+    (_, k, v), (heads, key_dim, value_dim) = qkv, places.shape
+    return {
+        "K_ROW": k.stride(0),
+        "K_COLUMN": columns[0],
+        "V_ROW": v.stride(0),
+        "V_COLUMN": columns[1],
+        "GATE_ROW": found.b.stride(0),
+        "Z_COLUMN": found.z_column,
+        "B_COLUMN": found.b_column,
+        "A_COLUMN": found.a_column,
+        "HEADS": heads,
+        "GROUP": heads // key_heads,
+        "DK": key_dim,
+        "DV": value_dim,
+        "GATED": found.gated,
+        "EPS": found.eps,
+    }
+
+
 def step_gated_delta(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     columns: tuple[int, int],
@@ -200,22 +228,9 @@ def step_gated_delta(
         slots,
         places.versions,
         *result.pointers,
-        K_ROW=k.stride(0),
-        K_COLUMN=columns[0],
-        V_ROW=v.stride(0),
-        V_COLUMN=columns[1],
-        GATE_ROW=found.b.stride(0),
-        Z_COLUMN=found.z_column,
-        B_COLUMN=found.b_column,
-        A_COLUMN=found.a_column,
-        HEADS=heads,
-        GROUP=heads // key_heads,
-        DK=key_dim,
-        DV=value_dim,
+        **describe_rows(qkv, columns, found, places, key_heads),
         BLOCK_V=block,
         WARPS=config["num_warps"],
-        GATED=found.gated,
-        EPS=found.eps,
         HAS_NUM_TOKENS=num_tokens is not None,
         VERSIONS=places.count,
         TOKENS=tokens,

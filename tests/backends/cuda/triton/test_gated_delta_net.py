@@ -109,7 +109,13 @@ def test_heads(shape, tokens, valid, dtype, device):
     check("gated_delta_net", net_inputs(shape, tokens, dtype, device), valid)
 
 
-@pytest.mark.parametrize("tokens,valid", [(80, 0), (80, 1), (80, 2), (80, 3), (80, 64), (130, 65)])
+@pytest.mark.parametrize(
+    "tokens,valid",
+    [
+        *((80, 0), (80, 1), (80, 2), (80, 3), (80, 64), (130, 65)),
+        *((2, 0), (3, 1), (4, 2), (4, 3), (4, 4), (16, 0), (16, 9)),
+    ],
+)
 def test_padding(tokens, valid, device):
     """Padded rows may hold anything, change nothing, and come out as zeros."""
     inputs = net_inputs(GROUP_3, tokens, torch.float32, device)
@@ -142,8 +148,8 @@ def test_magnitudes(scale, tokens, device):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_true_head_size(dtype, device):
     shape = (1, 2, 128, 128, 4)
-    check("gated_delta_net", net_inputs(shape, 1, dtype, device))
-    check("gated_delta_net", net_inputs(shape, 66, dtype, device))
+    for tokens in (1, 4, 16, 66):
+        check("gated_delta_net", net_inputs(shape, tokens, dtype, device))
 
 
 def test_pieces_equal_the_whole(device):
@@ -161,7 +167,28 @@ def test_pieces_equal_the_whole(device):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens", [1, 66])
+@pytest.mark.parametrize("tokens", [2, 3, 4])
+@pytest.mark.parametrize("shape", [GROUP_3, WIDE])
+def test_few_tokens_have_the_bits_of_one_after_the_other(shape, tokens, dtype, device):
+    """Under the interpreter, which adds as numpy does, this is only a hint that it holds on a
+    GPU."""
+    inputs = rule_inputs(shape, tokens, dtype, device)
+    together, apart = clone(inputs), clone(inputs)
+    with record_launches(run=True) as launches:
+        got = gated_delta_rule(**together)
+    assert [x.name for x in launches] == ["_few_tokens_kernel"]
+    rows = [
+        gated_delta_rule(
+            **apart | {name: inputs[name][[i]] for name in ("q", "k", "v", "g", "beta")}
+        )
+        for i in range(tokens)
+    ]
+    assert torch.equal(got, torch.cat(rows))
+    assert torch.equal(together["state"], apart["state"])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 4, 16, 66])
 def test_repeatable(tokens, dtype, device):
     inputs = net_inputs(WIDE, tokens, dtype, device)
     first, second = clone(inputs), clone(inputs)
@@ -178,7 +205,9 @@ def test_launches(device):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens,valid", [(1, None), (65, None), (129, None), (193, None), (70, 3)])
+@pytest.mark.parametrize(
+    "tokens,valid", [(1, None), (4, 3), (16, None), (65, None), (129, None), (193, None), (70, 3)]
+)
 @pytest.mark.parametrize("shape", [GROUP_3, (1, 2, 32, 128, 2)])
 def test_rule(shape, tokens, valid, dtype, device):
     """For one token and the second shape, several programs share a head."""
