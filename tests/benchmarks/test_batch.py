@@ -73,15 +73,13 @@ PREFILL = ("_embedding_kernel", "_scan_kernel", "_finish_kernel")
 STEP = ("_embedding_kernel", "_step_kernel", "_finish_kernel", "_hand_over_kernel")
 
 
-def test_the_step_that_is_profiled() -> None:
+@pytest.mark.parametrize("rule", ["_scan_kernel", "_few_tokens_kernel"])
+def test_the_step_that_is_profiled(rule: str) -> None:
     """Prompts are fed between steps; the second step behind the last one has all sequences."""
-    trace = launches("fill", *PREFILL, *STEP, *PREFILL, *STEP, *STEP, *STEP, *STEP, "copy")
+    fill = ("_embedding_kernel", rule, "_finish_kernel")
+    trace = launches("fill", *fill, *STEP, *fill, *STEP, *STEP, *STEP, *STEP, "copy")
     assert [launch.start for launch in batched_call(trace)] == [15, 16, 17, 18]
-    for names in (
-        (*PREFILL, *STEP, *STEP),
-        (*STEP, *STEP, *STEP),
-        (*PREFILL, *STEP, *STEP, "x", *STEP),
-    ):
+    for names in ((*fill, *STEP, *STEP), (*STEP, *STEP, *STEP), (*fill, *STEP, *STEP, "x", *STEP)):
         with pytest.raises(ProfileError, match="three decode calls behind a prefill, two equal"):
             batched_call(launches(*names))
 
