@@ -121,16 +121,21 @@ def _few_rows_kernel(
         w += (block.to(tl.int8, bitcast=True),)
         if BITS == 4:
             scales += (_load_scales(pairs + i * N, EACH * N, BLOCK_N, WARPS),)
-    wait_for_previous()
     m = tl.arange(0, ROWS)
+    n = first_n + tl.arange(0, BLOCK_N)
+    at = m[None, :] * N + n[:, None]
+    inside = m[None, :] < M
+    if residual is not None:
+        addend = tl.load(residual + at, mask=inside, other=0.0)
+    wait_for_previous()
     warp = tl.arange(0, WARPS)
     acc = tl.zeros((WARPS, BLOCK_N, ROWS), tl.float32)
     for i in tl.static_range(EACH):
         if BITS == 4:
             part_scales = split_scale_pair(scales[i], SCALE_TYPE)
         for part in tl.static_range(PARTS):
-            at = q + (i * PARTS + part) * 128
-            x = tl.load(_point_to_blocks(at, K, EACH * PARTS * 128, ROWS, WARPS))
+            columns = q + (i * PARTS + part) * 128
+            x = tl.load(_point_to_blocks(columns, K, EACH * PARTS * 128, ROWS, WARPS))
             part_w = _order_columns(unpack_bytes(w[i], part, BITS))
             d = tl.dot(part_w, tl.trans(_order_columns(x), (0, 2, 1)), out_dtype=tl.int32)
             tile = (warp * EACH + i) * PARTS + part
@@ -142,11 +147,8 @@ def _few_rows_kernel(
     if BITS == 8:
         acc = multiply_apart(acc, _spread_scales(row_scales.to(tl.float32), ROWS))
     y = tl.sum(acc, axis=0)
-    n = first_n + tl.arange(0, BLOCK_N)
-    at = m[None, :] * N + n[:, None]
-    inside = m[None, :] < M
     if residual is not None:
-        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        y += addend.to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 

@@ -59,6 +59,6 @@ CANDIDATES = {
         {"BLOCK_E": e, "BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
         for e, m in ((64, 16), (64, 32), (64, 64), (128, 32), (128, 64))
         for k in (64, 128)
-        for stages in (3, 4)
+        for stages in (3, 4, 6)
     ],
 }
