@@ -42,6 +42,7 @@ its file `cases.py`, which is for tools and belongs to `CASES`: a program is com
 
 FUSED = {
     "gated_delta_net": {"causal_conv1d", "linear"},
+    "out_projection": {"attention", "gated_delta_net", "linear"},
     "linear": {"causal_conv1d"},
     "moe": {"quantization"},
 }

@@ -14,6 +14,7 @@ from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, load_v
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.one_token import (
     advance_token,
+    finish_token,
     load_layer,
     load_state,
     load_token,
@@ -68,8 +69,7 @@ def _few_tokens_kernel(
     head = tl.program_id(0)
     count = count_valid_tokens(num_tokens_ptr, tokens, HAS_NUM_TOKENS).to(tl.int32)
     slot = tl.load(slots_ptr).to(tl.int64) * VERSIONS
-    state_ptr += slot * (HEADS * DK * DV)
-    tile, key, dv = point_to_state(state_ptr, head, DK, DV, BLOCK_V, GROUP, WARPS)
+    tile, key, dv = point_to_state(state_ptr, slot, head, HEADS, DK, DV, BLOCK_V, GROUP, WARPS)
     old_tile = tile
     if versions_ptr is not None:
         old_tile += load_version(versions_ptr, VERSIONS) * (HEADS * DK * DV)
@@ -100,7 +100,8 @@ def _few_tokens_kernel(
             Z_COLUMN,
             GATED,
         )
-        state, o = advance_token(state, inputs, layer, KEEP, DK, DV, GATED, EPS)
+        state, o, z = advance_token(state, inputs, layer, KEEP, DK, GATED)
+        o = finish_token(o, z, WARPS, DV, GATED, EPS)
         tl.store(target + token * (HEADS * DV), o.to(out_ptr.dtype.element_ty), mask=own)
     left = state.to(state_ptr.dtype.element_ty)
     tl.store(tile, left.reshape(tile.shape), mask=count > 0)

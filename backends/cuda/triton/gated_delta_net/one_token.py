@@ -37,7 +37,9 @@ def _copy_to_every_warp(x, WARPS: tl.constexpr):
 @triton.jit
 def point_to_state(
     state_ptr,
+    slot,
     head,
+    HEADS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -51,7 +53,7 @@ def point_to_state(
     loads all of q and k and computes their norms. Only the norm of o crosses warps.
 
     Args:
-        state_ptr: pointer to `[HEADS, DK, DV]`.
+        state_ptr: pointer to states `[HEADS, DK, DV]`; slot: which of them, int64.
 
     Returns:
         Pointers to the state; key `[ROWS, K_LANES]`, which elements of q and k; and dv
@@ -71,7 +73,7 @@ def point_to_state(
     row = tl.arange(0, WARPS * DK)
     lane, warp = row % K_LANES, row // K_LANES % WARPS
     row = lane * ROWS + row // (K_LANES * WARPS)
-    tile = state_ptr + head * (DK * DV) + tl.program_id(1) * BLOCK_V
+    tile = state_ptr + (slot * HEADS + head) * (DK * DV) + tl.program_id(1) * BLOCK_V
     tile += (row * DV + warp * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
     return tile, head // GROUP * DK + dk, dv
 
@@ -142,9 +144,7 @@ def advance_token(
     layer,
     KEEP: tl.constexpr,
     DK: tl.constexpr,
-    DV: tl.constexpr,
     GATED: tl.constexpr,
-    EPS: tl.constexpr,
 ):
     """One token of the rule, as `_step_kernel` (`step.py`) says it.
 
@@ -154,7 +154,7 @@ def advance_token(
         KEEP: the dtype in which the state is kept behind the token.
 
     Returns:
-        The state as it is kept, and o, `[WARPS, BLOCK_V]`, of which each row is a copy.
+        The state as it is kept, and o and z for `finish_token`.
     """
     ROWS: tl.constexpr = state.shape[0]
     WARPS: tl.constexpr = state.shape[1]
@@ -179,11 +179,22 @@ def advance_token(
     delta = b * (v - decay * k_scale * k_state)
     o = q_scale * (decay * q_state + k_scale * qk_product * delta)
     state = state * decay + k * (k_scale * delta)[None, :, None, :, :]
-    left = state.to(KEEP)
+    return state.to(KEEP), o, z
+
+
+@triton.jit
+def finish_token(
+    o, z, WARPS: tl.constexpr, DV: tl.constexpr, GATED: tl.constexpr, EPS: tl.constexpr
+):
+    """o and z as from `advance_token`, to o with the layer's norm and gate, `[WARPS, BLOCK_V]`, of
+    which each row is a copy.
+
+    It follows the store of the state, which takes longer.
+    """
     o = _copy_to_every_warp(o, WARPS)
     if GATED:
         # Two threads that add each other's product would each fuse their own multiplication
         # with the addition, and their sums would differ in the last bit. Adding 0 takes up the
         # fusion.
         o *= tl.rsqrt(tl.sum(o * o + 0.0, 1, keep_dims=True) / DV + EPS) * z[None, :]
-    return left, o
+    return o

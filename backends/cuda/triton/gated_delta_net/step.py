@@ -17,6 +17,7 @@ from et_moe.backends.cuda.triton.common.tokens import count_valid_tokens, load_v
 from et_moe.backends.cuda.triton.gated_delta_net.gates import Gates, Gating, find_gates
 from et_moe.backends.cuda.triton.gated_delta_net.one_token import (
     advance_token,
+    finish_token,
     load_layer,
     load_state,
     load_token,
@@ -87,8 +88,9 @@ def _step_kernel(
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
     if versions_ptr is not None:
         slot *= VERSIONS
-    state_ptr += slot * (HEADS * DK * DV)
-    state_tile, key, dv = point_to_state(state_ptr, head, DK, DV, BLOCK_V, GROUP, WARPS)
+    state_tile, key, dv = point_to_state(
+        state_ptr, slot, head, HEADS, DK, DV, BLOCK_V, GROUP, WARPS
+    )
     old_tile = state_tile
     if versions_ptr is not None:
         old_tile += load_version(versions_ptr + sequence, VERSIONS) * (HEADS * DK * DV)
@@ -139,9 +141,10 @@ def _step_kernel(
                 Z_COLUMN + (token + 1) * GATE_ROW,
                 GATED,
             )
-        left, o = advance_token(state, now, layer, KEEP, DK, DV, GATED, EPS)
+        left, o, z = advance_token(state, now, layer, KEEP, DK, GATED)
         tl.store(state_tile, left.reshape(state_tile.shape), mask=valid)
         state = left.to(tl.float32)
+        o = finish_token(o, z, WARPS, DV, GATED, EPS)
         warp = tl.arange(0, WARPS)[:, None]
         if HAS_NUM_TOKENS:
             o = tl.where(valid, o, 0.0)

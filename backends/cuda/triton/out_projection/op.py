@@ -1,7 +1,8 @@
 """Attention or a gated delta net, and the linear layer behind it.
 
 For 5 to 16 rows the last kernel of the first quantizes its rows for the second, which spares a
-launch of 1.5 us. All else is as from the two, and so are the bits.
+launch of 1.5 us. All else is as from the two, and so are the bits, but that attention adds up the
+splits of a cache in the order for a tile of columns (`combine_kernel`).
 """
 
 from collections.abc import Callable

@@ -1,15 +1,17 @@
 """Attention and gated delta nets that quantize the rows of the linear layer behind them.
 
-Results and states have the bits of the two ops one after the other; the ops themselves are compared
-with their references elsewhere.
+Results and states have the bits of the two ops one after the other; of attention only under the
+interpreter, since a GPU adds up splits in another order for a whole tile of columns. The ops
+themselves are compared with their references elsewhere.
 """
 
 import pytest
 import test_attention
 import torch
+import triton
 from linear_weights import weights
 from test_attention import make_inputs
-from test_gated_delta_net import STATES, TOLERANCE, clone, make_batch, net_inputs
+from test_gated_delta_net import STATES, TOLERANCE, clone, make_batch, net_inputs, relative_error
 
 from et_moe.backends.cuda.triton.attention.op import attention
 from et_moe.backends.cuda.triton.cases.launches import record_launches
@@ -55,7 +57,10 @@ def check(layer: Layer, ops: tuple, given: dict, names: list[str], quantized: bo
         got = layer.fused(function, together)
     with record_launches(run=True) as more:
         expected = layer.behind(op, apart)
-    assert torch.equal(got, expected)
+    if op is attention and not triton.knobs.runtime.interpret:
+        assert relative_error(got, expected) < TOLERANCE[got.dtype]
+    else:
+        assert torch.equal(got, expected)
     for name in names:
         assert torch.equal(together[name], apart[name]), name
     launches = [launch.name for launch in more]
