@@ -167,6 +167,13 @@ CASES = [
         tables=("gated_delta_prepare", "gated_delta_scan", "gated_delta_step"),
         streams=_STREAMS,
     ),
+    OpCase(
+        "gated_delta_rule/short",
+        gated_delta_rule,
+        _rule_arguments,
+        tokens=(4, 16),
+        streams={"_few_tokens_kernel": ("state_ptr",)},
+    ),
     _net_case("qwen3_5_35b", *QWEN3_5_35B),
     _batch_case("qwen3_5_35b", *QWEN3_5_35B),
     _versions_case("qwen3_5_35b", *QWEN3_5_35B),

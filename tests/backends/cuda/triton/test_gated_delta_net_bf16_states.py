@@ -51,7 +51,7 @@ def check_state(got: torch.Tensor, expected: torch.Tensor, most: float = 0.03) -
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 63, 64, 65, 129, 193])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16, 17, 63, 64, 65, 129, 193])
 def test_lengths(tokens, dtype, device):
     """Products of a bf16 model round more than the state does."""
     inputs = rounded(net_inputs(SMALL, tokens, dtype, device))
@@ -65,7 +65,10 @@ def test_lengths(tokens, dtype, device):
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens,valid", [(40, 0), (80, 1), (80, 64), (130, 65), (130, 128)])
+@pytest.mark.parametrize(
+    "tokens,valid",
+    [(4, 0), (4, 3), (16, 0), (16, 9), (40, 0), (80, 1), (80, 64), (130, 65), (130, 128)],
+)
 def test_padding(tokens, valid, dtype, device):
     """It counts for nothing: the bits are those of the valid rows alone."""
     inputs = rounded(net_inputs(GROUP_3, tokens, dtype, device))
